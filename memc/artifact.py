@@ -1,0 +1,121 @@
+"""The artifact: its manifest, its digests, and writing it in one step."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from memc.errors import MemcError
+
+MANIFEST = "memc.json"
+SCHEMA = "memc.artifact/1"
+
+
+class Port(BaseModel):
+    """One input or output of the lowered program. Sizes are numbers or symbols (``B``, ``T``, ``S``, ``K``)."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    role: Literal["tokens", "positions", "fetched", "keep", "other", "logits"]
+    dtype: str
+    shape: list[int | str]
+
+
+class State(BaseModel):
+    """One state of the lowered program: feed ``output`` back as ``input``.
+
+    ``update`` swap: two buffers take turns; alias: input and output may be the same memory. ``grows`` is the axis that
+    gets longer with every token, or None.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    input: str
+    output: str
+    dtype: str
+    shape: list[int | str]
+    init: float = 0.0
+    update: Literal["swap", "alias"] = "swap"
+    grows: int | None = None
+
+
+class Manifest(BaseModel):
+    """``memc.json``: everything that is needed to run the artifact, in plain onnxruntime too."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    schema_: str = Field(default=SCHEMA, alias="schema")
+    version: str
+    source: str
+    source_digest: str
+    family: str
+    target: str
+    backend: str
+    weights: str
+    lowered: str = Field(description="path of the lowered program's main file")
+    inputs: list[Port]
+    outputs: list[Port]
+    states: list[State]
+    symbols: dict[str, str] = Field(default_factory=dict)
+    capacity: int | None = Field(default=None, description="most tokens one sequence may have; None is unlimited")
+    vocab_size: int | None = None
+    decoder: bool = True
+    how_to_run: str = ""
+    files: dict[str, str] = Field(default_factory=dict, description="sha256 of every file but reports")
+
+
+def sha256(path: Path) -> str:
+    """Return the hex digest of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def seal(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest with the digest of every other file except those under ``report``."""
+    named = {
+        str(path.relative_to(folder)): path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST and path.relative_to(folder).parts[0] not in ("report", "log")
+    }
+    sealed = manifest.model_copy(update={"files": {name: sha256(path) for name, path in named.items()}})
+    text = json.dumps(sealed.model_dump(by_alias=True), indent=1)
+    partial = folder / (MANIFEST + ".partial")
+    partial.write_text(text + "\n")
+    partial.replace(folder / MANIFEST)
+
+
+def read_manifest(folder: Path, *, verify: bool = False) -> Manifest:
+    """Read and check ``memc.json``.
+
+    Raises ``MemcError``: E309 when the folder is no artifact, is incomplete or has another schema; E402 when ``verify``
+    finds a file whose digest differs.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        partial = folder.with_name(folder.name + ".partial")
+        hint = "run the same memc convert again: it resumes" if partial.is_dir() else "memc convert MODEL -o OUT"
+        raise MemcError("E309", "no artifact here", where=str(folder), next=hint)
+    try:
+        data = json.loads(path.read_text())
+        if data.get("schema") != SCHEMA:
+            raise MemcError(
+                "E309", f"artifact has schema {data.get('schema')!r}, this memc reads {SCHEMA!r}", str(path)
+            )
+        manifest = Manifest.model_validate(data)
+    except (json.JSONDecodeError, ValidationError, AttributeError) as error:
+        raise MemcError("E309", f"manifest does not parse: {str(error).splitlines()[0]}", str(path)) from error
+    for name, digest in manifest.files.items():
+        file = folder / name
+        if not file.is_file():
+            raise MemcError("E309", f"artifact lacks the file {name}", str(folder), "convert again")
+        if verify and sha256(file) != digest:
+            raise MemcError("E402", f"digest of {name} does not match the manifest", str(folder), "convert again")
+    return manifest

@@ -1,0 +1,136 @@
+"""What a backend is: it says which ops it lowers, lowers a program into a folder, and runs that folder."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from memc.artifact import Manifest, Port, State
+
+if TYPE_CHECKING:
+    from torch.fx import Node
+
+    from memc.program import Program
+    from memc.target import Target
+
+
+@dataclass(frozen=True)
+class Yes:
+    """The backend lowers the op; ``how`` names the form chosen."""
+
+    how: str
+
+
+@dataclass(frozen=True)
+class No:
+    """The backend does not lower the op."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class LowerOptions:
+    """What the user asked of lowering. ``context`` is the capacity of growing states, None for the model's own limit."""
+
+    weights: str = "fp32"
+    context: int | None = None
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """What lowering wrote: the main file below the artifact's folder, and how to feed it."""
+
+    path: str
+    inputs: list[Port]
+    outputs: list[Port]
+    states: list[State]
+    capacity: int | None
+    symbols: dict[str, str] = field(default_factory=dict)
+    how_to_run: str = ""
+    forms: dict[str, str] = field(default_factory=dict)
+    """For each dialect op, the form it was lowered to."""
+
+
+class RunState(ABC):
+    """The states of a batch of sequences, held by a runner in whatever memory it likes."""
+
+    batch: int
+
+    @abstractmethod
+    def copy(self) -> RunState:
+        """Return an independent copy."""
+
+    @abstractmethod
+    def select(self, rows: list[int]) -> RunState:
+        """Return a copy of some rows of the batch, in this order, repeats allowed."""
+
+    @abstractmethod
+    def arrays(self) -> dict[str, npt.NDArray[np.generic]]:
+        """Return every state by its input name, as host arrays, growing ones cut to what they hold."""
+
+    @property
+    @abstractmethod
+    def bytes(self) -> int:
+        """Bytes of memory that the states take."""
+
+
+class Runner(ABC):
+    """A loaded artifact. Host arrays in, host arrays out; imports no torch unless the backend is torch itself."""
+
+    manifest: Manifest
+
+    @abstractmethod
+    def new_state(self, batch: int, capacity: int | None = None) -> RunState:
+        """Allocate fresh states; growing ones for ``capacity`` tokens (None: the manifest's)."""
+
+    @abstractmethod
+    def restore(self, arrays: Mapping[str, npt.NDArray[np.generic]], capacity: int | None = None) -> RunState:
+        """Rebuild a state from ``RunState.arrays``."""
+
+    @abstractmethod
+    def run(
+        self,
+        tokens: npt.NDArray[np.int64],
+        positions: npt.NDArray[np.int64],
+        state: RunState,
+        keep: npt.NDArray[np.int64] | None = None,
+        fetched: Mapping[str, npt.NDArray[np.generic]] | None = None,
+    ) -> npt.NDArray[np.float32]:
+        """Run ``tokens [B,T]`` at ``positions [B,T]`` (-1 is padding) and advance ``state`` in place.
+
+        ``keep [K]`` lists the columns whose logits are wanted, all when None. Returns logits ``[B,K,vocab]`` float32.
+        """
+
+
+class Backend(ABC):
+    """A way to run programs on some targets."""
+
+    name: ClassVar[str]
+    weights: ClassVar[tuple[str, ...]]
+    """Weight types that it takes."""
+
+    @abstractmethod
+    def supports(self, node: Node, target: Target) -> Yes | No:
+        """Tell whether and how it lowers one node of a raised program."""
+
+    @abstractmethod
+    def refuses_weights(self, weights: str, target: Target) -> str | None:
+        """Return why it does not take a weight type on a target, or None when it does."""
+
+    @abstractmethod
+    def lower(self, program: Program, target: Target, folder: Path, options: LowerOptions) -> Lowered:
+        """Write the lowered program under ``folder/lowered/<name>``.
+
+        Raises ``MemcError`` E601 that names the first op it does not support, before anything is written.
+        """
+
+    @abstractmethod
+    def load(self, folder: Path, manifest: Manifest, threads: int | None = None) -> Runner:
+        """Load a lowered program. Raises ``MemcError`` E602 when the runtime is missing or too old."""

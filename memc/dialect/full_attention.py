@@ -1,0 +1,45 @@
+"""``memc::full_attention``: stateless softmax attention (bidirectional, cross, or under an arbitrary additive bias)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from memc.dialect.base import Cost, check_heads, define
+
+
+def _cost(a: Mapping[str, Any], context: int) -> Cost:
+    query, key, value = a["query"], a["key"], a["value"]
+    flops = 2.0 * query.shape[1] * context * (query.shape[3] + value.shape[3])
+    return Cost(flops, float(context * key.shape[1] * (key.shape[3] + value.shape[3]) * key.dtype.itemsize))
+
+
+@define(
+    "full_attention",
+    "(Tensor query, Tensor key, Tensor value, Tensor? key_positions=None, Tensor? bias=None, Tensor? sink_logits=None, *,"
+    " float scale, float softcap=0.0) -> Tensor",
+    split_invariant=False,
+    depends_on="tokens that come later",
+    cost=_cost,
+)
+def full_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_positions: Tensor | None = None,
+    bias: Tensor | None = None,
+    sink_logits: Tensor | None = None,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+) -> Tensor:
+    """Attend to every key.
+
+    ``query [B,H,T,D]``, ``key [B,G,S,D]``, ``value [B,G,S,E]`` -> ``[B,H,T,E]``. Keys at ``key_positions [B,S]`` -1 are
+    padding and read by nobody. ``bias``, broadcast to ``[B,H,T,S]``, is added to the scores after ``scale`` and
+    ``softcap``; -inf masks. A row with nothing to read gives 0. ``sink_logits [H]`` join the denominator without a value.
+    """
+    check_heads(query, key, value)
+    return query.new_empty(query.shape[0], query.shape[1], query.shape[2], value.shape[3])

@@ -1,0 +1,36 @@
+"""``memc::rotary``: rotary position embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memc.dialect.base import Cost, check, define
+
+
+def _cost(a: Mapping[str, Any], context: int) -> Cost:
+    x = a["x"]
+    return Cost(6.0 * x.shape[1] * x.shape[3], 0.0)
+
+
+@define(
+    "rotary",
+    "(Tensor x, Tensor positions, Tensor inv_freq, *, bool interleaved=False, float scaling=1.0) -> Tensor",
+    mixes_tokens=False,
+    cost=_cost,
+)
+def rotary(
+    x: Tensor, positions: Tensor, inv_freq: Tensor, *, interleaved: bool = False, scaling: float = 1.0
+) -> Tensor:
+    """Rotate pairs of channels by an angle that grows with the position (RoFormer, Su et al. 2021, eq. 34).
+
+    ``x [B,H,T,D]``, ``positions [B,T]``, ``inv_freq [R/2]`` radians per token with R <= D; channels from R on pass
+    through. Pair i is channels (i, i + R/2), or (2i, 2i + 1) when ``interleaved``. ``scaling`` multiplies cosine and
+    sine (YaRN's attention factor). Angles are computed in float32 and the result has the type of ``x``.
+    """
+    check(x.dim() == 4, "x is [batch, heads, tokens, channels]")
+    check(2 * inv_freq.shape[0] <= x.shape[3], "no more channels are rotated than there are")
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)

@@ -1,0 +1,33 @@
+"""How the result of a pass relates to what it was given: declared by the pass, checked on the result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Exact:
+    """The outputs are the same bits."""
+
+
+@dataclass(frozen=True)
+class Close:
+    """The logits differ by at most ``tolerance`` (absolute, float32) on every sequence of at most ``tokens`` tokens."""
+
+    tolerance: float
+    tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Bounded:
+    """A measured ``metric`` stays at or under ``budget``; None measures without promising.
+
+    Metrics: ``perplexity_ratio`` (result over original on the verification text), ``perplexity_ratio_to_window`` (result
+    over the ``window`` pass with the same window, sinks and layers), ``kl_mean`` (nats per token).
+    """
+
+    metric: str
+    budget: float | None
+
+
+Relation = Exact | Close | Bounded
