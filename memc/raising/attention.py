@@ -1,0 +1,325 @@
+"""Find attention in a raw graph: scaled_dot_product_attention, and softmax between two matrix products."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from memc.raising.evaluate import hints, shape
+
+aten = torch.ops.aten
+
+SDPA = aten.scaled_dot_product_attention.default
+_SOFTMAX = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default}
+_PRODUCT = {aten.matmul.default, aten.bmm.default}
+_PASS_THROUGH = {
+    aten.to.dtype,
+    aten.to.dtype_layout,
+    aten.to.device,
+    aten.to.other,
+    aten._to_copy.default,
+    aten.type_as.default,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.dropout.default,
+    aten.native_dropout.default,
+    aten.detach.default,
+    aten.alias.default,
+    aten.lift_fresh_copy.default,
+}
+_VIEWS = {
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.expand.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.flatten.using_ints,
+    aten.slice.Tensor,
+}
+_MASKING = {aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.where.self, aten.where.ScalarOther}
+
+
+@dataclass(frozen=True)
+class Mismatch(Exception):
+    """A candidate is not the idiom after all: what differs, and at which node."""
+
+    nearest: str
+    reason: str
+    node: Node
+
+    def __str__(self) -> str:
+        """Say what differs."""
+        return self.reason
+
+
+@dataclass
+class Site:
+    """One attention of the raw graph, taken apart.
+
+    ``output`` is the node to replace. ``query``, ``key``, ``value`` are 4-D, or 3-D with batch and heads merged.
+    ``key_transposed`` tells that the key node is ``[..., D, S]``. ``scores`` is the raw product (None for
+    scaled_dot_product_attention) and ``logits`` what softmax takes; in between ``addends`` are added in order and
+    ``maskings`` blank entries. ``mask`` is the mask argument of scaled_dot_product_attention.
+    """
+
+    output: Node
+    query: Node
+    key: Node
+    value: Node
+    scale: float = 1.0
+    key_transposed: bool = False
+    softcap: float = 0.0
+    is_causal: bool = False
+    scores: Node | None = None
+    logits: Node | None = None
+    mask: Node | None = None
+    addends: list[Node] = field(default_factory=list)
+    maskings: list[Node] = field(default_factory=list)
+    sink_logits: Node | None = None
+
+
+def find_sites(module: GraphModule, content: set[Node]) -> Iterator[Site | Mismatch]:
+    """Yield every attention in graph order; what begins like one and differs is yielded as a :class:`Mismatch`."""
+    for node in module.graph.nodes:
+        try:
+            if node.target == SDPA:
+                yield _from_sdpa(node)
+            elif node.target in _SOFTMAX and node in content and _feeds_product(node) is not None:
+                yield _from_softmax(node, content)
+        except Mismatch as mismatch:
+            yield mismatch
+
+
+def _from_sdpa(node: Node) -> Site:
+    bound = _bind(node)
+    query, key, value = bound["query"], bound["key"], bound["value"]
+    if bound.get("dropout_p"):
+        raise Mismatch("sdpa", "dropout is on: put the model in eval mode", node)
+    scale = bound.get("scale")
+    if scale is None:
+        scale = hints(query)[-1] ** -0.5
+    return fold_scale(
+        Site(
+            output=node,
+            query=query,
+            key=key,
+            value=value,
+            scale=float(scale),
+            is_causal=bool(bound.get("is_causal")),
+            mask=bound.get("attn_mask"),
+        )
+    )
+
+
+def _bind(node: Node) -> dict[str, Any]:
+    assert isinstance(node.target, torch._ops.OpOverload)
+    names = [argument.name for argument in node.target._schema.arguments]
+    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
+def _feeds_product(softmax: Node) -> Node | None:
+    """Return the product with the values that the probabilities go to, or None."""
+    stack = list(softmax.users)
+    while stack:
+        user = stack.pop()
+        if user.target in _PRODUCT or user.target == aten.einsum.default:
+            return user
+        if user.target in _PASS_THROUGH | _VIEWS | {operator.getitem}:
+            stack += list(user.users)
+    return None
+
+
+def _from_softmax(softmax: Node, content: set[Node]) -> Site:
+    dim = softmax.args[1]
+    rank = len(shape(softmax))
+    if dim not in (-1, rank - 1):
+        raise Mismatch("softmax attention", f"softmax over axis {dim}, not over the keys", softmax)
+    product = _feeds_product(softmax)
+    assert product is not None
+    if product.target not in _PRODUCT:
+        raise Mismatch("softmax attention", "probabilities meet the values in an einsum", product)
+    probabilities, value = product.args[0], product.args[1]
+    assert isinstance(probabilities, Node) and isinstance(value, Node)
+    if not _comes_from(probabilities, softmax):
+        raise Mismatch("softmax attention", "the values come first in the product with the probabilities", product)
+    logits, sinks = _without_sinks(softmax, probabilities, content)
+    site = Site(output=product, query=product, key=product, value=value, logits=logits, sink_logits=sinks)
+    _walk_scores(site, logits, content)
+    return fold_scale(site)
+
+
+def _comes_from(node: Node, origin: Node) -> bool:
+    while node is not origin:
+        if node.target not in _PASS_THROUGH | _VIEWS | {operator.getitem}:
+            return False
+        node = node.all_input_nodes[0]
+    return True
+
+
+def _without_sinks(softmax: Node, probabilities: Node, content: set[Node]) -> tuple[Node, Node | None]:
+    """See through learned sink logits: a column joined before softmax and cut off after it."""
+    logits = softmax.all_input_nodes[0]
+    node = logits
+    while node.target in _PASS_THROUGH:
+        node = node.all_input_nodes[0]
+    if node.target == aten.sub.Tensor and node.args[1] in content and isinstance(node.args[0], Node):
+        maximum = node.args[1]
+        assert isinstance(maximum, Node)
+        # softmax(x - max(x)) is softmax(x).
+        if maximum.all_input_nodes and maximum.all_input_nodes[0] in (node.args[0], *node.args[0].all_input_nodes):
+            node = node.args[0]
+    if node.target == operator.getitem:
+        return logits, None
+    if node.target != aten.cat.default:
+        return (node if node is not logits and node.target == aten.cat.default else logits), None
+    parts = node.args[0]
+    assert isinstance(parts, list | tuple)
+    if len(parts) != 2 or parts[1] in content or parts[0] not in content:
+        raise Mismatch("softmax attention", "scores are joined with something else before softmax", node)
+    return parts[0], parts[1]
+
+
+def _walk_scores(site: Site, logits: Node, content: set[Node]) -> None:
+    """Go back from what softmax takes to the product of queries and keys, noting what happens in between."""
+    node = logits
+    scale, after_cap = 1.0, False
+    while True:
+        if node.target in _PRODUCT:
+            break
+        if node.target == aten.baddbmm.default:
+            # beta * bias + alpha * (query @ key): the bias is an addend like any other.
+            bias, left, right = node.args[:3]
+            beta, alpha = float(node.kwargs.get("beta", 1.0)), float(node.kwargs.get("alpha", 1.0))  # type: ignore[arg-type]
+            assert isinstance(bias, Node)
+            if beta:
+                site.addends.append(bias)
+            site.scale = scale * alpha
+            _set_operands(site, node, left, right)
+            return
+        if node.target in _PASS_THROUGH | _VIEWS:
+            node = node.all_input_nodes[0]
+        elif node.target in (aten.add.Tensor, aten.add_.Tensor, aten.sub.Tensor):
+            inner, addend = _content_side(node, content)
+            if node.target == aten.sub.Tensor:
+                raise Mismatch("softmax attention", "something is subtracted from the scores", node)
+            if after_cap is False and site.softcap:
+                raise Mismatch("softmax attention", "a bias is added before the soft-cap", node)
+            if addend is not None:
+                site.addends.append(addend)
+            node = inner
+        elif node.target in _MASKING:
+            site.maskings.append(node)
+            node = _masked_operand(node, content)
+        elif node.target in (aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar):
+            operand, factor = _scalar_factor(node, content)
+            tanh = operand
+            while tanh.target in _PASS_THROUGH:
+                tanh = tanh.all_input_nodes[0]
+            if tanh.target == aten.tanh.default:
+                site.softcap, after_cap = factor, True
+                node = tanh.all_input_nodes[0]
+                inner, inner_factor = _scalar_factor(node, content)
+                if abs(inner_factor * factor - 1.0) > 1e-4:
+                    raise Mismatch("softmax attention", "soft-cap divides and multiplies by different numbers", node)
+                node = inner
+                if site.addends or site.maskings:
+                    after_cap = True
+            else:
+                if site.addends or (site.maskings and scale != 1.0):
+                    # A factor inside an addition scales only the scores, which is what is wanted here.
+                    pass
+                scale *= factor
+                node = operand
+        else:
+            raise Mismatch("softmax attention", f"{_name(node)} between the scores and softmax", node)
+    site.scale = scale
+    _set_operands(site, node, node.args[0], node.args[1])
+
+
+def _set_operands(site: Site, product: Node, left: Any, right: Any) -> None:
+    site.scores, site.query, site.key, site.key_transposed = product, left, right, True
+
+
+def _name(node: Node) -> str:
+    return str(node.target).removesuffix(".default")
+
+
+def _content_side(node: Node, content: set[Node]) -> tuple[Node, Node | None]:
+    first, second = node.args[0], node.args[1]
+    if isinstance(first, Node) and first in content:
+        if isinstance(second, Node) and second in content:
+            raise Mismatch("softmax attention", "a bias that depends on the tokens is added to the scores", node)
+        return first, second if isinstance(second, Node) else None
+    assert isinstance(second, Node)
+    return second, first if isinstance(first, Node) else None
+
+
+def _masked_operand(node: Node, content: set[Node]) -> Node:
+    inside = [source for source in node.all_input_nodes if source in content]
+    if len(inside) != 1:
+        raise Mismatch("softmax attention", "the mask depends on the tokens", node)
+    return inside[0]
+
+
+def _scalar_factor(node: Node, content: set[Node]) -> tuple[Node, float]:
+    """Split ``x * c`` or ``x / c`` into x and the factor.
+
+    Raises :class:`Mismatch` when the other operand is no number.
+    """
+    if node.target not in (aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar):
+        raise Mismatch("softmax attention", f"{_name(node)} where a scaling is expected", node)
+    first, second = node.args[0], node.args[1]
+    if not isinstance(first, Node):
+        first, second = second, first
+    if isinstance(second, Node):
+        if first not in content and second in content:
+            first, second = second, first
+        constant = _constant(second)
+        if constant is None:
+            raise Mismatch("softmax attention", "scores are scaled by a tensor", node)
+        second = constant
+    assert isinstance(first, Node) and isinstance(second, int | float)
+    return first, float(1.0 / second if node.target in (aten.div.Tensor, aten.div.Scalar) else second)
+
+
+def _constant(node: Any) -> float | None:
+    """Return the number behind a scalar tensor made in the graph (``full``, ``scalar_tensor``, a 0-d constant)."""
+    from memc.raising.evaluate import Unknown, evaluate
+
+    if not isinstance(node, Node) or shape(node) not in ((), (1,)):
+        return None
+    module = node.graph.owning_module
+    try:
+        assert module is not None
+        return float(evaluate(module, [node], {})[0])
+    except (Unknown, ValueError, RuntimeError):
+        return None
+
+
+def fold_scale(site: Site) -> Site:
+    """Move number factors of query and key into the scale."""
+    for name in ("query", "key"):
+        node: Node = getattr(site, name)
+        trail = node
+        while True:
+            if trail.target in _PASS_THROUGH and trail.meta["val"].dtype == trail.all_input_nodes[0].meta["val"].dtype:
+                trail = trail.all_input_nodes[0]
+                continue
+            if trail.target in (aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar):
+                first, second = trail.args[0], trail.args[1]
+                factor = second if isinstance(second, int | float) else _constant(second)
+                if factor is None or not isinstance(first, Node):
+                    break
+                divides = trail.target in (aten.div.Tensor, aten.div.Scalar)
+                site.scale *= 1.0 / factor if divides else factor
+                node = trail = first
+                continue
+            break
+        setattr(site, name, node)
+    return site
