@@ -14,13 +14,13 @@ from memc.blocks import Block, NearMiss
 from memc.infer import infer
 from memc.program import Program, StateSpec
 from memc.raising.attention import Mismatch, Site, find_sites
-from memc.raising.canonical import Operands, lower_site, operands, scores_of
+from memc.raising.canonical import lower_site, operands, scores_of
 from memc.raising.evaluate import content_nodes
 from memc.raising.find import find_blocks, path_of
 from memc.raising.norms import raise_norms
 from memc.raising.probe import Probe
 from memc.raising.rebase import rebase
-from memc.raising.rotary import raise_rotary
+from memc.raising.tidy import raise_linear, share_equal_nodes
 
 __all__ = ["Raised", "find_blocks", "raise_program"]
 
@@ -44,6 +44,8 @@ def raise_program(program: Program) -> Raised:
     module = program.module
     probe = Probe(module, program.inputs)
     roots = [node for node, spec in probe.specs.items() if spec.role != "positions"]
+    share_equal_nodes(module)
+    raise_linear(module)
     raise_norms(module, content_nodes(module, roots))
     misses: list[NearMiss] = []
     stateful = 0
@@ -84,9 +86,7 @@ def raise_program(program: Program) -> Raised:
 
 def _raise_site(probe: Probe, site: Site, index: int, roots: list[Node]) -> bool:
     scores = scores_of(probe, site)
-    own = operands(probe, site)
-    content = content_nodes(probe.module, roots)
-    own = Operands(raise_rotary(probe, own.query, content), raise_rotary(probe, own.key, content), own.value)
+    own = operands(probe, site, content_nodes(probe.module, roots))
     return lower_site(probe, site, index, scores, own)
 
 

@@ -303,23 +303,38 @@ def _constant(node: Any) -> float | None:
 
 
 def fold_scale(site: Site) -> Site:
-    """Move number factors of query and key into the scale."""
+    """Move number factors of query and key into the scale, also from before their heads were split."""
     for name in ("query", "key"):
         node: Node = getattr(site, name)
-        trail = node
-        while True:
-            if trail.target in _PASS_THROUGH and trail.meta["val"].dtype == trail.all_input_nodes[0].meta["val"].dtype:
-                trail = trail.all_input_nodes[0]
-                continue
-            if trail.target in (aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar):
-                first, second = trail.args[0], trail.args[1]
-                factor = second if isinstance(second, int | float) else _constant(second)
-                if factor is None or not isinstance(first, Node):
+        trail, shared = node, False
+        while trail.op == "call_function" and trail.all_input_nodes:
+            if trail.target in _SCALINGS:
+                source, factor = trail.args[0], _number(trail)
+                if factor is None or not isinstance(source, Node) or (shared and trail is not node):
                     break
-                divides = trail.target in (aten.div.Tensor, aten.div.Scalar)
-                site.scale *= 1.0 / factor if divides else factor
-                node = trail = first
+                site.scale *= factor
+                if trail is node:
+                    node = source
+                else:
+                    trail.replace_all_uses_with(source)
+                trail = source
                 continue
-            break
+            if trail.target not in _PASS_THROUGH | _VIEWS | {aten.transpose.int, aten.permute.default}:
+                break
+            # A factor that somebody else reads too must stay where it is.
+            trail = trail.all_input_nodes[0]
+            shared |= len(trail.users) > 1
         setattr(site, name, node)
     return site
+
+
+_SCALINGS = {aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar}
+
+
+def _number(node: Node) -> float | None:
+    """Return the factor of ``x * c`` or ``x / c`` when c is a number; None otherwise."""
+    second = node.args[1]
+    factor = float(second) if isinstance(second, int | float) else _constant(second)
+    if factor is None or node.target not in (aten.div.Tensor, aten.div.Scalar):
+        return factor
+    return 1.0 / factor

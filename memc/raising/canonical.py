@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from memc.blocks import Alibi, Bidirectional, Causal, Chunked, OtherMask, Prefix, RelativeBias, SlidingWindow
+from memc.blocks import Alibi, Bidirectional, Causal, Chunked, OtherBias, OtherMask, Prefix, RelativeBias, SlidingWindow
 from memc.infer import fill_in
 from memc.raising.attention import SDPA, Mismatch, Site
 from memc.raising.build import call, sized, transpose
 from memc.raising.evaluate import Unknown, hints, is_symbolic, shape
 from memc.raising.masks import Scores, classify, constants_of
 from memc.raising.probe import Probe
+from memc.raising.rotary import raise_rotary
 
 aten = torch.ops.aten
 
@@ -47,8 +48,8 @@ class Operands:
     value: Node
 
 
-def operands(probe: Probe, site: Site) -> Operands:
-    """Bring a site's query, key and value to four axes, key untransposed, and undo repeated heads."""
+def operands(probe: Probe, site: Site, content: set[Node]) -> Operands:
+    """Bring a site's query, key and value to four axes, undo repeated heads, and raise rotary embeddings."""
     graph = probe.module.graph
     with graph.inserting_before(site.output):
         query, key, value = site.query, site.key, site.value
@@ -57,8 +58,15 @@ def operands(probe: Probe, site: Site) -> Operands:
         query, key, value = (split_heads(probe, node) for node in (query, key, value))
         heads = hints(query)[1]
         key, value = unrepeat(probe, key, heads), unrepeat(probe, value, heads)
-        if hints(key)[1] != hints(value)[1]:
-            raise Mismatch("grouped-query attention", "key and value have different numbers of heads", site.output)
+    query, key = raise_rotary(probe, query, content), raise_rotary(probe, key, content)
+    if key.target == torch.ops.memc.rotary.default:
+        # Heads may have been repeated before they were rotated.
+        with graph.inserting_before(key):
+            plain = unrepeat(probe, key.args[0], heads)  # type: ignore[arg-type]
+            if plain is not key.args[0]:
+                key = call(graph, key.target, plain, *key.args[1:], like=key, **key.kwargs)
+    if hints(key)[1] != hints(value)[1]:
+        raise Mismatch("grouped-query attention", "key and value have different numbers of heads", site.output)
     return Operands(query, key, value)
 
 
@@ -166,24 +174,31 @@ def scores_of(probe: Probe, site: Site) -> Scores:
         return Scores(Causal() if site.is_causal else Bidirectional(), None)
     target = site.mask if site.output.target == SDPA else site.logits
     assert target is not None
-    if not _square(probe, site):
-        return Scores(Bidirectional(), None) if site.mask is None else Scores(OtherMask("cross attention mask"), None)
     stop = {site.query, site.key}
+    if not _square(probe, site):
+        return _cross_scores(probe, site, target)
     constants = constants_of(probe.module, [target], stop)
 
     def matrix(tokens: int, replace: dict[int, int]) -> Tensor:
         sizes = {"B": 1, "T": tokens, "U": tokens}
         feeds = {} if site.mask is not None else {node: torch.zeros(probe.shape_at(node, sizes)) for node in stop}
-        value = probe.run(target, feeds, sizes, replace=replace)
+        value = probe.run(target, {**probe.stand_ins([target], stop), **feeds}, sizes, replace=replace)
         if value.dtype == torch.bool:
             value = torch.where(value, 0.0, -torch.inf)
         value = value.reshape(-1, *value.shape[-2:])
-        return value.expand(-1, tokens, tokens)
+        return value.expand(-1, *(tokens if size == 1 else size for size in value.shape[1:]))
 
-    try:
-        return classify(matrix, constants, site.is_causal)
-    except Unknown as parameter:
-        return Scores(OtherMask(f"depends on the parameter {parameter}"), RelativeBias())
+    length = shape(site.query)[-2]
+    return classify(matrix, constants, site.is_causal, None if is_symbolic(length) else length)
+
+
+def _cross_scores(probe: Probe, site: Site, target: Node) -> Scores:
+    """Settle whether anything is masked or added where queries and keys are different tokens."""
+    sizes = {"B": 1, "T": 4, "U": 6}
+    feeds = {} if site.mask is not None else {n: torch.zeros(probe.shape_at(n, sizes)) for n in (site.query, site.key)}
+    value = probe.run(target, {**probe.stand_ins([target], feeds), **feeds}, sizes)
+    nothing = bool(value.all()) if value.dtype == torch.bool else not value.any()
+    return Scores(Bidirectional() if nothing else OtherMask("cross attention with a mask or bias"), None)
 
 
 def _square(probe: Probe, site: Site) -> bool:
@@ -221,7 +236,7 @@ def lower_site(probe: Probe, site: Site, index: int, scores: Scores, own: Operan
                 softcap=site.softcap,
                 like=site.output,
             )
-        out.meta["scores"] = scores
+        describe(out, scores)
         if len(shape(site.output)) == 3:
             result = call(graph, aten.flatten.using_ints, out, 0, 1, like=site.output)
         else:
@@ -230,6 +245,21 @@ def lower_site(probe: Probe, site: Site, index: int, scores: Scores, own: Operan
     # scaled_dot_product_attention counts as random, so dead-code elimination would keep it.
     graph.erase_node(site.output)
     return causal and plain_bias and positions is not None
+
+
+def describe(node: Node, scores: Scores) -> None:
+    """Note mask and bias at the op, for those that its arguments do not show."""
+    names = {Bidirectional: "bidirectional", OtherMask: "other"}
+    noted = dict(node.meta.get("memc", {}))
+    noted["mask"] = names.get(type(scores.mask), "causal")
+    if isinstance(scores.mask, OtherMask):
+        noted["mask"] = scores.mask.reason
+    match scores.bias:
+        case RelativeBias():
+            noted["bias"] = "relative"
+        case OtherBias(reason):
+            noted["bias"] = reason
+    node.meta["memc"] = noted
 
 
 def _stateful(probe: Probe, site: Site, index: int, scores: Scores, own: Operands, positions: Node) -> Node:

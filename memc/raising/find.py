@@ -63,6 +63,7 @@ _THROUGH = {
     aten.clamp.default,
     aten.cat.default,
     aten.expand.default,
+    aten.index.Tensor,
     operator.getitem,
 }
 
@@ -193,9 +194,20 @@ def _before_rotary(node: Node) -> Node:
 
 def _norm_above(node: Node) -> Node | None:
     """Return the norm that a query or key went through on its way from the projection, or None."""
-    while node.target in _THROUGH and node.all_input_nodes:
-        node = node.all_input_nodes[0]
+    while (below := _below(node)) is not None:
+        node = below
     return node if node.target == _NORM else None
+
+
+def _below(node: Node) -> Node | None:
+    """Go one step back through a view, or through a factor with a weight per head and channel."""
+    if node.target in _THROUGH and node.all_input_nodes:
+        return node.all_input_nodes[0]
+    if node.target == aten.mul.Tensor:
+        weights = [source for source in node.all_input_nodes if _see(source).op == "get_attr"]
+        others = [source for source in node.all_input_nodes if source not in weights]
+        return others[0] if len(weights) == 1 and len(others) == 1 else None
+    return None
 
 
 def _see(node: Node) -> Node:

@@ -41,12 +41,20 @@ class Scores:
     bias: Bias | None
 
 
-def classify(matrix: Callable[[int, dict[int, int]], Tensor], constants: Iterable[int], causal_hint: bool) -> Scores:
+def classify(
+    matrix: Callable[[int, dict[int, int]], Tensor],
+    constants: Iterable[int],
+    causal_hint: bool,
+    fixed_length: int | None = None,
+) -> Scores:
     """Classify the additive matrix ``[heads, T, T]`` that ``matrix(T, replace)`` evaluates.
 
     ``constants`` are the integers that its subgraph mentions: a window too wide to evaluate is found by putting a small
-    number in the place of each. ``causal_hint`` tells that masking is causal beside the matrix (``is_causal``).
+    number in the place of each. ``causal_hint`` tells that masking is causal beside the matrix (``is_causal``);
+    ``fixed_length`` is the number of tokens where the model takes only one.
     """
+    if fixed_length is not None:
+        return _at_lengths(lambda tokens: matrix(tokens, {}), (fixed_length,), causal_hint)
     found = _at_lengths(lambda tokens: matrix(tokens, {}), _LENGTHS, causal_hint)
     if not isinstance(found.mask, Causal):
         return found

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 
-from memc.program import InputSpec
-from memc.raising.evaluate import evaluate, hint, shape
+from memc.program import InputSpec, get_tensor
+from memc.raising.evaluate import ancestors, evaluate, hint, shape
 
 
 class Probe:
@@ -67,6 +68,15 @@ class Probe:
                 made[node] = row.expand(dims).contiguous()
             else:
                 made[node] = torch.zeros(dims, dtype=spec.dtype)
+        return made
+
+    def stand_ins(self, targets: Iterable[Node], stop: Iterable[Node]) -> dict[Node, Tensor]:
+        """Make random values for the parameters under ``targets`` that have none, so that their use can be probed."""
+        made = {}
+        for node in ancestors(targets, stop):
+            if node.op == "get_attr" and isinstance(get_tensor(self.module, str(node.target)), FakeTensor):
+                generator = torch.Generator().manual_seed(0)
+                made[node] = torch.randn(tuple(map(hint, shape(node))), generator=generator)
         return made
 
     def run(

@@ -77,8 +77,11 @@ def raise_rotary(probe: Probe, node: Node, content: set[Node]) -> Node:
         if form is None:
             continue
         graph = probe.module.graph
-        frequencies = _frequency_node(probe, form, static, node)
+        name = _frequency_name(probe, form, static)
         with graph.inserting_before(node.next):
+            frequencies = graph.get_attr(name)
+            with node.meta["val"].fake_mode:
+                frequencies.meta["val"] = torch.empty(form.inv_freq.shape)
             plain = transpose(graph, source, 1, 2) if tokens_first else source
             rotated = call(
                 graph,
@@ -198,9 +201,9 @@ def _refine(
     return inv_freq
 
 
-def _frequency_node(probe: Probe, form: RotaryForm, static: set[Node], node: Node) -> Node:
-    """Return the model's own frequency buffer where it has one, else a new buffer with the fitted values."""
-    module, graph = probe.module, probe.module.graph
+def _frequency_name(probe: Probe, form: RotaryForm, static: set[Node]) -> str:
+    """Return the name of the model's own frequency buffer where it has one, else of a new one with the fitted values."""
+    module = probe.module
     for candidate in ancestors(static):
         if candidate.op != "get_attr":
             continue
@@ -208,18 +211,18 @@ def _frequency_node(probe: Probe, form: RotaryForm, static: set[Node], node: Nod
             value = evaluate(module, [candidate], {})[0]
         except Unknown:
             continue
-        if value.is_floating_point() and value.shape == form.inv_freq.shape:
-            if torch.allclose(value.to(torch.float64), form.inv_freq, rtol=1e-4, atol=1e-7):
-                return candidate
+        if (
+            value.dtype == torch.float32
+            and value.shape == form.inv_freq.shape
+            and torch.allclose(value.to(torch.float64), form.inv_freq, rtol=1e-4, atol=1e-7)
+        ):
+            return str(candidate.target)
     values = form.inv_freq.to(torch.float32)
-    for name, held in module.named_buffers():
-        if name.startswith("memc_inv_freq_") and held.shape == values.shape and torch.equal(held, values):
-            break
-    else:
-        name = f"memc_inv_freq_{sum(1 for n, _ in module.named_buffers() if n.startswith('memc_inv_freq_'))}"
-        module.register_buffer(name, values)
-    with graph.inserting_before(node.next):
-        made = graph.get_attr(name)
-    with node.meta["val"].fake_mode:
-        made.meta["val"] = torch.empty(values.shape)
-    return made
+    made = [name for name, _ in module.named_buffers() if name.startswith("memc_inv_freq_")]
+    for name in made:
+        held = module.get_buffer(name)
+        if held.shape == values.shape and torch.equal(held, values):
+            return name
+    name = f"memc_inv_freq_{len(made)}"
+    module.register_buffer(name, values)
+    return name
