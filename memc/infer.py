@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.fx.node import map_arg
 
-from memc.program import Dim, Program, get_tensor
+from memc.program import Dim, InputSpec, Program, StateSpec, get_tensor
 
 # Distinct and at least 2, so that no size is taken for another or for a constant.
 EXAMPLE_SIZES: dict[str, int] = {"B": 2, "T": 7, "S": 5, "U": 11, "K": 3}
@@ -48,10 +49,9 @@ def infer(program: Program) -> None:
     Raises whatever an op's fake kernel raises when shapes do not fit.
     """
     symbols = Symbols()
-    specs = [*program.inputs, *program.states]
     graph = program.module.graph
     values: dict[Node, Any] = {}
-    placeholders = iter(specs)
+    placeholders: Iterator[InputSpec | StateSpec] = iter([*program.inputs, *program.states])
     parameters: dict[int, Tensor] = {}
     for node in graph.nodes:
         match node.op:

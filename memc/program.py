@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from memc.plugins import load_kernels
+
 Dim = int | str
 """A fixed size, or the name of a symbolic one: ``B`` batch, ``T`` new tokens, ``S`` tokens held by a growing state."""
 
@@ -114,6 +116,7 @@ class Program:
 
     def __call__(self, *args: Tensor) -> tuple[Tensor, ...]:
         """Run the graph on ``inputs`` then ``states``."""
+        load_kernels()
         result: tuple[Tensor, ...] = self.module(*args)
         return result
 

@@ -13,7 +13,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from memc.blocks import Block, NearMiss
 from memc.infer import infer
 from memc.program import Program, StateSpec
-from memc.raising.attention import Mismatch, Site, find_sites
+from memc.raising.attention import MismatchError, Site, find_sites
 from memc.raising.canonical import lower_site, operands, scores_of
 from memc.raising.evaluate import content_nodes
 from memc.raising.find import find_blocks, path_of
@@ -37,8 +37,8 @@ class Raised:
 def raise_program(program: Program) -> Raised:
     """Raise a raw program; the one given stays as it was.
 
-    The result's ``raised`` tells that every attention became a ``memc::`` op and, for a decoder, that everything depends
-    on ``positions``; otherwise ``near_misses`` say which node stands in the way.
+    The result's ``raised`` tells that every attention became a ``memc::`` op and, for a decoder, that everything
+    depends on ``positions``; otherwise ``near_misses`` say which node stands in the way.
     """
     program = program.copy()
     module = program.module
@@ -51,19 +51,19 @@ def raise_program(program: Program) -> Raised:
     stateful = 0
     for found in list(find_sites(module, content_nodes(module, roots))):
         try:
-            if isinstance(found, Mismatch):
+            if isinstance(found, MismatchError):
                 raise found
             stateful += _raise_site(probe, found, stateful, roots)
-        except Mismatch as mismatch:
+        except MismatchError as mismatch:
             misses.append(near_miss(mismatch))
         except GuardOnDataDependentSymNode as guard:
             assert isinstance(found, Site)
-            misses.append(near_miss(Mismatch("attention", f"shape depends on values: {guard}", found.output)))
+            misses.append(near_miss(MismatchError("attention", f"shape depends on values: {guard}", found.output)))
     _return_states(program)
     module.graph.eliminate_dead_code()
     limit, bad = rebase(probe)
     if program.model.decoder:
-        misses += [near_miss(Mismatch("positions", reason, node)) for node, reason in bad]
+        misses += [near_miss(MismatchError("positions", reason, node)) for node, reason in bad]
     module.graph.eliminate_dead_code()
     states = _state_specs(program)
     positions = program.model.max_positions
@@ -110,11 +110,13 @@ def _state_specs(program: Program) -> tuple[StateSpec, ...]:
         if held == "positions":
             specs.append(StateSpec(node.name, value.dtype, ("B", "S"), init=-1.0, grows=1))
         else:
-            specs.append(StateSpec(node.name, value.dtype, ("B", int(value.shape[1]), "S", int(value.shape[3])), grows=2))
+            specs.append(
+                StateSpec(node.name, value.dtype, ("B", int(value.shape[1]), "S", int(value.shape[3])), grows=2)
+            )
     return tuple(specs)
 
 
-def near_miss(mismatch: Mismatch) -> NearMiss:
+def near_miss(mismatch: MismatchError) -> NearMiss:
     """Describe a mismatch with its source line."""
     node = mismatch.node
     return NearMiss(

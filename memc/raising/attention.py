@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from memc.raising.evaluate import hints, shape
+from memc.raising.evaluate import UnknownValueError, evaluate, hints, shape
 
 aten = torch.ops.aten
 
@@ -42,11 +42,12 @@ _VIEWS = {
     aten.flatten.using_ints,
     aten.slice.Tensor,
 }
+_SCALINGS = {aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar}
 _MASKING = {aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.where.self, aten.where.ScalarOther}
 
 
 @dataclass(frozen=True)
-class Mismatch(Exception):
+class MismatchError(Exception):
     """A candidate is not the idiom after all: what differs, and at which node."""
 
     nearest: str
@@ -63,8 +64,8 @@ class Site:
     """One attention of the raw graph, taken apart.
 
     ``output`` is the node to replace. ``query``, ``key``, ``value`` are 4-D, or 3-D with batch and heads merged.
-    ``key_transposed`` tells that the key node is ``[..., D, S]``. ``scores`` is the raw product (None for
-    scaled_dot_product_attention) and ``logits`` what softmax takes; in between ``addends`` are added in order and
+    ``key_transposed`` tells that the key node is ``[..., D, S]``. ``logits`` is what softmax takes (None
+    for scaled_dot_product_attention); between the raw product and it ``addends`` are added in order and
     ``maskings`` blank entries. ``mask`` is the mask argument of scaled_dot_product_attention.
     """
 
@@ -76,7 +77,6 @@ class Site:
     key_transposed: bool = False
     softcap: float = 0.0
     is_causal: bool = False
-    scores: Node | None = None
     logits: Node | None = None
     mask: Node | None = None
     addends: list[Node] = field(default_factory=list)
@@ -84,15 +84,15 @@ class Site:
     sink_logits: Node | None = None
 
 
-def find_sites(module: GraphModule, content: set[Node]) -> Iterator[Site | Mismatch]:
-    """Yield every attention in graph order; what begins like one and differs is yielded as a :class:`Mismatch`."""
+def find_sites(module: GraphModule, content: set[Node]) -> Iterator[Site | MismatchError]:
+    """Yield every attention in graph order; what begins like one and differs is yielded as a :class:`MismatchError`."""
     for node in module.graph.nodes:
         try:
             if node.target == SDPA:
                 yield _from_sdpa(node)
             elif node.target in _SOFTMAX and node in content and _feeds_product(node) is not None:
                 yield _from_softmax(node, content)
-        except Mismatch as mismatch:
+        except MismatchError as mismatch:
             yield mismatch
 
 
@@ -100,7 +100,7 @@ def _from_sdpa(node: Node) -> Site:
     bound = _bind(node)
     query, key, value = bound["query"], bound["key"], bound["value"]
     if bound.get("dropout_p"):
-        raise Mismatch("sdpa", "dropout is on: put the model in eval mode", node)
+        raise MismatchError("sdpa", "dropout is on: put the model in eval mode", node)
     scale = bound.get("scale")
     if scale is None:
         scale = hints(query)[-1] ** -0.5
@@ -139,16 +139,16 @@ def _from_softmax(softmax: Node, content: set[Node]) -> Site:
     dim = softmax.args[1]
     rank = len(shape(softmax))
     if dim not in (-1, rank - 1):
-        raise Mismatch("softmax attention", f"softmax over axis {dim}, not over the keys", softmax)
+        raise MismatchError("softmax attention", f"softmax over axis {dim}, not over the keys", softmax)
     product = _feeds_product(softmax)
     assert product is not None
     if product.target not in _PRODUCT:
-        raise Mismatch("softmax attention", "probabilities meet the values in an einsum", product)
+        raise MismatchError("softmax attention", "probabilities meet the values in an einsum", product)
     probabilities, value = product.args[0], product.args[1]
     assert isinstance(probabilities, Node) and isinstance(value, Node)
     if not _comes_from(probabilities, softmax):
-        raise Mismatch("softmax attention", "the values come first in the product with the probabilities", product)
-    logits, sinks = _without_sinks(softmax, probabilities, content)
+        raise MismatchError("softmax attention", "the values come first in the product with the probabilities", product)
+    logits, sinks = _without_sinks(softmax, content)
     site = Site(output=product, query=product, key=product, value=value, logits=logits, sink_logits=sinks)
     _walk_scores(site, logits, content)
     return fold_scale(site)
@@ -162,88 +162,89 @@ def _comes_from(node: Node, origin: Node) -> bool:
     return True
 
 
-def _without_sinks(softmax: Node, probabilities: Node, content: set[Node]) -> tuple[Node, Node | None]:
-    """See through learned sink logits: a column joined before softmax and cut off after it."""
+def _without_sinks(softmax: Node, content: set[Node]) -> tuple[Node, Node | None]:
+    """See through learned sink logits: a column joined to the scores before softmax (and cut off after it).
+
+    Returns the scores and the ``[heads]`` sink logits, None where there are none.
+    """
     logits = softmax.all_input_nodes[0]
-    node = logits
-    while node.target in _PASS_THROUGH:
-        node = node.all_input_nodes[0]
-    if node.target == aten.sub.Tensor and node.args[1] in content and isinstance(node.args[0], Node):
-        maximum = node.args[1]
-        assert isinstance(maximum, Node)
-        # softmax(x - max(x)) is softmax(x).
-        if maximum.all_input_nodes and maximum.all_input_nodes[0] in (node.args[0], *node.args[0].all_input_nodes):
-            node = node.args[0]
-    if node.target == operator.getitem:
-        return logits, None
+    node = _uncast(logits)
+    if node.target == aten.sub.Tensor and _is_maximum(node.args[1], node.args[0]):
+        node = _uncast(node.args[0])  # softmax(x - max(x)) is softmax(x)
     if node.target != aten.cat.default:
-        return (node if node is not logits and node.target == aten.cat.default else logits), None
+        return logits, None
     parts = node.args[0]
     assert isinstance(parts, list | tuple)
     if len(parts) != 2 or parts[1] in content or parts[0] not in content:
-        raise Mismatch("softmax attention", "scores are joined with something else before softmax", node)
-    return parts[0], parts[1]
+        raise MismatchError("softmax attention", "scores are joined with something else before softmax", node)
+    scores, sinks = parts
+    assert isinstance(scores, Node) and isinstance(sinks, Node)
+    while len(shape(sinks)) > 1 and sinks.target in _VIEWS | _PASS_THROUGH:
+        sinks = sinks.all_input_nodes[0]
+    if len(shape(sinks)) != 1:
+        raise MismatchError("softmax attention", "the column joined to the scores is not one number per head", node)
+    return scores, sinks
+
+
+def _uncast(node: Any) -> Node:
+    while node.target in _PASS_THROUGH:
+        node = node.all_input_nodes[0]
+    assert isinstance(node, Node)
+    return node
+
+
+def _is_maximum(node: Any, of: Any) -> bool:
+    """Tell whether a node is the maximum of another along some axis."""
+    if not isinstance(node, Node):
+        return False
+    if node.target is operator.getitem:
+        node = node.all_input_nodes[0]
+    return node.target in (aten.max.dim, aten.amax.default) and node.all_input_nodes[0] is of
 
 
 def _walk_scores(site: Site, logits: Node, content: set[Node]) -> None:
     """Go back from what softmax takes to the product of queries and keys, noting what happens in between."""
     node = logits
-    scale, after_cap = 1.0, False
-    while True:
-        if node.target in _PRODUCT:
-            break
+    while node.target not in _PRODUCT:
         if node.target == aten.baddbmm.default:
             # beta * bias + alpha * (query @ key): the bias is an addend like any other.
             bias, left, right = node.args[:3]
-            beta, alpha = float(node.kwargs.get("beta", 1.0)), float(node.kwargs.get("alpha", 1.0))  # type: ignore[arg-type]
-            assert isinstance(bias, Node)
-            if beta:
-                site.addends.append(bias)
-            site.scale = scale * alpha
-            _set_operands(site, node, left, right)
+            if node.kwargs.get("beta", 1) not in (0, 1):
+                raise MismatchError("softmax attention", "a scaled bias inside baddbmm", node)
+            if node.kwargs.get("beta", 1):
+                site.addends.append(bias)  # type: ignore[arg-type]
+            site.scale *= float(node.kwargs.get("alpha", 1.0))  # type: ignore[arg-type]
+            site.query, site.key, site.key_transposed = left, right, True  # type: ignore[assignment]
             return
         if node.target in _PASS_THROUGH | _VIEWS:
             node = node.all_input_nodes[0]
-        elif node.target in (aten.add.Tensor, aten.add_.Tensor, aten.sub.Tensor):
-            inner, addend = _content_side(node, content)
-            if node.target == aten.sub.Tensor:
-                raise Mismatch("softmax attention", "something is subtracted from the scores", node)
-            if after_cap is False and site.softcap:
-                raise Mismatch("softmax attention", "a bias is added before the soft-cap", node)
-            if addend is not None:
-                site.addends.append(addend)
-            node = inner
+        elif node.target == aten.add.Tensor:
+            if site.softcap or site.scale != 1.0:
+                raise MismatchError("softmax attention", "a bias is added before the scaling or soft-cap", node)
+            node, addend = _content_side(node, content)
+            site.addends += [addend] if addend is not None else []
         elif node.target in _MASKING:
             site.maskings.append(node)
             node = _masked_operand(node, content)
-        elif node.target in (aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar):
-            operand, factor = _scalar_factor(node, content)
-            tanh = operand
-            while tanh.target in _PASS_THROUGH:
-                tanh = tanh.all_input_nodes[0]
-            if tanh.target == aten.tanh.default:
-                site.softcap, after_cap = factor, True
-                node = tanh.all_input_nodes[0]
-                inner, inner_factor = _scalar_factor(node, content)
-                if abs(inner_factor * factor - 1.0) > 1e-4:
-                    raise Mismatch("softmax attention", "soft-cap divides and multiplies by different numbers", node)
-                node = inner
-                if site.addends or site.maskings:
-                    after_cap = True
-            else:
-                if site.addends or (site.maskings and scale != 1.0):
-                    # A factor inside an addition scales only the scores, which is what is wanted here.
-                    pass
-                scale *= factor
-                node = operand
+        elif node.target in _SCALINGS:
+            node = _scaling_or_cap(site, node, content)
         else:
-            raise Mismatch("softmax attention", f"{_name(node)} between the scores and softmax", node)
-    site.scale = scale
-    _set_operands(site, node, node.args[0], node.args[1])
+            raise MismatchError("softmax attention", f"{_name(node)} between the scores and softmax", node)
+    site.query, site.key, site.key_transposed = node.args[0], node.args[1], True  # type: ignore[assignment]
 
 
-def _set_operands(site: Site, product: Node, left: Any, right: Any) -> None:
-    site.scores, site.query, site.key, site.key_transposed = product, left, right, True
+def _scaling_or_cap(site: Site, node: Node, content: set[Node]) -> Node:
+    """Note ``x * c``, or ``tanh(x / c) * c``, and return x."""
+    operand, factor = _scalar_factor(node, content)
+    tanh = _uncast(operand)
+    if tanh.target != aten.tanh.default:
+        site.scale *= factor
+        return operand
+    inner, inner_factor = _scalar_factor(tanh.all_input_nodes[0], content)
+    if site.softcap or site.scale != 1.0 or abs(inner_factor * factor - 1.0) > 1e-4:
+        raise MismatchError("softmax attention", "soft-cap divides and multiplies by different numbers", node)
+    site.softcap = factor
+    return inner
 
 
 def _name(node: Node) -> str:
@@ -251,10 +252,11 @@ def _name(node: Node) -> str:
 
 
 def _content_side(node: Node, content: set[Node]) -> tuple[Node, Node | None]:
-    first, second = node.args[0], node.args[1]
+    first: Any = node.args[0]
+    second: Any = node.args[1]
     if isinstance(first, Node) and first in content:
         if isinstance(second, Node) and second in content:
-            raise Mismatch("softmax attention", "a bias that depends on the tokens is added to the scores", node)
+            raise MismatchError("softmax attention", "a bias that depends on the tokens is added to the scores", node)
         return first, second if isinstance(second, Node) else None
     assert isinstance(second, Node)
     return second, first if isinstance(first, Node) else None
@@ -263,17 +265,17 @@ def _content_side(node: Node, content: set[Node]) -> tuple[Node, Node | None]:
 def _masked_operand(node: Node, content: set[Node]) -> Node:
     inside = [source for source in node.all_input_nodes if source in content]
     if len(inside) != 1:
-        raise Mismatch("softmax attention", "the mask depends on the tokens", node)
+        raise MismatchError("softmax attention", "the mask depends on the tokens", node)
     return inside[0]
 
 
 def _scalar_factor(node: Node, content: set[Node]) -> tuple[Node, float]:
     """Split ``x * c`` or ``x / c`` into x and the factor.
 
-    Raises :class:`Mismatch` when the other operand is no number.
+    Raises :class:`MismatchError` when the other operand is no number.
     """
-    if node.target not in (aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar):
-        raise Mismatch("softmax attention", f"{_name(node)} where a scaling is expected", node)
+    if node.target not in _SCALINGS:
+        raise MismatchError("softmax attention", f"{_name(node)} where a scaling is expected", node)
     first, second = node.args[0], node.args[1]
     if not isinstance(first, Node):
         first, second = second, first
@@ -282,7 +284,7 @@ def _scalar_factor(node: Node, content: set[Node]) -> tuple[Node, float]:
             first, second = second, first
         constant = _constant(second)
         if constant is None:
-            raise Mismatch("softmax attention", "scores are scaled by a tensor", node)
+            raise MismatchError("softmax attention", "scores are scaled by a tensor", node)
         second = constant
     assert isinstance(first, Node) and isinstance(second, int | float)
     return first, float(1.0 / second if node.target in (aten.div.Tensor, aten.div.Scalar) else second)
@@ -290,15 +292,13 @@ def _scalar_factor(node: Node, content: set[Node]) -> tuple[Node, float]:
 
 def _constant(node: Any) -> float | None:
     """Return the number behind a scalar tensor made in the graph (``full``, ``scalar_tensor``, a 0-d constant)."""
-    from memc.raising.evaluate import Unknown, evaluate
-
     if not isinstance(node, Node) or shape(node) not in ((), (1,)):
         return None
     module = node.graph.owning_module
     try:
         assert module is not None
         return float(evaluate(module, [node], {})[0])
-    except (Unknown, ValueError, RuntimeError):
+    except (UnknownValueError, ValueError, RuntimeError):
         return None
 
 
@@ -326,9 +326,6 @@ def fold_scale(site: Site) -> Site:
             shared |= len(trail.users) > 1
         setattr(site, name, node)
     return site
-
-
-_SCALINGS = {aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar}
 
 
 def _number(node: Node) -> float | None:

@@ -8,7 +8,7 @@ import torch
 from torch.fx import Graph, Node
 
 from memc.infer import fill_in
-from memc.raising.evaluate import is_symbolic, shape
+from memc.raising.evaluate import shape
 
 aten = torch.ops.aten
 
@@ -39,10 +39,3 @@ def transpose(graph: Graph, node: Node, first: int, second: int) -> Node:
         if [int(axis) % rank for axis in order] == swapped:  # type: ignore[arg-type]
             return source
     return call(graph, aten.transpose.int, node, first, second, like=node)
-
-
-def sized(graph: Graph, node: Node, sizes: list[Any], like: Node | None = None) -> Node:
-    """Reshape, leaving out the call when the shape is already that."""
-    if [None if is_symbolic(size) else size for size in shape(node)] == sizes:
-        return node
-    return call(graph, aten.reshape.default, node, sizes, like=like or node)

@@ -11,9 +11,9 @@ from torch.fx import Node
 
 from memc.blocks import Alibi, Bidirectional, Causal, Chunked, OtherBias, OtherMask, Prefix, RelativeBias, SlidingWindow
 from memc.infer import fill_in
-from memc.raising.attention import SDPA, Mismatch, Site
-from memc.raising.build import call, sized, transpose
-from memc.raising.evaluate import Unknown, hints, is_symbolic, shape
+from memc.raising.attention import SDPA, MismatchError, Site
+from memc.raising.build import call, transpose
+from memc.raising.evaluate import UnknownValueError, hints, is_symbolic, shape
 from memc.raising.masks import Scores, classify, constants_of
 from memc.raising.probe import Probe
 from memc.raising.rotary import raise_rotary
@@ -66,7 +66,7 @@ def operands(probe: Probe, site: Site, content: set[Node]) -> Operands:
             if plain is not key.args[0]:
                 key = call(graph, key.target, plain, *key.args[1:], like=key, **key.kwargs)
     if hints(key)[1] != hints(value)[1]:
-        raise Mismatch("grouped-query attention", "key and value have different numbers of heads", site.output)
+        raise MismatchError("grouped-query attention", "key and value have different numbers of heads", site.output)
     return Operands(query, key, value)
 
 
@@ -75,7 +75,7 @@ def split_heads(probe: Probe, node: Node) -> Node:
     if len(shape(node)) == 4:
         return node
     if len(shape(node)) != 3:
-        raise Mismatch("attention", f"operand of {len(shape(node))} axes", node)
+        raise MismatchError("attention", f"operand of {len(shape(node))} axes", node)
     graph = probe.module.graph
     batch_input, axis = probe.input_of("B")
     heads = hints(node)[0] // hints(batch_input)[axis]
@@ -87,7 +87,7 @@ def split_heads(probe: Probe, node: Node) -> Node:
 
 
 def unrepeat(probe: Probe, node: Node, heads: int) -> Node:
-    """Return the node before its heads were repeated for grouped queries, as ``[B, G, S, D]``; ``node`` if they were not.
+    """Return the node before its heads were repeated for grouped queries, as ``[B, G, S, D]``, or ``node`` itself.
 
     Settled by evaluation: head ``h`` of the repeated tensor must hold head ``h // (H // G)`` of the other.
     """
@@ -121,7 +121,7 @@ def _repeats(probe: Probe, candidate: Node, node: Node, groups: int) -> bool:
     codes = torch.arange(float(torch.Size(source_shape).numel())).reshape(source_shape)
     try:
         repeated = probe.run(node, {candidate: codes}, sizes)
-    except (Unknown, RuntimeError):
+    except (UnknownValueError, RuntimeError):
         return False
     plain = _heads_first(probe, candidate, codes, groups)
     return plain is not None and torch.equal(repeated, plain.repeat_interleave(repeated.shape[1] // groups, dim=1))
@@ -320,13 +320,15 @@ def _bias_node(probe: Probe, site: Site) -> Node | None:
     if site.output.target == SDPA:
         mask = site.mask
         if mask is None:
-            raise Mismatch("sdpa", "is_causal without a mask where queries and keys differ", site.output)
+            raise MismatchError("sdpa", "is_causal without a mask where queries and keys differ", site.output)
         if mask.meta["val"].dtype == torch.bool:
             return _where(graph, mask, site.output)
         return mask
     if site.maskings:
         # The masked entries are what softmax's input is when the scores are zero.
-        raise Mismatch("softmax attention", "masked_fill with a mask that is neither causal nor bidirectional", site.output)
+        raise MismatchError(
+            "softmax attention", "masked_fill with a mask that is neither causal nor bidirectional", site.output
+        )
     total: Node | None = None
     for addend in site.addends:
         total = addend if total is None else call(graph, aten.add.Tensor, total, addend, like=site.output)

@@ -16,7 +16,7 @@ from memc.program import get_tensor
 aten = torch.ops.aten
 
 
-class Unknown(Exception):
+class UnknownValueError(Exception):
     """A subgraph depends on a value that nobody fed, such as a parameter without its weights."""
 
 
@@ -73,7 +73,7 @@ def evaluate(
     """Compute the values of ``targets`` given the values of ``feeds``.
 
     ``replace`` maps integer constants to others, wherever they stand as a positional argument.
-    Raises :class:`Unknown` when a value is needed that is neither fed nor held by the module.
+    Raises :class:`UnknownValueError` when a value is needed that is neither fed nor held by the module.
     """
     wanted = list(targets)
     needed = ancestors(wanted, feeds)
@@ -91,13 +91,13 @@ def evaluate(
             if node.op == "get_attr":
                 tensor = get_tensor(module, str(node.target))
                 if isinstance(tensor, FakeTensor) or tensor.is_meta:
-                    raise Unknown(str(node.target))
+                    raise UnknownValueError(str(node.target))
                 values[node] = tensor.detach()
             elif node.op == "call_function":
                 args = map_arg(torch.fx.node.map_aggregate(node.args, constant), values.__getitem__)
                 values[node] = node.target(*args, **map_arg(node.kwargs, values.__getitem__))
             else:
-                raise Unknown(node.name)
+                raise UnknownValueError(node.name)
     return [values[node] for node in wanted]
 
 

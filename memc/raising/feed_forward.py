@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from memc.raising.evaluate import Unknown, content_nodes, evaluate, hints, shape
+from memc.raising.evaluate import UnknownValueError, content_nodes, evaluate, hints, shape
 
 aten = torch.ops.aten
 
@@ -57,7 +57,7 @@ _ELEMENTWISE = {
     aten.neg.default,
 }
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -125,7 +125,7 @@ def _see_through(node: Node) -> Node:
 
 
 def _projections(entry: Node, content: set[Node]) -> list[Node]:
-    """Return the linear ops that elementwise ops and views lead back to, in graph order; empty when anything else is met."""
+    """Return the linear ops that elementwise ops and views lead back to, in graph order; empty if others are met."""
     found: list[Node] = []
     seen: set[Node] = set()
     stack = [entry]
@@ -196,12 +196,10 @@ def _run(module: GraphModule, entry: Node, feeds: dict[Node, Tensor]) -> Tensor 
         rank = len(shape(node))
         made[node] = values.reshape([1] * (rank - 1) + [-1])
     for placeholder in module.graph.find_nodes(op="placeholder"):
-        made[placeholder] = torch.zeros(
-            [1] * len(shape(placeholder)), dtype=placeholder.meta["val"].dtype
-        )
+        made[placeholder] = torch.zeros([1] * len(shape(placeholder)), dtype=placeholder.meta["val"].dtype)
     try:
         value: Tensor = evaluate(module, [entry], made)[0]
-    except (Unknown, RuntimeError, IndexError):
+    except (UnknownValueError, RuntimeError, IndexError):
         return None
     return value.flatten()
 

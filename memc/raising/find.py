@@ -30,7 +30,7 @@ from memc.blocks import (
 )
 from memc.dialect import arguments
 from memc.program import Program, get_tensor
-from memc.raising.evaluate import Unknown, evaluate, hints, shape
+from memc.raising.evaluate import UnknownValueError, evaluate, hints, shape
 from memc.raising.feed_forward import LINEAR, find_feed_forward, linear_input
 
 aten = torch.ops.aten
@@ -106,7 +106,9 @@ def _attention(program: Program) -> Iterator[AttentionBlock]:
         cross = "query" in sources and "key" in sources and sources["query"] is not sources["key"]
         shared = seen.get(key)
         seen.setdefault(key, f"layer {layer}")
-        hidden = linear_input(projections["query"].node) if len(set(sources.values())) == 1 and len(sources) == 3 else None
+        hidden = (
+            linear_input(projections["query"].node) if len(set(sources.values())) == 1 and len(sources) == 3 else None
+        )
         rotary = _rotary(key)
         yield AttentionBlock(
             layer=layer,
@@ -261,7 +263,7 @@ def _rows(module: GraphModule, linear: Node, node: Node) -> tuple[int, ...] | No
         feeds[placeholder] = torch.zeros(sizes, dtype=placeholder.meta["val"].dtype)
     try:
         rows = tuple(int(code) for code in evaluate(module, [node], feeds)[0].flatten())
-    except (Unknown, RuntimeError, IndexError):
+    except (UnknownValueError, RuntimeError, IndexError):
         return None
     return None if rows == tuple(range(width)) else rows
 

@@ -61,22 +61,27 @@ def classify(
     for constant in sorted(set(constants)):
         if constant <= _LENGTHS[-1] - 2:
             continue
-        if constant <= _LARGEST_LENGTH:
-            wide = _at_lengths(lambda tokens: matrix(tokens, {}), (constant + 3,), causal_hint)
-            if not isinstance(wide.mask, Causal):
-                return Scores(wide.mask, found.bias)
-            continue
-        stand_in = {constant: _STAND_IN}
-        small = _at_lengths(lambda tokens, swap=stand_in: matrix(tokens, swap), (17,), causal_hint)
-        shift = constant - _STAND_IN
-        match small.mask:
-            case SlidingWindow(size):
-                return Scores(SlidingWindow(size + shift), found.bias)
-            case Chunked(size):
-                return Scores(Chunked(size + shift), found.bias)
-            case _:
-                continue
+        mask = _mask_beyond(matrix, constant, causal_hint)
+        if not isinstance(mask, Causal):
+            return Scores(mask, found.bias)
     return found
+
+
+def _mask_beyond(matrix: Callable[[int, dict[int, int]], Tensor], constant: int, causal_hint: bool) -> Mask:
+    """Classify past the length that a constant names: at that length, or with a small number in its place."""
+    try:
+        if constant <= _LARGEST_LENGTH:
+            return _at_lengths(lambda tokens: matrix(tokens, {}), (constant + 3,), causal_hint).mask
+        small = _at_lengths(lambda tokens: matrix(tokens, {constant: _STAND_IN}), (17,), causal_hint).mask
+    except (RuntimeError, IndexError):
+        # The constant is a size that the subgraph cannot do without: no window hides behind it.
+        return Causal()
+    match small:
+        case SlidingWindow(size):
+            return SlidingWindow(size + constant - _STAND_IN)
+        case Chunked(size):
+            return Chunked(size + constant - _STAND_IN)
+    return Causal()
 
 
 def _at_lengths(matrix: Callable[[int], Tensor], lengths: Iterable[int], causal_hint: bool) -> Scores:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,12 +15,22 @@ from memc.program import InputSpec, get_tensor
 from memc.raising.evaluate import ancestors, evaluate, hint, shape
 
 
+@dataclass(frozen=True)
+class RotaryForm:
+    """How channels are rotated: ``inv_freq [R/2]`` float64, pairing and scaling."""
+
+    inv_freq: Tensor
+    interleaved: bool
+    scaling: float
+
+
 class Probe:
     """A raw program's graph with its inputs, ready to evaluate subgraphs at any batch and length."""
 
     def __init__(self, module: GraphModule, inputs: tuple[InputSpec, ...]) -> None:
         """Take the graph as it stands; it may be edited afterwards."""
         self.module = module
+        self.rotary_forms: dict[str, RotaryForm | None] = {}
         self.specs = dict(zip(module.graph.find_nodes(op="placeholder"), inputs, strict=False))
 
     def node(self, role: str) -> Node | None:
@@ -89,7 +100,7 @@ class Probe:
     ) -> Tensor:
         """Evaluate one node with some values fed and the inputs filled in.
 
-        Raises ``Unknown`` where a parameter's value is needed and there is none.
+        Raises ``UnknownValueError`` where a parameter's value is needed and there is none.
         """
         result: Tensor = evaluate(self.module, [node], {**self.feeds(sizes, positions), **feeds}, replace)[0]
         return result

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from memc.raising.build import call
-from memc.raising.evaluate import Unknown, ancestors, content_nodes, hints, is_symbolic, shape
+from memc.raising.evaluate import UnknownValueError, ancestors, content_nodes, hints, is_symbolic, shape
 from memc.raising.probe import Probe
 
 aten = torch.ops.aten
@@ -20,8 +20,8 @@ _INTEGERS = (torch.int64, torch.int32)
 def rebase(probe: Probe) -> tuple[int | None, list[tuple[Node, str]]]:
     """Make the graph depend on ``positions`` alone.
 
-    Returns the number of learned absolute positions (None when there are none) and the nodes that cannot be rebased, with
-    the reason; those keep the program from running a sequence in pieces.
+    Returns the number of learned absolute positions (None when there are none) and the nodes that cannot be
+    rebased, with the reason; those keep the program from running a sequence in pieces.
     """
     module, graph = probe.module, probe.module.graph
     positions = probe.node("positions")
@@ -37,7 +37,11 @@ def rebase(probe: Probe) -> tuple[int | None, list[tuple[Node, str]]]:
     for node in graph.nodes:
         if node.op != "call_function" or node not in content:
             continue
-        bad += [(source, "computed from the number of tokens") for source in _static(node, content) if _from_length(probe, source)]
+        bad += [
+            (source, "computed from the number of tokens")
+            for source in _static(node, content)
+            if _from_length(probe, source)
+        ]
         if reason := mixes_tokens(probe, node):
             bad.append((node, reason))
     return limit, bad
@@ -111,7 +115,7 @@ def _position_offset(probe: Probe, index: Node) -> int | None:
     for tokens in (5, 9):
         try:
             seen = probe.run(index, {}, {"B": 2, "T": tokens})
-        except (Unknown, RuntimeError, IndexError):
+        except (UnknownValueError, RuntimeError, IndexError):
             return None
         if seen.shape[-1] != tokens:
             return None
@@ -140,8 +144,8 @@ def _cuts_at_length(probe: Probe, node: Node) -> bool:
 
 _REDUCTIONS = {
     "cumsum", "cumprod", "sum", "mean", "amax", "amin", "max", "min", "softmax", "_softmax", "log_softmax", "flip",
-    "roll", "sort", "argmax", "argmin", "var", "std", "conv1d", "convolution", "logcumsumexp", "scaled_dot_product_attention",
-    "_fused_sdp_choice", "index_select", "select", "narrow",
+    "roll", "sort", "argmax", "argmin", "var", "std", "conv1d", "convolution", "logcumsumexp", "index_select", "select",
+    "scaled_dot_product_attention", "narrow",
 }  # fmt: skip
 
 
@@ -172,5 +176,5 @@ def mixes_tokens(probe: Probe, node: Node) -> str | None:
     dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
     if dims is None:
         return f"{name} over all tokens"
-    axes = {int(dim) % len(shape(source)) for dim in (dims if isinstance(dims, list | tuple) else [dims])}  # type: ignore[arg-type, call-overload]
+    axes = {int(dim) % len(shape(source)) for dim in (dims if isinstance(dims, list | tuple) else [dims])}  # type: ignore[arg-type]
     return f"{name} over the tokens" if axes & token_axes else None

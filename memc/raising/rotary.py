@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
 from memc.raising.build import call, transpose
-from memc.raising.evaluate import Unknown, ancestors, evaluate, hints, is_symbolic, shape
-from memc.raising.probe import Probe
+from memc.raising.evaluate import UnknownValueError, ancestors, evaluate, hints, is_symbolic, shape
+from memc.raising.probe import Probe, RotaryForm
 
 aten = torch.ops.aten
 
@@ -53,17 +52,8 @@ _TOLERANCE = 2e-5
 _PROBED = 12
 
 
-@dataclass(frozen=True)
-class RotaryForm:
-    """How channels are rotated: ``inv_freq [R/2]`` float64, pairing and scaling."""
-
-    inv_freq: Tensor
-    interleaved: bool
-    scaling: float
-
-
 def raise_rotary(probe: Probe, node: Node, content: set[Node]) -> Node:
-    """Return ``memc::rotary`` in place of the subgraph that ends in ``node [B,H,T,D]``, or ``node`` where there is none."""
+    """Return ``memc::rotary`` in place of the subgraph that ends in ``node [B,H,T,D]``, or ``node`` itself."""
     positions = probe.node("positions")
     if positions is None:
         return node
@@ -73,7 +63,10 @@ def raise_rotary(probe: Probe, node: Node, content: set[Node]) -> Node:
         tokens_first = _tokens_first(source)
         if tokens_first is None or hints(source)[3] != hints(node)[3]:
             continue
-        form = _fit(probe, source, node, tokens_first)
+        region = _signature(source, node, static)
+        if region not in probe.rotary_forms:
+            probe.rotary_forms[region] = _fit(probe, source, node, tokens_first)
+        form = probe.rotary_forms[region]
         if form is None:
             continue
         graph = probe.module.graph
@@ -83,7 +76,7 @@ def raise_rotary(probe: Probe, node: Node, content: set[Node]) -> Node:
             with node.meta["val"].fake_mode:
                 frequencies.meta["val"] = torch.empty(form.inv_freq.shape)
             plain = transpose(graph, source, 1, 2) if tokens_first else source
-            rotated = call(
+            return call(
                 graph,
                 torch.ops.memc.rotary.default,
                 plain,
@@ -93,7 +86,6 @@ def raise_rotary(probe: Probe, node: Node, content: set[Node]) -> Node:
                 scaling=form.scaling,
                 like=node,
             )
-        return rotated
     return node
 
 
@@ -114,6 +106,19 @@ def _candidates(node: Node, content: set[Node]) -> Iterator[tuple[Node, set[Node
                 frontier.add(source)
             elif isinstance(source.meta.get("val"), Tensor):
                 static.add(source)
+
+
+def _signature(source: Node, node: Node, static: set[Node]) -> str:
+    """Describe the region from ``source`` to ``node`` so that layers which rotate alike are probed once."""
+    region = ancestors([node], {source, *static})
+    names = {source: "x", **{each: each.name for each in static}}
+    lines = [str(hints(source)[2:])]
+    for each in node.graph.nodes:
+        if each in region:
+            names[each] = f"n{len(names)}"
+            arguments = torch.fx.node.map_arg((each.args, each.kwargs), lambda other: names.get(other, other.name))
+            lines.append(f"{each.target}{arguments}")
+    return "\n".join(lines)
 
 
 def _tokens_first(source: Node) -> bool | None:
@@ -137,7 +142,7 @@ def _matrices(probe: Probe, source: Node, node: Node, tokens_first: bool, positi
         generator = torch.Generator().manual_seed(0)
         random = torch.randn(unit.shape, generator=generator)
         mixed = probe.run(node, {source: random}, sizes, positions)
-    except (Unknown, RuntimeError, IndexError):
+    except (UnknownValueError, RuntimeError, IndexError):
         return None
     if result.dim() != 4 or result.shape[-1] != width:
         return None
@@ -202,14 +207,14 @@ def _refine(
 
 
 def _frequency_name(probe: Probe, form: RotaryForm, static: set[Node]) -> str:
-    """Return the name of the model's own frequency buffer where it has one, else of a new one with the fitted values."""
+    """Return the name of the model's own frequency buffer, or of a new one with the fitted values."""
     module = probe.module
     for candidate in ancestors(static):
         if candidate.op != "get_attr":
             continue
         try:
             value = evaluate(module, [candidate], {})[0]
-        except Unknown:
+        except UnknownValueError:
             continue
         if (
             value.dtype == torch.float32

@@ -48,7 +48,13 @@ def raise_linear(module: GraphModule) -> None:
 def _transposed_parameter(node: object) -> Node | None:
     if not isinstance(node, Node) or node.op != "call_function" or len(shape(node)) != 2:
         return None
-    if node.target not in (aten.t.default, aten.transpose.int, aten.numpy_T.default, aten.permute.default, aten.mT.default):
+    if node.target not in (
+        aten.t.default,
+        aten.transpose.int,
+        aten.numpy_T.default,
+        aten.permute.default,
+        aten.mT.default,
+    ):
         return None
     source = node.all_input_nodes[0]
     return source if source.op == "get_attr" else None

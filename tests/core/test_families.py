@@ -1,4 +1,4 @@
-"""Every promised family: all blocks found with the right facts, and the raised program computes what the original does."""
+"""Every promised family: all blocks found with the right facts, and the raised program computes the same logits."""
 
 from __future__ import annotations
 
@@ -86,9 +86,7 @@ EXPECTED = {
     "torch_mha": _plain("relu"),
 }
 
-DECODERS = [
-    name for name in FAMILIES if name not in ("bert", "roberta", "distilbert", "vit", "t5", "torch_encoder")
-]
+DECODERS = [name for name in FAMILIES if name not in ("bert", "roberta", "distilbert", "vit", "t5", "torch_encoder")]
 
 
 @cache
@@ -148,8 +146,19 @@ def test_blocks_are_found_with_the_right_facts(name: str) -> None:
 
 def test_encoder_decoder_blocks_are_told_apart() -> None:
     attention = attention_blocks(raised("t5")[0])
-    assert [block.kind for block in attention] == ["attention"] * 3 + ["cross_attention", "attention", "cross_attention"]
-    assert [type(block.mask) for block in attention] == [Bidirectional, Bidirectional, Causal, Bidirectional, Causal, Bidirectional]
+    assert [block.kind for block in attention] == ["attention"] * 3 + [
+        "cross_attention",
+        "attention",
+        "cross_attention",
+    ]
+    assert [type(block.mask) for block in attention] == [
+        Bidirectional,
+        Bidirectional,
+        Causal,
+        Bidirectional,
+        Causal,
+        Bidirectional,
+    ]
     assert [isinstance(block.bias, RelativeBias) for block in attention] == [True, True, True, False, True, False]
     assert not any(block.streamable for block in attention)
 

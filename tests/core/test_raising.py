@@ -1,0 +1,202 @@
+"""Raising: masks by evaluation, idioms, near misses with their source line, and planning without weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from memc.blocks import (
+    Alibi,
+    AttentionBlock,
+    Bidirectional,
+    Causal,
+    Chunked,
+    FeedForwardBlock,
+    Mask,
+    OtherMask,
+    Prefix,
+    RelativeBias,
+    SlidingWindow,
+)
+from memc.capture import capture
+from memc.raising import Raised, raise_program
+from memc.raising.masks import classify, classify_bias, classify_mask
+
+VOCAB, WIDTH, HEADS, LIMIT = 31, 24, 3, 64
+
+
+def allowed(mask: Mask, tokens: int) -> Tensor:
+    query, key = torch.arange(tokens)[:, None], torch.arange(tokens)[None, :]
+    causal = key <= query
+    match mask:
+        case Causal():
+            return causal
+        case SlidingWindow(size):
+            return causal & (query - key < size)
+        case Chunked(size):
+            return causal & (query // size == key // size)
+        case Prefix(size):
+            return causal | ((query < size) & (key < size))
+        case _:
+            return torch.ones(tokens, tokens, dtype=torch.bool)
+
+
+@given(st.sampled_from([SlidingWindow, Chunked, Prefix]), st.integers(2, 9))
+def test_every_mask_is_named_by_its_values(kind: Callable[[int], Mask], size: int) -> None:
+    assert classify_mask(allowed(kind(size), 17)) == kind(size)
+
+
+@given(st.integers(0, 16), st.integers(0, 16))
+def test_one_wrong_entry_is_no_known_mask(row: int, column: int) -> None:
+    values = allowed(SlidingWindow(6), 17)
+    values[row, column] ^= True
+    found = classify_mask(values)
+    assert isinstance(found, OtherMask) or torch.equal(allowed(found, 17), values)
+
+
+@pytest.mark.parametrize("size", [5, 300, 4096, 131072])
+@pytest.mark.parametrize("kind", [SlidingWindow, Chunked])
+def test_windows_too_wide_to_evaluate_are_found(kind: Callable[[int], Mask], size: int) -> None:
+    def matrix(tokens: int, replace: dict[int, int]) -> Tensor:
+        mask = allowed(kind(replace.get(size, size)), tokens)
+        return torch.where(mask, 0.0, -torch.inf)[None]
+
+    found = classify(matrix, {size}, causal_hint=False)
+    assert (found.mask, found.bias) == (kind(size), None)
+
+
+def test_biases_are_named_by_their_values() -> None:
+    tokens, slopes = 9, torch.tensor([0.5, 0.25])
+    query, key = torch.arange(tokens)[:, None], torch.arange(tokens)[None, :]
+    causal = allowed(Causal(), tokens).expand(2, -1, -1)
+    distance = slopes[:, None, None] * (key - query)
+    assert classify_bias(distance, causal) == Alibi((0.5, 0.25))
+    # The same up to what is added to a whole row, as in models that use the key's position alone.
+    assert classify_bias(slopes[:, None, None] * key.expand(tokens, tokens), causal) == Alibi((0.5, 0.25))
+    assert isinstance(classify_bias(distance**2, causal), RelativeBias)
+    assert classify_bias(torch.zeros(2, tokens, tokens), causal) is None
+
+
+class Tiny(nn.Module):
+    """One attention block with a replaceable score function, and one feed-forward block."""
+
+    def __init__(self, scores: Callable[[Tensor], Tensor], activation: Callable[[Tensor], Tensor] = torch.relu) -> None:
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(VOCAB, WIDTH), nn.Embedding(LIMIT, WIDTH)
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.up, self.down = nn.Linear(WIDTH, 40), nn.Linear(40, WIDTH)
+        self.head = nn.Linear(WIDTH, VOCAB)
+        self.sinks = nn.Parameter(torch.randn(HEADS))
+        self.scores, self.activation = scores, activation
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        batch, length = tokens.shape
+        x = self.tokens(tokens) + self.places(positions)
+        q, k, v = self.qkv(x).view(batch, length, HEADS, 3, -1).permute(3, 0, 2, 1, 4).unbind(0)
+        probabilities = self.scores(self, q @ k.transpose(-1, -2) / math.sqrt(8))
+        x = x + self.out((probabilities @ v).transpose(1, 2).reshape(batch, length, WIDTH))
+        return self.head(x + self.down(self.activation(self.up(x))))
+
+
+def causal_softmax(module: Tiny, scores: Tensor) -> Tensor:
+    length = scores.shape[-1]
+    mask = torch.ones(length, length, dtype=torch.bool).tril()
+    return scores.masked_fill(~mask, -torch.inf).softmax(-1)
+
+
+def with_sinks(module: Tiny, scores: Tensor) -> Tensor:
+    length = scores.shape[-1]
+    scores = scores.masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), -1e30)
+    column = module.sinks.reshape(1, -1, 1, 1).expand(scores.shape[0], -1, length, 1)
+    joined = torch.cat([scores, column], dim=-1)
+    joined = joined - joined.max(dim=-1, keepdim=True).values
+    return joined.softmax(-1)[..., :-1]
+
+
+def capped(module: Tiny, scores: Tensor) -> Tensor:
+    return causal_softmax(module, 5.0 * torch.tanh(scores / 5.0))
+
+
+def squared(module: Tiny, scores: Tensor) -> Tensor:
+    return causal_softmax(module, scores * scores)
+
+
+def token_dependent(module: Tiny, scores: Tensor) -> Tensor:
+    return causal_softmax(module, scores + scores.mean(dim=1, keepdim=True))
+
+
+def raise_tiny(scores: Callable[..., Tensor], **options: object) -> tuple[Raised, Tiny, tuple[Tensor, Tensor]]:
+    torch.manual_seed(0)
+    module = Tiny(scores, **options).eval()  # type: ignore[arg-type]
+    tokens = torch.randint(0, VOCAB, (2, 7))
+    inputs = (tokens, torch.arange(7).expand(2, 7).contiguous())
+    return raise_program(capture(module, inputs)), module, inputs
+
+
+@pytest.mark.parametrize("scores", [causal_softmax, with_sinks, capped])
+def test_written_out_attention_is_raised(scores: Callable[..., Tensor]) -> None:
+    result, module, inputs = raise_tiny(scores)
+    block = next(block for block in result.blocks if isinstance(block, AttentionBlock))
+    assert (result.near_misses, block.mask, block.num_heads, block.head_dim) == ((), Causal(), HEADS, 8)
+    assert block.scale == pytest.approx(8**-0.5)
+    assert block.softcap == (5.0 if scores is capped else None)
+    assert (block.sink_logits is not None) == (scores is with_sinks)
+    assert block.projections["key"].rows == tuple(h * 24 + 8 + c for h in range(HEADS) for c in range(8))
+    with torch.no_grad():
+        torch.testing.assert_close(result.program.run(inputs[0]), module(*inputs), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("scores", "reason"),
+    [(squared, "scaled by a tensor"), (token_dependent, "depends on the tokens")],
+)
+def test_a_near_miss_names_the_idiom_the_difference_and_the_line(scores: Callable[..., Tensor], reason: str) -> None:
+    result, _, _ = raise_tiny(scores)
+    assert not result.program.raised
+    miss = next(miss for miss in result.near_misses if miss.nearest == "softmax attention")
+    assert reason in miss.reason
+    assert miss.source.startswith("test_raising.py:")
+
+
+def test_tokens_mixed_outside_attention_are_rejected() -> None:
+    result, _, _ = raise_tiny(causal_softmax, activation=lambda x: torch.relu(x).cumsum(dim=1))
+    assert not result.program.raised
+    assert any("cumsum" in miss.reason for miss in result.near_misses)
+
+
+@pytest.mark.parametrize(
+    ("activation", "name"),
+    [
+        (torch.relu, "relu"),
+        (lambda x: torch.relu(x) ** 2, "relu2"),
+        (nn.functional.silu, "silu"),
+        (lambda x: x * torch.sigmoid(1.702 * x), "quick_gelu"),
+        (lambda x: 0.5 * x * (1 + torch.erf(x / math.sqrt(2))), "gelu"),
+    ],
+)
+def test_activations_are_named_by_their_values(activation: Callable[[Tensor], Tensor], name: str) -> None:
+    result, _, _ = raise_tiny(causal_softmax, activation=activation)
+    block = next(block for block in result.blocks if isinstance(block, FeedForwardBlock))
+    assert (block.activation, block.hidden) == (name, 40)
+
+
+def test_raising_leaves_the_raw_program_alone() -> None:
+    torch.manual_seed(0)
+    tokens = torch.randint(0, VOCAB, (2, 7))
+    inputs = (tokens, torch.arange(7).expand(2, 7).contiguous())
+    raw = capture(Tiny(causal_softmax).eval(), inputs)
+    before = str(raw.module.graph)
+    raise_program(raw)
+    assert str(raw.module.graph) == before
+
+
+def test_bidirectional_attention_is_found_as_such() -> None:
+    result, _, _ = raise_tiny(lambda module, scores: scores.softmax(-1))
+    block = next(block for block in result.blocks if isinstance(block, AttentionBlock))
+    assert (block.mask, block.streamable) == (Bidirectional(), False)
