@@ -52,7 +52,8 @@ def window_memory(
     A query at position p reads a key at position j of its own sequence when j <= p and (p - j < ``window`` or
     j < ``sinks``). Positions of one sequence rise by one from token to token. Returns
     0. the output ``[B,H,T,E]``, 0 for padding,
-    1. the log-sum-exp of each row's scores ``[B,H,T]`` float32 (sink logits included; 0 for padding),
+    1. the log-sum-exp of each row's scores ``[B,H,T]`` (sink logits included; 0 for padding) in float32, or in float64
+       when the query is,
     2. to 4. the token that left the window when this one came: key ``[B,G,T,D]``, value ``[B,G,T,E]`` (zeros when there
        is none) and position ``[B,T]``: p - ``window`` when that is at least ``sinks``, else -1,
     5. to 7. the next state.
@@ -63,7 +64,7 @@ def window_memory(
     batch, heads, tokens, _ = query.shape
     return (
         query.new_empty(batch, heads, tokens, value.shape[3]),
-        torch.empty(batch, heads, tokens, dtype=torch.float32, device=query.device),
+        torch.empty(batch, heads, tokens, dtype=torch.promote_types(query.dtype, torch.float32), device=query.device),
         torch.empty(key.shape, dtype=key.dtype, device=key.device),
         torch.empty(value.shape, dtype=value.dtype, device=value.device),
         torch.empty(positions.shape, dtype=positions.dtype, device=positions.device),

@@ -1,0 +1,136 @@
+"""Run a loaded program in torch, host arrays in and out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.fx.node import map_aggregate
+
+from memc.artifact import Manifest
+from memc.backend import Runner, RunState
+from memc.errors import MemcError
+from memc.program import Program
+
+Array = npt.NDArray[np.generic]
+
+
+class EagerState(RunState):
+    """The states of a batch as tensors, by input name. Growing ones are as long as what they hold."""
+
+    def __init__(self, batch: int, tensors: dict[str, Tensor]) -> None:
+        """Take the states of ``batch`` sequences."""
+        self.batch = batch
+        self.tensors = tensors
+
+    def copy(self) -> EagerState:
+        """Return an independent copy."""
+        return EagerState(self.batch, {name: value.clone() for name, value in self.tensors.items()})
+
+    def select(self, rows: list[int]) -> EagerState:
+        """Return a copy of some rows of the batch, in this order, repeats allowed."""
+        return EagerState(len(rows), {name: value[rows] for name, value in self.tensors.items()})
+
+    def arrays(self) -> dict[str, Array]:
+        """Return every state by its input name; bfloat16, which numpy lacks, as float32."""
+        return {name: to_array(value) for name, value in self.tensors.items()}
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of memory that the states take."""
+        return sum(value.numel() * value.element_size() for value in self.tensors.values())
+
+
+class EagerRunner(Runner):
+    """A program and the device it runs on."""
+
+    def __init__(self, program: Program, manifest: Manifest, device: str = "cpu") -> None:
+        """Move the program to ``device``; the program belongs to the runner from then on."""
+        self.program, self.manifest, self.device = program, manifest, torch.device(device)
+        if self.device.type != "cpu":
+            _move(program, self.device)
+        program.module.requires_grad_(False)
+
+    def new_state(self, batch: int, capacity: int | None = None) -> EagerState:
+        """Allocate fresh states. Growing ones start empty and have no fixed capacity."""
+        fresh = self.program.new_state(batch, self.device)
+        return EagerState(batch, {spec.name: value for spec, value in zip(self.program.states, fresh, strict=True)})
+
+    def restore(self, arrays: Mapping[str, Array], capacity: int | None = None) -> EagerState:
+        """Rebuild a state from ``RunState.arrays``.
+
+        Raises ``MemcError`` E208 when a state is missing or the arrays are another model's.
+        """
+        tensors: dict[str, Tensor] = {}
+        batches = set()
+        for spec in self.program.states:
+            value = arrays.get(spec.name)
+            if value is None or not _fits(value.shape, spec.shape):
+                found = "missing" if value is None else f"of shape {list(value.shape)}, not {list(spec.shape)}"
+                hint = "use a state that this artifact saved"
+                raise MemcError("E208", f"state {spec.name} is {found}", where=self.manifest.source, next=hint)
+            tensors[spec.name] = torch.tensor(value, dtype=spec.dtype, device=self.device)
+            batches.add(value.shape[0])
+        if len(batches) > 1:
+            raise MemcError("E208", f"states disagree on the batch: {sorted(batches)}", where=self.manifest.source)
+        return EagerState(batches.pop() if batches else 1, tensors)
+
+    def run(
+        self,
+        tokens: npt.NDArray[np.int64],
+        positions: npt.NDArray[np.int64],
+        state: RunState,
+        keep: npt.NDArray[np.int64] | None = None,
+        fetched: Mapping[str, Array] | None = None,
+    ) -> npt.NDArray[np.float32]:
+        """Run ``tokens [B,T]`` at ``positions [B,T]`` and advance ``state`` in place; see :class:`memc.backend.Runner`.
+
+        Raises ``MemcError`` E208 when an input of the program is not given.
+        """
+        if not isinstance(state, EagerState):
+            raise TypeError(f"a state of the eager backend, not {type(state).__name__}")
+        given: dict[str, Any] = dict(fetched or {})
+        inputs = []
+        for spec in self.program.inputs:
+            value = {"tokens": tokens, "positions": positions}.get(spec.role, given.get(spec.name))
+            if value is None:
+                raise MemcError("E208", f"the program's input {spec.name!r} is not given", where=self.manifest.source)
+            inputs.append(torch.tensor(value, dtype=spec.dtype, device=self.device))
+        with torch.no_grad():
+            results = self.program(*inputs, *(state.tensors[spec.name] for spec in self.program.states))
+            logits = results[0]
+            if keep is not None:
+                logits = logits[:, torch.tensor(keep, dtype=torch.int64, device=self.device)]
+        after = results[len(self.program.outputs) :]
+        state.tensors = {spec.name: value for spec, value in zip(self.program.states, after, strict=True)}
+        array: npt.NDArray[np.float32] = logits.float().cpu().numpy()
+        return array
+
+
+def to_array(value: Tensor) -> Array:
+    """Copy a tensor to a host array; bfloat16, which numpy lacks, becomes float32."""
+    value = value.detach().cpu()
+    array: Array = (value.float() if value.dtype == torch.bfloat16 else value).numpy().copy()
+    return array
+
+
+def _fits(sizes: tuple[int, ...], shape: tuple[int | str, ...]) -> bool:
+    return len(sizes) == len(shape) and all(
+        isinstance(want, str) or size == want for size, want in zip(sizes, shape, strict=True)
+    )
+
+
+def _move(program: Program, device: torch.device) -> None:
+    """Move parameters, and the tensors that the graph makes on its own, to ``device``."""
+    program.module.to(device)
+
+    def change(item: Any) -> Any:
+        return device if isinstance(item, torch.device) else item
+
+    for node in program.module.graph.nodes:
+        node.args, node.kwargs = map_aggregate(node.args, change), map_aggregate(node.kwargs, change)
+    program.module.recompile()

@@ -1,0 +1,10 @@
+"""Implementations of the dialect's ops: importing this package registers all of them with torch.
+
+One folder an op: ``reference.py`` is readable torch that runs on any device, ``README.md`` its maths.
+"""
+
+from __future__ import annotations
+
+from memc.kernels import attention, full_attention, linear_memory, norm, rotary, window_memory
+
+__all__ = ["attention", "full_attention", "linear_memory", "norm", "rotary", "window_memory"]

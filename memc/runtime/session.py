@@ -1,0 +1,327 @@
+"""Session: a loaded artifact. Logits, states that go on where they were left, generation; numpy only."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Unpack, overload
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from memc.artifact import Manifest, read_manifest
+from memc.backend import Runner, RunState
+from memc.errors import MemcError
+from memc.plugins import load_plugin
+from memc.runtime.generate import Conversation, GenerateOptions, Generation, generate, one_prompt, stream
+from memc.runtime.sampling import at_least
+from memc.runtime.text import Text
+
+F32 = npt.NDArray[np.float32]
+I64 = npt.NDArray[np.int64]
+Ids = npt.NDArray[np.integer] | Sequence[int] | Sequence[Sequence[int]] | Sequence[npt.NDArray[np.integer]]
+"""Token ids: ``[B,T]``, or one list a row, of any lengths, or the ids of a single row."""
+
+CHUNK = 256
+STATE_SCHEMA = "memc.state/1"
+
+
+def load(out: str | Path, *, threads: int | None = None, verify: bool = False, chunk: int = CHUNK) -> Session:
+    """Load the artifact in folder ``out``.
+
+    ``threads`` of the backend, None for its own choice; ``verify`` checks the digest of every file; ``chunk`` is the
+    number of tokens per call when a longer sequence is run. Raises ``MemcError``: E309 no artifact, E402 a digest
+    differs, E202 or E602 the backend is unknown or missing, E200 ``threads`` or ``chunk`` below 1.
+    """
+    if threads is not None:
+        at_least("threads", threads, 1)
+    at_least("chunk", chunk, 1)
+    folder = Path(out)
+    manifest = read_manifest(folder, verify=verify)
+    runner: Runner = load_plugin("memc.backends", manifest.backend)().load(folder, manifest, threads)
+    return Session(folder, manifest, runner, chunk=chunk)
+
+
+@dataclass
+class SessionState:
+    """What a batch of sequences remembers: the backend's states, tokens seen by each row, each row's last logits.
+
+    A session advances it in place; ``Session.fork`` makes an independent copy. ``lengths [B]`` int64;
+    ``last [B,vocab]`` float32, None before the first token. ``capacity`` is the most tokens a row may have, None for
+    no limit.
+    """
+
+    run: RunState
+    lengths: I64
+    last: F32 | None = None
+    capacity: int | None = None
+
+    @property
+    def batch(self) -> int:
+        """Number of sequences."""
+        return len(self.lengths)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of memory that the backend's states take."""
+        return self.run.bytes
+
+
+class Session:
+    """A loaded artifact, ready to run.
+
+    Long inputs run ``chunk`` tokens at a time and only the logits that are asked for are computed, so a prompt of any
+    length takes the memory of one chunk. Nothing here imports torch.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, runner: Runner, *, chunk: int = CHUNK) -> None:
+        """Wrap what ``load`` loaded."""
+        self.folder = folder
+        self.manifest = manifest
+        self.runner = runner
+        self.chunk = chunk
+        self.text = Text(folder)
+
+    @property
+    def capacity(self) -> int | None:
+        """Most tokens that one sequence may have, None for no limit."""
+        return self.manifest.capacity
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of a text. Raises ``MemcError`` E308 without a tokenizer."""
+        return self.text.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of token ids, special tokens left out. Raises ``MemcError`` E308 without a tokenizer."""
+        return self.text.decode(ids)
+
+    def logits(self, ids: Ids, *, fetched: Mapping[str, npt.NDArray[np.generic]] | None = None) -> F32:
+        """Return the logits ``[B,T,vocab]`` float32 of every token, from an empty state.
+
+        T is the longest row's length; past a shorter row's end the logits are 0. ``fetched`` as in
+        ``logit_chunks``. Raises ``MemcError``: E205 an empty row, E206 a row past the capacity, E200 an id outside the
+        vocabulary.
+        """
+        rows = self._rows(ids)
+        longest = max(map(len, rows))
+        pieces = [piece for _, piece in self.logit_chunks(rows, fetched=fetched)]
+        out = pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=1)
+        blank = np.arange(longest) >= np.array([[len(row)] for row in rows])
+        if blank.any():
+            out = out.copy()
+            out[blank] = 0
+        return out
+
+    def logit_chunks(
+        self, ids: Ids, *, chunk: int | None = None, fetched: Mapping[str, npt.NDArray[np.generic]] | None = None
+    ) -> Iterator[tuple[int, F32]]:
+        """Yield ``(start, logits [B,C,vocab])`` for one chunk of columns after the other, from an empty state.
+
+        The memory is that of one chunk; what stands at padded columns is undefined. An encoder runs whole, in one
+        piece, as does an input with ``fetched`` (inputs of the role fetched, by name). Raises as ``logits`` does.
+        """
+        rows = self._rows(ids)
+        longest = max(map(len, rows))
+        if not all(map(len, rows)):
+            raise MemcError("E205", f"row {[len(row) for row in rows].index(0)} has no tokens")
+        self._fits(longest, self.capacity)
+        whole = fetched is not None or not self.manifest.decoder
+        width = longest if whole else chunk or self.chunk
+        state = self.runner.new_state(len(rows), longest)
+        zeros = np.zeros(len(rows), np.int64)
+        for start in range(0, longest, width):
+            tokens, positions = _columns(rows, zeros, start, min(start + width, longest))
+            yield start, self.runner.run(tokens, positions, state, None, fetched)
+
+    def new_state(self, batch: int = 1, capacity: int | None = None) -> SessionState:
+        """Make the state of ``batch`` sequences that have seen nothing.
+
+        ``capacity`` is how many tokens growing states have room for; None for all that the artifact allows. Raises
+        ``MemcError``: E208 for an encoder, E206 when the artifact allows fewer, E200 for numbers below 1.
+        """
+        self.require_decoder()
+        at_least("batch", batch, 1)
+        if capacity is not None:
+            self._fits(at_least("capacity", capacity, 1), self.capacity)
+        run = self.runner.new_state(batch, capacity)
+        return SessionState(run, np.zeros(batch, np.int64), None, self._limit(capacity))
+
+    def prefill(self, ids: Ids, state: SessionState) -> F32:
+        """Run the tokens of each row, of any lengths, after what ``state`` has seen; advance it in place.
+
+        Returns the logits ``[B,vocab]`` of each row's last token. A row without tokens stays as it is. Raises
+        ``MemcError``: E205 a row has no token and has seen none, E206 a row gets past the capacity, E200 wrong number
+        of rows or an id outside the vocabulary.
+        """
+        rows = self._rows(ids)
+        if len(rows) != state.batch:
+            raise MemcError("E200", f"{len(rows)} rows of tokens for a state of {state.batch} sequences")
+        sizes = np.array([len(row) for row in rows])
+        total = state.lengths + sizes
+        if not total.all():
+            raise MemcError("E205", f"row {int(total.argmin())} has no tokens")
+        self._fits(int(total[sizes > 0].max(initial=0)), state.capacity)
+        longest = int(sizes.max())
+        for start in range(0, longest, self.chunk):
+            stop = min(start + self.chunk, longest)
+            tokens, positions = _columns(rows, state.lengths, start, stop)
+            ending = np.flatnonzero((sizes > start) & (sizes <= stop))
+            # Only the columns in which a row ends are wanted; one must be named even when none is.
+            keep = np.unique(sizes[ending] - 1 - start) if len(ending) else np.zeros(1, np.int64)
+            logits = self.runner.run(tokens, positions, state.run, keep)
+            if state.last is None:
+                state.last = np.zeros((state.batch, logits.shape[2]), np.float32)
+            state.last[ending] = logits[ending, np.searchsorted(keep, sizes[ending] - 1 - start)]
+        state.lengths = total
+        assert state.last is not None
+        return state.last.copy()
+
+    def step(self, ids: npt.NDArray[np.integer] | Sequence[int], state: SessionState) -> F32:
+        """Run one token of each row, ``ids [B]``, and advance ``state``; -1 leaves a row as it is.
+
+        Returns the logits ``[B,vocab]`` of each row's last token. Raises as ``prefill`` does.
+        """
+        return self.prefill([[] if number == -1 else [int(number)] for number in ids], state)
+
+    @overload
+    def generate(
+        self,
+        prompt: str | list[int] | Conversation,
+        *,
+        state: SessionState | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> Generation: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: list[str] | list[list[int]] | list[Conversation],
+        *,
+        state: SessionState | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> list[Generation]: ...
+
+    def generate(
+        self,
+        prompt: str | list[int] | Conversation | list[str] | list[list[int]] | list[Conversation],
+        *,
+        state: SessionState | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> Generation | list[Generation]:
+        """Continue a prompt, or each of a list of prompts as one batch; the options are in ``GenerateOptions``.
+
+        A prompt is a text, a list of token ids, or with ``chat`` a text of the user or a list of messages. With
+        ``state`` the prompts go on from what it has seen and it is advanced in place; the last token drawn is never
+        fed to it. Returns one ``Generation`` for one prompt, a list for a list. Raises ``MemcError``: E205 empty
+        prompt, E206 prompt and new tokens past the capacity, E208 the artifact is an encoder or has no chat template,
+        E308 text without a tokenizer, E200 an option out of range, E403 logits that are not finite.
+        """
+        if one_prompt(prompt):
+            return generate(self, [prompt], state, options)[0]
+        return generate(self, prompt, state, options)
+
+    def stream(
+        self,
+        prompt: str | list[int] | Conversation,
+        *,
+        state: SessionState | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> Iterator[str]:
+        """Yield the text that ``generate`` would return, piece by piece as it is drawn. Raises as ``generate`` does."""
+        return stream(self, prompt, state, options)
+
+    def fork(self, state: SessionState, rows: list[int] | None = None) -> SessionState:
+        """Return an independent copy of a state, or of some of its rows, in this order, repeats allowed."""
+        run = state.run.copy() if rows is None else state.run.select(rows)
+        chosen = list(range(state.batch)) if rows is None else rows
+        last = None if state.last is None else state.last[chosen]
+        return SessionState(run, state.lengths[chosen], last, state.capacity)
+
+    def save(self, state: SessionState, path: str | Path) -> None:
+        """Write a state to one safetensors file, with the digest of this artifact.
+
+        Raises ``MemcError`` E502 when it cannot be written.
+        """
+        arrays = {f"state.{name}": np.ascontiguousarray(array) for name, array in state.run.arrays().items()}
+        arrays["lengths"] = np.ascontiguousarray(state.lengths)
+        if state.last is not None:
+            arrays["last"] = np.ascontiguousarray(state.last)
+        try:
+            save_file(arrays, path, metadata={"schema": STATE_SCHEMA, "artifact": _digest(self.manifest)})
+        except (SafetensorError, OSError) as error:
+            raise MemcError("E502", f"state cannot be written: {error}", str(path), "give another path") from error
+
+    def load_state(self, path: str | Path, capacity: int | None = None) -> SessionState:
+        """Read a state that ``save`` wrote, with room for ``capacity`` tokens (None: all that the artifact allows).
+
+        Raises ``MemcError``: E309 when the file is missing or holds no state, E402 when another artifact made it, E206
+        when the capacity is less than what it has seen.
+        """
+        try:
+            with safe_open(path, framework="np") as file:
+                metadata = file.metadata() or {}
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        except (SafetensorError, OSError) as error:
+            raise MemcError("E309", f"no session state here: {error}", str(path)) from error
+        if metadata.get("schema") != STATE_SCHEMA or "lengths" not in arrays:
+            schema = metadata.get("schema")
+            raise MemcError("E309", f"file has schema {schema!r}, not {STATE_SCHEMA!r}", str(path))
+        if metadata.get("artifact") != _digest(self.manifest):
+            hint = "load it with the artifact that saved it, or prefill again"
+            raise MemcError("E402", "the state was saved by another artifact", str(path), hint)
+        self.require_decoder()
+        lengths = arrays["lengths"]
+        limit = self._limit(capacity)
+        self._fits(int(lengths.max()), limit)
+        held = {name.removeprefix("state."): array for name, array in arrays.items() if name.startswith("state.")}
+        return SessionState(self.runner.restore(held, capacity), lengths, arrays.get("last"), limit)
+
+    def _limit(self, capacity: int | None) -> int | None:
+        """Return the capacity of a state: the room allocated counts only where a state grows."""
+        grows = any(state.grows is not None for state in self.manifest.states)
+        return capacity if grows and capacity is not None else self.capacity
+
+    def require_decoder(self) -> None:
+        """Raise ``MemcError`` E208 when the artifact is an encoder, which has no next token."""
+        if not self.manifest.decoder:
+            hint = "use Session.logits, or memc inspect"
+            raise MemcError("E208", f"{self.manifest.family} is no decoder: it cannot generate", str(self.folder), hint)
+
+    def _fits(self, tokens: int, capacity: int | None) -> None:
+        if capacity is not None and tokens > capacity:
+            hint = f"memc convert MODEL -o OUT --context {tokens}, or a shorter input"
+            raise MemcError("E206", f"{tokens} tokens are past the capacity of {capacity}", str(self.folder), hint)
+
+    def _rows(self, ids: Ids) -> list[I64]:
+        """Return the ids as one array a row, checked against the vocabulary."""
+        single = len(ids) > 0 and np.ndim(ids[0]) == 0
+        rows = [np.asarray(row, np.int64).reshape(-1) for row in ([ids] if single else ids)]
+        if not rows:
+            raise MemcError("E205", "there are no tokens")
+        limit = self.manifest.vocab_size
+        for index, row in enumerate(rows):
+            bad = row[(row < 0) | (row >= (np.iinfo(np.int64).max if limit is None else limit))]
+            if len(bad):
+                size = "" if limit is None else f" of {limit} tokens"
+                raise MemcError("E200", f"token id {bad[0]} in row {index} is outside of the vocabulary{size}")
+        return rows
+
+
+def _columns(rows: Sequence[I64], lengths: I64, start: int, stop: int) -> tuple[I64, I64]:
+    """Return tokens and positions ``[B, stop - start]`` of some columns; padding, at position -1, is on the right."""
+    tokens = np.zeros((len(rows), stop - start), np.int64)
+    positions = np.full_like(tokens, -1)
+    for index, row in enumerate(rows):
+        piece = row[start:stop]
+        tokens[index, : len(piece)] = piece
+        positions[index, : len(piece)] = lengths[index] + start + np.arange(len(piece))
+    return tokens, positions
+
+
+def _digest(manifest: Manifest) -> str:
+    return hashlib.sha256(json.dumps(manifest.model_dump(by_alias=True), sort_keys=True).encode()).hexdigest()

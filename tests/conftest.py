@@ -1,0 +1,33 @@
+"""What every test shares: one thread, and quick hypothesis runs without a deadline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+torch.set_num_threads(1)
+
+settings.register_profile(
+    "memc",
+    deadline=None,
+    max_examples=15,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("memc")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    """Give every test the same random numbers, whatever ran before it."""
+    torch.manual_seed(0)
+    yield
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    """Random numbers of a test's own."""
+    return torch.Generator().manual_seed(0)

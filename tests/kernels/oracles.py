@@ -1,0 +1,131 @@
+"""Each op written as its dialect page reads: python loops over sequences, heads and tokens, in float64."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Token:
+    """One token that somebody may read."""
+
+    position: int
+    key: Tensor
+    value: Tensor
+
+
+@dataclass
+class Result:
+    """What a loop over tokens gives."""
+
+    out: Tensor
+    lse: Tensor
+    left: list[list[Token | None]] = field(default_factory=list)
+    held: list[list[Token]] = field(default_factory=list)
+
+
+def softmax_row(
+    query: Tensor, read: list[Token], head: int, group: int, p: int, o: dict[str, object]
+) -> tuple[Tensor, float]:
+    """Return one head's output and log-sum-exp of one token."""
+    scores, values = [], []
+    for token in read:
+        score = float(query @ token.key[group]) * float(o["scale"])  # type: ignore[arg-type]
+        cap = float(o.get("softcap", 0.0))  # type: ignore[arg-type]
+        if cap > 0:
+            score = cap * math.tanh(score / cap)
+        if o.get("slopes") is not None:
+            score += float(o["slopes"][head]) * (token.position - p)  # type: ignore[index]
+        scores.append(score)
+        values.append(token.value[group])
+    sink = o.get("sink_logits")
+    every = scores + ([float(sink[head])] if sink is not None else [])  # type: ignore[index]
+    lse = float(torch.logsumexp(torch.tensor(every, dtype=torch.float64), 0))
+    return sum((math.exp(s - lse) * v for s, v in zip(scores, values, strict=True)), torch.zeros_like(values[0])), lse
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, positions: Tensor, past: list[list[Token]], **o: object
+) -> Result:
+    """``memc::attention`` (options window, chunk, prefix) and ``memc::window_memory`` (option sinks beside window)."""
+    batch, heads, tokens, _ = query.shape
+    per_group = heads // key.shape[1]
+    window, chunk = int(o.get("window", 0)), int(o.get("chunk", 0))  # type: ignore[call-overload]
+    prefix, sinks = int(o.get("prefix", 0)), int(o.get("sinks", 0))  # type: ignore[call-overload]
+    result = Result(
+        torch.zeros(batch, heads, tokens, value.shape[3], dtype=torch.float64),
+        torch.zeros(batch, heads, tokens).double(),
+    )
+    for b in range(batch):
+        sequences: list[list[Token]] = [list(past[b])]
+        of_token: list[list[Token] | None] = []
+        for t in range(tokens):
+            p = int(positions[b, t])
+            if p == 0:
+                sequences.append([])
+            if p >= 0:
+                sequences[-1].append(Token(p, key[b, :, t].double(), value[b, :, t].double()))
+            of_token.append(sequences[-1] if p >= 0 else None)
+        left: list[Token | None] = []
+        for t in range(tokens):
+            p, own = int(positions[b, t]), of_token[t]
+            if own is None:
+                left.append(None)
+                continue
+
+            def reads(j: int, p: int = p) -> bool:
+                if j < prefix and p < prefix:
+                    return True
+                if j > p or (chunk and j // chunk != p // chunk):
+                    return False
+                return not window or p - j < window or j < sinks
+
+            left.append(next((x for x in own if x.position == p - window and p - window >= sinks), None))
+            for h in range(heads):
+                read = [x for x in own if reads(x.position)]
+                row = softmax_row(query[b, h, t].double(), read, h, h // per_group, p, o)
+                result.out[b, h, t], result.lse[b, h, t] = row
+        result.left.append(left)
+        result.held.append(sequences[-1])
+    return result
+
+
+def linear_memory(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_decay: Tensor,
+    positions: Tensor,
+    state: Tensor,
+    beta: Tensor | None = None,
+    *,
+    decay_after_write: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """``memc::linear_memory``, differentiable; ``decay_after_write`` plants a fault."""
+    batch, heads, tokens, _ = query.shape
+    groups = key.shape[1]
+    outs, states = [], []
+    for b in range(batch):
+        for g in range(groups):
+            s = state[b, g]
+            for t in range(tokens):
+                p = int(positions[b, t])
+                if p < 0:
+                    outs.append(torch.zeros(heads // groups, value.shape[3], dtype=query.dtype))
+                    continue
+                if p == 0:
+                    s = torch.zeros_like(s)
+                k, v, decay = key[b, g, t], value[b, g, t], torch.exp(log_decay[b, g, t])[:, None]
+                if decay_after_write:
+                    s = decay * (s + torch.outer(k, v))
+                else:
+                    s = decay * s
+                    s = s + (torch.outer(k, v) if beta is None else beta[b, g, t] * torch.outer(k, v - s.T @ k))
+                outs.append(query[b, g * (heads // groups) : (g + 1) * (heads // groups), t] @ s)
+            states.append(s)
+    out = torch.stack(outs).view(batch, groups, tokens, heads // groups, -1).transpose(2, 3).flatten(1, 2)
+    return out, torch.stack(states).view(state.shape)

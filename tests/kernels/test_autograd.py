@@ -1,0 +1,188 @@
+"""Every op: gradients by finite differences in float64, torch's own checks, and no output that is an input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import memc.kernels  # noqa: F401
+from memc.dialect import OPS
+
+B, H, G, T, D, E = 2, 4, 2, 7, 3, 5
+POSITIONS = torch.tensor([[3, 4, -1, 0, 1, 2, -1], [-1, 5, 6, 7, 8, 9, 10]])
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of one op."""
+
+    op: str
+    args: tuple[Any, ...]
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def real(*sizes: int) -> Tensor:
+    return torch.randn(sizes, dtype=torch.float64)
+
+
+def softmax_case(op: str, held: list[list[int]], bias: bool, **options: Any) -> Callable[[], Case]:
+    def make() -> Case:
+        past = torch.tensor(held, dtype=torch.int64)
+        slots = past.shape[1]
+        state = (real(B, G, slots, D), real(B, G, slots, E), past)
+        extra = (real(H), real(H)) if bias else ()
+        return Case(op, (real(B, H, T, D), real(B, G, T, D), real(B, G, T, E), POSITIONS, *state, *extra), options)
+
+    return make
+
+
+def memory_case(channels: int, update: str, tokens: int = T) -> Callable[[], Case]:
+    def make() -> Case:
+        gate = -2 * torch.rand(B, G, tokens, channels, dtype=torch.float64)
+        beta = (torch.rand(B, G, tokens, dtype=torch.float64),) if update == "gated_delta" else ()
+        q, k, v = real(B, H, tokens, D), real(B, G, tokens, D), real(B, G, tokens, E)
+        return Case(
+            "linear_memory", (q, k, v, gate, POSITIONS[:, :tokens], real(B, G, D, E), *beta), {"update": update}
+        )
+
+    return make
+
+
+KEYS = torch.tensor([[0, 1, -1, 2], [-1, -1, -1, -1]])
+CASES: dict[str, Callable[[], Case]] = {
+    "attention": softmax_case("attention", [[0, 1, -1, 2], [2, -1, 3, 4]], True, scale=0.4, window=3, softcap=2.0),
+    "attention-empty": softmax_case("attention", [[], []], False, scale=0.4),
+    "attention-chunk": softmax_case("attention", [[0, 1, -1, 2], [2, -1, 3, 4]], False, scale=0.4, chunk=4),
+    "attention-prefix": softmax_case("attention", [[], []], False, scale=0.4, prefix=2),
+    "window": softmax_case("window_memory", [[0, 1, 2], [0, 3, 4]], True, scale=0.4, window=2, sinks=1, softcap=2.0),
+    "window-long": softmax_case("window_memory", [[2, 0, 1, -1], [4, 1, 2, 3]], False, scale=0.4, window=4),
+    "full": lambda: Case(
+        "full_attention",
+        (real(B, H, T, D), real(B, G, 4, D), real(B, G, 4, E), KEYS, real(H, 1, 4), real(H)),
+        {"scale": 0.4, "softcap": 2.0},
+    ),
+    "full-plain": lambda: Case(
+        "full_attention", (real(B, H, T, D), real(B, G, 4, D), real(B, G, 4, E)), {"scale": 0.4}
+    ),
+    "linear": memory_case(1, "gated"),
+    "linear-channels": memory_case(D, "gated"),
+    "linear-delta": memory_case(1, "gated_delta"),
+    "linear-delta-channels": memory_case(D, "gated_delta"),
+    "linear-one-token": memory_case(1, "gated", 1),
+    "norm": lambda: Case("norm", (real(2, 3, 5), real(5), real(5)), {"eps": 1e-3}),
+    "norm-center": lambda: Case("norm", (real(2, 3, 5), real(5)), {"eps": 1e-3, "center": True}),
+    "rotary": lambda: Case("rotary", (real(B, H, T, 7), POSITIONS, real(2)), {"scaling": 1.3}),
+    "rotary-interleaved": lambda: Case("rotary", (real(B, H, T, 4), POSITIONS, real(2)), {"interleaved": True}),
+}
+
+
+def call(case: Case, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    results = getattr(torch.ops.memc, case.op)(*args, **case.options)
+    return results if isinstance(results, tuple) else (results,)
+
+
+def is_real(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def test_every_op_has_a_case() -> None:
+    assert {make().op for make in CASES.values()} == set(OPS)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_equal_finite_differences(name: str) -> None:
+    case = CASES[name]()
+    leaves = tuple(x.requires_grad_() for x in case.args if is_real(x))
+
+    def function(*values: Tensor) -> tuple[Tensor, ...]:
+        given = iter(values)
+        args = tuple(next(given) if is_real(x) else x for x in case.args)
+        return tuple(y for y in call(case, args) if is_real(y))
+
+    assert torch.autograd.gradcheck(function, leaves)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_opcheck(name: str) -> None:
+    case = CASES[name]()
+    args = tuple(x.float().requires_grad_() if is_real(x) else x for x in case.args)
+    torch.library.opcheck(OPS[case.op].overload, args, case.options)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_outputs_share_no_memory_with_inputs_or_one_another(name: str) -> None:
+    case = CASES[name]()
+    results = call(case, case.args)
+    places = [x.untyped_storage().data_ptr() for x in (*case.args, *results) if isinstance(x, Tensor) and x.numel()]
+    assert len(places) == len(set(places))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_take_the_type_of_their_inputs(name: str) -> None:
+    case = CASES[name]()
+    kept = {"linear_memory": 5}.get(case.op)
+    args = tuple(
+        (x.float() if index == kept else x.bfloat16()).requires_grad_() if is_real(x) else x
+        for index, x in enumerate(case.args)
+    )
+    results = call(case, args)
+    sum((y.float().sum() for y in results if is_real(y)), torch.zeros(())).backward()
+    for x in args:
+        if is_real(x):
+            assert x.grad is not None
+            assert x.grad.dtype == x.dtype
+            assert torch.isfinite(x.grad).all()
+
+
+def test_a_gradient_of_the_wrong_sign_is_found() -> None:
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return torch.ops.memc.norm(x, eps=1e-3)  # type: ignore[no-any-return]
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return -grad
+
+    with pytest.raises(RuntimeError):
+        torch.autograd.gradcheck(Wrong.apply, (real(2, 5).requires_grad_(),))
+
+
+@pytest.mark.parametrize("op", ["attention", "window_memory", "linear_memory"])
+def test_export_serves_every_length(op: str) -> None:
+    state = {"attention": 0, "window_memory": 5}.get(op, 0)
+
+    class Layer(torch.nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, *state: Tensor) -> Any:
+            if op == "linear_memory":
+                return torch.ops.memc.linear_memory(q, k, v, -k.abs(), positions, *state)
+            options = {"window": 4, "sinks": 1} if op == "window_memory" else {}
+            return getattr(torch.ops.memc, op)(q, k, v, positions, *state, scale=0.5, **options)
+
+    def inputs(batch: int, tokens: int, held: int) -> tuple[Tensor, ...]:
+        made = (torch.randn(batch, H, tokens, D), torch.randn(batch, G, tokens, D), torch.randn(batch, G, tokens, D))
+        positions = torch.arange(tokens).expand(batch, tokens).contiguous()
+        if op == "linear_memory":
+            return *made, positions, torch.zeros(batch, G, D, D)
+        slots = torch.zeros(batch, G, held, D)
+        return *made, positions, slots, slots.clone(), torch.full((batch, held), -1)
+
+    b, t, s = (torch.export.Dim.DYNAMIC,) * 3
+    shapes: list[Any] = [{0: b, 2: t}] * 3 + [{0: b, 1: t}]
+    grow = {2: s} if op == "attention" else {}
+    shapes += (
+        [{0: b}] if op == "linear_memory" else [{0: b, **grow}, {0: b, **grow}, {0: b, **({1: s} if grow else {})}]
+    )
+    held = 6 if op == "attention" else state
+    program = torch.export.export(
+        Layer(), inputs(2, 9, held), dynamic_shapes=(*shapes[:4], tuple(shapes[4:])), strict=False
+    )
+    for batch, tokens in ((1, 1), (3, 4)):
+        values = inputs(batch, tokens, 0 if op == "attention" else state)
+        for one, other in zip(program.module()(*values), Layer()(*values), strict=True):
+            torch.testing.assert_close(one, other)
