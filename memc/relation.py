@@ -22,8 +22,8 @@ class Close:
 class Bounded:
     """A measured ``metric`` stays at or under ``budget``; None measures without promising.
 
-    Metrics: ``perplexity_ratio`` (result over original on the verification text), ``perplexity_ratio_to_window`` (result
-    over the ``window`` pass with the same window, sinks and layers), ``kl_mean`` (nats per token).
+    Metrics: ``perplexity_ratio`` (result over original on the verification text), ``perplexity_ratio_to_window``
+    (result over the ``window`` pass with the same window, sinks and layers), ``kl_mean`` (nats per token).
     """
 
     metric: str

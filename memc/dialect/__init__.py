@@ -1,4 +1,4 @@
-"""The dialect: one file an op, each with schema, fake kernel, states, split rule and cost; implementations are in kernels.
+"""The dialect: one file an op, each with schema, fake kernel, states, split rule and cost; kernels implement it.
 
 Importing this package defines the ops; importing ``memc.kernels`` makes them run.
 """

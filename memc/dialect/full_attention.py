@@ -18,8 +18,8 @@ def _cost(a: Mapping[str, Any], context: int) -> Cost:
 
 @define(
     "full_attention",
-    "(Tensor query, Tensor key, Tensor value, Tensor? key_positions=None, Tensor? bias=None, Tensor? sink_logits=None, *,"
-    " float scale, float softcap=0.0) -> Tensor",
+    "(Tensor query, Tensor key, Tensor value,"
+    " Tensor? key_positions=None, Tensor? bias=None, Tensor? sink_logits=None, *, float scale, float softcap=0.0) -> Tensor",
     split_invariant=False,
     depends_on="tokens that come later",
     cost=_cost,
@@ -39,7 +39,8 @@ def full_attention(
 
     ``query [B,H,T,D]``, ``key [B,G,S,D]``, ``value [B,G,S,E]`` -> ``[B,H,T,E]``. Keys at ``key_positions [B,S]`` -1 are
     padding and read by nobody. ``bias``, broadcast to ``[B,H,T,S]``, is added to the scores after ``scale`` and
-    ``softcap``; -inf masks. A row with nothing to read gives 0. ``sink_logits [H]`` join the denominator without a value.
+    ``softcap``; -inf masks. A row with nothing to read gives 0. ``sink_logits [H]`` join the denominator without a
+    value.
     """
     check_heads(query, key, value)
     return query.new_empty(query.shape[0], query.shape[1], query.shape[2], value.shape[3])

@@ -21,8 +21,8 @@ def _cost(a: Mapping[str, Any], context: int) -> Cost:
 
 @define(
     "window_memory",
-    "(Tensor query, Tensor key, Tensor value, Tensor positions, Tensor past_key, Tensor past_value, Tensor past_positions,"
-    " Tensor? slopes=None, Tensor? sink_logits=None, *, float scale, int window, int sinks=0, float softcap=0.0)"
+    "(Tensor query, Tensor key, Tensor value, Tensor positions,"
+    " Tensor past_key, Tensor past_value, Tensor past_positions, Tensor? slopes=None, Tensor? sink_logits=None, *, float scale, int window, int sinks=0, float softcap=0.0)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     states={"past_key": 5, "past_value": 6, "past_positions": 7},
     cost=_cost,
@@ -46,8 +46,8 @@ def window_memory(
     """Attend to the last ``window`` tokens and the first ``sinks`` tokens (StreamingLLM, Xiao et al. 2024).
 
     Arguments as in ``memc::attention``; the state holds N = ``sinks + window`` slots: ``past_key [B,G,N,D]``,
-    ``past_value [B,G,N,E]``, ``past_positions [B,N]`` with -1 for an empty slot. The token at position p lives in slot p
-    when p < ``sinks``, else in slot ``sinks + (p - sinks) % window``.
+    ``past_value [B,G,N,E]``, ``past_positions [B,N]`` with -1 for an empty slot. The token at position p lives in
+    slot p when p < ``sinks``, else in slot ``sinks + (p - sinks) % window``.
 
     A query at position p reads a key at position j of its own sequence when j <= p and (p - j < ``window`` or
     j < ``sinks``). Positions of one sequence rise by one from token to token. Returns
