@@ -103,8 +103,8 @@ class AttentionBlock:
     ``attention`` is the ``memc::attention`` (or ``full_attention``) node; ``query [B, heads, T, head_dim]``,
     ``key`` and ``value [B, kv_heads, T, head_dim]`` are its inputs, after rotary and query-key norms; ``output`` is the
     value ``[B, heads, T, value_dim]`` that goes to the output projection. ``hidden [B, T, width]`` is what query, key
-    and value are projected from, or None when they come from different places. ``query_pre_rotary`` and ``key_pre_rotary`` equal
-    query and key where there is no rotary.
+    and value are projected from, or None when they come from different places. ``query_pre_rotary`` and
+    ``key_pre_rotary`` equal query and key where there is no rotary.
     """
 
     layer: int

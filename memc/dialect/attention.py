@@ -21,7 +21,8 @@ def _cost(a: Mapping[str, Any], context: int) -> Cost:
 @define(
     "attention",
     "(Tensor query, Tensor key, Tensor value, Tensor positions,"
-    " Tensor past_key, Tensor past_value, Tensor past_positions, Tensor? slopes=None, Tensor? sink_logits=None, *, float scale, int window=0, int chunk=0, int prefix=0,"
+    " Tensor past_key, Tensor past_value, Tensor past_positions,"
+    " Tensor? slopes=None, Tensor? sink_logits=None, *, float scale, int window=0, int chunk=0, int prefix=0,"
     " float softcap=0.0) -> (Tensor, Tensor, Tensor, Tensor)",
     states={"past_key": 1, "past_value": 2, "past_positions": 3},
     cost=_cost,
@@ -50,11 +51,11 @@ def attention(
     ``h // (H // G)``. Returns the output ``[B,H,T,E]`` and the state with the new tokens appended (``S + T``).
 
     A query at position p reads a key at position j of its own sequence when j <= p and, where asked,
-    p - j < ``window``, p // ``chunk`` == j // ``chunk``. With ``prefix`` n, tokens at positions < n read
-    one another too.
+    p - j < ``window``, p // ``chunk`` == j // ``chunk``. With ``prefix`` n, tokens at positions < n read one
+    another too.
     Position 0 starts a sequence: what the state held before is marked -1 and read by nobody; so are tokens at
-    position -1 (padding), whose output is 0. Score = ``scale`` q.k, then ``softcap`` tanh(. / softcap) when softcap > 0, then
-    + ``slopes [H]`` (j - p) (ALiBi, Press et al. 2022). ``sink_logits [H]`` join the denominator without a value.
+    position -1 (padding), whose output is 0. Score = ``scale`` q.k, then ``softcap`` tanh(. / softcap) when
+    softcap > 0, then + ``slopes [H]`` (j - p) (ALiBi, Press et al. 2022). ``sink_logits [H]`` join the denominator without a value.
     A ``prefix`` must arrive in one call, since earlier tokens read later ones.
     """
     check_heads(query, key, value)

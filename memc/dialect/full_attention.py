@@ -19,7 +19,8 @@ def _cost(a: Mapping[str, Any], context: int) -> Cost:
 @define(
     "full_attention",
     "(Tensor query, Tensor key, Tensor value,"
-    " Tensor? key_positions=None, Tensor? bias=None, Tensor? sink_logits=None, *, float scale, float softcap=0.0) -> Tensor",
+    " Tensor? key_positions=None, Tensor? bias=None, Tensor? sink_logits=None, *,"
+    " float scale, float softcap=0.0) -> Tensor",
     split_invariant=False,
     depends_on="tokens that come later",
     cost=_cost,

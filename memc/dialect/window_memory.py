@@ -22,7 +22,8 @@ def _cost(a: Mapping[str, Any], context: int) -> Cost:
 @define(
     "window_memory",
     "(Tensor query, Tensor key, Tensor value, Tensor positions,"
-    " Tensor past_key, Tensor past_value, Tensor past_positions, Tensor? slopes=None, Tensor? sink_logits=None, *, float scale, int window, int sinks=0, float softcap=0.0)"
+    " Tensor past_key, Tensor past_value, Tensor past_positions,"
+    " Tensor? slopes=None, Tensor? sink_logits=None, *, float scale, int window, int sinks=0, float softcap=0.0)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     states={"past_key": 5, "past_value": 6, "past_positions": 7},
     cost=_cost,
