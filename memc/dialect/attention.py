@@ -55,8 +55,8 @@ def attention(
     another too.
     Position 0 starts a sequence: what the state held before is marked -1 and read by nobody; so are tokens at
     position -1 (padding), whose output is 0. Score = ``scale`` q.k, then ``softcap`` tanh(. / softcap) when
-    softcap > 0, then + ``slopes [H]`` (j - p) (ALiBi, Press et al. 2022). ``sink_logits [H]`` join the denominator without a value.
-    A ``prefix`` must arrive in one call, since earlier tokens read later ones.
+    softcap > 0, then + ``slopes [H]`` (j - p) (ALiBi, Press et al. 2022). ``sink_logits [H]`` join the denominator
+    without a value. A ``prefix`` must arrive in one call, since earlier tokens read later ones.
     """
     check_heads(query, key, value)
     batch, heads, tokens, _ = query.shape
