@@ -121,7 +121,7 @@ def parse_option(pass_name: str, spec: dataclasses.Field[Any], value: Any) -> An
     """Turn text into the type of the option's default; other values pass through."""
     if not isinstance(value, str) or isinstance(spec.default, str):
         return value if not isinstance(spec.default, str) else format_option(value)
-    kind = type(spec.default)
+    kind: Any = type(spec.default)
     try:
         if kind is bool:
             return {"true": True, "false": False}[value.lower()]

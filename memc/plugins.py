@@ -37,7 +37,7 @@ def load_plugin(group: str, name: str) -> Any:
         raise MemcError("E202", f"unknown {kind} {name!r}", next=did_you_mean(name, points))
     try:
         return points[name].load()
-    except ImportError as error:
+    except (ImportError, AttributeError) as error:
         raise MemcError("E602", f"{kind} {name!r} cannot be imported: {error}", where=points[name].value) from error
 
 

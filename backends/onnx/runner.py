@@ -1,0 +1,225 @@
+"""Runs a lowered file: numpy in, numpy out, states bound in place. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+from onnxruntime.capi import onnxruntime_pybind11_state as errors
+
+from memc.artifact import Manifest
+from memc.backend import Runner, RunState
+from memc.errors import MemcError
+
+Array = npt.NDArray[np.generic]
+
+_LOAD_ERRORS = (
+    errors.Fail,
+    errors.InvalidArgument,
+    errors.InvalidGraph,
+    errors.InvalidProtobuf,
+    errors.NoSuchFile,
+    errors.NotImplemented,
+    errors.RuntimeException,
+)
+
+
+class OnnxState(RunState):
+    """States of a batch: two buffers that take turns for each swapped state, one for each that is updated in place."""
+
+    def __init__(self, runner: OnnxRunner, arrays: dict[str, Array], lengths: npt.NDArray[np.int64]) -> None:
+        """Hold ``arrays`` of every state; ``lengths [B]`` tokens are in the growing ones."""
+        self.batch = len(lengths)
+        self.lengths = lengths
+        self._runner = runner
+        self._arrays = [arrays, {}]
+        self._turn = 0
+        self._bindings: list[Any] = []
+
+    @property
+    def current(self) -> dict[str, Array]:
+        """The arrays that the next call reads, growing ones with all their slots."""
+        return self._arrays[self._turn]
+
+    @property
+    def held(self) -> int:
+        """Tokens that the longest sequence holds in growing states."""
+        return int(self.lengths.max(initial=0))
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all buffers, the ones that wait their turn included."""
+        states = self._runner.manifest.states
+        return sum(self.current[s.input].nbytes * (2 if s.update == "swap" else 1) for s in states)
+
+    def copy(self) -> OnnxState:
+        """Return an independent copy."""
+        return self.select(list(range(self.batch)))
+
+    def select(self, rows: list[int]) -> OnnxState:
+        """Return a copy of some rows, in this order."""
+        chosen = {name: np.ascontiguousarray(array[rows]) for name, array in self.current.items()}
+        return OnnxState(self._runner, chosen, self.lengths[rows])
+
+    def arrays(self) -> dict[str, Array]:
+        """Return a copy of every state, growing ones cut to the tokens of the longest sequence."""
+        return {
+            state.input: (array if state.grows is None else _cut(array, state.grows, self.held)).copy()
+            for state in self._runner.manifest.states
+            for array in (self.current[state.input],)
+        }
+
+    def binding(self) -> Any:
+        """Return the binding of the states for the next call, made on the first one."""
+        if not self._bindings:
+            states = self._runner.manifest.states
+            first = self._arrays[0]
+            self._arrays[1] = {
+                s.input: first[s.input] if s.update == "alias" else np.empty_like(first[s.input]) for s in states
+            }
+            self._bindings = [self._bind(0), self._bind(1)]
+        return self._bindings[self._turn]
+
+    def _bind(self, turn: int) -> Any:
+        binding = self._runner.session.io_binding()
+        for port in self._runner.manifest.outputs:  # bound first: outputs come back in this order
+            binding.bind_output(port.name, "cpu")
+        for state in self._runner.manifest.states:
+            for array, bind, name in (
+                (self._arrays[turn][state.input], binding.bind_input, state.input),
+                (self._arrays[1 - turn][state.input], binding.bind_output, state.output),
+            ):
+                bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        return binding
+
+    def advance(self, positions: npt.NDArray[np.int64]) -> None:
+        """Take the outputs of a finished call for the state."""
+        self._turn = 1 - self._turn
+        reached = positions.max(axis=1) + 1
+        self.lengths = np.where(reached > 0, reached, self.lengths)
+
+
+class OnnxRunner(Runner):
+    """A session on one lowered file."""
+
+    def __init__(self, folder: Path, manifest: Manifest, threads: int | None = None) -> None:
+        """Open the file with ``threads`` threads inside an op (None: the runtime's choice)."""
+        self.folder = folder
+        self.manifest = manifest
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.inter_op_num_threads = 1
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        # A memory that fades passes through subnormal numbers, which are many times slower.
+        options.add_session_config_entry("session.set_denormal_as_zero", "1")
+        path = folder / manifest.lowered
+        try:
+            self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except _LOAD_ERRORS as error:
+            reason = str(error).splitlines()[0]
+            raise MemcError(
+                "E602", f"onnxruntime cannot load the file: {reason}", str(path), "convert again"
+            ) from error
+        by_role = {port.role: port.name for port in manifest.inputs}
+        self._tokens, self._positions, self._keep = by_role["tokens"], by_role["positions"], by_role.get("keep")
+        self._fetched = [port.name for port in manifest.inputs if port.role in ("fetched", "other")]
+        self._logits = manifest.outputs[0].name
+        self._grows = any(state.grows is not None for state in manifest.states)
+
+    def new_state(self, batch: int, capacity: int | None = None) -> OnnxState:
+        """Allocate fresh states; memory of growing ones is touched only as tokens come."""
+        slots = self._capacity(capacity) + 1
+        arrays: dict[str, Array] = {}
+        for state in self.manifest.states:
+            sizes = [batch if n == "B" else slots if n == "S" else int(n) for n in state.shape]
+            filled = np.zeros(sizes, state.dtype)
+            if state.init:
+                filled.fill(state.init)
+            arrays[state.input] = filled
+        return OnnxState(self, arrays, np.zeros(batch, np.int64))
+
+    def restore(self, arrays: Mapping[str, Array], capacity: int | None = None) -> OnnxState:
+        """Rebuild a state; raises ``MemcError`` E208 for arrays of another artifact and E206 past the capacity."""
+        names = [state.input for state in self.manifest.states]
+        if sorted(names) != sorted(arrays):
+            missing = sorted(set(names) ^ set(arrays))
+            raise MemcError("E208", f"the saved state is of another artifact: {', '.join(missing[:3])}", "state")
+        if not names:
+            return self.new_state(1, capacity)
+        fresh = self.new_state(len(arrays[names[0]]), capacity)
+        for state in self.manifest.states:
+            source, target = arrays[state.input], fresh.current[state.input]
+            if state.grows is not None:
+                held = source.shape[state.grows]
+                self._check_capacity(held, target.shape[state.grows] - 1)
+                fresh.lengths = np.full(fresh.batch, held, np.int64)
+                target = _cut(target, state.grows, held)
+            if source.shape != target.shape or source.dtype != target.dtype:
+                raise MemcError("E208", f"the saved state {state.input} has shape {source.shape}, not {target.shape}")
+            target[...] = source
+        return fresh
+
+    def run(
+        self,
+        tokens: npt.NDArray[np.int64],
+        positions: npt.NDArray[np.int64],
+        state: RunState,
+        keep: npt.NDArray[np.int64] | None = None,
+        fetched: Mapping[str, Array] | None = None,
+    ) -> npt.NDArray[np.float32]:
+        """Run new tokens and advance ``state``; see ``Runner.run``.
+
+        Raises ``MemcError`` E206 for a position past the capacity and E208 for a sequence that starts inside a row
+        while states grow, or a fetched input that is missing.
+        """
+        assert isinstance(state, OnnxState)
+        self._check(positions, state)
+        binding = state.binding()
+        columns = np.arange(tokens.shape[1]) if keep is None else keep
+        feeds: dict[str, Array] = {self._tokens: tokens, self._positions: positions}
+        if self._keep is not None:
+            feeds[self._keep] = np.asarray(columns, np.int64)
+        for name in self._fetched:
+            if fetched is None or name not in fetched:
+                raise MemcError("E208", f"the artifact needs the input {name}", "run", f"give fetched[{name!r}]")
+            feeds[name] = fetched[name]
+        for name, array in feeds.items():
+            binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        for port in self.manifest.outputs:
+            binding.bind_output(port.name, "cpu")
+        self.session.run_with_iobinding(binding)
+        logits: npt.NDArray[np.float32] = binding.get_outputs()[0].numpy()
+        state.advance(positions)
+        return logits if self._keep is not None or keep is None else logits[:, keep]
+
+    def _capacity(self, capacity: int | None) -> int:
+        return capacity or self.manifest.capacity or 0
+
+    def _check(self, positions: npt.NDArray[np.int64], state: OnnxState) -> None:
+        if not self._grows:
+            if self.manifest.capacity is not None:
+                self._check_capacity(int(positions.max()) + 1, self.manifest.capacity)
+            return
+        grown = next(s for s in self.manifest.states if s.grows is not None)
+        slots = state.current[grown.input].shape[grown.grows or 0]
+        self._check_capacity(int(positions.max()) + 1, slots - 1)
+        # A buffer has one slot a position: a second sequence in the row would overwrite what the first still reads.
+        if ((positions[:, 1:] == 0) & (np.maximum.accumulate(positions, axis=1)[:, :-1] >= 0)).any():
+            raise MemcError(
+                "E208", "a sequence starts inside a row after another one", "positions", "start it in a call of its own"
+            )
+
+    @staticmethod
+    def _check_capacity(tokens: int, capacity: int) -> None:
+        if tokens > capacity:
+            hint = f"convert with --context {tokens} or more"
+            raise MemcError("E206", f"a sequence of {tokens} tokens is past the capacity of {capacity}", "state", hint)
+
+
+def _cut(array: Array, axis: int, size: int) -> Array:
+    return array[(slice(None),) * axis + (slice(0, size),)]

@@ -1,0 +1,101 @@
+"""Which form each dialect op takes on the installed runtime, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from memc.backend import No, Yes
+from memc.backends.onnx.attend import Scores
+from memc.backends.onnx.capability import has_kernel
+from memc.backends.onnx.functions import Memory
+from memc.dialect import arguments, op_spec
+
+MICROSOFT = "com.microsoft"
+
+
+def shape(node: Node) -> tuple[Any, ...]:
+    """Return the recorded shape of a node's tensor."""
+    return tuple(node.meta["val"].shape)
+
+
+def used_outputs(node: Node) -> set[int]:
+    """Return which outputs of a node with several are read."""
+    return {int(str(user.args[1])) for user in node.users if user.users}
+
+
+def scores(node: Node, a: Mapping[str, Any]) -> Scores:
+    """Read what an attention-like node needs of its scores."""
+    query, value = shape(a["query"]), shape(a["value"])
+    return Scores(
+        heads=query[1],
+        groups=value[1],
+        key_dim=query[3],
+        value_dim=value[3],
+        scale=float(a["scale"]),
+        softcap=float(a["softcap"]),
+        slopes=a.get("slopes") is not None,
+        sink_logits=a["sink_logits"] is not None,
+        bias=a.get("bias") is not None,
+        mask="key_positions" not in a or a["key_positions"] is not None,
+        lse=op_spec(node.target).name == "window_memory" and 1 in used_outputs(node),  # type: ignore[union-attr]
+    )
+
+
+def memory(a: Mapping[str, Any]) -> Memory:
+    """Read the sizes and the rule of a ``linear_memory`` node."""
+    query, state, decay = shape(a["query"]), shape(a["state"]), shape(a["log_decay"])
+    return Memory(query[1], state[1], state[2], state[3], decay[3] == state[2] and decay[3] > 1, str(a["update"]))
+
+
+def plain_reason(s: Scores) -> str | None:
+    """Tell why the Attention op of opset 24 does not serve, or None when it does."""
+    if not has_kernel("Attention"):
+        return "this runtime has no kernel for Attention"
+    needs = (
+        ("its log-sum-exp", s.lse),
+        ("soft-capping", s.softcap),
+        ("slopes", s.slopes),
+        ("sink logits", s.sink_logits),
+    )
+    wanted = [name for name, needed in needs if needed] + (["an additive bias"] if s.bias else [])
+    return f"Attention gives no {' and '.join(wanted)}" if wanted else None
+
+
+def form(node: Node) -> Yes | No:
+    """Tell how a dialect node is lowered on the installed runtime; ``No`` for an op that is not in the table."""
+    spec = op_spec(node.target)
+    if spec is None:
+        return No(f"{node.target} is not a dialect op that this backend knows")
+    a = arguments(node)
+    match spec.name:
+        case "rotary":
+            if has_kernel("RotaryEmbedding"):
+                return Yes("RotaryEmbedding-23, angles computed once")
+            return Yes("Mul, Add: this runtime has no kernel for RotaryEmbedding")
+        case "norm":
+            op = "LayerNormalization" if a["center"] else "RMSNormalization"
+            if a["weight"] is None:
+                return Yes(f"ReduceMean, Sqrt, Div: {op} needs a weight")
+            return Yes(op if has_kernel(op) else f"ReduceMean, Sqrt, Div: this runtime has no kernel for {op}")
+        case "full_attention" | "window_memory":
+            reason = plain_reason(scores(node, a))
+            return Yes("Attention-24 with a mask from positions" if reason is None else f"MatMul, Softmax: {reason}")
+        case "attention":
+            return Yes(
+                "ScatterND in place (slot = position), MatMul, Softmax: GroupQueryAttention takes no batch of several"
+                " new tokens on a held context, and is no faster"
+            )
+        case "linear_memory":
+            if not has_kernel("LinearAttention", MICROSOFT):
+                return Yes("Scan, one step a token: this runtime has no kernel for LinearAttention")
+            return Yes("com.microsoft LinearAttention")
+    return No(f"memc::{spec.name} has no lowered form in this backend")
+
+
+def is_memc(target: object) -> bool:
+    """Tell whether a node's target is of the ``memc::`` namespace, known to the dialect or not."""
+    return isinstance(target, torch._ops.OpOverload) and target.namespace == "memc"

@@ -1,0 +1,33 @@
+"""What the manifest tells somebody who has onnxruntime and not memc."""
+
+from __future__ import annotations
+
+from memc.artifact import State
+
+_START = (
+    "Run {path} with onnxruntime (CPU). Its weights are in the file of the same name with .data, in the same folder.\n"
+    "Feed tokens [B,T] int64 and positions [B,T] int64: the position of each token in its own sequence, counted from "
+    "0; -1 is padding, at the left or the right of a row. Position 0 starts a sequence and clears what the states of "
+    "its row held. Before the first call fill every state with its init: B is the number of sequences. After each call "
+    "feed each state's output back as its input, and go on with the next positions. Any number of tokens may come at "
+    "once."
+)
+
+_KEEP = "keep [K] int64 lists the columns of tokens whose logits are wanted: [T - 1] for the last."
+
+_GROWS = (
+    'States with "grows" are buffers of S slots, S = capacity + 1: slot p holds the token at position p, the last slot '
+    "takes padding. Allocate them once; S must be the same in all. Bound (io_binding) to one buffer as input and "
+    "output they are updated in place; with plain run() they are copied. Positions must stay below capacity, and a "
+    "position 0 may only be the first token of its row in a call."
+)
+
+
+def how_to_run(path: str, states: list[State], keep: bool) -> str:
+    """Write the manifest's ``how_to_run``."""
+    parts = [_START.format(path=path)]
+    if keep:
+        parts.append(_KEEP)
+    if any(state.grows is not None for state in states):
+        parts.append(_GROWS)
+    return "\n".join(parts)

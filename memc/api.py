@@ -1,0 +1,92 @@
+"""What Python callers use, one function for each command: ``memc.inspect`` and ``memc.convert``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from memc.capture import capture_source
+from memc.convert import Request, convert_model
+from memc.cost import predict
+from memc.facts import block_facts, model_facts, near_miss_facts
+from memc.plugins import load_plugin
+from memc.program import Program
+from memc.progress import Progress
+from memc.raising import raise_program
+from memc.recipe import Recipe, load_recipe
+from memc.report.models import CONTEXTS, ConvertDocument, InspectDocument
+from memc.target import get_target
+
+
+def inspect(model: str | Path, *, remote_code: bool = False, contexts: Sequence[int] = CONTEXTS) -> InspectDocument:
+    """Say what is in a model: its blocks, masks and heads, and what a token costs at some ``contexts`` (in tokens).
+
+    Reads the configuration alone where there is one. Raises ``MemcError`` E301 to E305 as capture does.
+    """
+    captured = capture_source(model, remote_code=remote_code, weights=False)
+    raised = raise_program(captured.program)
+    cost = predict(raised.program, get_target("cpu"), contexts)
+    return InspectDocument(
+        model=model_facts(raised.program, remote_code=remote_code),
+        blocks=[block_facts(block, raised.program) for block in raised.blocks],
+        near_misses=near_miss_facts(raised.near_misses),
+        state_bytes=cost.state_bytes,
+        flops_per_token=cost.flops_per_token,
+        flops_by_context=cost.flops_by_context,
+    )
+
+
+def convert(
+    model: str | Path | Program,
+    out: str | Path,
+    *,
+    target: str = "cpu",
+    recipe: str | Recipe | None = None,
+    passes: Sequence[str] = (),
+    backend: str | None = None,
+    weights: str | None = None,
+    context: int | None = None,
+    data: Sequence[str] = (),
+    tokens: int | None = None,
+    dry_run: bool = False,
+    fresh: bool = False,
+    force: bool = False,
+    seed: int | None = None,
+    threads: int | None = None,
+    remote_code: bool = False,
+    contexts: Sequence[int] = CONTEXTS,
+    progress: Progress | None = None,
+) -> ConvertDocument:
+    """Convert a model into the artifact ``out`` and return the document that says what was done.
+
+    ``model`` is what the command line takes, or a program that ``memc.capture`` made.
+    ``recipe`` is a name, a file or a ``Recipe``; None is ``long-context``, or no recipe where ``passes`` are given. The
+    other options replace what the recipe says; ``passes`` come after its own. Raises ``MemcError`` as
+    ``memc.convert.convert_model``, and E201 to E203 for a recipe, pass, target or backend that is not right.
+    """
+    if recipe is None:
+        recipe = Recipe(recipe=1) if passes else "long-context"
+    chosen = load_recipe(recipe) if isinstance(recipe, str) else recipe
+    resolved = chosen.resolved(
+        passes=passes,
+        data=data,
+        tokens=tokens,
+        weights=weights or chosen.weights or "fp32",
+        context=context,
+        seed=seed,
+    )
+    hardware = get_target(target)
+    request = Request(
+        model=model,
+        out=Path(out),
+        recipe=resolved,
+        target=hardware,
+        backend=load_plugin("memc.backends", backend or hardware.backend)(),
+        dry_run=dry_run,
+        fresh=fresh,
+        force=force,
+        threads=threads,
+        remote_code=remote_code,
+        contexts=tuple(contexts),
+    )
+    return convert_model(request, progress)

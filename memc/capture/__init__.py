@@ -1,0 +1,56 @@
+"""Capture: a Hugging Face folder or hub id, GGUF, ``.pt2``, a factory or any ``nn.Module`` becomes a raw program."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from memc.capture.factory import PREFIX, capture_factory
+from memc.capture.gguf_model import capture_gguf
+from memc.capture.hub import download, is_hub_id
+from memc.capture.huggingface import capture_folder
+from memc.capture.module import capture
+from memc.capture.pt2 import capture_pt2
+from memc.capture.source import Captured
+from memc.errors import MemcError
+
+__all__ = ["Captured", "capture", "capture_source"]
+
+
+def capture_source(model: str | Path, *, remote_code: bool = False, weights: bool = True) -> Captured:
+    """Capture whatever ``model`` names.
+
+    ``model`` is a local Hugging Face folder, a hub id ``organisation/name[@revision]``, a ``.gguf`` or ``.pt2`` file,
+    or ``python:package.module:factory``. Folders, hub ids and GGUF give fake parameters and, with ``weights``, the
+    checkpoint that ``memc.weights.materialize`` loads into them; without, no weight is read. The others hold their
+    own values.
+
+    Raises ``MemcError``: E301 not found, E302 unreadable or corrupt, E303 configuration and weights disagree, E304
+    pickled or in need of ``remote_code``, E305 cannot be captured, E308 tokenizer cannot be converted.
+    """
+    text = str(model)
+    path = Path(text).expanduser()
+    if text.startswith(PREFIX):
+        return capture_factory(text)
+    if path.is_dir():
+        return capture_folder(path, text, remote_code=remote_code, weights=weights)
+    if path.is_file():
+        return _capture_file(path, text, weights=weights)
+    if is_hub_id(text) and path.suffix not in (".gguf", ".pt2"):
+        folder = download(text, remote_code=remote_code, weights=weights)
+        return capture_folder(folder, text, remote_code=remote_code, weights=weights)
+    hint = "give a folder, a .gguf or .pt2 file, a hub id organisation/name, or python:package.module:factory"
+    raise MemcError("E301", f"no model at {text!r}", next=hint)
+
+
+def _capture_file(path: Path, text: str, *, weights: bool) -> Captured:
+    match path.suffix:
+        case ".gguf":
+            return capture_gguf(path, text, weights=weights)
+        case ".pt2":
+            return capture_pt2(path, text)
+        case ".bin" | ".pt" | ".pth" | ".pkl" | ".ckpt":
+            hint = "convert it to safetensors where you trust it"
+            raise MemcError("E304", "checkpoint is pickled, which can run code", text, hint)
+        case _:
+            hint = "give the folder that has config.json, a .gguf file or a .pt2 file"
+            raise MemcError("E301", f"a {path.suffix or 'nameless'} file is no model", text, hint)

@@ -1,0 +1,47 @@
+"""``memc bench``."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import click
+
+from memc.cli.console import Console
+from memc.cli.options import POSITIVE, Numbers, declare, out_argument, seed_option, threads_option
+from memc.cli.sessions import open_session
+
+
+@declare(
+    "bench",
+    "memc bench out",
+    "memc bench out --against dense --contexts 512,4096,32768",
+    "memc bench out --threads 1 --json",
+)
+@out_argument
+@click.option("--contexts", type=Numbers(), default="512,4096,32768", show_default=True, help="Prompt lengths.")
+@click.option("--against", metavar="OUT|MODEL", help="Time another artifact or model, in turns.")
+@click.option("--steps", type=POSITIVE, default=24, show_default=True, metavar="N", help="Decode steps to time.")
+@seed_option
+@threads_option
+def command(
+    console: Console,
+    out: str,
+    contexts: list[int],
+    against: str | None,
+    steps: int,
+    seed: int | None,
+    threads: int | None,
+) -> None:
+    """Time prefill and decode after prompts of several lengths.
+
+    With --against the two take turns, so that what else the machine does hits both.
+    """
+    from memc.bench import bench
+    from memc.report.listings import bench_view
+
+    with ExitStack() as stack:
+        sides = {"a": open_session(out, console, stack, threads=threads)}
+        if against is not None:
+            sides["b"] = open_session(against, console, stack, threads=threads)
+        document = bench(sides, contexts, threads=threads, steps=steps, seed=seed or 0, progress=console)
+    console.show(document, lambda: bench_view(document))

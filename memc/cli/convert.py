@@ -1,0 +1,104 @@
+"""``memc convert``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from memc.cli.console import Console
+from memc.cli.options import (
+    POSITIVE,
+    declare,
+    invocation,
+    model_argument,
+    remote_code_option,
+    seed_option,
+    threads_option,
+)
+from memc.errors import MemcError
+
+WEIGHTS = ("fp32", "fp16", "bf16", "int8", "int4")
+
+
+@declare(
+    "convert",
+    "memc convert model.gguf -o out --target cpu --recipe long-context",
+    "memc convert ./my-model -o out --pass window:window=512 --weights int8",
+    "memc convert ./my-model -o out --recipe streaming --dry-run",
+)
+@model_argument
+@click.option("-o", "--out", required=True, metavar="OUT", help="Folder of the artifact.")
+@click.option("--target", default="cpu", show_default=True, help="Hardware to convert for (memc targets).")
+@click.option("--recipe", metavar="NAME|FILE", help="Recipe by name (memc recipes) or file.")
+@click.option("--pass", "passes", multiple=True, metavar="SPEC", help="A pass, after those of the recipe; repeatable.")
+@click.option("--backend", help="Backend, instead of the target's own.")
+@click.option("--weights", type=click.Choice(WEIGHTS), help="Type of the lowered weights.")
+@click.option("--context", type=POSITIVE, metavar="N", help="Capacity of growing states, in tokens.")
+@click.option("--data", multiple=True, metavar="FILE", help="Text to verify on; repeatable.")
+@click.option("--tokens", type=POSITIVE, metavar="N", help="Most tokens of the data to use.")
+@click.option("--dry-run", is_flag=True, help="Print the plan; write nothing.")
+@click.option("--fresh", is_flag=True, help="Start over instead of resuming.")
+@click.option("--force", is_flag=True, help="Replace an OUT that exists.")
+@seed_option
+@threads_option
+@remote_code_option
+def command(
+    console: Console,
+    model: str,
+    out: str,
+    target: str,
+    recipe: str | None,
+    passes: tuple[str, ...],
+    backend: str | None,
+    weights: str | None,
+    context: int | None,
+    data: tuple[str, ...],
+    tokens: int | None,
+    dry_run: bool,
+    fresh: bool,
+    force: bool,
+    seed: int | None,
+    threads: int | None,
+    remote_code: bool,
+) -> None:
+    """Rewrite a model, lower it for a target, and verify the result.
+
+    Without recipe and passes the recipe is long-context. Run again after an interruption it goes on from the last
+    verified pass.
+    """
+    if tokens is not None and not data:
+        raise MemcError("E200", "--tokens bounds --data, which is not given", next="add --data FILE")
+    from memc.doctor import require_backend
+    from memc.recipe import Recipe, load_recipe
+    from memc.target import get_target
+
+    chosen = load_recipe(recipe or "long-context") if recipe or not passes else Recipe(recipe=1)
+    resolved = chosen.resolved(passes=passes)
+    found = get_target(target)
+    require_backend(found, backend)
+    resolved.build()  # an error in a spec is told before the model is read
+    invocation().out = Path(out)
+
+    from memc import api
+    from memc.report.terminal import convert_view
+
+    document = api.convert(
+        model,
+        out,
+        target=target,
+        recipe=resolved,
+        backend=backend,
+        weights=weights,
+        context=context,
+        data=list(data),
+        tokens=tokens,
+        dry_run=dry_run,
+        fresh=fresh,
+        force=force,
+        seed=seed,
+        threads=threads,
+        remote_code=remote_code,
+        progress=console,
+    )
+    console.show(document, lambda: convert_view(document))

@@ -1,0 +1,78 @@
+"""``memc generate``."""
+
+from __future__ import annotations
+
+import click
+
+from memc.cli.console import Console
+from memc.cli.options import NATURAL, POSITIVE, declare, out_argument, seed_option, threads_option
+from memc.errors import MemcError
+from memc.report.text import number, size
+
+
+@declare(
+    "generate",
+    'memc generate out --prompt "Gravity is"',
+    'memc generate out --chat --prompt "Why is the sky blue?" --temperature 0.7 --seed 1',
+    'memc generate out --prompt "Once upon a time" --max-new-tokens 32 --json',
+)
+@out_argument
+@click.option("--prompt", required=True, metavar="TEXT", help="Text to go on from.")
+@click.option("--max-new-tokens", type=POSITIVE, default=128, show_default=True, metavar="N", help="Most new tokens.")
+@click.option("--temperature", type=click.FloatRange(min=0), help="0 takes the likeliest token.")
+@click.option("--top-k", type=NATURAL, help="Draw from the k likeliest tokens.")
+@click.option("--top-p", type=click.FloatRange(0, 1), help="Draw from the likeliest tokens that make up p.")
+@click.option("--chat", is_flag=True, help="Put the prompt into the model's chat template.")
+@seed_option
+@threads_option
+def command(
+    console: Console,
+    out: str,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
+    chat: bool,
+    seed: int | None,
+    threads: int | None,
+) -> None:
+    """Continue a prompt with a converted model.
+
+    The text goes to stdout as it is drawn; tokens per second and bytes of state go to stderr.
+    """
+    if not prompt.strip():
+        raise MemcError("E205", "the prompt is empty", "--prompt", "give at least one word")
+    from memc import runtime
+    from memc.report.models import GenerateDocument
+
+    session = runtime.load(out, threads=threads)
+    result = session.generate(
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        chat=chat,
+        on_text=None if console.json else lambda row, piece: console.text(piece),
+    )
+    if console.json:
+        document = GenerateDocument(
+            artifact=out,
+            prompt=prompt,
+            text=result.text or "",
+            prompt_tokens=result.prompt_tokens,
+            new_tokens=len(result.ids),
+            stopped=result.finish_reason,
+            seed=result.seed,
+            prefill_tokens_per_s=result.timing.prefill_tokens_per_s,
+            decode_tokens_per_s=result.timing.decode_tokens_per_s,
+            state_bytes=result.state_bytes,
+        )
+        console.text(document.to_json() + "\n")
+    else:
+        console.text("\n")
+    rates = f"prefill {number(result.timing.prefill_tokens_per_s)}, decode {number(result.timing.decode_tokens_per_s)}"
+    counts = f"{result.prompt_tokens} + {len(result.ids)} tokens"
+    console.note(f"{counts}; {rates} tokens/s; state {size(result.state_bytes)}; seed {result.seed}")

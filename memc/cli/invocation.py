@@ -1,0 +1,35 @@
+"""What one run of the command line knows, shared by the commands and by the handling of errors."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """Return ``$XDG_CACHE_HOME/memc``, where logs go that have no better place."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "memc"
+
+
+@dataclass
+class Invocation:
+    """One command line. ``out`` is the folder that it makes, whose ``OUT.partial`` takes the log of a failure."""
+
+    argv: list[str]
+    out: Path | None = None
+
+    @property
+    def json(self) -> bool:
+        """Whether stdout takes one JSON document; told from the text, as it counts when the rest does not parse."""
+        options = self.argv[: self.argv.index("--")] if "--" in self.argv else self.argv
+        return "--json" in options
+
+    @property
+    def log_folder(self) -> Path:
+        """Folder for the traceback of a failure."""
+        if self.out is not None:
+            partial = self.out.with_name(self.out.name + ".partial")
+            if partial.is_dir():
+                return partial / "log"
+        return cache_folder() / "log"

@@ -1,0 +1,90 @@
+"""What the commands share: options, arguments, examples, and how a command is declared."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Concatenate, ParamSpec
+
+import click
+
+from memc.cli.console import Console
+from memc.cli.invocation import Invocation
+
+P = ParamSpec("P")
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+COMMON = 3
+"""How many options ``declare`` adds."""
+
+
+class Command(click.Command):
+    """A command whose help ends with examples that can be typed."""
+
+    def __init__(self, *args: Any, examples: tuple[str, ...] = (), **kwargs: Any) -> None:
+        """Make the command; ``examples`` are whole command lines."""
+        super().__init__(*args, **kwargs)
+        self.examples = examples
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the examples, a line each."""
+        formatter.write("\nExamples:\n")
+        for example in self.examples:
+            formatter.write(f"  {example}\n")
+
+
+def declare(name: str, *examples: str) -> Callable[[Callable[Concatenate[Console, P], int | None]], Command]:
+    """Declare a command: its name, three examples, and the options that all have. The function gets its console first.
+
+    The function's docstring is the help text.
+    """
+
+    def decorate(function: Callable[Concatenate[Console, P], int | None]) -> Command:
+        @functools.wraps(function)
+        def call(*args: Any, json: bool, no_color: bool, quiet: bool, **kwargs: Any) -> int | None:
+            return function(Console(json=json, color=not no_color, quiet=quiet), *args, **kwargs)
+
+        decorated: Callable[..., Any] = call
+        for option in (
+            click.option("-q", "--quiet", is_flag=True, help="No progress and notes."),
+            click.option("--no-color", is_flag=True, help="No colour (NO_COLOR does the same)."),
+            click.option("--json", is_flag=True, help="One JSON document on stdout."),
+        ):
+            decorated = option(decorated)
+        made = click.command(name, cls=Command, examples=examples)(decorated)
+        made.params = made.params[COMMON:] + made.params[:COMMON]  # a command's own options come first in its help
+        return made
+
+    return decorate
+
+
+def invocation() -> Invocation:
+    """Return the running command's invocation, a fresh one outside of ``memc`` itself."""
+    found = click.get_current_context().find_object(Invocation)
+    return found if found is not None else Invocation([])
+
+
+class Numbers(click.ParamType[list[int]]):
+    """Positive whole numbers, separated by commas."""
+
+    name = "N,N,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
+        """Split and check."""
+        if isinstance(value, list):
+            return value
+        parts = [part.strip() for part in str(value).split(",")]
+        if not all(part.isdecimal() and int(part) > 0 for part in parts):
+            self.fail(f"{value!r} is not a list of positive numbers like 512,4096", param, ctx)
+        return sorted({int(part) for part in parts})
+
+
+POSITIVE = click.IntRange(min=1)
+NATURAL = click.IntRange(min=0)
+
+model_argument = click.argument("model", metavar="MODEL")
+out_argument = click.argument("out", metavar="OUT")
+remote_code_option = click.option("--remote-code", is_flag=True, help="Run code that comes with the model.")
+threads_option = click.option("--threads", type=POSITIVE, help="Threads of the runtime.")
+seed_option = click.option("--seed", type=NATURAL, help="Seed of everything random.")

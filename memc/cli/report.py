@@ -1,0 +1,97 @@
+"""``memc report`` and ``memc report diff``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from memc.cli.console import Console
+from memc.cli.options import NATURAL, declare
+from memc.errors import MemcError
+
+if TYPE_CHECKING:
+    from memc.report.models import PassReportFile, ReportDocument
+
+
+@declare(
+    "report",
+    "memc report out",
+    "memc report out --pass linearize --layer 7 --why",
+    "memc report diff out1 out2",
+)
+@click.argument("arguments", nargs=-1, required=True, metavar="OUT | diff OUT1 OUT2")
+@click.option("--html", is_flag=False, flag_value="", metavar="[FILE]", help="Write a page (OUT/report/report.html).")
+@click.option("--pass", "pass_name", metavar="NAME", help="Show one pass.")
+@click.option("--layer", type=NATURAL, help="Show one layer of that pass.")
+@click.option("--why", is_flag=True, help="Say why blocks were left alone.")
+def command(
+    console: Console, arguments: tuple[str, ...], html: str | None, pass_name: str | None, layer: int | None, why: bool
+) -> None:
+    """Show what a conversion changed, what it cost and how far the outputs moved; or compare two.
+
+    Reads the report files alone. When OUT is missing, OUT.partial shows how far a conversion came.
+    """
+    from memc.report.read import read_report
+
+    if arguments[0] == "diff" and len(arguments) == 3:
+        _diff(console, *arguments[1:])
+        return
+    if len(arguments) != 1:
+        raise click.UsageError("give one OUT, or: diff OUT1 OUT2", click.get_current_context())
+    if (layer is not None or why) and pass_name is None:
+        raise MemcError("E200", "--layer and --why go with --pass", next="add --pass NAME")
+    document = read_report(Path(arguments[0]))
+    if html is not None:
+        _write_html(console, document, html)
+    elif pass_name is not None:
+        _show_pass(console, _one_pass(document, pass_name), layer, why)
+    else:
+        from memc.report.terminal import report_view
+
+        console.show(document, lambda: report_view(document))
+
+
+def _show_pass(console: Console, item: PassReportFile, layer: int | None, why: bool) -> None:
+    from memc.report.terminal import pass_view
+
+    console.show(item, lambda: pass_view(item, layer=layer, why=why))
+
+
+def _one_pass(document: ReportDocument, name: str) -> PassReportFile:
+    from memc.plugins import did_you_mean
+
+    found = [item for item in document.passes if name in (item.name, item.spec)]
+    if not found:
+        raise MemcError(
+            "E202",
+            f"no pass {name!r} in this report",
+            document.out,
+            did_you_mean(name, [p.name for p in document.passes]),
+        )
+    return found[0]
+
+
+def _write_html(console: Console, document: ReportDocument, html: str) -> None:
+    from memc.report.html import render
+
+    path = Path(html) if html else Path(document.out) / "report" / "report.html"
+    try:
+        path.write_text(render(document), encoding="utf-8")
+    except FileNotFoundError:
+        raise MemcError(
+            "E200", "folder of the page does not exist", str(path), "make it, or give another file"
+        ) from None
+    if console.json:
+        console.text(document.to_json() + "\n")
+    console.note(f"wrote {path}")
+
+
+def _diff(console: Console, a: str, b: str) -> None:
+    from memc.report.diff import diff
+    from memc.report.read import read_report
+    from memc.report.terminal import diff_view
+
+    document = diff(read_report(Path(a)), read_report(Path(b)))
+    console.show(document, lambda: diff_view(document))

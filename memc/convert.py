@@ -1,0 +1,404 @@
+"""A model in, a verified artifact out: capture, raise, passes, lowering, and every check on the way."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from memc import __version__, machine
+from memc.artifact import seal, sha256
+from memc.backend import Backend, LowerOptions
+from memc.capture import Captured, capture_source
+from memc.capture.recast import recast
+from memc.cost import predict
+from memc.errors import MemcError
+from memc.facts import block_facts, check_facts, model_facts, near_miss_facts, op_counts, pass_facts, planned_facts
+from memc.lowering import lower, verify_lowered
+from memc.out_folder import RECIPE, OutFolder, folder_bytes, require_space, resume_key
+from memc.pipeline import Pass
+from memc.plugins import load_kernels
+from memc.program import Program, named_tensors, retie
+from memc.program_io import save_program
+from memc.progress import Progress, Silent
+from memc.raising import Raised, raise_program
+from memc.recipe import Recipe
+from memc.relation import Bounded, Close
+from memc.report.models import (
+    CONTEXTS,
+    CaptureReport,
+    ConvertDocument,
+    Measured,
+    Predicted,
+    RaiseReport,
+    Timing,
+    VerifyReport,
+)
+from memc.run_passes import PassRun, Pipeline, plan_all
+from memc.target import Target
+from memc.verification_text import verification_text
+from memc.verify import (
+    CheckResult,
+    VerificationText,
+    check_relation,
+    finite,
+    noise_floor,
+    require_well_formed,
+    split_invariance,
+    take,
+)
+from memc.weights import materialize, program_dtype
+
+RAISE_TOLERANCE = 1e-4
+"""Most that raising may change a logit, or ten times the noise floor where that is more."""
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Request:
+    """Everything that was asked of a conversion. ``recipe`` is resolved: what the command line adds is in it."""
+
+    model: str | Path | Program
+    out: Path
+    recipe: Recipe
+    target: Target
+    backend: Backend
+    dry_run: bool = False
+    fresh: bool = False
+    force: bool = False
+    threads: int | None = None
+    remote_code: bool = False
+    contexts: tuple[int, ...] = CONTEXTS
+
+    @property
+    def weights(self) -> str:
+        """Type of the lowered weights."""
+        return self.recipe.weights or "fp32"
+
+
+@dataclass
+class Steps:
+    """The steps of a conversion: who watches, and how long each took."""
+
+    progress: Progress
+    seconds: dict[str, float] = field(default_factory=dict)
+    start: float = field(default_factory=time.perf_counter)
+
+    @contextmanager
+    def step(self, name: str, title: str) -> Iterator[None]:
+        """Time one step and show it."""
+        begun = time.perf_counter()
+        with self.progress.step(title):
+            yield
+        self.seconds[name] = time.perf_counter() - begun
+
+    def timing(self, name: str) -> Timing:
+        """Return what a step took, and the peak of memory so far."""
+        return Timing(seconds=self.seconds.get(name, 0.0), peak_rss_bytes=machine.peak_rss_bytes())
+
+
+def convert_model(request: Request, progress: Progress | None = None) -> ConvertDocument:
+    """Convert a model as asked and return the document that says what was done; ``OUT`` is whole or not there.
+
+    Raises ``MemcError``: what capture raises, E204 an output is in the way, E306 the model cannot be raised, E307 a
+    pass matches nothing, E401 or E403 a check fails, E501 or E502 too little memory or disk, E601 the backend refuses.
+    """
+    steps = Steps(progress or Silent())
+    folder = OutFolder(request.out)
+    recipe = request.recipe.to_yaml()
+    if refusal := request.backend.refuses_weights(request.weights, request.target):
+        raise MemcError(
+            "E601", refusal, f"--weights {request.weights}", f"one of: {', '.join(request.backend.weights)}"
+        )
+    passes = request.recipe.build()
+    if not request.dry_run:
+        facts = {"source": _source(request.model), "target": request.target.name, "backend": request.backend.name}
+        folder.refuse_existing(recipe, facts, force=request.force)
+    load_kernels()
+    if request.threads is not None:
+        torch.set_num_threads(request.threads)
+    captured, program, raised = _capture_and_raise(request, steps)
+    document = _plan(request, steps, passes, captured, raised)
+    if request.dry_run:
+        return document
+    _require_memory(program)
+    require_space(request.out, 2 * _bytes(raised.program) + document.predicted.weight_bytes)
+    folder.open(_key(request, recipe, captured), fresh=request.fresh)
+    try:
+        _write_plan(folder, recipe, captured, raised, document, steps)
+        return _Conversion(request, folder, steps, passes, captured, program, raised, document).run()
+    except MemcError as error:
+        folder.write_error(error)
+        raise
+
+
+def _capture_and_raise(request: Request, steps: Steps) -> tuple[Captured, Program, Raised]:
+    with steps.step("capture", f"capture {_source(request.model)}"):
+        captured = _capture(request)
+        program = captured.program
+        if program_dtype(program) in _HALF and _fits_in_float32(program):
+            program = recast(program, torch.float32)
+    with steps.step("raise", "raise"):
+        raised = raise_program(program)
+        require_raised(raised)
+        require_well_formed(raised.program, "after raising")
+    return captured, program, raised
+
+
+def _capture(request: Request) -> Captured:
+    if isinstance(request.model, Program):
+        return Captured(request.model, None, {})
+    return capture_source(request.model, remote_code=request.remote_code, weights=not request.dry_run)
+
+
+def require_raised(raised: Raised) -> None:
+    """Raise ``MemcError`` E306 for a program that does not run on tokens and positions alone, saying why."""
+    program = raised.program
+    roles = [spec.role for spec in program.inputs]
+    if roles != ["tokens", "positions"]:
+        names = ", ".join(spec.name for spec in program.inputs)
+        reason = f"conversion takes models of tokens at positions, this one takes {names}"
+        raise MemcError("E306", reason, program.model.source, "memc inspect MODEL shows its blocks")
+    if program.model.decoder and not program.raised:
+        near = raised.near_misses[0] if raised.near_misses else None
+        reason = f"{near.nearest}: {near.reason}" if near else "an op mixes tokens in an unknown way"
+        where = f"{near.path or near.node} {near.source}".strip() if near else program.model.source
+        raise MemcError("E306", reason, where, "memc inspect MODEL --why")
+
+
+def _plan(request: Request, steps: Steps, passes: list[Pass], captured: Captured, raised: Raised) -> ConvertDocument:
+    """Plan every pass on what the ones before leave, and predict what the result costs."""
+    with steps.step("plan", "plan"):
+        planned, reports = plan_all(passes, raised.program, request.target)
+
+        def cost(program: Program) -> Predicted:
+            return predict(program, request.target, request.contexts, weights=request.weights, threads=request.threads)
+
+        original, predicted = cost(raised.program), cost(planned)
+    return ConvertDocument(
+        out=str(request.out),
+        target=request.target.name,
+        backend=request.backend.name,
+        weights=request.weights,
+        context=request.recipe.context,
+        dry_run=request.dry_run,
+        model=model_facts(raised.program, remote_code=request.remote_code),
+        passes=[planned_facts(report) for report in reports],
+        original=original,
+        predicted=predicted,
+        untrained=any(report.untrained for report in reports),
+        versions={"memc": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        seed=request.recipe.seed,
+        threads=request.threads,
+        remote_code=request.remote_code,
+        warnings=_warnings(request, raised.program),
+        next=[f"memc convert {_source(request.model)} -o {request.out} (without --dry-run)"] if request.dry_run else [],
+    )
+
+
+def _warnings(request: Request, program: Program) -> list[str]:
+    context, limit = request.recipe.context, program.model.max_positions
+    if context is None or limit is None or context <= limit:
+        return []
+    if program.model.absolute_positions:
+        hint = f"--context {limit} or less"
+        raise MemcError(
+            "E206", f"context {context} is past the model's {limit} positions", f"--context {context}", hint
+        )
+    return [f"beyond_trained: context {context} is past the {limit} positions that the model was trained on"]
+
+
+def _write_plan(
+    folder: OutFolder, recipe: str, captured: Captured, raised: Raised, document: ConvertDocument, steps: Steps
+) -> None:
+    assert document.model is not None
+    (folder.partial / RECIPE).write_text(recipe)
+    for path in captured.tokenizer_files:
+        shutil.copyfile(path, folder.partial / path.name)
+    blocks = [block_facts(block, raised.program) for block in raised.blocks]
+    folder.write_report(
+        "00-capture.json",
+        CaptureReport(model=document.model, blocks=blocks, warnings=document.warnings, timing=steps.timing("capture")),
+    )
+    folder.write_report(
+        "01-raise.json",
+        RaiseReport(
+            blocks=blocks,
+            near_misses=near_miss_facts(raised.near_misses),
+            ops=op_counts(raised.program),
+            timing=steps.timing("raise"),
+        ),
+    )
+    folder.write_report("convert.json", document)
+
+
+@dataclass
+class _Conversion:
+    """The part of a conversion that has weights and writes."""
+
+    request: Request
+    folder: OutFolder
+    steps: Steps
+    passes: list[Pass]
+    captured: Captured
+    raw: Program
+    raised: Raised
+    document: ConvertDocument
+
+    def run(self) -> ConvertDocument:
+        with self.steps.step("materialize", "read the weights"):
+            original = self._load(self.raised.program)
+            finite(original)
+        with self.steps.step("text", "verification text"):
+            text = verification_text(self.request.recipe, original, self.folder.partial)
+            floor = noise_floor(original, take(text, 2, 13))
+        with self.steps.step("verify_raise", "verify what was raised"):
+            checks = [self._check_raising(original, text, floor)]
+        pipeline = Pipeline(
+            self.passes,
+            self.request.target,
+            text,
+            floor,
+            {str(metric): budget for metric, budget in self.request.recipe.verify.budgets.items()},
+            self.folder.partial,
+            self.steps.progress,
+        )
+        program, runs = pipeline.run(original)
+        self.steps.seconds |= {run.report.spec: run.report.timing.seconds for run in runs}
+        with self.steps.step("verify", "verify the result"):
+            checks += self._check_result(original, program, text, floor)
+        require_passed(checks)
+        del original
+        return self._lower(program, runs, checks, text, floor)
+
+    def _load(self, program: Program) -> Program:
+        return materialize(program, self.captured.weights) if self.captured.weights is not None else program
+
+    def _check_raising(self, original: Program, text: VerificationText, floor: float) -> CheckResult:
+        relation = Close(max(RAISE_TOLERANCE, 10 * floor), tokens=min(33, text.tokens.numel()))
+        raw = _share(self.raw, original) or self._load(self.raw)
+        check = check_relation(raw, original, relation, text, floor=floor)
+        result = CheckResult("raised_logits", *_fields(check))
+        require_passed([result])
+        return result
+
+    def _check_result(
+        self, original: Program, program: Program, text: VerificationText, floor: float
+    ) -> list[CheckResult]:
+        checks = [split_invariance(program, take(text, 3, 11), floor)]
+        if self.passes and program.model.decoder:
+            budgets = self.request.recipe.verify.budgets
+            for metric in ("perplexity_ratio", "kl_mean"):
+                checks.append(check_relation(original, program, Bounded(metric, budgets.get(metric)), text))
+        return checks
+
+    def _lower(
+        self, program: Program, runs: list[PassRun], checks: list[CheckResult], text: VerificationText, floor: float
+    ) -> ConvertDocument:
+        request, partial = self.request, self.folder.partial
+        options = LowerOptions(request.weights, request.recipe.context, request.threads)
+        with self.steps.step("lower", f"lower with {request.backend.name}"):
+            save_program(program, partial / "program")
+            shutil.rmtree(partial / "lowered", ignore_errors=True)
+            lowered, manifest = lower(program, request.backend, request.target, partial, options)
+        with self.steps.step("verify_lowered", "verify what was lowered"):
+            runner = request.backend.load(partial, manifest, request.threads)
+            checks += verify_lowered(runner, program, text, request.weights, floor)
+            del runner
+        self.steps.seconds["verify"] += self.steps.seconds.pop("verify_lowered")
+        verified = VerifyReport(
+            checks=[check_facts(check) for check in checks],
+            text=text.origin,
+            tokens=text.tokens.numel(),
+            timing=self.steps.timing("verify"),
+        )
+        self.folder.write_report("verify.json", verified)
+        require_passed(checks)
+        self.folder.clean()
+        document = self._describe(program, runs, verified, lowered.forms)
+        self.folder.write_report("convert.json", document)
+        seal(partial, manifest)
+        self.folder.finish()
+        return document
+
+    def _describe(
+        self, program: Program, runs: list[PassRun], verified: VerifyReport, forms: dict[str, str]
+    ) -> ConvertDocument:
+        out = self.request.out
+        measured = Measured(
+            parameters=program.parameter_count,
+            state_bytes={context: program.state_bytes(context) for context in self.request.contexts},
+            peak_rss_bytes=machine.peak_rss_bytes(),
+            disk_bytes=folder_bytes(self.folder.partial),
+            seconds=time.perf_counter() - self.steps.start,
+            steps=dict(self.steps.seconds),
+        )
+        changes: dict[str, Any] = {
+            "passes": [pass_facts(run) for run in runs],
+            "measured": measured,
+            "checks": verified.checks,
+            "verified": verified.passed,
+            "forms": forms,
+            "next": [f"memc generate {out} --prompt TEXT", f"memc report {out}"],
+        }
+        return self.document.model_copy(update=changes)
+
+
+def require_passed(checks: list[CheckResult]) -> None:
+    """Raise ``MemcError`` E401 for the first check that failed, E403 when its value is not finite."""
+    for check in checks:
+        if not check.passed:
+            budget = f", over its budget of {check.budget:.3g}" if check.budget is not None else ""
+            code = "E401" if check.value - check.value == 0 else "E403"
+            reason = f"check {check.name} failed: {check.value:.3g}{budget}"
+            raise MemcError(code, reason, check.detail, "memc report OUT shows what was measured")
+
+
+def _share(raw: Program, original: Program) -> Program | None:
+    """Give the raw program the tensors of the raised one, None when it has others: no second copy of the model."""
+    known = dict(named_tensors(original.module))
+    shared = raw.copy()
+    values = {name: known[name] for name, _ in named_tensors(shared.module) if name in known}
+    if len(values) < len(list(named_tensors(shared.module))):
+        return None
+    retie(shared.module, values)
+    return shared
+
+
+def _fields(check: CheckResult) -> tuple[float, float | None, float | None, bool, str]:
+    return check.value, check.budget, check.noise_floor, check.passed, check.detail
+
+
+def _key(request: Request, recipe: str, captured: Captured) -> str:
+    data = [sha256(Path(path)) for path in request.recipe.data]
+    where = [request.target.name, request.backend.name, str(request.threads)]
+    return resume_key(recipe, captured.program.model.digest, *where, *data)
+
+
+def _source(model: str | Path | Program) -> str:
+    return model.model.source if isinstance(model, Program) else str(model)
+
+
+def _bytes(program: Program) -> int:
+    return sum(value.numel() * value.element_size() for value in program.module.parameters())
+
+
+def _fits_in_float32(program: Program) -> bool:
+    """Tell whether three float32 copies fit: the raw program, the raised one, and what a pass or backend makes."""
+    memory = machine.memory_bytes()
+    return memory is None or 3 * 4 * program.parameter_count < memory - 2_000_000_000
+
+
+def _require_memory(program: Program) -> None:
+    memory, needed = machine.memory_bytes(), _bytes(program)
+    if memory is not None and needed > memory:
+        reason = f"the weights take {needed / 1e9:.1f} GB of memory, this machine has {memory / 1e9:.1f} GB"
+        raise MemcError("E501", reason, program.model.source, "convert on a machine with more memory")

@@ -1,0 +1,194 @@
+"""What a program costs on a target, predicted from its graph: work, bytes, state, time by roofline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from memc import machine
+from memc.dialect import op_spec
+from memc.program import Program, get_tensor
+from memc.report.models import CONTEXTS, Predicted
+from memc.target import Target
+
+aten = torch.ops.aten
+
+# Index of the matrix argument whose second to last (or, for linear, last) axis is summed over.
+_PRODUCTS = {
+    aten.mm.default: 0,
+    aten.bmm.default: 0,
+    aten.matmul.default: 0,
+    aten.linear.default: 0,
+    aten.addmm.default: 1,
+    aten.baddbmm.default: 1,
+}
+_LINEAR = (aten.linear.default, aten.mm.default, aten.addmm.default, aten.matmul.default)
+_GATHERS = (aten.embedding.default, aten.index_select.default)
+
+# Bytes of one weight. Quantised ones come in blocks of 32 with a float32 scale and a zero point.
+WEIGHT_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1 + 4 / 32 + 1 / 32, "int4": 0.5 + 4 / 32 + 0.5 / 32}
+
+# Memory of the process itself, with torch and the runtime loaded, and time of a conversion for one graph node.
+_BASE_RSS = 800_000_000
+_BASE_SECONDS = 10.0
+_NODE_SECONDS = 0.006
+
+
+@dataclass(frozen=True)
+class Work:
+    """Work of one new token of one sequence. ``kernels`` counts launches."""
+
+    flops: float
+    state_bytes_read: float
+    kernels: int
+
+
+def predict(
+    program: Program,
+    target: Target,
+    contexts: Sequence[int] = CONTEXTS,
+    *,
+    weights: str = "fp32",
+    threads: int | None = None,
+) -> Predicted:
+    """Predict the cost of a program on a target.
+
+    Every node must have ``meta['val']`` (``memc.infer.infer``); parameters may be fake. Time per token is the slower of
+    computing and reading at the target's peak rates, plus one launch per kernel; targets without rates get none. The
+    rates of the target ``cpu`` are per core: ``threads`` (default: all cores) multiplies them. Of a mixture of experts
+    every expert counts, so its figures are upper bounds.
+    """
+    kinds = _parameter_kinds(program)
+    weight_bytes = sum(_stored(tensor, kinds.get(name, set()), weights) for name, tensor in _parameters(program))
+    read = sum(_read(tensor, kinds.get(name, set()), weights) for name, tensor in _parameters(program))
+    work = {context: _work(program, context) for context in contexts}
+    bytes_read = {context: read + done.state_bytes_read for context, done in work.items()}
+    source_bytes = sum(tensor.numel() * tensor.element_size() for _, tensor in _parameters(program))
+    decode = {c: _decode_ms(work[c], bytes_read[c], target, weights, threads) for c in contexts}
+    flops = {context: done.flops for context, done in work.items()}
+    return Predicted(
+        parameters=program.parameter_count,
+        flops_per_token=flops[min(flops)] if flops else 0.0,
+        flops_by_context=flops,
+        bytes_read_per_token=bytes_read,
+        decode_ms={context: ms for context, ms in decode.items() if ms is not None},
+        state_bytes={context: program.state_bytes(context) for context in contexts},
+        weight_bytes=int(weight_bytes),
+        peak_rss_bytes=int(_BASE_RSS + 2 * max(source_bytes, 4 * program.parameter_count)),
+        disk_bytes=int(source_bytes + weight_bytes),
+        seconds=_seconds(program, source_bytes + weight_bytes, target),
+    )
+
+
+def _parameters(program: Program) -> list[tuple[str, Tensor]]:
+    return list(program.module.named_parameters())
+
+
+def _parameter_kinds(program: Program) -> dict[str, set[str]]:
+    """Tell for each parameter, by the first of its names, how nodes use it: product, gather or other."""
+    first = {id(tensor): name for name, tensor in _parameters(program)}
+    kinds: dict[str, set[str]] = {}
+    for node in program.module.graph.nodes:
+        if node.op != "get_attr":
+            continue
+        name = first.get(id(get_tensor(program.module, str(node.target))))
+        if name is not None:
+            kinds.setdefault(name, set()).update(_uses(node))
+    return kinds
+
+
+def _uses(node: Node) -> set[str]:
+    """Follow transposes and casts to what a parameter is used for."""
+    found = set()
+    for user in node.users:
+        if user.target in (aten.t.default, aten.transpose.int, aten.permute.default, aten._to_copy.default):
+            found |= _uses(user)
+        elif user.target in _GATHERS and user.args[0] is node:
+            found.add("gather")
+        else:
+            found.add("product" if user.target in _LINEAR else "other")
+    return found
+
+
+def _stored(tensor: Tensor, kinds: set[str], weights: str) -> float:
+    quantised = weights in ("int8", "int4")
+    if quantised and not ("product" in kinds and tensor.dim() == 2):
+        return 4.0 * tensor.numel()
+    return WEIGHT_BYTES[weights] * tensor.numel()
+
+
+def _read(tensor: Tensor, kinds: set[str], weights: str) -> float:
+    """Bytes read for one token: all of it, or one row of what is only looked up in."""
+    stored = _stored(tensor, kinds, weights)
+    if not kinds:
+        return 0.0
+    return stored / max(tensor.shape[0], 1) if kinds == {"gather"} else stored
+
+
+def _work(program: Program, context: int) -> Work:
+    rows = _rows(program)
+    flops, state, kernels = 0.0, 0.0, 0
+    for node in program.module.graph.nodes:
+        if node.op != "call_function":
+            continue
+        spec = op_spec(node.target)
+        if spec is not None:
+            values = spec.bind(_values(node.args), {key: _value(value) for key, value in node.kwargs.items()})
+            cost = spec.cost(values, context)
+            flops, state, kernels = flops + cost.flops, state + cost.bytes, kernels + 1
+        elif node.target in _PRODUCTS:
+            summed = _hint(_value(node.args[_PRODUCTS[node.target]]).shape[-1])
+            flops, kernels = flops + 2.0 * summed * _numel(node.meta["val"]) / rows, kernels + 1
+    return Work(flops, state, kernels)
+
+
+def _rows(program: Program) -> int:
+    """Return how many tokens the example sizes of the graph stand for."""
+    placeholders = program.placeholders()
+    tokens = [node for node, spec in zip(placeholders, program.inputs, strict=False) if spec.role == "tokens"]
+    shapes = [node.meta["val"] for node in tokens or placeholders[:1]]
+    return max(_numel(shapes[0]), 1) if shapes else 1
+
+
+def _values(args: Sequence[Any]) -> list[Any]:
+    return [_value(arg) for arg in args]
+
+
+def _value(arg: Any) -> Any:
+    return arg.meta["val"] if isinstance(arg, Node) else arg
+
+
+def _numel(value: Any) -> int:
+    count = 1
+    for size in value.shape:
+        count *= _hint(size)
+    return count
+
+
+def _hint(size: Any) -> int:
+    """Return a size, or the example that a symbolic one was made from, without fixing it."""
+    if isinstance(size, int):
+        return size
+    hint = size.node.hint
+    return int(hint) if hint is not None else 1
+
+
+def _decode_ms(work: Work, bytes_read: float, target: Target, weights: str, threads: int | None) -> float | None:
+    peak, bandwidth = target.flops.get(weights) or target.flops.get("fp32"), target.memory_bandwidth
+    if not peak or not bandwidth:
+        return None
+    if target.name == "cpu":
+        used = threads or machine.cores()
+        peak, bandwidth = peak * used, bandwidth * min(used, 8)  # a socket's channels feed about eight cores
+    return 1e3 * (max(work.flops / peak, bytes_read / bandwidth) + work.kernels * target.launch_overhead)
+
+
+def _seconds(program: Program, written: float, target: Target) -> float:
+    """Estimate the conversion itself: a constant, so much for each node, and writing twice."""
+    disk = target.disk_bandwidth or 5e8
+    return _BASE_SECONDS + _NODE_SECONDS * len(program.module.graph.nodes) + 2 * written / disk

@@ -1,0 +1,189 @@
+"""Models, blocks, passes and checks as the reports have them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from memc.blocks import (
+    Alibi,
+    AttentionBlock,
+    Bidirectional,
+    Block,
+    Causal,
+    Chunked,
+    FeedForwardBlock,
+    NearMiss,
+    OtherBias,
+    OtherMask,
+    Prefix,
+    RelativeBias,
+    SlidingWindow,
+)
+from memc.dialect import op_spec
+from memc.pipeline import PassReport
+from memc.program import Program
+from memc.report.models import (
+    BlockFacts,
+    CheckFacts,
+    ModelFacts,
+    NearMissFacts,
+    PassFacts,
+    RelationFacts,
+    SiteFacts,
+    SkippedFacts,
+)
+from memc.run_passes import PassRun, relation_facts
+from memc.verify import CheckResult
+
+
+def model_facts(program: Program, *, remote_code: bool = False) -> ModelFacts:
+    """Describe the source model of a program."""
+    info = program.model
+    return ModelFacts(
+        source=info.source,
+        digest=info.digest,
+        parameters=program.parameter_count,
+        family=info.family,
+        vocab_size=info.vocab_size,
+        max_positions=info.max_positions,
+        absolute_positions=info.absolute_positions,
+        decoder=info.decoder,
+        remote_code=remote_code,
+    )
+
+
+def block_facts(block: Block, program: Program) -> BlockFacts:
+    """Describe one block."""
+    match block:
+        case AttentionBlock():
+            return _attention(block, program)
+        case FeedForwardBlock():
+            return BlockFacts(
+                layer=block.layer,
+                path=block.path,
+                kind=block.kind,
+                activation=block.activation,
+                gated=block.gate is not None if block.kind == "feed_forward" else None,
+                width=block.width,
+                hidden=block.hidden,
+            )
+
+
+def near_miss_facts(misses: Iterable[NearMiss]) -> list[NearMissFacts]:
+    """Describe what was nearly a block."""
+    return [NearMissFacts(**dataclasses.asdict(miss)) for miss in misses]
+
+
+def op_counts(program: Program) -> dict[str, int]:
+    """Count the dialect ops of a program by name."""
+    specs = (op_spec(node.target) for node in program.module.graph.nodes if node.op == "call_function")
+    return dict(sorted(Counter(spec.name for spec in specs if spec is not None).items()))
+
+
+def check_facts(check: CheckResult) -> CheckFacts:
+    """Render a check as reports have it."""
+    return CheckFacts(
+        name=check.name,
+        value=check.value,
+        budget=check.budget,
+        noise_floor=check.noise_floor,
+        passed=check.passed,
+        detail=check.detail,
+    )
+
+
+def planned_facts(report: PassReport) -> PassFacts:
+    """Render what a pass is going to do."""
+    return _pass_facts(
+        spec=report.spec,
+        rewritten=[SiteFacts(layer=site.layer, path=site.path, kind=site.kind) for site in report.sites],
+        skipped=[
+            SkippedFacts(layer=r.layer, path=r.path, kind=r.kind, code=r.code, reason=r.reason)
+            for r in report.rejections
+        ],
+        relations=[relation_facts(relation) for relation in report.relations],
+        new_parameters=report.new_parameters,
+        untrained=report.untrained,
+    )
+
+
+def pass_facts(run: PassRun) -> PassFacts:
+    """Render what a pass did."""
+    report = run.report
+    return _pass_facts(
+        spec=report.spec,
+        rewritten=report.sites,
+        skipped=report.skipped,
+        relations=report.relations,
+        new_parameters=report.new_parameters,
+        untrained=report.untrained,
+        seconds=report.timing.seconds,
+        resumed=run.resumed,
+    )
+
+
+def _pass_facts(rewritten: list[SiteFacts], relations: list[RelationFacts], **rest: Any) -> PassFacts:
+    last = relations[-1] if relations else RelationFacts(relation="exact")
+    return PassFacts(
+        sites=len(rewritten),
+        rewritten=rewritten,
+        relations=relations,
+        relation=last.metric if last.relation == "bounded" else last.relation,
+        value=last.value,
+        budget=last.budget,
+        **rest,
+    )
+
+
+def _attention(block: AttentionBlock, program: Program) -> BlockFacts:
+    positions: Literal["rotary", "learned", "none"] = "none"
+    if block.rotary is not None or program.model.absolute_positions:
+        positions = "rotary" if block.rotary is not None else "learned"
+    return BlockFacts(
+        layer=block.layer,
+        path=block.path,
+        kind=block.kind,
+        heads=block.num_heads,
+        kv_heads=block.num_kv_heads,
+        head_dim=block.head_dim,
+        value_dim=block.value_dim,
+        scale=block.scale,
+        **_mask(block),
+        **_bias(block),
+        positions=positions,
+        rotary_size=block.rotary.size if block.rotary else None,
+        softcap=block.softcap,
+        qk_norm=block.qk_norm,
+        sink_logits=block.sink_logits is not None,
+    )
+
+
+def _mask(block: AttentionBlock) -> dict[str, Any]:
+    match block.mask:
+        case Causal():
+            return {"mask": "causal"}
+        case SlidingWindow(size):
+            return {"mask": "sliding_window", "window": size, "mask_size": size}
+        case Chunked(size):
+            return {"mask": "chunked", "mask_size": size}
+        case Prefix(size):
+            return {"mask": "prefix", "mask_size": size}
+        case Bidirectional():
+            return {"mask": "bidirectional"}
+        case OtherMask(reason):
+            return {"mask": "other", "reason": reason}
+
+
+def _bias(block: AttentionBlock) -> dict[str, Any]:
+    match block.bias:
+        case None:
+            return {"bias": "none"}
+        case Alibi():
+            return {"bias": "alibi"}
+        case RelativeBias():
+            return {"bias": "relative"}
+        case OtherBias(reason):
+            return {"bias": "other"} | ({"reason": reason} if not isinstance(block.mask, OtherMask) else {})

@@ -1,0 +1,130 @@
+"""``memc lower``: another target, backend or weight type from the program of an artifact that is there already."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+
+from memc.artifact import MANIFEST, read_manifest, seal
+from memc.backend import Backend, LowerOptions
+from memc.convert import require_passed
+from memc.cost import predict
+from memc.doctor import require_backend
+from memc.errors import MemcError
+from memc.facts import check_facts
+from memc.lowering import lower, verify_lowered
+from memc.out_folder import OutFolder, folder_bytes, require_space, resume_key
+from memc.plugins import load_kernels, load_plugin
+from memc.program import Program
+from memc.program_io import load_program
+from memc.progress import Progress, Silent
+from memc.report.models import CheckFacts, LowerDocument
+from memc.report.read import read_report
+from memc.target import Target, get_target
+from memc.verify import CheckResult, noise_floor, sample_text, take
+
+PROGRAM = "program"
+LOWERED_CHECKS = ("lowered_logits", "weights_perplexity_ratio")
+NOT_COPIED = shutil.ignore_patterns("lowered", "log", MANIFEST, "lower.json", "report.html")
+
+
+def lower_again(
+    source: Path,
+    out: Path,
+    *,
+    target: str,
+    backend: str | None = None,
+    weights: str | None = None,
+    context: int | None = None,
+    threads: int | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> LowerDocument:
+    """Make the artifact ``out`` from the program of the artifact ``source``; ``out`` is whole or not there.
+
+    ``weights`` None is the source's where the backend takes it, else the backend's first; ``context`` None is the
+    source's capacity. What was lowered is checked against the program where the target is a CPU. Raises ``MemcError``:
+    E309 the source is no artifact, E204 ``out`` is in the way, E202 unknown names, E601 and E602 the backend refuses or
+    is missing, E401 the check fails, E502 too little disk.
+    """
+    began = time.perf_counter()
+    manifest = read_manifest(source)
+    hardware = get_target(target)
+    chosen: Backend = load_plugin("memc.backends", require_backend(hardware, backend))()
+    kind = weights or (manifest.weights if manifest.weights in chosen.weights else chosen.weights[0])
+    if reason := chosen.refuses_weights(kind, hardware):
+        raise MemcError("E601", reason, f"--weights {kind}", f"one of: {', '.join(chosen.weights)}")
+    options = LowerOptions(kind, context if context is not None else manifest.capacity, threads)
+    folder = _copy(source, out, force)
+    document = LowerDocument(
+        source=str(source), out=str(out), target=target, backend=chosen.name, weights=kind, disk_bytes=0, seconds=0.0
+    )
+    try:
+        made = _lower(document, folder, chosen, hardware, options, progress or Silent())
+    except MemcError as error:
+        folder.write_error(error)
+        raise
+    found = {"disk_bytes": folder_bytes(folder.partial), "seconds": time.perf_counter() - began}
+    document = made.model_copy(update={**found, "next": [f"memc bench {out} --against {source}"]})
+    folder.write_report("lower.json", document)
+    folder.finish()
+    return document
+
+
+def _copy(source: Path, out: Path, force: bool) -> OutFolder:
+    """Put everything but what was lowered into a fresh ``OUT.partial``."""
+    if out.resolve() == source.resolve():
+        raise MemcError("E204", "the result would replace what it is made from", str(out), "give another -o OUT")
+    folder = OutFolder(out)
+    folder.refuse_existing("", {"lowered": ""}, force=force)
+    require_space(out, 2 * folder_bytes(source / PROGRAM))
+    folder.open(resume_key("lower", str(source)), fresh=True)
+    shutil.copytree(source, folder.partial, ignore=NOT_COPIED, dirs_exist_ok=True)
+    return folder
+
+
+def _lower(
+    document: LowerDocument,
+    folder: OutFolder,
+    backend: Backend,
+    target: Target,
+    options: LowerOptions,
+    progress: Progress,
+) -> LowerDocument:
+    load_kernels()
+    program = load_program(folder.partial / PROGRAM)
+    with progress.step(f"lower with {backend.name}"):
+        lowered, manifest = lower(program, backend, target, folder.partial, options)
+    checks: list[CheckResult] = []
+    if target.kind == "cpu":  # a program for other hardware cannot be run here
+        with progress.step("verify what was lowered"):
+            text = sample_text(program, 0)
+            floor = noise_floor(program, take(text, 2, 13))
+            runner = backend.load(folder.partial, manifest, options.threads)
+            checks = verify_lowered(runner, program, text, options.weights, floor)
+            require_passed(checks)
+    _rewrite_reports(document, folder, program, target, [check_facts(check) for check in checks])
+    seal(folder.partial, manifest)
+    facts = [check_facts(check) for check in checks]
+    return document.model_copy(update={"capacity": lowered.capacity, "forms": lowered.forms, "checks": facts})
+
+
+def _rewrite_reports(
+    document: LowerDocument, folder: OutFolder, program: Program, target: Target, checks: list[CheckFacts]
+) -> None:
+    """Make the copied reports speak of the new artifact: what was lowered before is no longer in it."""
+    report = read_report(folder.partial)
+    if report.convert is None or report.verify is None:
+        return
+    kept = [check for check in report.verify.checks if check.name not in LOWERED_CHECKS]
+    changes = {
+        **{name: getattr(document, name) for name in ("out", "target", "backend", "weights")},
+        "predicted": predict(program, target, weights=document.weights),
+        "original": None,
+        "measured": None,
+        "checks": kept + checks,
+        "next": [f"memc generate {document.out} --prompt TEXT", f"memc report {document.out}"],
+    }
+    folder.write_report("convert.json", report.convert.model_copy(update=changes))
+    folder.write_report("verify.json", report.verify.model_copy(update={"checks": kept + checks}))

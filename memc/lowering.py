@@ -1,0 +1,108 @@
+"""Lowering a program into an artifact, and checking what was lowered against the program."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from memc import __version__
+from memc.artifact import Manifest
+from memc.backend import Backend, Lowered, LowerOptions, Runner
+from memc.program import Program
+from memc.target import Target
+from memc.verify import CheckResult, VerificationText, perplexity, streams, take, whole
+
+TOLERANCE = 1e-3
+"""Most that the logits of a lowered program with unquantised weights may differ, whatever the backend."""
+
+EXACT_WEIGHTS = ("fp32",)
+
+
+def lower(
+    program: Program, backend: Backend, target: Target, folder: Path, options: LowerOptions
+) -> tuple[Lowered, Manifest]:
+    """Lower a program under ``folder`` and return what was written and the manifest that runs it, not yet sealed.
+
+    Raises ``MemcError`` E601 as the backend does.
+    """
+    lowered = backend.lower(program, target, folder, options)
+    manifest = Manifest(
+        version=__version__,
+        source=program.model.source,
+        source_digest=program.model.digest,
+        family=program.model.family,
+        target=target.name,
+        backend=backend.name,
+        weights=options.weights,
+        lowered=lowered.path,
+        inputs=lowered.inputs,
+        outputs=lowered.outputs,
+        states=lowered.states,
+        symbols=lowered.symbols,
+        capacity=lowered.capacity,
+        vocab_size=program.model.vocab_size,
+        decoder=program.model.decoder,
+        how_to_run=lowered.how_to_run,
+    )
+    return lowered, manifest
+
+
+@torch.no_grad()
+def verify_lowered(
+    runner: Runner, program: Program, text: VerificationText, weights: str, floor: float | None
+) -> list[CheckResult]:
+    """Compare a lowered program with the program itself: an odd number of tokens at once, then one at a time.
+
+    With float32 weights the logits must agree within ``TOLERANCE`` or ten times the noise ``floor``; with others the
+    difference is measured, and the perplexity on ``text`` with those weights beside that with float32.
+    """
+    tokens = take(text, 2, 13)
+    expected = whole(program, tokens)
+    values = {"13 tokens at once": _difference(_run(runner, tokens, [13]), expected)}
+    if streams(program):
+        values["one token at a time"] = _difference(_run(runner, tokens, [7, *[1] * 6]), expected)
+    worst = max(values, key=lambda name: math.inf if math.isnan(values[name]) else values[name])
+    exact = weights in EXACT_WEIGHTS
+    budget = max(TOLERANCE, 10 * (floor or 0.0)) if exact else None
+    passed = values[worst] <= budget if budget is not None else math.isfinite(values[worst])
+    checks = [CheckResult("lowered_logits", values[worst], budget, floor, passed, f"largest: {worst}")]
+    if exact or not program.model.decoder:
+        return checks
+    before, after = perplexity(program, text.tokens), lowered_perplexity(runner, text.tokens)
+    detail = f"perplexity on the verification text with {weights} weights {after:.4g}, with fp32 {before:.4g}"
+    ratio = after / before
+    checks.append(CheckResult("weights_perplexity_ratio", ratio, None, None, math.isfinite(ratio), detail))
+    return checks
+
+
+def lowered_perplexity(runner: Runner, tokens: Tensor, piece: int = 128) -> float:
+    """Return the perplexity of ``tokens [N, L]`` but each row's first, by a lowered program."""
+    total, count = 0.0, 0
+    for index in range(tokens.shape[0]):
+        row = tokens[index : index + 1]
+        sizes = [min(piece, row.shape[1] - start) for start in range(0, row.shape[1], piece)]
+        logits = _run(runner, row, sizes)[0, :-1]
+        total += float(F.cross_entropy(logits, row[0, 1:], reduction="sum"))
+        count += row.shape[1] - 1
+    return math.exp(min(total / max(count, 1), 700.0)) if not math.isnan(total) else math.nan
+
+
+def _run(runner: Runner, tokens: Tensor, sizes: list[int]) -> Tensor:
+    state = runner.new_state(tokens.shape[0], sum(sizes))
+    positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int64), tuple(tokens.shape))
+    parts, start = [], 0
+    for size in sizes:
+        part = slice(start, start + size)
+        ids = np.ascontiguousarray(tokens[:, part].numpy())
+        parts.append(torch.from_numpy(np.array(runner.run(ids, np.ascontiguousarray(positions[:, part]), state))))
+        start += size
+    return torch.cat(parts, 1)
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).abs().max())

@@ -1,0 +1,132 @@
+"""The output folder of a conversion: ``OUT.partial`` while it is made, ``OUT`` when it is whole, nothing in between."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+from memc import __version__
+from memc.artifact import MANIFEST, read_manifest
+from memc.errors import MemcError
+from memc.report.models import Document, ErrorDocument
+
+RESUME = Path("report", "resume.json")  # under report, which the manifest does not list
+RECIPE = "recipe.yaml"
+
+
+class OutFolder:
+    """Where an artifact is written. ``partial`` is the folder to write into between :meth:`open` and :meth:`finish`."""
+
+    def __init__(self, out: Path) -> None:
+        """Note the folder; nothing is touched yet."""
+        self.out = out
+        self.partial = out.with_name(out.name + ".partial")
+
+    def refuse_existing(self, recipe: str, facts: dict[str, str], *, force: bool) -> None:
+        """Raise ``MemcError`` E204 when OUT holds something, unless ``force``.
+
+        ``recipe`` and ``facts`` (manifest fields) tell whether what is there is what was asked for. With ``force``
+        still refuses to replace a file, or a folder that this process or the user's home lives in.
+        """
+        if not self.out.exists():
+            return
+        if not self.out.is_dir():
+            raise MemcError("E204", "output is a file", str(self.out), "give a folder that does not exist")
+        if not any(self.out.iterdir()):
+            return
+        if force:
+            here = self.out.resolve()
+            if any(place.is_relative_to(here) for place in (Path.cwd().resolve(), Path.home().resolve())):
+                raise MemcError("E204", "output folder cannot be replaced", str(self.out), "give another folder")
+            return
+        if not (self.out / MANIFEST).is_file():
+            hint = "give a folder that does not exist, or add --force to replace this one"
+            raise MemcError("E204", "output folder is not empty and no artifact of memc", str(self.out), hint)
+        if self._is_same(recipe, facts):
+            reason = "output is there already, made by this recipe from this source"
+            raise MemcError("E204", reason, str(self.out), f"memc report {self.out}, or add --force to make it again")
+        raise MemcError("E204", "output folder holds another artifact", str(self.out), "add --force to replace it")
+
+    def _is_same(self, recipe: str, facts: dict[str, str]) -> bool:
+        manifest = read_manifest(self.out).model_dump()
+        path = self.out / RECIPE
+        same_recipe = path.is_file() and path.read_text() == recipe
+        return same_recipe and all(manifest.get(name) == value for name, value in facts.items())
+
+    def open(self, key: str, *, fresh: bool) -> bool:
+        """Make or go on with ``OUT.partial`` and tell whether it goes on.
+
+        Raises ``MemcError`` E204 when there is one of another recipe, source or version (see :func:`resume_key`) and
+        not ``fresh``, or one that memc did not make.
+        """
+        marker = self.partial / RESUME
+        if self.partial.exists():
+            if not marker.is_file():
+                raise MemcError("E204", "folder is in the way", str(self.partial), "remove it")
+            if not fresh and _read_key(marker) == key:
+                (self.partial / "report" / "error.json").unlink(missing_ok=True)
+                return True
+            if not fresh:
+                reason = "an unfinished conversion of another recipe, source or version is here"
+                raise MemcError("E204", reason, str(self.partial), "add --fresh to start over, or give another OUT")
+            shutil.rmtree(self.partial)
+        marker.parent.mkdir(parents=True)
+        marker.write_text(json.dumps({"key": key}) + "\n")
+        return False
+
+    def write_report(self, name: str, document: Document) -> None:
+        """Write one report file."""
+        folder = self.partial / "report"
+        folder.mkdir(exist_ok=True)
+        (folder / name).write_text(document.to_json() + "\n")
+
+    def write_error(self, error: MemcError) -> None:
+        """Write down why the conversion stopped, where there is a folder to write it in."""
+        if self.partial.is_dir():
+            self.write_report("error.json", ErrorDocument.of(error))
+
+    def clean(self) -> None:
+        """Remove the stages, which only an unfinished conversion needs."""
+        for stage in self.partial.glob("stage-*"):
+            shutil.rmtree(stage)
+
+    def finish(self) -> None:
+        """Put ``OUT.partial`` in the place of OUT, in one rename."""
+        old = self.out.with_name(self.out.name + ".old.partial")
+        if self.out.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            self.out.rename(old)
+        self.partial.rename(self.out)
+        (self.out / RESUME).unlink()
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def resume_key(*parts: str) -> str:
+    """Return the digest that an unfinished conversion must share to be gone on with; memc's version is part of it."""
+    return hashlib.sha256(json.dumps([__version__, *parts]).encode()).hexdigest()
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Raise ``MemcError`` E502 when the disk that ``folder`` is or will be on has less than ``needed`` bytes free."""
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        reason = f"conversion needs {needed / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free"
+        raise MemcError("E502", reason, str(place), "free some, or give an OUT on another disk")
+
+
+def folder_bytes(folder: Path) -> int:
+    """Return the bytes of all files below a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _read_key(marker: Path) -> str | None:
+    try:
+        key = json.loads(marker.read_text())["key"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return None
+    return key if isinstance(key, str) else None

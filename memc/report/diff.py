@@ -1,0 +1,67 @@
+"""Comparing the reports of two artifacts: recipe, sites, costs, quality."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from memc.report import models as m
+from memc.report.text import layers
+
+Value = str | int | float | bool | None
+
+
+def diff(a: m.ReportDocument, b: m.ReportDocument) -> m.DiffDocument:
+    """List every fact that the two reports disagree on; times are left out."""
+    return m.DiffDocument(a=a.out, b=b.out, differences=list(_differences(a, b)))
+
+
+def _differences(a: m.ReportDocument, b: m.ReportDocument) -> Iterator[m.Difference]:
+    left, right = dict(_facts(a)), dict(_facts(b))
+    for key in [*left, *(key for key in right if key not in left)]:
+        one, two = left.get(key), right.get(key)
+        if one != two:
+            yield m.Difference(topic=key[0], name=key[1], a=one, b=two, ratio=_ratio(one, two))
+
+
+def _ratio(a: Value, b: Value) -> float | None:
+    if isinstance(a, bool | str | None) or isinstance(b, bool | str | None) or not a:
+        return None
+    return b / a
+
+
+def _facts(report: m.ReportDocument) -> Iterator[tuple[tuple[str, str], Value]]:
+    done = report.convert
+    yield ("conversion", "finished"), report.finished
+    model = done.model if done else report.capture.model if report.capture else None
+    if model is not None:
+        yield ("model", "source"), model.source
+        yield ("model", "digest"), model.digest
+    if done is not None:
+        for name in ("target", "backend", "weights", "context", "verified", "untrained", "seed"):
+            yield ("conversion", name), getattr(done, name)
+        yield from _costs(done)
+    for index, item in enumerate(report.passes):
+        yield (f"pass {index + 1}", "spec"), item.spec
+        yield (f"pass {index + 1}", "layers"), layers(site.layer for site in item.sites)
+        yield (f"pass {index + 1}", "skipped"), len(item.skipped)
+        yield (f"pass {index + 1}", "new parameters"), item.new_parameters
+        for relation in item.relations:
+            yield (f"pass {index + 1}", relation.metric.replace("_", " ")), relation.value
+    for check in report.verify.checks if report.verify else ():
+        yield ("check", check.name), check.value
+
+
+def _costs(done: m.ConvertDocument) -> Iterator[tuple[tuple[str, str], Value]]:
+    yield ("cost", "parameters"), done.predicted.parameters
+    yield ("cost", "FLOP per token"), done.predicted.flops_per_token
+    yield from _by_context("state bytes", done.predicted.state_bytes)
+    yield from _by_context("predicted ms", done.predicted.decode_ms)
+    if done.measured is not None:
+        yield from _by_context("measured ms", done.measured.decode_ms)
+        yield ("bytes", "disk"), done.measured.disk_bytes
+
+
+def _by_context(topic: str, values: Mapping[int, Any]) -> Iterator[tuple[tuple[str, str], Value]]:
+    for context, value in sorted(values.items()):
+        yield (topic, f"at {context}"), value

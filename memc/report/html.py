@@ -1,0 +1,133 @@
+"""The HTML view: one page, escaped, without scripts or network; light and dark by the reader's preference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from html import escape
+
+from memc.report import models as m
+from memc.report.terminal import form_text, shape_text
+from memc.report.text import amount, duration, layers, number, plain, ratio, size
+
+STYLE = """
+:root { color-scheme: light dark; --line: #8886; --good: #1a7f37; --bad: #c8102e; }
+@media (prefers-color-scheme: dark) { :root { --good: #56d364; --bad: #ff7b72; } }
+body { font: 1rem/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+div.wide { overflow-x: auto; } table { border-collapse: collapse; } caption { text-align: left; font-weight: 600; }
+th, td { text-align: left; padding: .25rem .75rem .25rem 0; border-bottom: 1px solid var(--line); }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; } code { overflow-wrap: anywhere; }
+.good { color: var(--good); font-weight: 600; } .bad { color: var(--bad); font-weight: 600; }
+"""
+
+
+def render(report: m.ReportDocument) -> str:
+    """Render a report as one HTML page; every string of the report is escaped."""
+    title = f"memc report: {report.out}"
+    body = "".join(_sections(report))
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
+        f"<title>{_text(title)}</title><style>{STYLE}</style></head>\n<body><main>\n{body}</main></body></html>\n"
+    )
+
+
+def _text(value: object) -> str:
+    return escape(plain(str(value)))
+
+
+def _sections(report: m.ReportDocument) -> Iterable[str]:
+    done = report.convert
+    model = done.model if done else report.capture.model if report.capture else None
+    yield f"<h1>{_text(model.source if model else report.out)}</h1>\n"
+    yield f"<p>{_verdict(report)}</p>\n"
+    if model is not None:
+        facts = f"{_text(model.family)}, {amount(model.parameters)} parameters"
+        yield f"<p>{facts}, digest <code>{_text(model.digest or '-')}</code></p>\n"
+    if done is not None:
+        yield f"<p>For <b>{_text(done.target)}</b> through {_text(done.backend)}, weights {_text(done.weights)}.</p>\n"
+        yield _costs(done)
+    yield _passes(report.passes)
+    if report.verify is not None:
+        yield _checks(report.verify.checks)
+    if report.raising is not None:
+        yield _blocks(report.raising.blocks)
+    yield _timing(report)
+
+
+def _verdict(report: m.ReportDocument) -> str:
+    if report.error is not None:
+        return f'<span class="bad">stopped: {_text(report.error.code)} {_text(report.error.message)}</span>'
+    if not report.finished or report.convert is None:
+        return '<span class="bad">unfinished</span>'
+    word, kind = ("verified", "good") if report.convert.verified else ("not verified", "bad")
+    untrained = "; untrained: new parameters have not been trained" if report.convert.untrained else ""
+    return f'<span class="{kind}">{word}</span>{untrained}'
+
+
+def _table(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Make a table of cells that are text; a head that starts with ``>`` is a column of numbers."""
+    kinds = [' class="n"' if head.startswith(">") else "" for head in heads]
+    top = "".join(
+        f'<th scope="col"{kind}>{_text(head.removeprefix(">"))}</th>' for head, kind in zip(heads, kinds, strict=True)
+    )
+    body = "".join(
+        "<tr>" + "".join(f"<td{kind}>{_text(cell)}</td>" for cell, kind in zip(row, kinds, strict=True)) + "</tr>\n"
+        for row in rows
+    )
+    return (
+        f'<section><div class="wide" tabindex="0"><table><caption>{_text(title)}</caption><thead><tr>{top}</tr></thead>'
+        f"<tbody>\n{body}</tbody></table></div></section>\n"
+    )
+
+
+def _costs(done: m.ConvertDocument) -> str:
+    before, after = done.original or m.Predicted(parameters=0, flops_per_token=0), done.predicted
+    rows = [("parameters", amount(before.parameters or None), amount(after.parameters), "")]
+    for context, new in sorted(after.state_bytes.items()):
+        old = before.state_bytes.get(context)
+        rows.append((f"state at {context} tokens", size(old), size(new), ratio(new, old)))
+    for context, ms in sorted(after.decode_ms.items()):
+        was = before.decode_ms.get(context)
+        rows.append((f"milliseconds a token at {context}, predicted", number(was), number(ms), ratio(ms, was)))
+    if done.measured is not None:
+        rows.append(("disk", "", size(done.measured.disk_bytes), ""))
+        rows.append(("peak memory of the conversion", "", size(done.measured.peak_rss_bytes), ""))
+    return _table("Cost", ["", ">original", ">converted", ">ratio"], rows)
+
+
+def _passes(passes: Sequence[m.PassReportFile]) -> str:
+    rows, left = [], []
+    for item in passes:
+        relations: Sequence[m.RelationFacts | None] = item.relations or [None]
+        for relation in relations:
+            label = f"{relation.relation} {relation.metric.replace('_', ' ')}" if relation else ""
+            value, budget = (number(relation.value), number(relation.budget)) if relation else ("", "")
+            where = layers(site.layer for site in item.sites)
+            rows.append((item.spec, where, str(len(item.skipped)), label, value, budget))
+        left += [(item.name, str(skip.layer), skip.kind, f"{skip.code} {skip.reason}") for skip in item.skipped]
+    made = _table("Passes", ["pass", "layers", ">skipped", "relation", ">value", ">budget"], rows)
+    return made + (_table("Left alone", ["pass", ">layer", "block", "reason"], left) if left else "")
+
+
+def _checks(checks: Sequence[m.CheckFacts]) -> str:
+    rows = [
+        (c.name, number(c.value), number(c.budget), number(c.noise_floor), "passed" if c.passed else "FAILED", c.detail)
+        for c in checks
+    ]
+    return _table("Checks", ["check", ">value", ">budget", ">noise floor", "", "detail"], rows)
+
+
+def _blocks(blocks: Sequence[m.BlockFacts]) -> str:
+    rows = [(str(block.layer), block.kind, shape_text(block), form_text(block), block.path) for block in blocks]
+    return _table("Blocks of the original", [">layer", "block", "shape", "form", "path"], rows)
+
+
+def _timing(report: m.ReportDocument) -> str:
+    parts = [("capture", report.capture), ("raise", report.raising), *((item.spec, item) for item in report.passes)]
+    rows = [
+        (name, duration(part.timing.seconds), size(part.timing.peak_rss_bytes))
+        for name, part in [*parts, ("verify", report.verify)]
+        if part is not None
+    ]
+    return _table("Time", ["step", ">seconds", ">peak memory"], rows)

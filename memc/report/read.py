@@ -1,0 +1,62 @@
+"""Reading the report files of an artifact, finished or not, into one document."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import ValidationError
+
+from memc.artifact import MANIFEST
+from memc.errors import MemcError
+from memc.report import models as m
+
+FOLDER = "report"
+CAPTURE, RAISE, VERIFY = "00-capture.json", "01-raise.json", "verify.json"
+CONVERT, ERROR = "convert.json", "error.json"
+
+D = TypeVar("D", bound=m.Document)
+
+
+def report_folder(out: Path) -> Path:
+    """Return the artifact, or ``OUT.partial`` when it is missing.
+
+    Raises ``MemcError`` E309 when neither has a report.
+    """
+    partial = out.with_name(out.name + ".partial")
+    for folder in (out, partial):
+        if (folder / FOLDER).is_dir():
+            return folder
+    raise MemcError("E309", "no report here", str(out), f"memc convert MODEL -o {out}")
+
+
+def read_report(out: Path) -> m.ReportDocument:
+    """Read every report file of ``OUT`` or ``OUT.partial``; files that are not there yet are None.
+
+    Raises ``MemcError`` E309 for no report, or a report file that does not parse.
+    """
+    folder = report_folder(out)
+    files = folder / FOLDER
+    passes = sorted(path for path in files.glob("*.json") if re.match(r"\d\d+-", path.name))
+    own = [path for path in passes if path.name not in (CAPTURE, RAISE)]
+    return m.ReportDocument(
+        out=str(folder),
+        finished=(folder / MANIFEST).is_file(),
+        convert=_read(files / CONVERT, m.ConvertDocument),
+        capture=_read(files / CAPTURE, m.CaptureReport),
+        raising=_read(files / RAISE, m.RaiseReport),
+        passes=[found for path in own if (found := _read(path, m.PassReportFile))],
+        verify=_read(files / VERIFY, m.VerifyReport),
+        error=_read(files / ERROR, m.ErrorDocument),
+    )
+
+
+def _read(path: Path, kind: type[D]) -> D | None:
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValidationError) as error:
+        reason = str(error).splitlines()[0]
+        raise MemcError("E309", f"report file does not parse: {reason}", str(path), "convert again") from error

@@ -1,0 +1,362 @@
+"""The terminal view: every document as rich renderables that fit 80 columns and use more where there is more."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from memc.report import models as m
+from memc.report.text import amount, duration, layers, number, plain, ratio, size
+
+Cell = str | Text
+
+
+def text(value: str, style: str = "") -> Text:
+    """Make printable text of a foreign string."""
+    return Text(plain(value), style)
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[Cell]]) -> Table:
+    """Make a plain table; a column whose title starts with ``>`` is right-aligned."""
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1), header_style="bold")
+    for column in columns:
+        right = column.startswith(">")
+        made.add_column(column.removeprefix(">"), justify="right" if right else "left", no_wrap=right, overflow="fold")
+    for row in rows:
+        made.add_row(*(cell if isinstance(cell, Text) else text(cell) for cell in row))
+    return made
+
+
+def stack(*parts: RenderableType | None) -> Group:
+    """Put parts below each other with a blank line between, leaving out those that are None."""
+    shown: list[RenderableType] = []
+    for part in parts:
+        if part is not None:
+            shown += [Text(""), part] if shown else [part]
+    return Group(*shown)
+
+
+def titled(title: str, part: RenderableType | None) -> Group | None:
+    """Put a title above a part; None without one."""
+    return None if part is None else Group(Text(title, "bold"), part)
+
+
+def lines(items: Iterable[str], style: str = "") -> Group | None:
+    """Put strings below each other; None when there are none."""
+    found = [text(item, style) for item in items]
+    return Group(*found) if found else None
+
+
+# inspect
+
+
+def inspect_view(document: m.InspectDocument, *, layer: int | None = None, why: bool = False) -> RenderableType:
+    """Show a model: its blocks, equal layers folded into one row, and what it costs."""
+    misses = document.near_misses if why or not document.blocks else []
+    hidden = len(document.near_misses) - len(misses)
+    hint = f"{hidden} near misses; --why explains them" if hidden else ""
+    return stack(
+        model_line(document.model),
+        blocks_table(document.blocks, layer),
+        titled("near misses", _misses(misses, layer)),
+        cost_lines(document),
+        lines([hint] if hint else []),
+        lines((f"warning: {warning}" for warning in document.warnings), "yellow"),
+    )
+
+
+def model_line(model: m.ModelFacts) -> Text:
+    """Name a model and its size."""
+    facts = [plain(model.family), f"{amount(model.parameters)} parameters"]
+    if model.vocab_size:
+        facts.append(f"vocabulary {model.vocab_size}")
+    if model.max_positions:
+        facts.append(f"{model.max_positions} positions")
+    return Text.assemble((plain(model.source), "bold"), "\n", ", ".join(facts))
+
+
+def blocks_table(blocks: Sequence[m.BlockFacts], layer: int | None = None) -> Table:
+    """Show blocks; those that differ in nothing but their layer share a row."""
+    chosen = [block for block in blocks if layer is None or block.layer == layer]
+    folded: dict[tuple[str, ...], list[int]] = {}
+    for block in chosen:
+        path = block.path if layer is not None else ""
+        folded.setdefault((block.kind, shape_text(block), form_text(block), path), []).append(block.layer)
+    columns = ["layers", "block", "shape", "form"]
+    rows = [(layers(where), kind, shape, form) for (kind, shape, form, _), where in folded.items()]
+    if layer is None:
+        return table(columns, rows)
+    return table([*columns, "path"], [(*row, path) for row, (_, _, _, path) in zip(rows, folded, strict=True)])
+
+
+def shape_text(block: m.BlockFacts) -> str:
+    """Say how large a block is."""
+    if block.kind in ("feed_forward", "moe"):
+        return f"{block.width or '?'} -> {block.hidden or '?'}"
+    heads = f"{block.heads or '?'} heads"
+    if block.kv_heads and block.kv_heads != block.heads:
+        heads += f", {block.kv_heads} kv"
+    return f"{heads}, size {block.head_dim or '?'}"
+
+
+def form_text(block: m.BlockFacts) -> str:
+    """Say what a block computes, and why it is not raised."""
+    facts: list[str] = []
+    if block.kind in ("feed_forward", "moe"):
+        facts += [block.activation or "", "gated" if block.gated else ""]
+    else:
+        span = block.window or block.mask_size
+        facts.append((block.mask or "") + (f" {span}" if span else ""))
+        facts.append("rotary" if block.positions == "rotary" else f"positions {block.positions or '?'}")
+        facts.append(block.bias if block.bias not in (None, "none") else "")
+        facts.append(f"softcap {number(block.softcap)}" if block.softcap else "")
+        facts += ["qk norm" if block.qk_norm else "", "sink logits" if block.sink_logits else ""]
+    said = ", ".join(fact for fact in facts if fact)
+    if not block.raised:
+        return f"{said}; not raised: {block.reason}"
+    return f"{said} ({block.reason})" if block.reason else said
+
+
+def _misses(misses: Sequence[m.NearMissFacts], layer: int | None) -> RenderableType | None:
+    chosen = [miss for miss in misses if layer is None or miss.layer in (None, layer)]
+    told = []
+    for miss in chosen:
+        told.append(f"{miss.path}: nearly {miss.nearest}, but {miss.reason}")
+        told.append(f"    at {miss.source or 'an unknown line'} (node {miss.node})")
+    return lines(told)
+
+
+def cost_lines(document: m.InspectDocument) -> RenderableType:
+    """Show work and state per token at some contexts."""
+    contexts = sorted(document.state_bytes)
+    if not contexts:
+        return text(f"{amount(document.flops_per_token, 'FLOP')} per token")
+    flops = document.flops_by_context or dict.fromkeys(contexts[:1], document.flops_per_token)
+    return table(
+        ["at a context of", *(f">{context}" for context in contexts)],
+        [
+            ["state of a sequence", *(size(document.state_bytes[context]) for context in contexts)],
+            ["work for a token", *(amount(flops.get(context), "FLOP") for context in contexts)],
+        ],
+    )
+
+
+# convert and report
+
+
+def convert_view(document: m.ConvertDocument) -> RenderableType:
+    """Show a conversion or the plan of one: passes, what they leave alone, costs, checks, what to type next."""
+    return stack(
+        _convert_head(document),
+        passes_table(document.passes),
+        titled("left alone", skipped_table(document.passes)),
+        costs_table(document),
+        titled("checks", checks_table(document.checks)),
+        verdict(document),
+        lines((f"warning: {warning}" for warning in document.warnings), "yellow"),
+        titled("next", lines(f"  {command}" for command in document.next)),
+    )
+
+
+def _convert_head(document: m.ConvertDocument) -> RenderableType:
+    what = "plan, nothing written" if document.dry_run else document.out
+    how = f"for {document.target} through {document.backend}, weights {document.weights}"
+    return Group(*([model_line(document.model)] if document.model else []), text(f"-> {what}", "bold"), text(how))
+
+
+def passes_table(passes: Sequence[m.PassFacts]) -> RenderableType:
+    """Show each pass with its relations: measured value beside the budget."""
+    if not passes:
+        return text("no pass: the model as it is")
+    rows: list[list[str]] = []
+    for item in passes:
+        head = [item.spec, str(item.sites), str(len(item.skipped))]
+        relations: Sequence[m.RelationFacts | None] = item.relations or [None]
+        for index, relation in enumerate(relations):
+            rows.append([*(head if index == 0 else ["", "", ""]), *_relation_cells(relation)])
+    return table(["pass", ">sites", ">skipped", "relation", ">value", ">budget"], rows)
+
+
+def _relation_cells(relation: m.RelationFacts | None) -> list[str]:
+    if relation is None:
+        return ["", "", ""]
+    label = relation.relation if relation.relation != "bounded" else relation.metric.replace("_", " ")
+    if relation.tokens is not None:
+        label += f" to {relation.tokens} tokens"
+    return [label, number(relation.value), number(relation.budget)]
+
+
+def skipped_table(passes: Sequence[m.PassFacts]) -> RenderableType | None:
+    """Show the blocks that passes left alone, those with one reason in one row."""
+    folded: dict[tuple[str, str, str, str], list[int]] = {}
+    for item in passes:
+        for skipped in item.skipped:
+            key = (item.spec.partition(":")[0], skipped.kind, skipped.code, skipped.reason)
+            folded.setdefault(key, []).append(skipped.layer)
+    rows = [(name, layers(where), kind, f"{code} {reason}") for (name, kind, code, reason), where in folded.items()]
+    return table(["pass", "layers", "block", "reason"], rows) if rows else None
+
+
+def costs_table(document: m.ConvertDocument) -> RenderableType:
+    """Show what the result costs beside the original, predicted, with what was measured where it was."""
+    before, after, done = document.original, document.predicted, document.measured or m.Measured()
+    rows: list[tuple[str, str, str, str]] = [
+        ("parameters", amount(before.parameters if before else None), amount(after.parameters), "")
+    ]
+    for context in sorted(after.state_bytes):
+        old = before.state_bytes.get(context) if before else None
+        new = after.state_bytes[context]
+        rows.append((f"state at {context}", size(old), size(new), ratio(new, old)))
+    for context in sorted(after.decode_ms):
+        old_ms = before.decode_ms.get(context) if before else None
+        new_ms = after.decode_ms[context]
+        old_text = f"{old_ms:.3g}" if old_ms is not None else "-"
+        rows.append((f"ms a token at {context}", old_text, f"{new_ms:.3g}", ratio(new_ms, old_ms)))
+    rows.append(("work for a token", amount(before.flops_per_token if before else None, "FLOP"),
+                 amount(after.flops_per_token, "FLOP"), ""))  # fmt: skip
+    shown: list[list[str]] = [list(row) for row in rows]
+    for name, predicted, measured in (
+        ("disk", size(after.disk_bytes), size(done.disk_bytes)),
+        ("peak memory of converting", size(after.peak_rss_bytes), size(done.peak_rss_bytes)),
+        ("time of converting", duration(after.seconds), duration(done.seconds)),
+    ):
+        shown.append([name, "", measured if measured != "-" else f"about {predicted}", ""])
+    return table(["cost", ">original", ">converted", ">"], shown)
+
+
+def checks_table(checks: Sequence[m.CheckFacts]) -> RenderableType | None:
+    """Show every check with its value, budget and noise floor."""
+    if not checks:
+        return None
+    rows: list[Sequence[Cell]] = [
+        (
+            check.name,
+            number(check.value),
+            number(check.budget),
+            number(check.noise_floor),
+            _outcome(check),
+            check.detail,
+        )
+        for check in checks
+    ]
+    return table(["check", ">value", ">budget", ">noise", "", "detail"], rows)
+
+
+def _outcome(check: m.CheckFacts) -> Text:
+    if not check.passed:
+        return Text("FAILED", "bold red")
+    return Text("measured") if check.budget is None else Text("passed", "green")
+
+
+def verdict(document: m.ConvertDocument) -> Text:
+    """Say in one line whether the result may be used."""
+    if document.dry_run:
+        return Text("dry run: nothing was written", "bold")
+    said = Text("verified", "bold green") if document.verified else Text("NOT verified", "bold red")
+    if document.untrained:
+        said.append("; untrained: new parameters have not been trained", "yellow")
+    return said
+
+
+def report_view(document: m.ReportDocument) -> RenderableType:
+    """Show a whole report: the conversion, or how far it came and why it stopped."""
+    if document.convert is not None and document.error is None:
+        state = None if document.finished else text("unfinished: run the same memc convert again, it resumes", "yellow")
+        blocks = document.raising.blocks if document.raising else []
+        return stack(state, convert_view(document.convert), titled("blocks", blocks_table(blocks)) if blocks else None)
+    facts = document.convert.model if document.convert else document.capture.model if document.capture else None
+    error = document.error
+    stopped = f"{error.code} {error.message}" if error else "the conversion has not finished"
+    done = [f"{index:>2}. {name}" for index, name in enumerate(steps_done(document), 1)]
+    return stack(
+        model_line(facts) if facts else None,
+        titled(f"{plain(document.out)}: how far it came", lines(done) or text("nothing was finished")),
+        text(stopped, "bold red"),
+        titled("passes", passes_table([pass_facts(item) for item in document.passes])) if document.passes else None,
+        titled("checks", checks_table(document.verify.checks)) if document.verify else None,
+        text(f"next: {error.next}") if error and error.next else None,
+    )
+
+
+def steps_done(document: m.ReportDocument) -> list[str]:
+    """Name the steps of which a report file exists, with their seconds."""
+    done: list[tuple[str, float]] = []
+    if document.capture:
+        done.append(("capture", document.capture.timing.seconds))
+    if document.raising:
+        done.append(("raise", document.raising.timing.seconds))
+    done += [(item.spec, item.timing.seconds) for item in document.passes]
+    if document.verify:
+        done.append(("verify", document.verify.timing.seconds))
+    return [f"{name} ({duration(seconds)})" for name, seconds in done]
+
+
+def pass_facts(item: m.PassReportFile) -> m.PassFacts:
+    """Turn the report file of a pass into what the table of passes shows."""
+    return m.PassFacts(
+        spec=item.spec,
+        sites=len(item.sites),
+        rewritten=item.sites,
+        skipped=item.skipped,
+        relations=item.relations,
+        new_parameters=item.new_parameters,
+        untrained=item.untrained,
+        seconds=item.timing.seconds,
+    )
+
+
+def pass_view(item: m.PassReportFile, *, layer: int | None = None, why: bool = False) -> RenderableType:
+    """Show one pass, for one layer or all: what was rewritten, facts about it, and with ``why`` what was not."""
+    sites = [site for site in item.sites if layer is None or site.layer == layer]
+    skipped = [one for one in item.skipped if layer is None or one.layer == layer]
+    facts = item.details if layer is None else {str(layer): item.details.get(str(layer))}
+    left = table(["layer", "block", "reason"], [(str(s.layer), s.kind, f"{s.code} {s.reason}") for s in skipped])
+    made = table(["layer", "block", "path"], [(str(s.layer), s.kind, s.path) for s in sites])
+    summary = f"{len(item.sites)} sites, {len(item.skipped)} skipped, {amount(item.new_parameters)} new parameters"
+    return stack(
+        Group(text(item.spec, "bold"), text(summary + (", untrained" if item.untrained else ""))),
+        passes_table([pass_facts(item)]),
+        titled("rewritten", made) if sites else None,
+        titled("facts", _facts_table(facts)),
+        titled("left alone", left) if skipped and (why or layer is not None) else None,
+        text("nothing here") if not sites and not skipped else None,
+    )
+
+
+def _facts_table(details: Mapping[str, object]) -> RenderableType | None:
+    rows: list[tuple[str, str]] = []
+    for key, value in details.items():
+        if isinstance(value, Mapping):
+            rows += [(f"{key} {name}", _fact(fact)) for name, fact in value.items()]
+        elif value is not None:
+            rows.append((key, _fact(value)))
+    return table(["layer and fact", "value"], rows) if rows else None
+
+
+def _fact(value: object) -> str:
+    return number(value) if isinstance(value, float) else str(value)
+
+
+def diff_view(document: m.DiffDocument) -> RenderableType:
+    """Show where two artifacts differ."""
+    if not document.differences:
+        return text(f"{document.a} and {document.b} report the same")
+    rows = [
+        (item.topic, item.name, _side(item, item.a), _side(item, item.b), f"{item.ratio:.3g}x" if item.ratio else "")
+        for item in document.differences
+    ]
+    return stack(lines([f"a: {document.a}", f"b: {document.b}"]), table(["", "", ">a", ">b", ">b/a"], rows))
+
+
+def _side(item: m.Difference, value: str | int | float | bool | None) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool | str):
+        return str(value).lower() if isinstance(value, bool) else value
+    if "bytes" in item.topic:
+        return size(value)
+    return number(value) if isinstance(value, float) else str(value)

@@ -1,0 +1,127 @@
+"""Which attention blocks a pass rewrites: the ``keep`` option and the refusals that several passes share."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+
+from memc.blocks import (
+    AttentionBlock,
+    Bidirectional,
+    Chunked,
+    OtherBias,
+    OtherMask,
+    Prefix,
+    RelativeBias,
+)
+from memc.errors import MemcError
+from memc.pipeline import Plan, Rejection, Site
+from memc.program import Program
+from memc.raising import find_blocks
+from memc.rewrite import owns_its_states
+
+Refusal = tuple[str, str]
+"""Code and reason of a rejection."""
+
+KEEP_HELP = "layers that stay as they are: none, every:N (N-1, 2N-1, ...), first:N, last:N, or a list [0,5,7]"
+
+_COUNTED = re.compile(r"(every|first|last):([1-9][0-9]*)")
+_LISTED = re.compile(r"\[\s*([0-9]+\s*(,\s*[0-9]+\s*)*)?\]")
+
+
+def attention_blocks(program: Program) -> tuple[AttentionBlock, ...]:
+    """Return the attention blocks of a raised program."""
+    return tuple(block for block in find_blocks(program) if isinstance(block, AttentionBlock))
+
+
+def check_keep(pass_name: str, keep: str) -> None:
+    """Raise ``MemcError`` E203 when ``keep`` is not of the forms in ``KEEP_HELP``."""
+    if keep != "none" and not _COUNTED.fullmatch(keep) and not _LISTED.fullmatch(keep):
+        raise MemcError(
+            "E203",
+            "option 'keep' is none, every:N, first:N, last:N or a list of layers",
+            where=f"{pass_name}:keep={keep}",
+            next=f"write {pass_name}:keep=every:4 or {pass_name}:keep=[0,5,7]",
+        )
+
+
+def kept_layers(keep: str, layers: Iterable[int]) -> frozenset[int]:
+    """Return the layers that ``keep`` names, out of ``layers``.
+
+    Raises ``MemcError`` E203 for a list that names a layer that is not there.
+    """
+    known = sorted(set(layers))
+    if match := _COUNTED.fullmatch(keep):
+        count = int(match[2])
+        chosen = {
+            "every": [layer for layer in known if (layer + 1) % count == 0],
+            "first": known[:count],
+            "last": known[-count:],
+        }
+        return frozenset(chosen[match[1]])
+    named = {int(number) for number in re.findall("[0-9]+", keep)}
+    if missing := sorted(named - set(known)):
+        have = f"layers {known[0]} to {known[-1]}" if known else "no attention layer"
+        raise MemcError("E203", f"option 'keep' names layer {missing[0]}", where=keep, next=f"the model has {have}")
+    return frozenset(named)
+
+
+def choose_sites(
+    blocks: Sequence[AttentionBlock], keep: str, refuse: Callable[[AttentionBlock], Refusal | None]
+) -> tuple[tuple[Site, ...], tuple[Rejection, ...]]:
+    """Split blocks into sites and rejections, in order; what cannot be rewritten says so even where it is kept."""
+    kept = kept_layers(keep, (block.layer for block in blocks))
+    sites: list[Site] = []
+    rejections: list[Rejection] = []
+    for block in blocks:
+        refusal = refuse(block)
+        if refusal is None and block.layer in kept:
+            refusal = ("kept", f"the option keep={keep} leaves this layer as it is")
+        if refusal is None:
+            sites.append(Site(block.layer, block.path, block.kind))
+        else:
+            rejections.append(Rejection(block.layer, block.path, block.kind, *refusal))
+    return tuple(sites), tuple(rejections)
+
+
+def planned_blocks(program: Program, plan: Plan) -> tuple[AttentionBlock, ...]:
+    """Return the blocks of a program, or of a copy of it, that a plan made for it rewrites."""
+    planned = {(site.layer, site.path) for site in plan.sites}
+    return tuple(block for block in attention_blocks(program) if (block.layer, block.path) in planned)
+
+
+def refuse_constant_state(program: Program, block: AttentionBlock) -> Refusal | None:
+    """Return why the growing state of a block cannot become one of constant size, or None when it can.
+
+    Codes: ``encoder``, ``cross_attention``, ``shared_kv``, ``bidirectional``, ``chunked``, ``prefix``, ``mask``,
+    ``relative_bias``, ``bias``, ``not_streamable``.
+    """
+    if not program.model.decoder:
+        return "encoder", "the model is no decoder: there is no sequence that goes on"
+    if block.kind == "cross_attention" or block.kv_source == "cross":
+        return "cross_attention", "keys and values come from another sequence, which does not grow"
+    match block.mask:
+        case Bidirectional():
+            return "bidirectional", "tokens read tokens that come later"
+        case Chunked(size):
+            return "chunked", f"tokens read only their own chunk of {size}, which a sliding window cannot express"
+        case Prefix(size):
+            return "prefix", f"the first {size} tokens read one another and must arrive together"
+        case OtherMask(reason):
+            return "mask", f"the mask is of no known form: {reason}"
+        case _:
+            pass
+    match block.bias:
+        case RelativeBias():
+            return "relative_bias", "a learned bias of the distance is added to the scores"
+        case OtherBias(reason):
+            return "bias", f"a bias of no known form is added to the scores: {reason}"
+        case _:
+            pass
+    if block.kv_source != "self" or not owns_its_states(program, block.attention):
+        return "shared_kv", "keys and values are shared with another layer, which reads all of them"
+    if not block.streamable or block.attention.target is not torch.ops.memc.attention.default:
+        return "not_streamable", "the block cannot run on a sequence in pieces"
+    return None

@@ -1,0 +1,59 @@
+"""The verification text of one conversion: the recipe's data, else sampled, and kept in the report either way."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from memc.data import tokenize
+from memc.errors import MemcError
+from memc.program import Program
+from memc.recipe import Recipe
+from memc.runtime.text import Text
+from memc.verify import VerificationText, sample_text
+
+ROW = 384
+"""Tokens of a row: long enough to go past the windows in use."""
+
+TOKENS = 1536
+"""Tokens of the data that are used unless the recipe says how many."""
+
+
+def verification_text(recipe: Recipe, original: Program, folder: Path) -> VerificationText:
+    """Return the text of ``report/text.json`` if there is one, else make it and write it there.
+
+    ``folder`` holds the tokenizer. Sampled sequences are joined into one row, so that windows shorter than it
+    are gone past. Raises ``MemcError``: E207 for data that is no text or too short, E308 when it has no tokenizer.
+    """
+    path = folder / "report" / "text.json"
+    if path.is_file():
+        kept = json.loads(path.read_text())
+        return VerificationText(torch.tensor(kept["tokens"]), kept["origin"])
+    text = _from_data(recipe, original, folder) if recipe.data else _sampled(recipe, original)
+    path.write_text(json.dumps({"origin": text.origin, "tokens": text.tokens.tolist()}) + "\n")
+    return text
+
+
+def _sampled(recipe: Recipe, original: Program) -> VerificationText:
+    text = sample_text(original, recipe.seed)
+    row = _row(original, text.tokens.numel())
+    return VerificationText(text.tokens.reshape(-1)[: text.tokens.numel() // row * row].reshape(-1, row), text.origin)
+
+
+def _from_data(recipe: Recipe, original: Program, folder: Path) -> VerificationText:
+    limit = recipe.tokens or TOKENS
+    ids = torch.from_numpy(tokenize(recipe.data, Text(folder).tokenizer, limit=limit))
+    vocab = int(original.outputs[0].shape[-1])
+    if ids.numel() < 16 or int(ids.max()) >= vocab:
+        reason = "fewer than 16 tokens" if ids.numel() < 16 else "a token that the model does not know"
+        raise MemcError("E207", f"verification data has {reason}", ", ".join(recipe.data), "give another --data FILE")
+    row = _row(original, min(ROW, ids.numel()))
+    tokens = ids[: ids.numel() // row * row].reshape(-1, row)
+    return VerificationText(tokens, f"{tokens.numel()} tokens of {', '.join(recipe.data)}")
+
+
+def _row(original: Program, length: int) -> int:
+    limit = original.model.max_positions if original.model.absolute_positions else None
+    return min(length, limit) if limit is not None else length

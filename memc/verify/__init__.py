@@ -1,0 +1,40 @@
+"""Checks of programs: well-formed, finite, split-invariant, and related to the original as a pass declared."""
+
+from memc.verify.execute import layer_of, logits, pieces, run, run_nodes, streams, whole
+from memc.verify.relations import (
+    CheckResult,
+    check_relation,
+    finite,
+    kl_mean,
+    noise_floor,
+    perplexity,
+    split_invariance,
+)
+from memc.verify.sites import BadSite, first_bad_site
+from memc.verify.structure import Problem, require_well_formed, well_formed
+from memc.verify.text import VerificationText, sample_text, take
+
+__all__ = [
+    "BadSite",
+    "CheckResult",
+    "Problem",
+    "VerificationText",
+    "check_relation",
+    "finite",
+    "first_bad_site",
+    "kl_mean",
+    "layer_of",
+    "logits",
+    "noise_floor",
+    "perplexity",
+    "pieces",
+    "require_well_formed",
+    "run",
+    "run_nodes",
+    "sample_text",
+    "split_invariance",
+    "streams",
+    "take",
+    "well_formed",
+    "whole",
+]

@@ -1,0 +1,148 @@
+"""Running programs for verification: node by node, in another precision, or in pieces through their state."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from memc.dialect import op_spec
+from memc.program import Program, get_tensor
+from memc.weights import program_dtype
+
+PIECE = 256
+"""Most tokens that are run at once where a program allows any split: bounds the logits held."""
+
+
+def positions_of(tokens: Tensor, start: int = 0) -> Tensor:
+    """Return the positions ``[B, T]`` of ``tokens [B, T]`` whose first one is at ``start``."""
+    return torch.arange(start, start + tokens.shape[1], device=tokens.device).expand_as(tokens).contiguous()
+
+
+def run(
+    program: Program,
+    tokens: Tensor,
+    positions: Tensor,
+    state: Sequence[Tensor],
+    precision: torch.dtype = torch.float32,
+) -> tuple[Tensor, ...]:
+    """Run a program in ``precision`` whatever its parameters' type, and return its outputs and next states.
+
+    Parameters of another type are converted one at a time, so that memory for the model as it is stored is enough.
+    """
+    if program_dtype(program) == precision:
+        return program(tokens, positions, *state)
+    return run_nodes(program, (tokens, positions, *state), precision=precision)
+
+
+def whole(program: Program, tokens: Tensor, precision: torch.dtype = torch.float32) -> Tensor:
+    """Return the logits ``[B, T, vocab]`` of ``tokens [B, T]`` in one call from an empty state."""
+    state = program.new_state(tokens.shape[0], tokens.device)
+    return run(program, tokens, positions_of(tokens), state, precision)[0].to(precision)
+
+
+def rows(tokens: Tensor) -> list[Tensor]:
+    """Return each sequence of ``tokens [B, T]`` as a batch of one."""
+    return [tokens[index : index + 1] for index in range(tokens.shape[0])]
+
+
+def streams(program: Program) -> bool:
+    """Tell whether any split of a sequence gives the same outputs: raised, and every op is split-invariant."""
+    specs = (op_spec(node.target) for node in program.module.graph.nodes if node.op == "call_function")
+    return program.raised and all(spec.split_invariant for spec in specs if spec is not None)
+
+
+def pieces(
+    program: Program, tokens: Tensor, sizes: Sequence[int], precision: torch.dtype = torch.float32
+) -> Iterator[Tensor]:
+    """Yield the logits ``[B, size, vocab]`` of consecutive pieces of ``tokens [B, T]``, the state carried along."""
+    state = program.new_state(tokens.shape[0], tokens.device)
+    start = 0
+    for size in sizes:
+        part = tokens[:, start : start + size]
+        outputs = run(program, part, positions_of(part, start), state, precision)
+        state = outputs[len(program.outputs) :]
+        start += size
+        yield outputs[0].to(precision)
+
+
+def logits(program: Program, tokens: Tensor, precision: torch.dtype = torch.float32) -> Iterator[Tensor]:
+    """Yield the logits of ``tokens [B, T]``, whole or in pieces of at most ``PIECE`` where that is the same."""
+    length = tokens.shape[1]
+    if not streams(program) or length <= PIECE:
+        yield whole(program, tokens, precision)
+        return
+    yield from pieces(program, tokens, [min(PIECE, length - start) for start in range(0, length, PIECE)], precision)
+
+
+def run_nodes(
+    program: Program,
+    inputs: Sequence[Tensor],
+    *,
+    precision: torch.dtype | None = None,
+    visit: Callable[[Node, Any], None] | None = None,
+) -> tuple[Tensor, ...]:
+    """Run a program node by node on its inputs and states and return its outputs.
+
+    ``precision`` replaces every floating type: parameters are converted one at a time when used, so that no second copy
+    of the model is held. ``visit`` sees every node's value, which is dropped after its last use.
+    """
+    feed = iter(inputs)
+    last: dict[Node, Node] = {}
+    nodes = list(program.module.graph.nodes)
+    for node in nodes:
+        for source in node.all_input_nodes:
+            last[source] = node
+    values: dict[Node, Any] = {}
+
+    def convert(value: Any) -> Any:
+        is_float = isinstance(value, Tensor) and value.is_floating_point()
+        return value.to(precision) if is_float and precision is not None else value
+
+    for node in nodes:
+        if node.op == "placeholder":
+            values[node] = convert(next(feed))
+        elif node.op == "get_attr":
+            values[node] = convert(get_tensor(program.module, str(node.target)))
+        elif node.op == "output":
+            result: tuple[Tensor, ...] = tuple(map_arg(node.args[0], values.__getitem__))
+            return result
+        else:
+            values[node] = _call(node, values, precision)
+        if visit is not None:
+            visit(node, values[node])
+        for source in node.all_input_nodes:
+            if last[source] is node:
+                del values[source]
+    raise ValueError("the graph has no output")
+
+
+def layer_of(node: Node) -> tuple[int | None, str]:
+    """Return the layer's number and the module path that a node was traced under, as far as known."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = str(node.meta.get("memc", {}).get("path") or (next(reversed(stack.values()))[0] if stack else ""))
+    number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", path)
+    return (int(number[1]) if number else None), path
+
+
+def _call(node: Node, values: dict[Node, Any], precision: torch.dtype | None) -> Any:
+    args, kwargs = map_arg((node.args, dict(node.kwargs)), values.__getitem__)
+    if precision is not None:
+        args, kwargs = _replace_dtype(args, precision), _replace_dtype(kwargs, precision)
+    target: Any = node.target
+    return target(*args, **kwargs)
+
+
+def _replace_dtype(value: Any, precision: torch.dtype) -> Any:
+    if isinstance(value, torch.dtype):
+        return precision if value.is_floating_point else value
+    if isinstance(value, tuple | list):
+        return type(value)(_replace_dtype(item, precision) for item in value)
+    if isinstance(value, dict):
+        return {key: _replace_dtype(item, precision) for key, item in value.items()}
+    return value

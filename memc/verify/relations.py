@@ -1,0 +1,223 @@
+"""Relations between an original and its rewrite, measured, each with the noise floor beside it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from memc.errors import MemcError
+from memc.program import Program
+from memc.relation import Bounded, Close, Exact, Relation
+from memc.verify.execute import logits, pieces, positions_of, rows, run, streams, whole
+from memc.verify.sites import first_bad_site
+from memc.verify.text import VerificationText, take
+
+LENGTHS = (1, 2, 13)
+BATCHES = (1, 3)
+SPLIT_TOLERANCE = 1e-4
+ROUNDING = 10.0
+"""How many noise floors over its tolerance a difference may be rounding, and is measured again in float64."""
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """One check: it passed when ``value`` is at or under ``budget`` (None measures without promising)."""
+
+    name: str
+    value: float
+    budget: float | None
+    noise_floor: float | None
+    passed: bool
+    detail: str = ""
+
+
+def _result(name: str, value: float, budget: float | None, floor: float | None, detail: str) -> CheckResult:
+    # Written so that not-a-number never passes.
+    passed = value <= budget if budget is not None else math.isfinite(value)
+    return CheckResult(name, value, budget, floor, passed, detail)
+
+
+@torch.no_grad()
+def noise_floor(program: Program, tokens: Tensor) -> float:
+    """Return the largest difference of the logits of ``tokens [B, T]`` between float32 and float64 arithmetic."""
+    exact = whole(program, tokens, torch.float64)
+    return float((exact - whole(program, tokens).double()).abs().max())
+
+
+@torch.no_grad()
+def check_relation(
+    original: Program,
+    result: Program,
+    relation: Relation,
+    text: VerificationText,
+    *,
+    floor: float | None = None,
+    baseline: Callable[[], Program] | None = None,
+) -> CheckResult:
+    """Measure one relation of ``result`` to ``original`` on ``text``.
+
+    ``floor`` is the noise floor of the original, reported beside differences of logits; a difference that is over its
+    tolerance by so little that it may be rounding is measured again in float64, and that decides. ``baseline`` makes
+    the program that ``perplexity_ratio_to_window`` compares with. Raises ``ValueError`` for a metric that is not known
+    or lacks its baseline.
+    """
+    match relation:
+        case Exact():
+            return _check_close(original, result, "exact", 0.0, None, text, floor)
+        case Close(tolerance, limit):
+            return _check_close(original, result, "close", tolerance, limit, text, floor)
+        case Bounded("kl_mean", budget):
+            value = kl_mean(original, result, text.tokens)
+            return _result("kl_mean", value, budget, 0.0, f"nats per token over {text.tokens.numel()} tokens")
+        case Bounded("perplexity_ratio", budget):
+            return _check_ratio("perplexity_ratio", original, result, budget, text)
+        case Bounded("perplexity_ratio_to_window", budget) if baseline is not None:
+            return _check_ratio("perplexity_ratio_to_window", baseline(), result, budget, text)
+    raise ValueError(f"relation {relation} cannot be measured")
+
+
+def _check_close(
+    original: Program,
+    result: Program,
+    name: str,
+    tolerance: float,
+    limit: int | None,
+    text: VerificationText,
+    floor: float | None,
+) -> CheckResult:
+    worst, where = _worst(original, result, limit, text, torch.float32)
+    detail = f"largest at {where}"
+    if tolerance < worst <= tolerance + ROUNDING * (floor or 0.0):
+        # So near the noise floor float32 cannot tell a different function from a different order of sums.
+        rounded, (worst, where) = worst, _worst(original, result, limit, text, torch.float64)
+        detail = f"measured in float64, largest at {where}; {rounded:.3g} in float32"
+    if not worst <= tolerance:
+        site = first_bad_site(original, result, take(text, 2, min(limit or LENGTHS[-1], LENGTHS[-1])))
+        detail += f"; {site}" if site else ""
+    return _result(name, worst, tolerance, floor, detail)
+
+
+def _worst(
+    original: Program, result: Program, limit: int | None, text: VerificationText, precision: torch.dtype
+) -> tuple[float, str]:
+    worst, where = -1.0, ""
+    for batch, length in _shapes(original, limit, text):
+        difference = _difference(original, result, take(text, batch, length), precision)
+        if not difference <= worst:
+            worst, where = difference, f"batch {batch}, {length} tokens"
+    return worst, where
+
+
+def _shapes(program: Program, limit: int | None, text: VerificationText) -> Iterator[tuple[int, int]]:
+    """Yield batch sizes and lengths: 1, 2, odd, and the most that the relation or the text covers."""
+    longest = limit or text.tokens.shape[1]
+    if program.model.absolute_positions and program.model.max_positions:
+        longest = min(longest, program.model.max_positions)
+    for length in sorted({*(n for n in LENGTHS if n < longest), longest}):
+        for batch in BATCHES if length <= LENGTHS[-1] else BATCHES[:1]:
+            yield batch, length
+
+
+def _difference(original: Program, result: Program, tokens: Tensor, precision: torch.dtype) -> float:
+    worst = 0.0
+    for before, after in _pairs(original, result, tokens, precision):
+        difference = float((before - after).abs().max())
+        worst = difference if math.isnan(difference) else max(worst, difference)
+    return worst
+
+
+def _pairs(
+    original: Program, result: Program, tokens: Tensor, precision: torch.dtype = torch.float32
+) -> Iterator[tuple[Tensor, Tensor]]:
+    if streams(original) == streams(result):
+        yield from zip(logits(original, tokens, precision), logits(result, tokens, precision), strict=True)
+    else:
+        yield whole(original, tokens, precision), whole(result, tokens, precision)
+
+
+def _check_ratio(
+    name: str, original: Program, result: Program, budget: float | None, text: VerificationText
+) -> CheckResult:
+    before, after = perplexity(original, text.tokens), perplexity(result, text.tokens)
+    detail = f"perplexity {after:.4g} against {before:.4g} over {text.tokens.numel()} tokens"
+    return _result(name, after / before, budget, None, detail)
+
+
+@torch.no_grad()
+def perplexity(program: Program, tokens: Tensor) -> float:
+    """Return exp of the mean negative log-likelihood of ``tokens [N, L]`` but each row's first, one row at a time."""
+    total, count = 0.0, 0
+    for row in rows(tokens):
+        start = 0
+        for part in logits(program, row):
+            targets = row[0, start + 1 : start + 1 + part.shape[1]]
+            nll = F.cross_entropy(part[0, : targets.shape[0]], targets, reduction="sum")
+            total, count, start = total + float(nll), count + targets.shape[0], start + part.shape[1]
+    return math.exp(min(total / max(count, 1), 700.0)) if not math.isnan(total) else math.nan
+
+
+@torch.no_grad()
+def kl_mean(original: Program, result: Program, tokens: Tensor) -> float:
+    """Return the mean over ``tokens [N, L]`` of KL(original || result) of the next token, in nats."""
+    total = 0.0
+    for row in rows(tokens):
+        for before, after in _pairs(original, result, row):
+            expected = F.log_softmax(before, -1)
+            total += float((expected.exp() * (expected - F.log_softmax(after, -1))).sum())
+    return total / tokens.numel()
+
+
+@torch.no_grad()
+def split_invariance(program: Program, tokens: Tensor, floor: float = 0.0) -> CheckResult:
+    """Check that ``tokens [B, T]`` give the same logits whole, by token, in odd pieces, padded, and row by row.
+
+    The budget is ``SPLIT_TOLERANCE`` or ten times the noise ``floor``. A program that does not claim to be
+    split-invariant passes with that said.
+    """
+    if not streams(program):
+        return CheckResult("split_invariance", 0.0, None, None, True, "not claimed: an op depends on the split")
+    length = tokens.shape[1]
+    expected = whole(program, tokens)
+    odd = [3] * (length // 3) + ([length % 3] if length % 3 else [])
+    differences = {
+        "one token at a time": torch.cat(list(pieces(program, tokens, [1] * length)), 1) - expected,
+        "pieces of three": torch.cat(list(pieces(program, tokens, odd)), 1) - expected,
+        "mixed lengths": _mixed_lengths(program, tokens) - expected,
+        "one sequence at a time": torch.cat([whole(program, row) for row in rows(tokens)]) - expected,
+    }
+    values = {name: float(value.abs().max()) for name, value in differences.items()}
+    worst = max(values, key=lambda name: math.inf if math.isnan(values[name]) else values[name])
+    return _result("split_invariance", values[worst], max(SPLIT_TOLERANCE, 10 * floor), floor, f"largest: {worst}")
+
+
+def _mixed_lengths(program: Program, tokens: Tensor) -> Tensor:
+    """Run each row behind its own amount of padding and with a gap of it in the middle, in two calls."""
+    batch, length = tokens.shape
+    gap = (torch.arange(length) >= length // 2).long() * 2
+    columns = positions_of(tokens) + gap + (torch.arange(batch) % 3 + 1)[:, None]
+    total = length + 6
+    padded = tokens.new_zeros(batch, total).scatter(1, columns, tokens)
+    positions = tokens.new_full((batch, total), -1).scatter(1, columns, positions_of(tokens))
+    state, parts = program.new_state(batch), []
+    for part in (slice(0, total // 2), slice(total // 2, None)):
+        outputs = run(program, padded[:, part], positions[:, part].contiguous(), state)
+        state = outputs[len(program.outputs) :]
+        parts.append(outputs[0].float())
+    found = torch.cat(parts, 1)
+    return found.gather(1, columns[..., None].expand(-1, -1, found.shape[-1]))
+
+
+def finite(program: Program) -> None:
+    """Raise ``MemcError`` E403 naming the first parameter that holds a value that is not finite, and its source."""
+    for name, value in program.module.named_parameters():
+        if value.is_floating_point() and value.numel():
+            low, high = value.detach().aminmax()
+            if not (math.isfinite(low) and math.isfinite(high)):
+                source = program.provenance[name].source if name in program.provenance else ""
+                where = name if source in ("", name) else f"{name}, from {source}"
+                raise MemcError("E403", "a parameter holds values that are not finite", where, "check the checkpoint")

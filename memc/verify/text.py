@@ -1,0 +1,57 @@
+"""The text that relations are measured on: given, or sampled from the original model itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from memc.program import Program
+from memc.verify.execute import run, streams
+
+SEQUENCES = 8
+LENGTH = 48
+
+
+@dataclass(frozen=True)
+class VerificationText:
+    """Token sequences ``[N, L]`` int64 and where they come from."""
+
+    tokens: Tensor
+    origin: str
+
+
+@torch.no_grad()
+def sample_text(program: Program, seed: int, *, sequences: int = SEQUENCES, length: int = LENGTH) -> VerificationText:
+    """Sample ``sequences`` of ``length`` tokens from a program at temperature 1, from uniformly drawn first tokens.
+
+    Sampled text is text that the model finds likely, so that a change of its predictions shows in the perplexity. A
+    program that cannot be run in pieces (an encoder) gets uniformly drawn tokens.
+    """
+    vocab = int(program.outputs[0].shape[-1])
+    vocab = min(vocab, program.model.vocab_size or vocab)
+    generator = torch.Generator().manual_seed(seed)
+    length = min(length, program.model.max_positions or length) if program.model.absolute_positions else length
+    drawn = torch.randint(vocab, (sequences, length), generator=generator)
+    if not streams(program) or not program.model.decoder:
+        return VerificationText(drawn, f"{sequences} sequences of {length} uniformly drawn tokens, seed {seed}")
+    tokens, state = drawn[:, :1], program.new_state(sequences)
+    text = [tokens]
+    for index in range(length - 1):
+        outputs = run(program, tokens, torch.full((sequences, 1), index), state)
+        state = outputs[len(program.outputs) :]
+        # In float64, so that the draw depends on no rounding of a sum over the vocabulary.
+        chances = outputs[0][:, -1, :vocab].double().softmax(-1)
+        chosen = torch.searchsorted(chances.cumsum(-1), torch.rand(sequences, 1, generator=generator).double())
+        tokens = chosen.clamp(max=vocab - 1)
+        text.append(tokens)
+    origin = f"{sequences} sequences of {length} tokens sampled from the original, seed {seed}"
+    return VerificationText(torch.cat(text, 1), origin)
+
+
+def take(text: VerificationText, batch: int, length: int) -> Tensor:
+    """Return ``[batch, length]`` tokens: consecutive stretches of the text, which starts over at its end."""
+    stream = text.tokens.reshape(-1)
+    index = torch.arange(batch * length) % stream.shape[0]
+    return stream[index].reshape(batch, length)

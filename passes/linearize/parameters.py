@@ -1,0 +1,110 @@
+"""The new parameters of one layer: names, shapes and first values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from memc.blocks import AttentionBlock
+
+HALF_LIFE = 512
+"""Tokens after which an untrained gate has forgotten half of what it held."""
+
+MASS = -30.0
+"""First log scale of the memory's mass: next to the window's it is nothing until training or calibration raises it."""
+
+RANK = 16
+"""Rank of the per-channel gate (GLA, Yang et al. 2024, section 4.4)."""
+
+META = 0.0
+"""First logit of a meta token."""
+
+
+@dataclass(frozen=True)
+class New:
+    """One parameter: its shape, and how to make its values from a seeded generator."""
+
+    shape: tuple[int, ...]
+    make: Callable[[torch.Generator], Tensor]
+
+
+def shared_parameters(
+    block: AttentionBlock, width: int, feature: str, size: int, gate: str, update: str
+) -> dict[str, New]:
+    """List the parameters of a ``shared`` layer by name.
+
+    Maps are per head: ``query_map [H,D,F']`` and ``key_map [G,D,F']`` with F' = F / 2 for ``hedgehog`` and F otherwise.
+    """
+    heads, groups, inner = block.num_heads, block.num_kv_heads, inner_size(feature, size)
+    made = {
+        "query_map": New((heads, block.head_dim, inner), lambda g: projections(heads, block.head_dim, inner, g)),
+        "key_map": New((groups, block.head_dim, inner), lambda g: projections(groups, block.head_dim, inner, g)),
+        "mass_weight": constant((width, heads), 0.0),
+        "mass_bias": constant((heads,), MASS),
+        **gate_parameters(gate, width, groups, groups, size),
+    }
+    if update == "gated":
+        made["gain_key"] = constant((groups, block.head_dim, 1), 0.0)
+        made["gain_value"] = constant((groups, block.value_dim, 1), 0.0)
+    else:
+        made["write_weight"] = constant((width, groups), 0.0)
+        made["write_bias"] = constant((groups,), 0.0)
+    return made
+
+
+def lizard_parameters(
+    block: AttentionBlock, width: int, feature: str, size: int, gate: str, meta: int
+) -> dict[str, New]:
+    """List the parameters of a ``lizard`` layer by name: maps shared by the heads and one gate for all of them."""
+    inner = inner_size(feature, size)
+    made = {
+        "query_map": New((block.head_dim, inner), lambda g: projections(1, block.head_dim, inner, g)[0]),
+        "key_map": New((block.head_dim, inner), lambda g: projections(1, block.head_dim, inner, g)[0]),
+        "alpha": constant((), 1.0),
+        **gate_parameters(gate, width, 1, block.num_kv_heads, size),
+    }
+    if meta:
+        made["meta"] = constant((meta,), META)
+    return made
+
+
+def gate_parameters(gate: str, width: int, scalars: int, groups: int, size: int) -> dict[str, New]:
+    """List the parameters of a gate; ``scalars`` is the number of heads' own gates where it is a scalar."""
+    # sigmoid(bias) ** HALF_LIFE = 1/2
+    bias = -math.log(math.expm1(math.log(2) / HALF_LIFE))
+    match gate:
+        case "head":
+            return {"gate_bias": constant((groups,), bias)}
+        case "token":
+            return {"gate_weight": constant((width, scalars), 0.0), "gate_bias": constant((scalars,), bias)}
+        case "channel":
+            return {
+                "gate_down": New((width, RANK), lambda g: torch.randn(width, RANK, generator=g) / math.sqrt(width)),
+                "gate_up": New((groups, RANK, size), lambda g: 0.01 * torch.randn(groups, RANK, size, generator=g)),
+                "gate_bias": constant((groups, size), bias),
+            }
+        case _:
+            return {}
+
+
+def inner_size(feature: str, size: int) -> int:
+    """Return the number of projected channels that give ``size`` features."""
+    return size // 2 if feature == "hedgehog" else size
+
+
+def projections(count: int, rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    """Make ``[count, rows, columns]``: the identity plus a little noise where square, else orthogonal."""
+    if rows == columns:
+        return torch.eye(rows) + 0.01 * torch.randn(count, rows, columns, generator=generator)
+    return torch.stack(
+        [torch.nn.init.orthogonal_(torch.empty(rows, columns), generator=generator) for _ in range(count)]
+    )
+
+
+def constant(shape: tuple[int, ...], value: float) -> New:
+    """Describe a parameter that starts with one value everywhere."""
+    return New(shape, lambda _: torch.full(shape, value))

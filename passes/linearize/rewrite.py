@@ -1,0 +1,184 @@
+"""The pass itself: options, what it takes, and the rewrite of one site."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from memc import sites
+from memc.blocks import Alibi, AttentionBlock, SlidingWindow
+from memc.dialect import arguments
+from memc.errors import MemcError
+from memc.passes.linearize.layers import LayerConfig, lizard_layer, shared_layer
+from memc.passes.linearize.parameters import New, lizard_parameters, shared_parameters
+from memc.pipeline import Pass, PassReport, Plan, option
+from memc.program import Program, StateSpec
+from memc.relation import Bounded, Close, Relation
+from memc.rewrite import Editor, result_of, window_states
+from memc.target import Target
+
+SEED = 20250709
+
+
+@dataclass(frozen=True)
+class Linearize(Pass):
+    """Replace softmax over everything by a sliding window and a gated linear memory.
+
+    ``form=shared`` (default): the window (rotary inside, ``sinks`` first tokens read exactly) and the memory share one
+    denominator, as in LoLCATs (Zhang et al. 2024, eq. 7) but with the window's log-sum-exp applied to both parts; the
+    memory holds exactly the tokens that left the window. Its mass has a learned scale that depends on the data.
+    Identity setting: ``window`` at least as long as the context. Prompts of at most ``window`` tokens give the
+    original logits by construction, trained or not. Untrained, the memory is all but off, so that the perplexity
+    beyond is that of the ``window`` pass.
+
+    ``form=lizard``: the layer of Lizard (arXiv 2507.09025, section 3): a rotary-free gated branch over all tokens with
+    a normaliser of its own, plus alpha times a rotary-free window with ``meta`` value-less logits. ``gate=token`` is
+    one gate for all heads, with a bias (0 in the paper). It has no identity setting: at the first token the gated
+    branch is v and the window branch a positive share of v, so y = v only with alpha = 0; then y is the gated branch
+    alone, whose weights phi(q).phi(k) have a rank of at most ``feature_size`` over any set of queries and keys, while
+    those of softmax have full rank and turn with the distance of rotary positions. It is of no use untrained.
+
+    Parameters are new, float32 and untrained, called ``memc.linearize.layers.N.*``; the gate starts with a half-life
+    of 512 tokens. ``update=gated_delta`` (shared form) overwrites what a unit key held (Gated DeltaNet, Yang et al.
+    2025) and has no denominator of its own: its mass is the learned scale alone.
+
+    Does not handle:
+
+    - ``encoder``: models that are no decoders.
+    - ``cross_attention``: keys and values of another sequence.
+    - ``bidirectional``: tokens that read later ones.
+    - ``chunked``, ``prefix``, ``mask``: chunked, prefix and unknown masks.
+    - ``relative_bias``, ``bias``: learned or unknown biases on the scores.
+    - ``alibi``: ALiBi, since the memory keeps no distances.
+    - ``sink_logits``: learned sinks of the model's own, in the ``lizard`` form (``shared`` keeps them in the window).
+    - ``sliding_window``: layers that never read past ``window`` tokens and have nothing to remember.
+    - ``hidden``: queries, keys and values that are not projected from one tensor, which the gates read.
+    - ``shared_kv``: keys and values that another layer reads too.
+    - ``not_streamable``: blocks that cannot run on a sequence in pieces.
+    - ``kept``: layers that the option ``keep`` names.
+    """
+
+    name: ClassVar[str] = "linearize"
+
+    form: str = option("shared", "how window and memory are mixed", choices=("shared", "lizard"))
+    window: int = option(64, "most recent tokens that softmax reads, the token itself included", unit="tokens", min=1)
+    sinks: int = option(4, "first tokens of the sequence that softmax always reads (shared)", unit="tokens", min=0)
+    meta: int = option(4, "value-less learned logits in the window's denominator (lizard)", unit="logits", min=0)
+    feature: str = option("hedgehog", "feature map of queries and keys", choices=("hedgehog", "elu", "relu"))
+    feature_size: int = option(128, "features of a query or key; even for hedgehog", unit="channels", min=2)
+    gate: str = option("token", "what the memory's decay depends on", choices=("none", "head", "token", "channel"))
+    update: str = option("gated", "how the memory is written", choices=("gated", "gated_delta"))
+    keep: str = option("none", sites.KEEP_HELP)
+
+    def __post_init__(self) -> None:
+        """Check every option, and those that go together."""
+        super().__post_init__()
+        sites.check_keep(self.name, self.keep)
+        other, unused = ("meta", self.meta) if self.form == "shared" else ("sinks", self.sinks)
+        if unused != 4:
+            raise MemcError("E203", f"form={self.form} has no {other}", where=f"{self.name}:{other}={unused}")
+        if self.form == "lizard" and self.update == "gated_delta":
+            raise MemcError("E203", "update=gated_delta goes with form=shared", where=f"{self.name}:form=lizard")
+        if self.feature == "hedgehog" and self.feature_size % 2:
+            where = f"{self.name}:feature_size={self.feature_size}"
+            raise MemcError("E203", "feature_size is even for feature=hedgehog", where=where)
+
+    def plan(self, program: Program, target: Target) -> Plan:
+        """Choose every causal attention block that ``keep`` does not name."""
+        blocks = sites.attention_blocks(program)
+        chosen, rejections = sites.choose_sites(blocks, self.keep, lambda block: self._refuse(program, block))
+        relations: tuple[Relation, ...] = (Bounded("perplexity_ratio", None),)
+        if self.form == "shared":
+            relations = (Close(1e-4, tokens=self.window), Bounded("perplexity_ratio_to_window", 1.001))
+        return Plan(self.spec, chosen, rejections, relations)
+
+    def apply(self, program: Program, plan: Plan) -> tuple[Program, PassReport]:
+        """Rewrite the plan's sites; the memory of the ``shared`` form starts all but off."""
+        editor = Editor(program)
+        blocks = sites.planned_blocks(editor.program, plan)
+        details = {str(block.layer): self._rewrite(editor, block) for block in blocks}
+        made = sum(layer["new_parameters"] for layer in details.values())
+        report = PassReport(plan.spec, plan.sites, plan.rejections, plan.relations, made, True, details)
+        return editor.finish(), report
+
+    def _refuse(self, program: Program, block: AttentionBlock) -> sites.Refusal | None:
+        refusal = sites.refuse_constant_state(program, block)
+        if refusal is not None:
+            return refusal
+        if isinstance(block.bias, Alibi):
+            return "alibi", "ALiBi weighs tokens by their distance, which the memory does not keep"
+        if isinstance(block.mask, SlidingWindow) and block.mask.size <= self.window:
+            size = block.mask.size
+            return "sliding_window", f"the layer never reads past {size} tokens; the pass 'window' bounds its state"
+        if block.sink_logits is not None and self.form == "lizard":
+            return "sink_logits", "the model has sinks of its own where this form puts its meta logits"
+        if block.hidden is None:
+            return "hidden", "query, key and value are not projected from one tensor, which the gates read"
+        return None
+
+    def _rewrite(self, editor: Editor, block: AttentionBlock) -> dict[str, Any]:
+        node = block.attention
+        bound = arguments(node)
+        sinks = self.sinks if self.form == "shared" else 0
+        config = LayerConfig(self.feature, self.gate, self.update, bound["scale"], bound["softcap"], self.window, sinks)
+        specs = window_states(editor, node, self.window + sinks)
+        columns = block.value_dim + (self.update == "gated")
+        label = _free_label(editor.program, block.layer)
+        memory = StateSpec(f"layer{label}_memory", torch.float32, ("B", block.num_kv_heads, self.feature_size, columns))
+        inputs = {name: value for name, value in bound.items() if isinstance(value, Node)}
+        inputs["memory"] = editor.add_state(memory, bound["past_positions"])
+        if self.form == "lizard":
+            inputs.update(query=block.query_pre_rotary, key=block.key_pre_rotary)
+        assert block.hidden is not None
+        inputs["hidden"] = block.hidden
+        new = self._parameters(block)
+        inputs.update(_register(editor, label, block.layer, new, node))
+        layer = shared_layer if self.form == "shared" else lizard_layer
+
+        def trace(t: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+            return layer(config, t)
+
+        output, *after = editor.insert(trace, inputs, node, block.path, (self.form, config))
+        old = result_of(node, 0)
+        assert old is not None
+        old.replace_all_uses_with(output)
+        for name, value in zip(("past_key", "past_value", "past_positions"), after, strict=False):
+            editor.set_next(bound[name], value)
+        editor.set_next(inputs["memory"], after[-1])
+        return {
+            "window": self.window,
+            "sinks": sinks,
+            "state_bytes": sum(spec.bytes(0) for spec in (*specs, memory)),
+            "new_parameters": sum(torch.Size(item.shape).numel() for item in new.values()),
+        }
+
+    def _parameters(self, block: AttentionBlock) -> dict[str, New]:
+        assert block.hidden is not None
+        width = int(block.hidden.meta["val"].shape[-1])
+        if self.form == "lizard":
+            return lizard_parameters(block, width, self.feature, self.feature_size, self.gate, self.meta)
+        return shared_parameters(block, width, self.feature, self.feature_size, self.gate, self.update)
+
+
+def _free_label(program: Program, layer: int) -> str:
+    """Return the layer's number, with a suffix where two towers or two runs of the pass number layers alike."""
+    taken = {name for name, _ in program.module.named_modules()}
+    labels = (str(layer) if n == 1 else f"{layer}_{n}" for n in count(1))
+    return next(label for label in labels if f"memc.linearize.layers.{label}" not in taken)
+
+
+def _register(editor: Editor, label: str, layer: int, new: Mapping[str, New], before: Node) -> dict[str, Node]:
+    """Make a layer's parameters from one seeded generator, in order, and return the nodes that read them."""
+    generator = torch.Generator().manual_seed(SEED + layer)
+    nodes = {}
+    for name, item in new.items():
+        path = f"memc.linearize.layers.{label}.{name}"
+        nodes[name] = editor.add_parameter(path, item.shape, partial(item.make, generator), "linearize", before)
+    return nodes

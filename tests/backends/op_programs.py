@@ -1,0 +1,314 @@
+"""Small programs around one dialect op each, shared by the backends' conformance tests."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+import memc.dialect  # noqa: F401  defines the ops
+from memc.program import InputSpec, ModelInfo, OutputSpec, Program, StateSpec
+
+VOCAB = 37
+aten = torch.ops.aten
+
+
+class Builder:
+    """Builds a program node by node: parameters from one generator, states as they are asked for."""
+
+    def __init__(self, seed: int = 0, dtype: torch.dtype = torch.float32, vocab: int = VOCAB) -> None:
+        self.graph = Graph()
+        self.root = torch.nn.Module()
+        self.random = torch.Generator().manual_seed(seed)
+        self.dtype = dtype
+        self.vocab = vocab
+        self.states: list[StateSpec] = []
+        self.next: list[Node] = []
+        self.tokens = self.graph.placeholder("tokens")
+        self.positions = self.graph.placeholder("positions")
+        self._last_input = self.positions
+        self._names: dict[str, int] = {}
+
+    def parameter(self, name: str, *shape: int, scale: float | None = None) -> Node:
+        if not hasattr(self.root, name):
+            scale = (shape[-1] ** -0.5) if scale is None else scale
+            value = (torch.randn(*shape, generator=self.random) * scale).to(self.dtype)
+            self.root.register_parameter(name, torch.nn.Parameter(value))
+        return self.graph.get_attr(name)
+
+    def constant(self, name: str, value: Tensor) -> Node:
+        self.root.register_buffer(name, value)
+        return self.graph.get_attr(name)
+
+    def state(self, name: str, *shape: int | str, dtype: torch.dtype | None = None, init: float = 0.0) -> Node:
+        grows = shape.index("S") if "S" in shape else None
+        self.states.append(StateSpec(name, dtype or self.dtype, shape, init, grows))
+        with self.graph.inserting_after(self._last_input):
+            self._last_input = self.graph.placeholder(name)
+        return self._last_input
+
+    def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
+        return self.graph.call_function(target, args, kwargs)
+
+    def item(self, node: Node, index: int) -> Node:
+        return self.graph.call_function(operator.getitem, (node, index))
+
+    def linear(self, x: Node, name: str, out: int, into: int, bias: bool = False) -> Node:
+        weight = self.parameter(f"{name}_weight", out, into)
+        if bias:
+            return self.call(aten.linear.default, x, weight, self.parameter(f"{name}_bias", out, scale=0.3))
+        return self.call(aten.linear.default, x, weight)
+
+    def heads(self, x: Node, name: str, heads: int, dim: int, into: int) -> Node:
+        """``[B,T,into]`` to ``[B,heads,T,dim]``."""
+        flat = self.linear(x, name, heads * dim, into)
+        split = self.call(aten.unflatten.int, flat, -1, [heads, dim])
+        return self.call(aten.transpose.int, split, 1, 2)
+
+    def merge(self, x: Node) -> Node:
+        """``[B,H,T,D]`` to ``[B,T,H*D]``."""
+        return self.call(aten.flatten.using_ints, self.call(aten.transpose.int, x, 1, 2), 2, 3)
+
+    def embed(self, dim: int) -> Node:
+        return self.call(aten.embedding.default, self.parameter("embedding", self.vocab, dim, scale=1.0), self.tokens)
+
+    def finish(self, logits: Node) -> Program:
+        self.graph.output((logits, *self.next))
+        module = GraphModule(self.root, self.graph)
+        program = Program(
+            module,
+            (
+                InputSpec("tokens", "tokens", torch.int64, ("B", "T")),
+                InputSpec("positions", "positions", torch.int64, ("B", "T")),
+            ),
+            (OutputSpec("logits", self.dtype, ("B", "T", self.vocab)),),
+            tuple(self.states),
+            ModelInfo("test", "", "test", self.vocab),
+            raised=True,
+        )
+        record_shapes(program)
+        return program
+
+
+def record_shapes(program: Program) -> None:
+    """Record every node's fake value in ``meta["val"]``."""
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    sizes = {"B": 3, "T": 5, "S": 7}
+    with mode:
+        fakes = [
+            torch.zeros([sizes.get(str(n), n) for n in spec.shape], dtype=spec.dtype)  # type: ignore[misc]
+            for spec in (*program.inputs, *program.states)
+        ]
+    FakeTensorProp(program.module, mode).propagate_dont_convert_inputs(*fakes)
+
+
+def ring(b: Builder, tag: str, groups: int, slots: int, key: int, value: int) -> list[Node]:
+    """The states of ``window_memory``."""
+    return [
+        b.state(f"past_key{tag}", "B", groups, slots, key),
+        b.state(f"past_value{tag}", "B", groups, slots, value),
+        b.state(f"past_positions{tag}", "B", slots, dtype=torch.int64, init=-1),
+    ]
+
+
+def growing(b: Builder, tag: str, groups: int, key: int, value: int) -> list[Node]:
+    """The states of ``attention``."""
+    return [
+        b.state(f"past_key{tag}", "B", groups, "S", key),
+        b.state(f"past_value{tag}", "B", groups, "S", value),
+        b.state(f"past_positions{tag}", "B", "S", dtype=torch.int64, init=-1),
+    ]
+
+
+def _start(b: Builder, heads: int, groups: int, key: int, value: int, width: int) -> tuple[Node, list[Node]]:
+    x = b.embed(width)
+    return x, [
+        b.heads(x, "query", heads, key, width),
+        b.heads(x, "key", groups, key, width),
+        b.heads(x, "value", groups, value, width),
+    ]
+
+
+def _extras(b: Builder, heads: int, slopes: bool, sink_logits: bool) -> list[Node | None]:
+    return [
+        b.constant("slopes", 2.0 ** -torch.arange(1.0, heads + 1)) if slopes else None,
+        b.parameter("sink", heads, scale=1.0) if sink_logits else None,
+    ]
+
+
+def attention(
+    heads: int = 6,
+    groups: int = 2,
+    key: int = 8,
+    value: int = 10,
+    *,
+    slopes: bool = False,
+    sink_logits: bool = False,
+    layers: int = 1,
+    **options: Any,
+) -> Program:
+    """Tokens to query, key and value, ``memc::attention``, logits."""
+    b = Builder()
+    x, qkv = _start(b, heads, groups, key, value, 24)
+    for layer in range(layers):
+        states = growing(b, str(layer), groups, key, value)
+        extras = _extras(b, heads, slopes, sink_logits)
+        out = b.call(torch.ops.memc.attention.default, *qkv, b.positions, *states, *extras, scale=0.7, **options)
+        b.next += [b.item(out, i) for i in (1, 2, 3)]
+        x = b.linear(b.merge(b.item(out, 0)), "out", 24, heads * value)
+        qkv = [
+            b.heads(x, name, n, d, 24)
+            for name, n, d in zip(("query", "key", "value"), (heads, groups, groups), (key, key, value), strict=True)
+        ]
+    return b.finish(b.linear(x, "logits", VOCAB, 24, bias=True))
+
+
+def window_memory(
+    heads: int = 6,
+    groups: int = 2,
+    key: int = 8,
+    value: int = 10,
+    *,
+    window: int = 5,
+    sinks: int = 2,
+    slopes: bool = False,
+    sink_logits: bool = False,
+    lse: bool = False,
+    left: bool = False,
+    softcap: float = 0.0,
+) -> Program:
+    """Tokens to query, key and value, ``memc::window_memory``, logits that also read the other outputs asked for."""
+    b = Builder()
+    _, qkv = _start(b, heads, groups, key, value, 24)
+    states = ring(b, "", groups, window + sinks, key, value)
+    extras = _extras(b, heads, slopes, sink_logits)
+    op = torch.ops.memc.window_memory.default
+    options = {"scale": 0.7, "window": window, "sinks": sinks, "softcap": softcap}
+    out = b.call(op, *qkv, b.positions, *states, *extras, **options)
+    b.next += [b.item(out, i) for i in (5, 6, 7)]
+    logits = b.linear(b.merge(b.item(out, 0)), "logits", VOCAB, heads * value)
+    if lse:
+        per_token = b.call(aten.transpose.int, b.item(out, 1), 1, 2)
+        logits = b.call(aten.add.Tensor, logits, b.linear(per_token, "lse", VOCAB, heads))
+    if left:
+        for index, size in ((2, key), (3, value)):
+            read = b.linear(b.merge(b.item(out, index)), f"left{index}", VOCAB, groups * size)
+            logits = b.call(aten.add.Tensor, logits, read)
+        place = b.call(aten._to_copy.default, b.item(out, 4), dtype=torch.float32)
+        place = b.call(aten.mul.Tensor, b.call(aten.unsqueeze.default, place, -1), 0.1)
+        logits = b.call(aten.add.Tensor, logits, place)
+    return b.finish(logits)
+
+
+def linear_memory(
+    heads: int = 6,
+    groups: int = 2,
+    key: int = 8,
+    value: int = 10,
+    *,
+    update: str = "gated",
+    per_channel: bool = True,
+    strength: float = 1.0,
+) -> Program:
+    """Tokens to query, key, value and gates, ``memc::linear_memory``, logits. ``strength`` scales the log-decay."""
+    b = Builder()
+    x, (q, k, v) = _start(b, heads, groups, key, value, 24)
+    gate = b.heads(x, "gate", groups, key if per_channel else 1, 24)
+    decay = b.call(aten.mul.Tensor, b.call(aten.softplus.default, gate), -strength)
+    state = b.state("memory", "B", groups, key, value, dtype=torch.float32)
+    arguments: list[Node] = [q, k, v, decay, b.positions, state]
+    if update == "gated_delta":
+        norm = b.call(aten.linalg_vector_norm.default, k, 2.0, [-1], True)
+        arguments[1] = b.call(aten.div.Tensor, k, norm)
+        beta = b.call(aten.sigmoid.default, b.linear(x, "beta", groups, 24))
+        arguments.append(b.call(aten.transpose.int, beta, 1, 2))
+    out = b.call(torch.ops.memc.linear_memory.default, *arguments, update=update)
+    b.next.append(b.item(out, 1))
+    return b.finish(b.linear(b.merge(b.item(out, 0)), "logits", VOCAB, heads * value))
+
+
+def rotary(*, interleaved: bool = False, scaling: float = 1.0, rotated: int = 8, head: int = 8) -> Program:
+    """Tokens to heads, ``memc::rotary``, logits."""
+    b = Builder()
+    x = b.heads(b.embed(24), "heads", 3, head, 24)
+    inv_freq = b.constant("inv_freq", 100.0 ** -(torch.arange(rotated // 2) * 2.0 / rotated))
+    op = torch.ops.memc.rotary.default
+    turned = b.call(op, x, b.positions, inv_freq, interleaved=interleaved, scaling=scaling)
+    return b.finish(b.linear(b.merge(turned), "logits", VOCAB, 3 * head))
+
+
+def norm(*, center: bool = False, weight: bool = True, bias: bool = False) -> Program:
+    """Tokens to vectors, ``memc::norm``, logits."""
+    b = Builder()
+    w = b.parameter("weight", 24, scale=1.0) if weight else None
+    shift = b.parameter("bias", 24, scale=1.0) if bias else None
+    x = b.call(torch.ops.memc.norm.default, b.embed(24), w, shift, eps=1e-5, center=center)
+    return b.finish(b.linear(x, "logits", VOCAB, 24))
+
+
+def full_attention(
+    *, positions: bool = True, bias: bool = False, sink_logits: bool = False, softcap: float = 0.0
+) -> Program:
+    """Tokens to query, key and value, ``memc::full_attention``, logits."""
+    b = Builder()
+    _, qkv = _start(b, 6, 2, 8, 10, 24)
+    masks: list[Node | None] = [b.positions if positions else None, None, None]
+    if bias:
+        # log(0) of odd positions masks them: an additive bias with -inf, one row for all queries.
+        odd = b.call(aten.remainder.Scalar, b.positions, 3)
+        odd = b.call(aten._to_copy.default, odd, dtype=torch.float32)
+        masks[1] = b.call(aten.unsqueeze.default, b.call(aten.unsqueeze.default, b.call(aten.log.default, odd), 1), 1)
+    if sink_logits:
+        masks[2] = b.parameter("sink", 6, scale=1.0)
+    out = b.call(torch.ops.memc.full_attention.default, *qkv, *masks, scale=0.7, softcap=softcap)
+    return b.finish(b.linear(b.merge(out), "logits", VOCAB, 60))
+
+
+def llama(
+    mixer: str = "window_memory",
+    *,
+    layers: int = 2,
+    width: int = 24,
+    heads: int = 6,
+    groups: int = 2,
+    head: int = 8,
+    hidden: int = 40,
+    window: int = 5,
+    sinks: int = 2,
+    softcap: float = 0.0,
+    dtype: torch.dtype = torch.float32,
+    vocab: int = VOCAB,
+) -> Program:
+    """A llama-like decoder with tied embeddings: norm, rotary attention of the kind ``mixer``, gated feed-forward."""
+    b = Builder(dtype=dtype, vocab=vocab)
+    x = b.embed(width)
+    inv_freq = b.constant("inv_freq", 100.0 ** -(torch.arange(head // 2) * 2.0 / head))
+    for i in range(layers):
+        h = b.call(torch.ops.memc.norm.default, x, b.parameter(f"norm{i}", width, scale=1.0), eps=1e-5)
+        q, k, v = (b.heads(h, f"{n}{i}", c, head, width) for n, c in (("q", heads), ("k", groups), ("v", groups)))
+        q, k = (b.call(torch.ops.memc.rotary.default, y, b.positions, inv_freq) for y in (q, k))
+        if mixer == "window_memory":
+            states = ring(b, str(i), groups, window + sinks, head, head)
+            options: dict[str, Any] = {"window": window, "sinks": sinks}
+        else:
+            states, options = growing(b, str(i), groups, head, head), {}
+        op = getattr(torch.ops.memc, mixer).default
+        out = b.call(op, q, k, v, b.positions, *states, scale=head**-0.5, **options)
+        b.next += [b.item(out, j) for j in ((5, 6, 7) if mixer == "window_memory" else (1, 2, 3))]
+        x = b.call(aten.add.Tensor, x, b.linear(b.merge(b.item(out, 0)), f"o{i}", width, heads * head))
+        h = b.call(torch.ops.memc.norm.default, x, b.parameter(f"post{i}", width, scale=1.0), eps=1e-5)
+        gate = b.call(aten.silu.default, b.linear(h, f"gate{i}", hidden, width))
+        up = b.call(aten.mul.Tensor, gate, b.linear(h, f"up{i}", hidden, width))
+        x = b.call(aten.add.Tensor, x, b.linear(up, f"down{i}", width, hidden))
+    x = b.call(torch.ops.memc.norm.default, x, b.parameter("final", width, scale=1.0), eps=1e-5)
+    logits = b.call(aten.linear.default, x, b.parameter("embedding", vocab, width))
+    if softcap:
+        logits = b.call(aten.mul.Tensor, b.call(aten.tanh.default, b.call(aten.div.Tensor, logits, softcap)), softcap)
+    return b.finish(logits)

@@ -1,0 +1,245 @@
+"""Documents of an imagined conversion, for the tests of views and commands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from memc.report import models as m
+from memc.report.read import CAPTURE, CONVERT, FOLDER, RAISE, VERIFY
+
+MODEL = m.ModelFacts(
+    source="models/SmolLM2-135M-Instruct.Q4_1.gguf",
+    digest="b179c952",
+    parameters=134_515_008,
+    family="llama",
+    vocab_size=49152,
+    max_positions=8192,
+)
+
+
+def blocks() -> list[m.BlockFacts]:
+    found = []
+    for layer in range(30):
+        path = f"model.layers.{layer}"
+        found.append(
+            m.BlockFacts(
+                layer=layer,
+                path=f"{path}.self_attn",
+                kind="attention",
+                heads=9,
+                kv_heads=3,
+                head_dim=64,
+                scale=0.125,
+                mask="sliding_window" if layer % 2 else "causal",
+                window=512 if layer % 2 else None,
+                bias="none",
+                positions="rotary",
+                softcap=50.0 if layer == 29 else None,
+            )
+        )
+        found.append(
+            m.BlockFacts(
+                layer=layer,
+                path=f"{path}.mlp",
+                kind="feed_forward",
+                activation="silu",
+                gated=True,
+                width=576,
+                hidden=1536,
+                raised=layer != 7,
+                reason="down projection reads [red]two[/red] values\x1b[31m" if layer == 7 else "",
+            )
+        )
+    return found
+
+
+def near_misses() -> list[m.NearMissFacts]:
+    return [
+        m.NearMissFacts(
+            layer=7,
+            path="model.layers.7.mlp",
+            kind="feed_forward",
+            nearest="gated feed-forward",
+            reason="the gate is added, not multiplied",
+            node="add_31",
+            source="modeling_mine.py:88",
+        )
+    ]
+
+
+def inspected() -> m.InspectDocument:
+    return m.InspectDocument(
+        model=MODEL,
+        blocks=blocks(),
+        near_misses=near_misses(),
+        state_bytes={512: 23_592_960, 4096: 188_743_680, 32768: 1_509_949_440},
+        flops_per_token=2.9e8,
+        flops_by_context={512: 2.9e8, 4096: 4.1e8, 32768: 1.4e9},
+        warnings=["8 positions are beyond what the model was trained on"],
+    )
+
+
+def pass_file_of() -> m.PassReportFile:
+    return m.PassReportFile(
+        spec="linearize:window=256",
+        sites=[m.SiteFacts(layer=n, path=f"model.layers.{n}.self_attn", kind="attention") for n in range(29)],
+        skipped=[
+            m.SkippedFacts(layer=29, path="model.layers.29", kind="attention", code="softcap", reason="is capped")
+        ],
+        relations=relations(),
+        details={str(n): {"half_life": 512.0, "form": "shared"} for n in range(29)},
+        untrained=True,
+        new_parameters=1_700_000,
+        parameters=136_215_008,
+        state_bytes={512: 12_000_000},
+        timing=m.Timing(seconds=3.25, peak_rss_bytes=1_500_000_000),
+    )
+
+
+def relations() -> list[m.RelationFacts]:
+    return [
+        m.RelationFacts(relation="close", value=3.1e-6, budget=1e-4, noise_floor=1e-6, tokens=256, passed=True),
+        m.RelationFacts(
+            relation="bounded", metric="perplexity_ratio_to_window", value=1.0003, budget=1.01, passed=True
+        ),
+    ]
+
+
+def converted(*, dry_run: bool = False) -> m.ConvertDocument:
+    item = pass_file_of()
+    return m.ConvertDocument(
+        out="out",
+        target="cpu",
+        backend="onnx",
+        weights="int8",
+        dry_run=dry_run,
+        model=MODEL,
+        passes=[
+            m.PassFacts(
+                spec=item.spec,
+                sites=len(item.sites),
+                rewritten=item.sites,
+                skipped=item.skipped,
+                relation="bounded",
+                value=None if dry_run else 1.0003,
+                budget=1.01,
+                relations=[r.model_copy(update={"value": None}) if dry_run else r for r in relations()],
+                new_parameters=1_700_000,
+                untrained=True,
+                seconds=3.25,
+            )
+        ],
+        original=predicted(1),
+        predicted=predicted(4),
+        measured=None
+        if dry_run
+        else m.Measured(parameters=136_215_008, disk_bytes=800_000_000, peak_rss_bytes=2_000_000_000, seconds=61.5),
+        checks=[] if dry_run else checks(),
+        verified=not dry_run,
+        untrained=True,
+        warnings=["beyond_trained: 32768 tokens are past the trained positions"],
+        next=['memc generate out --prompt "Hello"', "memc report out --html"],
+    )
+
+
+def predicted(saving: int) -> m.Predicted:
+    return m.Predicted(
+        parameters=134_515_008,
+        flops_per_token=2.9e8,
+        flops_by_context={512: 2.9e8, 4096: 4.1e8},
+        bytes_read_per_token={512: 5.4e8, 4096: 7.3e8},
+        decode_ms={512: 14.2, 4096: 21.7 / saving},
+        state_bytes={512: 23_592_960, 4096: 188_743_680 // saving, 32768: 1_509_949_440 // saving},
+        weight_bytes=538_060_032,
+        peak_rss_bytes=1_900_000_000,
+        disk_bytes=1_076_120_064,
+        seconds=42.0,
+    )
+
+
+def checks() -> list[m.CheckFacts]:
+    return [
+        m.CheckFacts(
+            name="lowered", value=2.1e-5, budget=1e-3, noise_floor=1.2e-6, passed=True, detail="fp32, 6 shapes"
+        ),
+        m.CheckFacts(name="perplexity ratio", value=1.21, budget=1.1, passed=False, detail="sampled text, 2048 tokens"),
+    ]
+
+
+def write_report(folder: Path, name: str, document: m.Document) -> None:
+    (folder / FOLDER).mkdir(parents=True, exist_ok=True)
+    (folder / FOLDER / name).write_text(document.to_json())
+
+
+def write_artifact(folder: Path, *, finished: bool = True) -> Path:
+    """Write the report files of the imagined conversion; unfinished: up to the pass, and an error."""
+    write_report(folder, CAPTURE, m.CaptureReport(model=MODEL, timing=m.Timing(seconds=4.5)))
+    write_report(folder, RAISE, m.RaiseReport(blocks=blocks(), near_misses=near_misses(), timing=m.Timing(seconds=1.5)))
+    write_report(folder, "02-linearize.json", pass_file_of())
+    if finished:
+        write_report(folder, VERIFY, m.VerifyReport(checks=checks(), text="sampled", tokens=2048))
+        write_report(folder, CONVERT, converted().model_copy(update={"out": str(folder)}))
+        (folder / "memc.json").write_text("{}")
+    else:
+        error = m.ErrorDocument(code="E401", message="verification failed", next="memc report out", exit_code=4)
+        write_report(folder, "error.json", error)
+    return folder
+
+
+def evaluated() -> m.EvalDocument:
+    sides = {
+        name: m.EvalSide(
+            source=name,
+            perplexity=30.0 + index,
+            tokens=2044,
+            by_position=[
+                m.PositionBucket(start=1, end=256, perplexity=33.0, tokens=1020),
+                m.PositionBucket(start=256, end=512, perplexity=28.5, tokens=1024),
+            ],
+        )
+        for index, name in enumerate(("a", "b"))
+    }
+    return m.EvalDocument(
+        sides=sides, text="book.txt", window=512, kl_mean=0.0123, kl_p99=0.3, top1_agreement=0.93, ratio=1.0667
+    )
+
+
+def benched() -> m.BenchDocument:
+    rows = [
+        m.BenchRow(
+            side=side,
+            context=context,
+            prefill_tokens_per_s=412.5,
+            decode_tokens_per_s=1000 / ms,
+            decode_ms_median=ms,
+            decode_ms_p90=ms * 1.1,
+            cpu_ms_median=ms * 1.9,
+            state_bytes=23_592_960,
+            rss_bytes=10**9,
+        )
+        for context in (512, 4096)
+        for side, ms in (("a", 9.5), ("b", 12.25))
+    ]
+    return m.BenchDocument(threads=2, machine="Linux x86_64, 2 cores", sides={"a": "out", "b": "dense"}, rows=rows)
+
+
+def examined() -> m.DoctorDocument:
+    return m.DoctorDocument(
+        version="0.1.0",
+        python="3.11.7",
+        machine="Linux x86_64, 2 cores",
+        threads=2,
+        packages={"torch": "2.13.0", "onnxruntime": "1.32.0", "triton": None},
+        backends=[
+            m.BackendRow(name="eager", available=True, version="2.13.0", weights=["fp32", "bf16"]),
+            m.BackendRow(name="mine", available=False, reason="cannot be imported: no module 'mine'"),
+        ],
+        kernels={"com.microsoft.LinearAttention": ["float"]},
+        coverage=[
+            m.CoverageRow(family="llama", captured=True, attention=True, ffn=True, logits=True),
+            m.CoverageRow(
+                family="t5", captured=True, attention=True, ffn=True, logits=False, note="modeling_t5.py:412: bias"
+            ),
+        ],
+        problems=["backend mine: cannot be imported: no module 'mine'"],
+    )

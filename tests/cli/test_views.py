@@ -1,0 +1,104 @@
+"""Golden tests of the terminal text at 80 columns. ``python -m tests.cli.test_views`` writes the files anew."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from rich.console import Console, RenderableType
+
+from memc.cli.passes import describe
+from memc.report import listings, terminal
+from memc.report import models as m
+from memc.report.diff import diff
+from tests.cli import documents as d
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def report(*, finished: bool = True) -> m.ReportDocument:
+    return m.ReportDocument(
+        out="out",
+        finished=finished,
+        convert=d.converted() if finished else None,
+        capture=m.CaptureReport(model=d.MODEL, timing=m.Timing(seconds=4.5)),
+        raising=m.RaiseReport(blocks=d.blocks(), timing=m.Timing(seconds=1.5)),
+        passes=[d.pass_file_of()],
+        verify=m.VerifyReport(checks=d.checks()) if finished else None,
+        error=None
+        if finished
+        else m.ErrorDocument(code="E401", message="verification failed", next="memc report out", exit_code=4),
+    )
+
+
+def changed() -> m.ReportDocument:
+    other = report()
+    assert other.convert is not None
+    other.out, other.convert.weights = "other", "int4"
+    other.convert.predicted.state_bytes[4096] //= 2
+    other.passes[0].sites = other.passes[0].sites[:7]
+    return other
+
+
+VIEWS: dict[str, Callable[[], RenderableType]] = {
+    "inspect": lambda: terminal.inspect_view(d.inspected()),
+    "inspect-why": lambda: terminal.inspect_view(d.inspected(), layer=7, why=True),
+    "convert": lambda: terminal.convert_view(d.converted()),
+    "convert-dry-run": lambda: terminal.convert_view(d.converted(dry_run=True)),
+    "report": lambda: terminal.report_view(report()),
+    "report-unfinished": lambda: terminal.report_view(report(finished=False)),
+    "report-pass": lambda: terminal.pass_view(d.pass_file_of(), layer=7, why=True),
+    "report-pass-skipped": lambda: terminal.pass_view(d.pass_file_of(), layer=29, why=True),
+    "diff": lambda: terminal.diff_view(diff(report(), changed())),
+    "diff-same": lambda: terminal.diff_view(diff(report(), report())),
+    "eval": lambda: listings.eval_view(d.evaluated()),
+    "bench": lambda: listings.bench_view(d.benched()),
+    "doctor": lambda: listings.doctor_view(d.examined()),
+}
+
+
+def text_of(view: RenderableType, width: int = 80) -> str:
+    stream = StringIO()
+    Console(file=stream, width=width, no_color=True, highlight=False, markup=False, emoji=False).print(view)
+    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()) + "\n"
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_text_is_as_kept(name: str) -> None:
+    assert text_of(VIEWS[name]()) == (GOLDEN / f"{name}.txt").read_text()
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_text_fits_80_columns(name: str) -> None:
+    assert max(len(line) for line in text_of(VIEWS[name]()).splitlines()) <= 80
+
+
+def test_wider_terminals_are_used() -> None:
+    assert max(len(line) for line in text_of(VIEWS["convert"](), 140).splitlines()) > 80
+
+
+def test_foreign_strings_style_nothing() -> None:
+    shown = text_of(VIEWS["inspect"](), 140)
+    assert "\x1b" not in shown
+    assert "[red]two[/red]" in shown
+    assert r"\x1b[31m" in shown
+
+
+def test_a_pass_that_matched_nothing_is_shown() -> None:
+    shown = text_of(terminal.pass_view(m.PassReportFile(spec="window", sites=[])))
+    assert "nothing here" in shown
+
+
+def test_passes_describe_themselves() -> None:
+    row = describe("window")
+    assert row.available
+    assert {option.name for option in row.options} >= {"window", "sinks"}
+    assert row.does_not_handle
+    assert "window" in text_of(listings.passes_view(m.PassesDocument(passes=[row])))
+
+
+if __name__ == "__main__":
+    for kept, view in VIEWS.items():
+        (GOLDEN / f"{kept}.txt").write_text(text_of(view()))

@@ -1,0 +1,307 @@
+"""A tiny Llama on disk becomes an artifact, or nothing at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from memc import api, plugins
+from memc.artifact import read_manifest
+from memc.capture import capture
+from memc.errors import MemcError
+from memc.program import Program
+from memc.recipe import Recipe
+from memc.report.models import CaptureReport, ConvertDocument, PassReportFile, RaiseReport, VerifyReport
+from tests.core.toy import Toy
+
+
+def make_llama(folder: Path, dtype: torch.dtype = torch.float32, layers: int = 2) -> Path:
+    """Save a random Llama whose every dimension is distinct, and a tokenizer of bytes."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=67,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=10,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        initializer_range=0.3,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
+    tokenizer = Tokenizer(WordLevel({f"w{i}": i for i in range(67)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(autouse=True)
+def _toy(monkeypatch: pytest.MonkeyPatch) -> None:
+    register_toy(monkeypatch.setitem)
+
+
+def register_toy(setitem: object) -> None:
+    """Make ``toy`` a known pass."""
+    setitem(plugins.BUILTIN["memc.passes"], "toy", "tests.core.toy:Toy")  # type: ignore[operator]
+    plugins.registered.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def program(llama: Path) -> Program:
+    """The same model, captured once."""
+    from transformers import LlamaForCausalLM
+
+    module = LlamaForCausalLM.from_pretrained(llama)
+    tokens = torch.arange(14).reshape(2, 7)
+    return capture(Logits(module), (tokens, torch.arange(7).expand(2, 7).contiguous()), name="tiny-llama")
+
+
+class Logits(torch.nn.Module):
+    """A Hugging Face model as a function of tokens and positions."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.model(tokens, position_ids=positions, use_cache=False).logits
+        return logits
+
+
+def run(llama: Path | Program, out: Path, *passes: str, **options: object) -> ConvertDocument:
+    return api.convert(llama, out, passes=passes, backend="eager", recipe=Recipe(recipe=1), **options)  # type: ignore[arg-type]
+
+
+def test_a_model_becomes_a_verified_artifact(llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    document = run(llama, out, "window:window=8,sinks=2", seed=3)
+    assert document.verified and not document.untrained and not document.dry_run
+    assert [(facts.spec, facts.sites) for facts in document.passes] == [("window:window=8,sinks=2", 2)]
+    assert document.passes[0].relation == "perplexity_ratio" and (document.passes[0].value or 0) > 0
+    assert {"capture", "raise", "lower", "verify", "window:window=8,sinks=2"} <= set(document.measured.steps)  # type: ignore[union-attr]
+    names = {check.name for check in document.checks}
+    assert names == {"raised_logits", "split_invariance", "perplexity_ratio", "kl_mean", "lowered_logits"}
+    manifest = read_manifest(out, verify=True)
+    assert manifest.backend == "eager" and manifest.source == str(llama)
+    assert {"recipe.yaml", "tokenizer.json", "program/program.json", "program/params.safetensors"} <= set(
+        manifest.files
+    )
+    assert not list(out.glob("stage-*")) and not (tmp_path / "out.partial").exists()
+    report = out / "report"
+    CaptureReport.model_validate_json((report / "00-capture.json").read_text())
+    assert len(RaiseReport.model_validate_json((report / "01-raise.json").read_text()).blocks) == 4
+    assert PassReportFile.model_validate_json((report / "02-window.json").read_text()).timing.seconds > 0
+    assert VerifyReport.model_validate_json((report / "verify.json").read_text()).passed
+    assert ConvertDocument.model_validate_json((report / "convert.json").read_text()) == document
+    assert "seed 3" in json.loads((report / "text.json").read_text())["origin"]
+
+
+def test_the_artifact_runs_and_equals_the_model(llama: Path, tmp_path: Path) -> None:
+    from transformers import LlamaForCausalLM
+
+    run(llama, tmp_path / "out")
+    tokens = np.arange(22).reshape(2, 11)
+    import memc
+
+    found = memc.load(tmp_path / "out").logits(tokens)
+    expected = LlamaForCausalLM.from_pretrained(llama)(torch.from_numpy(tokens)).logits.detach().numpy()
+    assert np.abs(found - expected).max() < 1e-4
+
+
+def test_a_bfloat16_checkpoint_is_verified_in_float32(tmp_path: Path) -> None:
+    document = run(make_llama(tmp_path / "half", torch.bfloat16, layers=1), tmp_path / "out", "window:window=8")
+    assert document.verified
+
+
+def test_a_model_too_large_for_float32_keeps_its_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("memc.convert._fits_in_float32", lambda program: False)
+    document = run(make_llama(tmp_path / "half", torch.bfloat16, layers=1), tmp_path / "out", "window:window=8")
+    assert document.verified
+
+
+def test_a_dry_run_plans_and_writes_nothing(llama: Path, tmp_path: Path) -> None:
+    shutil.copyfile(llama / "config.json", (tmp_path / "config.json"))
+    document = run(tmp_path, tmp_path / "out", "window:window=8,keep=[1]", dry_run=True)
+    assert document.dry_run and not document.verified and document.measured is None
+    (facts,) = document.passes
+    assert facts.sites == 1 and [(skip.layer, skip.code) for skip in facts.skipped] == [(1, "kept")]
+    assert document.original is not None
+    assert document.predicted.state_bytes[32768] < document.original.state_bytes[32768]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json"]
+
+
+def test_inspect_reads_the_configuration_alone(llama: Path, tmp_path: Path) -> None:
+    shutil.copyfile(llama / "config.json", tmp_path / "config.json")
+    document = api.inspect(tmp_path, contexts=(7,))
+    attention = [block for block in document.blocks if block.kind == "attention"]
+    assert [(b.heads, b.kv_heads, b.head_dim, b.mask, b.positions) for b in attention] == [
+        (4, 2, 10, "causal", "rotary")
+    ] * 2
+    feed = [block for block in document.blocks if block.kind == "feed_forward"]
+    assert [(b.activation, b.gated, b.hidden) for b in feed] == [("silu", True, 40)] * 2
+    assert document.state_bytes == {7: 2 * 7 * (2 * 2 * 10 * 4 + 8)} and document.flops_per_token > 0
+
+
+@pytest.mark.parametrize(
+    ("spec", "code"),
+    [
+        ("toy:op=shift,by=0.01,relation=close", "E401"),
+        ("toy:op=nan,relation=close", "E403"),
+        ("toy:op=nothing", "E307"),
+    ],
+)
+def test_a_pass_that_fails_leaves_no_output(program: Program, tmp_path: Path, spec: str, code: str) -> None:
+    with pytest.raises(MemcError, match=code):
+        run(program, tmp_path / "out", spec)
+    assert not (tmp_path / "out").exists()
+    error = tmp_path / "out.partial" / "report" / "error.json"
+    assert error.exists() is (code != "E307")
+    if error.exists():
+        assert json.loads(error.read_text())["code"] == code
+
+
+def test_values_that_are_not_finite_are_found(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = make_llama(tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(MemcError, match=r"E403.*layers\.1\.mlp\.up_proj\.weight"):
+        run(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_lowered_program_that_is_wrong_is_refused(
+    program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from memc.backends.eager import EagerRunner
+
+    right = EagerRunner.run
+    monkeypatch.setattr(EagerRunner, "run", lambda *args: right(*args) + np.float32(0.01))
+    with pytest.raises(MemcError, match=r"E401.*lowered_logits.*0\.01"):
+        run(program, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_exists_is_kept(program: Program, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(program, out)
+    with pytest.raises(MemcError, match=r"E204.*this recipe.*--force"):
+        run(program, out)
+    with pytest.raises(MemcError, match=r"E204.*another artifact.*--force"):
+        run(program, out, seed=1)
+    before = (out / "memc.json").read_bytes()
+    run(program, out, force=True)
+    assert (out / "memc.json").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_a_foreign_output_is_refused(program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(MemcError, match=r"E204.*file"):
+        run(program, tmp_path / "file", force=True)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "mine.txt").write_text("mine")
+    with pytest.raises(MemcError, match=r"E204.*no artifact.*--force"):
+        run(program, folder)
+    monkeypatch.chdir(folder)
+    with pytest.raises(MemcError, match=r"E204.*cannot be replaced"):
+        run(program, folder, force=True)
+    (tmp_path / "new.partial").mkdir()
+    with pytest.raises(MemcError, match=r"E204.*in the way"):
+        run(program, tmp_path / "new", fresh=True)
+    assert (folder / "mine.txt").read_text() == "mine"
+
+
+def test_another_recipe_needs_fresh(program: Program, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(MemcError, match="E401"):
+        run(program, out, "toy:op=shift,by=0.01,relation=close")
+    with pytest.raises(MemcError, match=r"E204.*--fresh"):
+        run(program, out)
+    assert run(program, out, fresh=True).verified
+
+
+def test_a_full_disk_is_said_before(program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(MemcError, match="E502"):
+        run(program, tmp_path / "out")
+    monkeypatch.setattr("memc.machine.memory_bytes", lambda: 1000)
+    with pytest.raises(MemcError, match="E501"):
+        run(program, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_the_backend_refuses_are_said_before(program: Program, tmp_path: Path) -> None:
+    with pytest.raises(MemcError, match="E601"):
+        run(program, tmp_path / "out", weights="int4")
+
+
+def test_data_is_read_and_kept(llama: Path, tmp_path: Path) -> None:
+    data = tmp_path / "text.txt"
+    data.write_text(" ".join(f"w{i * i % 67}" for i in range(100)))
+    run(llama, tmp_path / "out", data=[str(data)], tokens=64)
+    text = json.loads((tmp_path / "out" / "report" / "text.json").read_text())
+    assert text["tokens"] == [[i * i % 67 for i in range(64)]] and "text.txt" in text["origin"]
+    data.write_text("w1 w2")
+    with pytest.raises(MemcError, match="E207"):
+        run(llama, tmp_path / "other", data=[str(data)])
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from tests.core.test_convert import killable
+killable(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+"""
+
+
+def killable(llama: Path, out: Path, trigger: str) -> ConvertDocument:
+    """Convert with two passes of which the second is killed while ``trigger`` exists."""
+    torch.set_num_threads(1)
+    register_toy(dict.__setitem__)
+    return run(llama, out, "window:window=8,sinks=2", f"toy:kill={trigger}")
+
+
+def test_a_killed_conversion_goes_on_and_gives_the_same_bytes(tmp_path: Path) -> None:
+    llama = make_llama(tmp_path / "model", layers=1)
+    trigger = tmp_path / "kill"
+    trigger.touch()
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-c", SCRIPT, str(llama), str(tmp_path / "a"), str(trigger)]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    killed = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert (tmp_path / "a.partial" / "stage-02").is_dir() and not (tmp_path / "a").exists()
+    trigger.unlink()
+    resumed = killable(llama, tmp_path / "a", str(trigger))
+    assert [facts.resumed for facts in resumed.passes] == [True, False]
+    killable(llama, tmp_path / "b", str(trigger))
+    first, second = (read_manifest(tmp_path / name).files for name in "ab")
+    assert first == second and Toy.name in (tmp_path / "a" / "recipe.yaml").read_text()

@@ -1,0 +1,106 @@
+"""Costs against counting by hand on a tiny decoder."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from memc.cost import WEIGHT_BYTES, predict
+from memc.pipeline import parse_spec
+from memc.program import Program
+from memc.target import get_target
+from tests.core.tiny import TinyConfig, tiny_program
+
+CONTEXTS = (64, 4096)
+CONFIG = TinyConfig()
+
+
+@pytest.fixture(scope="module")
+def program() -> Program:
+    return tiny_program(CONFIG)
+
+
+def products(config: TinyConfig) -> int:
+    """Weights that every token is multiplied with."""
+    attention = config.width * config.head_dim * (2 * config.heads + 2 * config.kv_heads)
+    return config.layers * (attention + 3 * config.width * config.hidden) + config.vocab * config.width
+
+
+def test_work_of_products_and_attention_is_counted(program: Program) -> None:
+    cost = predict(program, get_target("cpu"), CONTEXTS)
+    attention = {c: config_attention(c) for c in CONTEXTS}
+    for context in CONTEXTS:
+        counted = 2 * products(CONFIG) + attention[context]
+        # Rotary and norms are small and counted too.
+        assert counted <= cost.flops_by_context[context] <= counted * 1.2
+    assert cost.flops_per_token == cost.flops_by_context[64]
+    slope = (cost.flops_by_context[4096] - cost.flops_by_context[64]) / (4096 - 64)
+    assert slope == pytest.approx((attention[4096] - attention[64]) / (4096 - 64))
+
+
+def config_attention(context: int) -> float:
+    return CONFIG.layers * 4.0 * CONFIG.heads * CONFIG.head_dim * context
+
+
+def test_parameters_state_and_bytes(program: Program) -> None:
+    cost = predict(program, get_target("cpu"), CONTEXTS)
+    assert cost.parameters == program.parameter_count
+    assert cost.weight_bytes == 4 * program.parameter_count
+    assert cost.state_bytes == {c: program.state_bytes(c) for c in CONTEXTS}
+    held = CONFIG.layers * 2 * CONFIG.kv_heads * CONFIG.head_dim * 4
+    for context in CONTEXTS:
+        assert cost.bytes_read_per_token[context] == pytest.approx(4 * program.parameter_count + held * context)
+
+
+def test_an_untied_embedding_is_read_one_row_at_a_time() -> None:
+    untied = tiny_program(TinyConfig(tied=False))
+    cost = predict(untied, get_target("cpu"), (1,))
+    unread = 4 * CONFIG.width * (CONFIG.vocab - 1)
+    state = CONFIG.layers * 2 * CONFIG.kv_heads * CONFIG.head_dim * 4
+    assert cost.bytes_read_per_token[1] == pytest.approx(4 * untied.parameter_count - unread + state)
+
+
+def test_quantised_weights_are_smaller(program: Program) -> None:
+    sizes = [
+        predict(program, get_target("cpu"), CONTEXTS, weights=kind).weight_bytes for kind in ("fp32", "int8", "int4")
+    ]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[2] < sizes[0] / 4
+    assert WEIGHT_BYTES["int4"] < 0.7
+
+
+def test_roofline_moves_with_the_machine(program: Program) -> None:
+    slow, fast = (predict(program, get_target(name), CONTEXTS) for name in ("riscv64", "nvidia-sm90"))
+    assert slow.decode_ms[4096] > slow.decode_ms[64]
+    assert slow.decode_ms[4096] > fast.decode_ms[4096] / 10
+    one, two = (predict(program, get_target("cpu"), CONTEXTS, threads=n) for n in (1, 2))
+    assert one.decode_ms[4096] >= two.decode_ms[4096]
+    assert predict(program, get_target("c"), CONTEXTS).decode_ms == {}
+
+
+def test_windows_make_cost_constant(program: Program) -> None:
+    target = get_target("cpu")
+    rewrite = parse_spec("window:window=16,sinks=2")
+    windowed, _ = rewrite.apply(program, rewrite.plan(program, target))
+    cost = predict(windowed, target, CONTEXTS)
+    assert cost.state_bytes[64] == cost.state_bytes[4096]
+    assert cost.flops_by_context[64] == cost.flops_by_context[4096]
+    assert cost.bytes_read_per_token[64] == cost.bytes_read_per_token[4096]
+
+
+def test_prediction_needs_no_weights(program: Program) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    bare = program.copy()
+    fake = FakeTensorMode()
+    expected = predict(program, get_target("cpu"), CONTEXTS)
+    module = torch.fx.GraphModule(bare.module, bare.module.graph)
+    with fake:
+        made: dict[int, torch.nn.Parameter] = {}
+        for owner in module.modules():
+            for name, value in list(owner._parameters.items()):
+                if value is not None:
+                    made.setdefault(id(value), torch.nn.Parameter(torch.empty(value.shape)))
+                    owner._parameters[name] = made[id(value)]
+    bare.module = module
+    assert predict(bare, get_target("cpu"), CONTEXTS) == expected

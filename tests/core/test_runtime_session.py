@@ -1,0 +1,201 @@
+"""States, prefill, step, fork, save and load; what goes in and the errors of it."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import memc
+from memc import plugins
+from memc.errors import MemcError
+from memc.runtime import load
+from tests.core.runtime_fakes import VOCAB, make_artifact, make_session
+
+RNG = np.random.default_rng(5)
+ROWS = [RNG.integers(0, VOCAB, size).tolist() for size in (7, 1, 12)]
+BOTH = pytest.mark.parametrize("grows", [False, True])
+
+
+def refused(code, call, *args, **kwargs):
+    with pytest.raises(MemcError) as caught:
+        call(*args, **kwargs)
+    assert caught.value.code == code, caught.value
+    return str(caught.value)
+
+
+def test_importing_it_loads_no_torch():
+    code = "import sys, memc, memc.data, memc.evaluate, memc.runtime; memc.load; memc.Session; "
+    code += "sys.exit(str({'torch', 'transformers'} & set(sys.modules)).replace('set()', ''))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert not done.stderr.strip(), done.stderr
+
+
+@BOTH
+@pytest.mark.parametrize("chunk", [1, 3, 5])
+def test_any_chunking_gives_the_same(tmp_path, grows, chunk):
+    whole = make_session(tmp_path, grows=grows)
+    parts = make_session(tmp_path, grows=grows, chunk=chunk)
+    np.testing.assert_array_equal(parts.logits(ROWS), whole.logits(ROWS))
+    np.testing.assert_array_equal(parts.prefill(ROWS, parts.new_state(3)), whole.prefill(ROWS, whole.new_state(3)))
+    assert max(width for width, _ in parts.runner.calls) == chunk
+
+
+@BOTH
+def test_a_batch_of_mixed_lengths_equals_one_at_a_time(tmp_path, grows):
+    session = make_session(tmp_path, grows=grows, chunk=4)
+    state = session.new_state(3)
+    last = session.prefill(ROWS, state)
+    after = session.step([5, -1, 6], state)
+    everything = session.logits(ROWS)
+    for index, row in enumerate(ROWS):
+        alone = session.new_state()
+        np.testing.assert_array_equal(session.prefill(row, alone)[0], last[index])
+        expected = last[index] if index == 1 else session.step([5 if index == 0 else 6], alone)[0]
+        np.testing.assert_array_equal(after[index], expected)
+        np.testing.assert_array_equal(session.logits([row])[0], everything[index, : len(row)])
+        assert not everything[index, len(row) :].any()
+    assert state.lengths.tolist() == [8, 1, 13]
+
+
+@BOTH
+def test_prefill_in_turns_and_steps_equal_one_prefill(tmp_path, grows):
+    session = make_session(tmp_path, grows=grows, chunk=3)
+    row = ROWS[2]
+    expected = session.prefill(row, session.new_state())
+    state = session.new_state()
+    session.prefill(row[:5], state)
+    session.prefill([row[5:7]], state)
+    for number in row[7:]:
+        last = session.step(np.array([number]), state)
+    np.testing.assert_array_equal(last, expected)
+
+
+def test_prefill_asks_for_last_tokens_only(tmp_path):
+    session = make_session(tmp_path, chunk=4)
+    session.prefill(ROWS, session.new_state(3))
+    # Rows end in columns 6, 0 and 11: one in the first chunk, one in the second, one in the third.
+    assert session.runner.calls == [(4, 1), (4, 1), (4, 1)]
+    session.runner.calls.clear()
+    session.prefill([ROWS[2], ROWS[2]], session.new_state(2))
+    assert session.runner.calls == [(4, 1), (4, 1), (4, 1)]
+
+
+def test_logit_chunks_hold_one_chunk(tmp_path):
+    session = make_session(tmp_path, chunk=5)
+    pieces = list(session.logit_chunks(ROWS[2]))
+    assert [(start, piece.shape) for start, piece in pieces] == [
+        (0, (1, 5, VOCAB)),
+        (5, (1, 5, VOCAB)),
+        (10, (1, 2, VOCAB)),
+    ]
+
+
+@BOTH
+def test_a_fork_is_independent(tmp_path, grows):
+    session = make_session(tmp_path, grows=grows)
+    state = session.new_state(2)
+    session.prefill(ROWS[:2], state)
+    fork = session.fork(state)
+    first = session.step([1, 2], state)
+    session.step([9, 9], fork)
+    np.testing.assert_array_equal(session.step([3, 4], state), _run(session, [[*ROWS[0], 1, 3], [*ROWS[1], 2, 4]]))
+    np.testing.assert_array_equal(fork.last, _run(session, [[*ROWS[0], 9], [*ROWS[1], 9]]))
+    rows = session.fork(fork, [1, 0, 1])
+    assert rows.batch == 3 and rows.lengths.tolist() == [2, 8, 2]
+    np.testing.assert_array_equal(session.step([8, 8, 7], rows)[0], _run(session, [[*ROWS[1], 9, 8]])[0])
+    first[:] = 0  # what is returned is a copy
+    assert state.last.any()
+
+
+def _run(session, rows):
+    return session.prefill(rows, session.new_state(len(rows)))
+
+
+@BOTH
+def test_save_and_load(tmp_path, grows):
+    session = make_session(tmp_path / "out", grows=grows)
+    state = session.new_state(3)
+    session.prefill(ROWS, state)
+    session.save(state, tmp_path / "state.safetensors")
+    again = session.load_state(tmp_path / "state.safetensors")
+    np.testing.assert_array_equal(again.last, state.last)
+    np.testing.assert_array_equal(session.step([1, 2, 3], again), session.step([1, 2, 3], state))
+    fresh = session.new_state(2)
+    session.save(fresh, tmp_path / "fresh")
+    assert session.load_state(tmp_path / "fresh").last is None
+
+
+def test_load_state_refuses(tmp_path):
+    session = make_session(tmp_path / "out", grows=True, capacity=64)
+    state = session.new_state()
+    session.prefill(ROWS[0], state)
+    path = tmp_path / "state"
+    session.save(state, path)
+    refused("E309", session.load_state, tmp_path / "missing")
+    (tmp_path / "broken").write_bytes(path.read_bytes()[:20])
+    refused("E309", session.load_state, tmp_path / "broken")
+    from safetensors.numpy import save_file
+
+    save_file({"a": np.zeros(2)}, tmp_path / "other")
+    refused("E309", session.load_state, tmp_path / "other")
+    other = make_session(tmp_path / "out2", grows=True, capacity=64, source_digest="1")
+    refused("E402", other.load_state, path)
+    refused("E206", session.load_state, path, capacity=3)
+    assert session.load_state(path, capacity=9).capacity == 9
+    refused("E502", session.save, state, tmp_path / "no" / "folder")
+
+
+def test_capacity(tmp_path):
+    session = make_session(tmp_path, grows=True, capacity=10)
+    message = refused("E206", session.prefill, ROWS[2], session.new_state())
+    assert "12" in message and "10" in message and "--context 12" in message
+    refused("E206", session.logits, ROWS)
+    refused("E206", session.new_state, 1, 11)
+    state = session.new_state(2, capacity=7)
+    session.prefill(ROWS[:2], state)
+    session.step([-1, 5], state)
+    refused("E206", session.step, [5, -1], state)
+    # A state of constant size has no room to run out of.
+    steady = make_session(tmp_path)
+    assert steady.new_state(1, capacity=3).capacity is None
+
+
+def test_bad_ids(tmp_path):
+    session = make_session(tmp_path)
+    refused("E205", session.logits, [])
+    refused("E205", session.logits, [[1], []])
+    refused("E205", session.prefill, [[1], []], session.new_state(2))
+    refused("E205", session.step, [-1], session.new_state())
+    assert str(VOCAB) in refused("E200", session.logits, [[0, VOCAB]])
+    refused("E200", session.prefill, [[-1]], session.new_state())
+    refused("E200", session.prefill, [[1], [2]], session.new_state())
+    refused("E200", session.new_state, 0)
+    refused("E200", session.new_state, 1, 0)
+
+
+def test_an_encoder_gives_logits_and_refuses_the_rest_by_name(tmp_path):
+    session = make_session(tmp_path, decoder=False, family="bert", states=[], chunk=2)
+    assert session.logits(ROWS).shape == (3, 12, VOCAB)
+    assert session.runner.calls == [(12, 12)]  # whole: an encoder reads what comes later
+    for call, args in ((session.generate, ([1],)), (session.stream, ([1],)), (session.new_state, ())):
+        assert "bert" in refused("E208", call, *args)
+
+
+def test_load(tmp_path, monkeypatch):
+    monkeypatch.setitem(plugins.BUILTIN["memc.backends"], "fake", "tests.core.runtime_fakes:FakeBackend")
+    plugins.registered.cache_clear()
+    try:
+        out = make_artifact(tmp_path / "out")
+        session = load(out, threads=1, verify=True)
+        assert session.logits([[1, 2]]).shape == (1, 2, VOCAB) and session.capacity is None
+        assert isinstance(memc.load(str(out)), memc.Session)
+        refused("E200", load, out, threads=0)
+        refused("E200", load, out, chunk=0)
+        refused("E309", load, tmp_path / "nothing")
+        (out / "lowered/fake/model.bin").write_bytes(b"altered")
+        load(out)
+        refused("E402", load, out, verify=True)
+        refused("E202", load, make_artifact(tmp_path / "out2", backend="fakke"))
+    finally:
+        plugins.registered.cache_clear()

@@ -1,0 +1,86 @@
+"""Targets: the files, the user's own, and what cannot be used here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from memc.doctor import list_targets, require_backend
+from memc.errors import MemcError
+from memc.target import get_target, targets
+
+NAMES = {
+    "cpu": "onnx",
+    "x86-64-v3": "tvm",
+    "x86-64-v4": "tvm",
+    "aarch64": "tvm",
+    "riscv64": "tvm",
+    "c": "tvm",
+    "nvidia-sm80": "triton",
+    "nvidia-sm90": "triton",
+    "nvidia-sm100": "triton",
+    "nvidia-sm120": "triton",
+    "amd-gfx942": "triton",
+    "amd-gfx950": "triton",
+}
+
+
+@pytest.fixture(autouse=True)
+def own_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    targets.cache_clear()
+    folder = tmp_path / "memc" / "targets"
+    folder.mkdir(parents=True)
+    yield folder
+    targets.cache_clear()
+
+
+def test_every_full_name_is_there_with_its_backend() -> None:
+    assert {name: target.backend for name, target in targets().items()} == NAMES
+
+
+def test_figures_make_sense() -> None:
+    for target in targets().values():
+        if target.kind == "source":
+            assert not target.flops
+            continue
+        assert target.memory_bandwidth
+        assert target.flops["int8"] >= target.flops["fp32"] > target.memory_bandwidth
+        assert 0 < target.launch_overhead < 1e-4
+
+
+def test_unknown_target_is_suggested() -> None:
+    with pytest.raises(MemcError, match="did you mean 'nvidia-sm90'"):
+        get_target("nvidia-sm91")
+
+
+def test_users_targets_are_read(own_folder: Path) -> None:
+    text = 'name = "board"\ndescription = "mine"\nkind = "cpu"\nbackend = "onnx"\ninstruction_set = "x"\n'
+    (own_folder / "board.toml").write_text(text)
+    assert get_target("board").description == "mine"
+
+
+@pytest.mark.parametrize("text", ["name = ", 'name = "x"', 'name = "x"\nspeed = 3\n'])
+def test_a_file_that_does_not_parse_is_named(own_folder: Path, text: str) -> None:
+    (own_folder / "bad.toml").write_text(text)
+    with pytest.raises(MemcError, match=r"E201 .*bad\.toml"):
+        targets()
+
+
+def test_targets_without_backend_say_why() -> None:
+    rows = {row.name: row for row in list_targets().targets}
+    assert rows["cpu"].available
+    for row in rows.values():
+        assert row.available == (not row.reason)
+
+
+def test_backend_of_a_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert require_backend(get_target("cpu")) == "onnx"
+    assert require_backend(get_target("cpu"), "eager") == "eager"
+    with pytest.raises(MemcError, match="E202 unknown backend"):
+        require_backend(get_target("cpu"), "onx")
+    monkeypatch.setattr("memc.doctor.backend_reason", lambda name: "it is broken")
+    with pytest.raises(MemcError, match="E602 it is broken"):
+        require_backend(get_target("cpu"))
