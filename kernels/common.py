@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 DEVICES = ("cpu", "cuda")
-_LIBRARY = torch.library.Library("memc", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY = torch.library.Library("memc", "FRAGMENT")
 
 
 def accumulation_type(x: Tensor) -> torch.dtype:
@@ -46,7 +46,7 @@ def define_backward(name: str, schema: str, fake: Callable[..., Any], backward: 
     free to look at sizes and values.
     """
     full = f"{name}_backward"
-    _LIBRARY.define(full + schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
+    _LIBRARY.define(full + schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"memc::{full}", fake)
     torch.library.register_kernel(f"memc::{full}", DEVICES, backward)
     return getattr(torch.ops.memc, full).default

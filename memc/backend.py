@@ -36,7 +36,10 @@ class No:
 
 @dataclass(frozen=True)
 class LowerOptions:
-    """What the user asked of lowering. ``context`` is the capacity of growing states, None for the model's own limit."""
+    """What the user asked of lowering.
+
+    ``context`` is the capacity of growing states, None for the model's own limit.
+    """
 
     weights: str = "fp32"
     context: int | None = None

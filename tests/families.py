@@ -156,7 +156,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     ),
     "starcoder2": lambda: tf.Starcoder2Config(**_GROUPED, sliding_window=WINDOW),
     "bert": lambda: tf.BertConfig(**_SIZES),
-    "roberta": lambda: tf.RobertaConfig(**_SIZES),
+    "roberta": lambda: tf.RobertaConfig(**_SIZES | {"max_position_embeddings": POSITIONS + 1}),
     "distilbert": lambda: tf.DistilBertConfig(**_DISTILBERT, max_position_embeddings=POSITIONS),
     "vit": lambda: tf.ViTConfig(
         hidden_size=HIDDEN,

@@ -146,7 +146,7 @@ def _op_name(node: Node) -> str:
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.name.rpartition("::")[2]
     if isinstance(target, torch._ops.HigherOrderOperator):
-        return str(target.name())  # type: ignore[no-untyped-call]
+        return str(target.name())
     return getattr(target, "__name__", str(target))
 
 

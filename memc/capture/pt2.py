@@ -180,7 +180,7 @@ def _deserialize(graph: dict[str, Any], weights: dict[str, Tensor], constants: d
         for name, r in graph["range_constraints"].items()
     }
     try:
-        parsed = serialize._dict_to_dataclass(schema.GraphModule, body)  # type: ignore[no-untyped-call]
+        parsed = serialize._dict_to_dataclass(schema.GraphModule, body)
         result = serialize.GraphModuleDeserializer().deserialize(parsed, weights, constants, None, ranges)
     except Exception as error:
         raise MemcError("E302", f".pt2 graph does not parse: {error}", source, "export it again") from error
