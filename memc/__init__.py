@@ -12,7 +12,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _LAZY = {
-    "capture": "memc.capture",
+    "capture": "memc.frontend",
     "inspect": "memc.api",
     "convert": "memc.api",
     "load": "memc.runtime",

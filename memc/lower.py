@@ -8,7 +8,7 @@ from pathlib import Path
 
 from memc.artifact import MANIFEST, read_manifest, seal
 from memc.backend import Backend, LowerOptions
-from memc.convert import require_passed
+from memc.conversion import require_passed
 from memc.cost import predict
 from memc.doctor import require_backend
 from memc.errors import MemcError

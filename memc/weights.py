@@ -273,7 +273,7 @@ def materialize(program: Program, weights: Weights, dtype: torch.dtype | None = 
     Raises ``MemcError`` E303 for a tensor that is missing or has another shape, and E302 for unreadable data.
     """
     if dtype is not None and dtype != program_dtype(program):
-        from memc.capture.recast import recast
+        from memc.frontend.recast import recast
 
         program = recast(program, dtype)
     loaded = program.copy()

@@ -10,9 +10,9 @@ import torch
 import transformers as tf
 from torch import Tensor, nn
 
-from memc.capture import capture, huggingface
-from memc.capture.huggingface import model_info, trace_model
-from memc.capture.trace import first_output
+from memc.frontend import capture, huggingface
+from memc.frontend.huggingface import model_info, trace_model
+from memc.frontend.trace import first_output
 from memc.program import Program
 
 VOCAB, HIDDEN, FFN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, WINDOW, POSITIONS = 97, 48, 80, 2, 6, 3, 10, 5, 64

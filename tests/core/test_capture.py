@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from memc.capture import Captured, capture, capture_source
-from memc.capture.recast import recast
 from memc.errors import MemcError
+from memc.frontend import Captured, capture, capture_source
+from memc.frontend.recast import recast
 from memc.program import Program
 from memc.weights import materialize
 from tests import families

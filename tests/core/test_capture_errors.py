@@ -14,9 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from memc.capture import capture_source
-from memc.capture.gguf_file import read_gguf
 from memc.errors import MemcError
+from memc.frontend import capture_source
+from memc.frontend.gguf_file import read_gguf
 from memc.weights import SafetensorsWeights, materialize
 from tests import families
 from tests.core.test_capture_sources import exported, write_gguf

@@ -15,8 +15,8 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.export import Dim
 
-from memc.capture import Captured, capture_source, huggingface
 from memc.errors import MemcError
+from memc.frontend import Captured, capture_source, huggingface
 from memc.program import Program
 from memc.weights import materialize
 from tests import families

@@ -16,8 +16,8 @@ import torch
 
 from memc import api, plugins
 from memc.artifact import read_manifest
-from memc.capture import capture
 from memc.errors import MemcError
+from memc.frontend import capture
 from memc.program import Program
 from memc.recipe import Recipe
 from memc.report.models import CaptureReport, ConvertDocument, PassReportFile, RaiseReport, VerifyReport
@@ -137,7 +137,7 @@ def test_a_bfloat16_checkpoint_is_verified_in_float32(tmp_path: Path) -> None:
 
 
 def test_a_model_too_large_for_float32_keeps_its_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("memc.convert._fits_in_float32", lambda program: False)
+    monkeypatch.setattr("memc.conversion._fits_in_float32", lambda program: False)
     document = run(make_llama(tmp_path / "half", torch.bfloat16, layers=1), tmp_path / "out", "window:window=8")
     assert document.verified
 

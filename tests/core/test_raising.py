@@ -24,7 +24,7 @@ from memc.blocks import (
     RelativeBias,
     SlidingWindow,
 )
-from memc.capture import capture
+from memc.frontend import capture
 from memc.raising import Raised, raise_program
 from memc.raising.masks import classify, classify_bias, classify_mask
 

@@ -313,7 +313,9 @@ def fault_denominator_without_scale(program: Program, node: Node) -> None:
 
 
 @pytest.mark.parametrize(
-    "fault", [None, fault_counts_the_window, fault_misses_a_token, fault_denominator_without_scale], ids=str
+    "fault",
+    [None, fault_counts_the_window, fault_misses_a_token, fault_denominator_without_scale],
+    ids=lambda fault: getattr(fault, "__name__", "none"),
 )
 def test_the_oracle_sees_planted_faults(fault: Any) -> None:
     program = tiny(layers=1)

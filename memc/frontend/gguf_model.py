@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from memc.capture.gguf_file import GgufFile, GgufWeights, read_gguf
-from memc.capture.gguf_tokenizer import write_tokenizer
-from memc.capture.huggingface import build_empty, model_info, trace_model
-from memc.capture.names import fit
-from memc.capture.source import Captured, side_files
 from memc.errors import MemcError
+from memc.frontend.gguf_file import GgufFile, GgufWeights, read_gguf
+from memc.frontend.gguf_tokenizer import write_tokenizer
+from memc.frontend.huggingface import build_empty, model_info, trace_model
+from memc.frontend.names import fit
+from memc.frontend.source import Captured, side_files
 from memc.weights import Recipe, RenamedWeights
 
 ARCHITECTURES = ("llama", "qwen2")

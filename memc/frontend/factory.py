@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memc.capture.huggingface import model_info, trace_model
-from memc.capture.module import capture, module_digest
-from memc.capture.source import Captured
-from memc.capture.trace import capture_failure
 from memc.errors import MemcError
+from memc.frontend.huggingface import model_info, trace_model
+from memc.frontend.module import capture, module_digest
+from memc.frontend.source import Captured
+from memc.frontend.trace import capture_failure
 
 PREFIX = "python:"
 

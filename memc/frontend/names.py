@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memc.capture.graph import first_names
 from memc.errors import MemcError
+from memc.frontend.graph import first_names
 from memc.program import named_tensors
 from memc.weights import Recipe, RenamedWeights, Weights, check_names
 

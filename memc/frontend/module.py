@@ -9,8 +9,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from memc.capture.trace import Port, capture_failure, fake_mode_of, first_output, trace
 from memc.errors import MemcError
+from memc.frontend.trace import Port, capture_failure, fake_mode_of, first_output, trace
 from memc.program import Dim, ModelInfo, Program, named_tensors
 
 

@@ -16,11 +16,11 @@ import torch
 from memc import __version__, machine
 from memc.artifact import seal, sha256
 from memc.backend import Backend, LowerOptions
-from memc.capture import Captured, capture_source
-from memc.capture.recast import recast
 from memc.cost import predict
 from memc.errors import MemcError
 from memc.facts import block_facts, check_facts, model_facts, near_miss_facts, op_counts, pass_facts, planned_facts
+from memc.frontend import Captured, capture_source
+from memc.frontend.recast import recast
 from memc.lowering import lower, verify_lowered
 from memc.out_folder import RECIPE, OutFolder, folder_bytes, require_space, resume_key
 from memc.pipeline import Pass

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.export.graph_signature import InputKind
 
 from memc.artifact import sha256
-from memc.capture.graph import attach, unlift
-from memc.capture.huggingface import POSITIONS
-from memc.capture.module import is_causal
-from memc.capture.source import Captured
-from memc.capture.trace import Port, add_input, finish
 from memc.errors import MemcError
+from memc.frontend.graph import attach, unlift
+from memc.frontend.huggingface import POSITIONS
+from memc.frontend.module import is_causal
+from memc.frontend.source import Captured
+from memc.frontend.trace import Port, add_input, finish
 from memc.program import ModelInfo
 
 _MAX_JSON = 1 << 30

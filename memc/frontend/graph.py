@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.export.graph_signature import ExportGraphSignature, InputKind, OutputKind
 from torch.fx import Graph, GraphModule, Node
 
-from memc.capture.functional import functionalize
-from memc.capture.source import user_line
 from memc.errors import MemcError
+from memc.frontend.functional import functionalize
+from memc.frontend.source import user_line
 from memc.program import named_tensors
 
 aten = torch.ops.aten

@@ -15,9 +15,9 @@ from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from memc.capture.graph import checkpoint_names, unlift
-from memc.capture.source import failing_line
 from memc.errors import MemcError
+from memc.frontend.graph import checkpoint_names, unlift
+from memc.frontend.source import failing_line
 from memc.program import Dim as Size
 from memc.program import InputRole, InputSpec, ModelInfo, OutputSpec, Program, Provenance
 

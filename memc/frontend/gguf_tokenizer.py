@@ -11,8 +11,8 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 
-from memc.capture.gguf_file import GgufFile
 from memc.errors import MemcError
+from memc.frontend.gguf_file import GgufFile
 
 _CONTROL, _USER_DEFINED = 3, 4
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from memc.artifact import sha256
-from memc.capture.names import fit
-from memc.capture.source import Captured, side_files
-from memc.capture.trace import Port, capture_failure, make_parameters_fake, trace
 from memc.errors import MemcError
+from memc.frontend.names import fit
+from memc.frontend.source import Captured, side_files
+from memc.frontend.trace import Port, capture_failure, make_parameters_fake, trace
 from memc.program import ModelInfo, Program
 from memc.weights import Weights, open_safetensors
 

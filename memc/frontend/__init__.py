@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from memc.capture.factory import PREFIX, capture_factory
-from memc.capture.gguf_model import capture_gguf
-from memc.capture.hub import download, is_hub_id
-from memc.capture.huggingface import capture_folder
-from memc.capture.module import capture
-from memc.capture.pt2 import capture_pt2
-from memc.capture.source import Captured
 from memc.errors import MemcError
+from memc.frontend.factory import PREFIX, capture_factory
+from memc.frontend.gguf_model import capture_gguf
+from memc.frontend.hub import download, is_hub_id
+from memc.frontend.huggingface import capture_folder
+from memc.frontend.module import capture
+from memc.frontend.pt2 import capture_pt2
+from memc.frontend.source import Captured
 
 __all__ = ["Captured", "capture", "capture_source"]
 
