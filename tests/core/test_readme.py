@@ -1,0 +1,77 @@
+"""The README says what is: its commands parse, its tables agree with the program, its Python runs."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from importlib.resources import files
+from pathlib import Path
+
+import click
+import pytest
+
+from memc.cli.app import COMMANDS
+from memc.cli.app import memc as group
+from memc.errors import Exit
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+
+
+def between(name: str) -> str:
+    found = re.search(rf"<!-- {name} -->\n(.*?)<!-- /{name} -->", README, re.DOTALL)
+    assert found, name
+    return found.group(1)
+
+
+def coverage_table() -> str:
+    rows = json.loads((files("memc") / "coverage.json").read_text())
+    lines = ["| family | captured | attention raised | FFN raised | logits equal |", "|---|---|---|---|---|"]
+    for family, row in rows.items():
+        marks = ["yes" if row[key] else "no" for key in ("captured", "attention", "ffn", "logits")]
+        lines.append(f"| {family} | {' | '.join(marks)} |" + (f" {row['note']}" if row["note"] else ""))
+    return "\n".join(lines) + "\n"
+
+
+def test_the_coverage_table_is_the_published_one() -> None:
+    assert between("coverage") == coverage_table()
+
+
+def commands() -> list[str]:
+    blocks = re.findall(r"```console\n(.*?)```", README, re.DOTALL)
+    return [line.removeprefix("$ ") for block in blocks for line in block.splitlines() if line.startswith("$ memc ")]
+
+
+@pytest.mark.parametrize("line", commands())
+def test_every_command_shown_parses(line: str) -> None:
+    _, name, *arguments = shlex.split(line)
+    command = group.get_command(click.Context(group), name)
+    assert command is not None, name
+    command.make_context(name, arguments, resilient_parsing=False)
+
+
+def test_every_command_is_in_the_table() -> None:
+    for name in COMMANDS:
+        assert f"memc {name}" in README, name
+
+
+def test_every_exit_code_is_in_the_table() -> None:
+    for code in Exit:
+        assert re.search(rf"^\| {code.value} \|", README, re.MULTILINE), code
+
+
+def test_the_python_shown_uses_names_that_exist() -> None:
+    import memc
+    from memc.runtime import Session
+
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    compile(code, "README.md", "exec")
+    assert all(hasattr(memc, name) for name in re.findall(r"\bmemc\.(\w+)\(", code))
+    assert all(hasattr(Session, name) for name in re.findall(r"\bsession\.(\w+)\(", code))
+
+
+if __name__ == "__main__":
+    # Write the coverage table anew: python -m tests.core.test_readme
+    marker = "<!-- coverage -->\n"
+    updated = README.replace(marker + between("coverage"), marker + coverage_table())
+    (Path(__file__).parents[2] / "README.md").write_text(updated)
