@@ -5,15 +5,14 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
+from importlib import import_module
 
 import memc
 
 
 def test_public_names_are_what_they_say() -> None:
-    import memc.api
-    import memc.conversion
-    import memc.frontend
-
+    for module in ("memc.api", "memc.conversion", "memc.frontend"):
+        import_module(module)
     for name in ("capture", "convert", "inspect", "load"):
         assert inspect.isfunction(getattr(memc, name)), name
     for name in ("Program", "Session", "MemcError"):
