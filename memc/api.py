@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from memc.conversion import Request, convert_model
+from memc.conversion.driver import Request, convert_model
+from memc.conversion.facts import block_facts, model_facts, near_miss_facts
 from memc.cost import predict
-from memc.facts import block_facts, model_facts, near_miss_facts
 from memc.frontend import capture_source
 from memc.plugins import load_plugin
 from memc.program import Program
@@ -62,7 +62,7 @@ def convert(
     ``model`` is what the command line takes, or a program that ``memc.capture`` made.
     ``recipe`` is a name, a file or a ``Recipe``; None is ``long-context``, or no recipe where ``passes`` are given. The
     other options replace what the recipe says; ``passes`` come after its own. Raises ``MemcError`` as
-    ``memc.conversion.convert_model``, and E201 to E203 for a recipe, pass, target or backend that is not right.
+    ``memc.conversion.driver.convert_model``, and E201 to E203 for a recipe, pass, target or backend that is not right.
     """
     if recipe is None:
         recipe = Recipe(recipe=1) if passes else "long-context"

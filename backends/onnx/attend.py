@@ -29,7 +29,7 @@ class Scores:
     @property
     def plain(self) -> bool:
         """Whether the Attention op of opset 24 computes it; its order of soft-cap and mask is not the dialect's."""
-        return not (self.softcap or self.slopes or self.sink_logits or self.lse)
+        return not (self.softcap or self.slopes or self.sink_logits)
 
     @property
     def extra(self) -> list[str]:
@@ -202,19 +202,8 @@ def attention_plan(s: Scores, window: int, chunk: int, prefix: int) -> Function:
         "slot0 = Where(padding, spare, positions)",
         ints("slot_axes", 1, 3),
         "slot1 = Unsqueeze(slot0, slot_axes)",
-        f"group0 = Constant<value = int64[{s.groups}] {{{', '.join(map(str, range(s.groups)))}}}>()",
-        ints("group_axes", 0, 2, 3),
-        "group1 = Unsqueeze(group0, group_axes)",
-        "batch = Shape<start = 0, end = 1>(positions)",
-        "batch0 = Squeeze(batch)",
-        "row0 = Range(zero, batch0, one)",
-        ints("row_axes", 1, 2, 3),
-        "row1 = Unsqueeze(row0, row_axes)",
-        "nought = Mul(slot1, zero)",
-        "group = Add(nought, group1)",
-        "whole = Mul(group, zero)",
-        "row = Add(whole, row1)",
-        "slot = Add(whole, slot1)",
+        by_group(s.groups),
+        "slot = Add(slot1, nought)",
         "index = Concat<axis = -1>(row, group, slot)",
     ]
     return function("AttentionPlan", "positions, buffer", "mask, index, used, shape, distance", "\n".join(lines))
@@ -241,14 +230,14 @@ def attention(s: Scores) -> Function:
 
 
 def window_plan(s: Scores, window: int, sinks: int) -> Function:
-    """What each token reads and which token each slot holds next, for every window of the same size.
+    """What each token reads and where it is kept, for every window of the same size.
 
     ``positions [B,T]`` and the held positions ``past [B,N]`` give ``mask [B,1,T,S]`` over [held; new],
-    ``index [B,G,N,1]`` into the same (the last token of the call that falls into the slot, else the slot itself), the
-    next held positions, ``shape``, ``distance [B,1,T,S]`` and ``live [B,1,T,1]``. Tokens from a position 0 on form
-    another segment.
+    ``index [B,G,T,3]`` of the slots written and ``source [B,G,T,1]`` in [held; new] of what is written there, the next
+    held positions, ``shape``, ``distance [B,1,T,S]`` and ``live [B,1,T,1]``. Tokens from a position 0 on form another
+    segment. A token that is not kept (padding, or a later one falls into its slot) writes to slot 0 what slot 0 holds
+    in the end, so that all writes to a slot are equal.
     """
-    slots = window + sinks
     near = "near = Less(gap, window)"
     if sinks:
         near = "inside = Less(gap, window)\nsunk = Less(key_at, sinks)\nnear = Or(inside, sunk)"
@@ -258,9 +247,11 @@ def window_plan(s: Scores, window: int, sinks: int) -> Function:
     {int_("one", 1)}
     {int_("window", window)}
     {int_("sinks", sinks)}
-    {int_("slots", slots)}
+    {int_("slots", window + sinks)}
+    {int_("empty", -1)}
     {ints("first_axis", 1)}
     {ints("last_axis", 2)}
+    {ints("outer", 1, 3)}
     {segments()}
     query_at = Unsqueeze(positions, last_axis)
     key_at = Unsqueeze(at, first_axis)
@@ -276,38 +267,65 @@ def window_plan(s: Scores, window: int, sinks: int) -> Function:
     gap2 = Cast<to = 1>(gap1)
     distance = Unsqueeze(gap2, first_axis)
     alive = GreaterOrEqual(positions, zero)
-    {ints("outer", 1, 3)}
     live = Unsqueeze(alive, outer)
-    beyond = Sub(positions, sinks)
-    turn = Mod(beyond, window)
-    ring = Add(turn, sinks)
-    is_sink = Less(positions, sinks)
-    slot = Where(is_sink, positions, ring)
     final = ReduceMax(segment, first_axis)
     last_segment = Equal(segment, final)
     current = And(alive, last_segment)
-    slot_row = Range(zero, slots, one)
-    slot_column = Unsqueeze(slot_row, first_axis)
-    slot3 = Unsqueeze(slot, first_axis)
-    current3 = Unsqueeze(current, first_axis)
-    falls = Equal(slot3, slot_column)
-    hit = And(falls, current3)
+    reached0 = Where(current, positions, empty)
+    reached = ReduceMax(reached0, first_axis)
+    behind = Sub(reached, positions)
+    recent = Less(behind, window)
+    is_sink = Less(positions, sinks)
+    lasting = Or(recent, is_sink)
+    kept = And(current, lasting)
+    beyond = Sub(positions, sinks)
+    turn = Mod(beyond, window)
+    ring = Add(turn, sinks)
+    slot0 = Where(is_sink, positions, ring)
+    slot = Where(kept, slot0, zero)
     tokens0 = Squeeze(tokens)
     end = Add(tokens0, slots)
     column = Range(slots, end, one)
-    candidate = Where(hit, column, slot_column)
-    source = ReduceMax<keepdims = 0>(candidate, last_axis)
-    moved = GatherElements<axis = 1>(at, source)
-    kept = Less(source, slots)
+    first = Equal(slot, zero)
+    fills = And(first, kept)
+    filler = Where(fills, column, zero)
+    filled = ReduceMax(filler, first_axis)
+    source2 = Where(kept, column, filled)
     restarted = Greater(final, zero)
-    cleared = And(kept, restarted)
-    {int_("empty", -1)}
-    next_past = Where(cleared, empty, moved)
-    source4 = Unsqueeze(source, outer)
-    {ints("groups", 1, s.groups, 1, 1)}
-    index = Expand(source4, groups)
+    cleared = Where(restarted, empty, past)
+    candidates = Concat<axis = 1>(cleared, positions)
+    moved = GatherElements<axis = 1>(candidates, source2)
+    next_past = ScatterElements<axis = 1>(cleared, slot, moved)
+    {by_group(s.groups)}
+    source4 = Unsqueeze(source2, outer)
+    source = Add(source4, nought)
+    slot4 = Unsqueeze(slot, outer)
+    slot5 = Add(slot4, nought)
+    index = Concat<axis = -1>(row, group, slot5)
     """
-    return function("WindowPlan", "positions, past", "mask, index, next_past, shape, distance, live", body)
+    outputs = "mask, index, source, next_past, shape, distance, live"
+    return function("WindowPlan", "positions, past", outputs, body)
+
+
+def by_group(groups: int) -> str:
+    """Write ``row``, ``group`` and ``nought [B,G,T,1]``: the numbers of the row and of the group, and zeros."""
+    return f"""
+    group0 = Constant<value = int64[{groups}] {{{", ".join(map(str, range(groups)))}}}>()
+    {ints("group_axes", 0, 2, 3)}
+    group1 = Unsqueeze(group0, group_axes)
+    batch = Shape<start = 0, end = 1>(positions)
+    batch0 = Squeeze(batch)
+    row0 = Range(zero, batch0, one)
+    {ints("row_axes", 1, 2, 3)}
+    row1 = Unsqueeze(row0, row_axes)
+    {ints("new_axes", 1, 3)}
+    new = Unsqueeze(positions, new_axes)
+    sums = Mul(new, zero)
+    nought0 = Mul(group1, zero)
+    nought = Add(sums, nought0)
+    group = Add(nought, group1)
+    row = Add(nought, row1)
+    """
 
 
 def segments() -> str:
@@ -326,20 +344,31 @@ def segments() -> str:
 
 
 def window_memory(s: Scores, kernel: bool) -> Function:
-    """Attend to [held; new], then move the state to the slots' next tokens."""
-    names = ["query", "key", "value", "past_key", "past_value", "mask", "index", "shape", "distance", "live", *s.extra]
-    outputs = ["output", *(["lse"] if s.lse else []), "next_key", "next_value"]
-    lines = ["keys = Concat<axis = 2>(past_key, key)", "values = Concat<axis = 2>(past_value, value)"]
+    """Attend to ``keys``, ``values`` = [held; new], then put the tokens that are kept into their slots.
+
+    What is written is read off ``keys`` and ``values``, so a state may be updated in place: nothing reads it later.
+    """
+    names = ["query", "key", "value", "past_key", "past_value", "mask", "index", "source"]
+    outputs = ["output", *(["lse"] if s.lse else []), "keys", "values", "next_key", "next_value"]
+    lines = [float_("absent", 0.0), ints("channel", 3)]
     if kernel and s.plain:
-        # The kernel gives 0 for a row that reads nothing, as the dialect asks for padding.
-        lines.append(f"output = Attention<scale = {s.scale!r}>(query, keys, values, mask)")
+        # The kernel gives 0 for a row that reads nothing, as the dialect asks for padding. Scores are wanted masked.
+        made = "output, keys, values" + (", masked_scores" if s.lse else "")
+        mode = ", qk_matmul_output_mode = 2" if s.lse else ""
+        lines.append(f"{made} = Attention<scale = {s.scale!r}{mode}>(query, key, value, mask, past_key, past_value)")
+        if s.lse:
+            lines.append("log = ReduceLogSumExp(masked_scores, channel)")
     else:
-        lines += [attend(s, "keys", "values"), float_("absent", 0.0), "output = Where(live, out, absent)"]
+        lines += ["keys = Concat<axis = 2>(past_key, key)", "values = Concat<axis = 2>(past_value, value)"]
+        lines += [attend(s, "keys", "values"), "output = Where(live, out, absent)"]
     if s.lse:
-        lines += ["log0 = Where(live, log, absent)", ints("final", 3), "lse = Squeeze(log0, final)"]
-    lines += [f"next_{n} = GatherND<batch_dims = 2>({n}s, index)" for n in ("key", "value")]
+        lines += ["log0 = Where(live, log, absent)", "lse = Squeeze(log0, channel)"]
+    for name in ("key", "value"):
+        lines.append(f"kept_{name} = GatherND<batch_dims = 2>({name}s, source)")
+        lines.append(f"next_{name} = ScatterND(past_{name}, index, kept_{name})")
     stem = "WindowMemory" if kernel and s.plain else "WindowMemoryPortable"
-    return function(stem, ", ".join(names), ", ".join(outputs), "\n".join(lines))
+    inputs = ", ".join([*names, "shape", "distance", "live", *s.extra])
+    return function(stem, inputs, ", ".join(outputs), "\n".join(lines))
 
 
 def window_left_plan(groups: int, window: int, sinks: int) -> Function:
@@ -381,13 +410,10 @@ def window_left_plan(groups: int, window: int, sinks: int) -> Function:
 def window_left() -> Function:
     """Key and value of the token that leaves, zeros where none does."""
     body = f"""
-    keys = Concat<axis = 2>(past_key, key)
-    values = Concat<axis = 2>(past_value, value)
     key0 = GatherND<batch_dims = 2>(keys, index)
     value0 = GatherND<batch_dims = 2>(values, index)
     {float_("absent", 0.0)}
     left_key = Where(found, key0, absent)
     left_value = Where(found, value0, absent)
     """
-    names = "key, value, past_key, past_value, index, found"
-    return function("WindowLeft", names, "left_key, left_value", body)
+    return function("WindowLeft", "keys, values, index, found", "left_key, left_value", body)

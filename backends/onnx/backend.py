@@ -108,7 +108,7 @@ def _ports(program: Program, prepared: Prepared) -> tuple[list[Port], list[Port]
             dtype=_dtype(spec.dtype),
             shape=list(spec.shape),
             init=spec.init,
-            update="alias" if spec.name in prepared.buffers else "swap",
+            update="alias" if spec.name in prepared.in_place else "swap",
             grows=spec.grows,
         )
         for spec in prepared.states

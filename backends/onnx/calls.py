@@ -62,14 +62,15 @@ def attention(
 
 
 def window_plan(name: str, positions: Tensor, past: Tensor, groups: int) -> list[Tensor]:
-    """Mask, index, next held positions, shape, distance, live."""
+    """Mask, index, source, next held positions, shape, distance, live."""
     batch, tokens = positions.shape
     slots = past.shape[1]
     return _call(
         name,
         [positions, past],
         (torch.bool, [batch, 1, tokens, slots + tokens]),
-        (torch.int64, [batch, groups, slots, 1]),
+        (torch.int64, [batch, groups, tokens, 3]),
+        (torch.int64, [batch, groups, tokens, 1]),
         (torch.int64, past.shape),
         (torch.int64, [4]),
         (torch.float32, [batch, 1, tokens, slots + tokens]),
@@ -87,12 +88,15 @@ def window_memory(
     past_value: Tensor,
     *plan: Tensor,
 ) -> list[Tensor]:
-    """Output ``[B,H,T,E]``, the log-sum-exp ``[B,H,T]`` when asked for, and the next state."""
+    """Output ``[B,H,T,E]``, the log-sum-exp ``[B,H,T]`` when asked for, [held; new] keys and values, next state."""
+    batch, groups, tokens, _ = key.shape
+    shapes = [[batch, groups, past.shape[2] + tokens, past.shape[3]] for past in (past_key, past_value)]
     return _call(
         name,
         [query, key, value, past_key, past_value, *plan],
         (torch.float32, [*query.shape[:3], value.shape[3]]),
         *([(torch.float32, query.shape[:3])] if lse else []),
+        *((torch.float32, shape) for shape in shapes),
         (torch.float32, past_key.shape),
         (torch.float32, past_value.shape),
     )
@@ -110,18 +114,16 @@ def window_left_plan(name: str, positions: Tensor, past: Tensor, groups: int) ->
     )
 
 
-def window_left(
-    name: str, key: Tensor, value: Tensor, past_key: Tensor, past_value: Tensor, index: Tensor, found: Tensor
-) -> list[Tensor]:
+def window_left(name: str, keys: Tensor, values: Tensor, index: Tensor, found: Tensor) -> list[Tensor]:
     """Key and value of the token that leaves."""
-    inputs = [key, value, past_key, past_value, index, found]
-    return _call(name, inputs, (torch.float32, key.shape), (torch.float32, value.shape))
+    shapes = [[*index.shape[:3], held.shape[3]] for held in (keys, values)]
+    return _call(name, [keys, values, index, found], *((torch.float32, shape) for shape in shapes))
 
 
 def linear_plan(name: str, positions: Tensor) -> list[Tensor]:
-    """Live and start ``[B,1,T,1]``."""
+    """Live, fades and fixed ``[B,1,T,1]``."""
     shape = [positions.shape[0], 1, positions.shape[1], 1]
-    return _call(name, [positions], (torch.bool, shape), (torch.bool, shape))
+    return _call(name, [positions], (torch.bool, shape), (torch.bool, shape), (torch.float32, shape))
 
 
 def linear_memory(

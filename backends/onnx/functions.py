@@ -120,16 +120,22 @@ def norm(eps: float, center: bool, weight: bool, bias: bool, kernel: bool) -> Fu
 
 
 def linear_plan() -> Function:
-    """Which tokens are live and which clear the state: ``live``, ``start [B,1,T,1]`` of ``positions [B,T]``."""
+    """Which tokens are live, which of them have a decay of their own, and the others' decay.
+
+    ``positions [B,T]`` give ``live``, ``fades`` and ``fixed [B,1,T,1]``: padding decays nothing, position 0 everything.
+    """
     body = f"""
     {int_("zero", 0)}
     {ints("outer", 1, 3)}
-    alive = GreaterOrEqual(positions, zero)
-    starts = Equal(positions, zero)
-    live = Unsqueeze(alive, outer)
-    start = Unsqueeze(starts, outer)
+    column = Unsqueeze(positions, outer)
+    live = GreaterOrEqual(column, zero)
+    fades = Greater(column, zero)
+    starts = Equal(column, zero)
+    {float_("nought", 0.0)}
+    {float_("forget", FORGET)}
+    fixed = Where(starts, forget, nought)
     """
-    return function("LinearPlan", "positions", "live, start", body)
+    return function("LinearPlan", "positions", "live, fades, fixed", body)
 
 
 @dataclass(frozen=True)
@@ -147,13 +153,12 @@ class Memory:
 def linear_memory(m: Memory, kernel: bool) -> Function:
     """Decay, write and read; padding has decay 0 and a zero write, position 0 a decay that leaves nothing."""
     delta = m.update == "gated_delta"
-    names = ["query", "key", "value", "log_decay", "state", "live", "start", *(["beta"] if delta else [])]
+    names = ["query", "key", "value", "log_decay", "state", "live", "fades", "fixed", *(["beta"] if delta else [])]
     lines = [
         float_("nought", 0.0),
         float_("forget", FORGET),
-        "decay0 = Where(live, log_decay, nought)",
-        "decay1 = Where(start, forget, decay0)",
-        "decay = Max(decay1, forget)",
+        "decay0 = Where(fades, log_decay, fixed)",
+        "decay = Max(decay0, forget)",
         "written = Where(live, key, nought)",
     ]
     if delta:

@@ -45,6 +45,8 @@ class Prepared:
     states: tuple[StateSpec, ...]
     buffers: frozenset[str]
     """Names of the states that are fixed buffers, slot = position."""
+    in_place: frozenset[str]
+    """Names of the states whose input and output may be one piece of memory, the buffers among them."""
     functions: dict[str, Function]
     late: dict[str, torch.Tensor]
     """Large tensors of another precision, converted when they are written."""
@@ -63,6 +65,7 @@ class _Rewriter:
     plans: dict[tuple[Any, ...], Node] = field(default_factory=dict)
     rings: dict[tuple[Any, ...], Node] = field(default_factory=dict)
     buffers: set[str] = field(default_factory=set)
+    in_place: set[str] = field(default_factory=set)
     dropped: set[str] = field(default_factory=set)
 
     def kernel(self, op: str, domain: str = "") -> bool:
@@ -132,6 +135,7 @@ class _Rewriter:
         for name, index in (("past_key", 1), ("past_value", 2), ("past_positions", 3)):
             self._direct(node, a[name], index)
         self.buffers |= {a["past_key"].target, a["past_value"].target}
+        self.in_place |= {a["past_key"].target, a["past_value"].target}
         self._drop(a["past_positions"])
         plan_of = attend.attention_plan(s, a["window"], a["chunk"], a["prefix"])
         plan = self.parts(self.plan(calls.attention_plan, plan_of, a["positions"], a["past_key"]), 5)
@@ -146,32 +150,35 @@ class _Rewriter:
             past = self.rings.setdefault(key, past)
             if past is not a["past_positions"]:
                 self._drop(a["past_positions"])
+        for name, index in (("past_key", 5), ("past_value", 6)):
+            if self._is_state(node, a[name], index):
+                self.in_place.add(a[name].target)
         plan_of = attend.window_plan(s, window, sinks)
-        plan = self.parts(self.plan(calls.window_plan, plan_of, a["positions"], past, s.groups), 6)
-        mask, index, next_past, sizes, distance, live = plan
+        plan = self.parts(self.plan(calls.window_plan, plan_of, a["positions"], past, s.groups), 7)
+        next_past = plan.pop(3)
         form = attend.window_memory(s, plain_reason(s) is None and not self.portable)
-        made = self.call(calls.window_memory, form, s.lse, *_qkv(a), mask, index, sizes, distance, live, *_extra(a))
-        parts: list[Node | None] = list(self.parts(made, 4 if s.lse else 3))
-        output, lse = parts[0], parts[1] if s.lse else None
-        left = self._left(node, a, past, s.groups)
+        made = self.call(calls.window_memory, form, s.lse, *_qkv(a), *plan, *_extra(a))
+        output, *lse, keys, values, next_key, next_value = self.parts(made, 6 if s.lse else 5)
         return [
             output,
-            lse,
-            *left,
-            *parts[-2:],
+            lse[0] if lse else None,
+            *self._left(node, a, past, keys, values),
+            next_key,
+            next_value,
             a["past_positions"] if a["past_positions"].target in self.dropped else next_past,
         ]
 
-    def _left(self, node: Node, a: Mapping[str, Any], past: Node, groups: int) -> list[Node | None]:
+    def _left(self, node: Node, a: Mapping[str, Any], past: Node, keys: Node, values: Node) -> list[Node | None]:
         if not {2, 3, 4} & used_outputs(node):
             return [None, None, None]
+        groups = shape(a["key"])[1]
         plan_of = attend.window_left_plan(groups, a["window"], a["sinks"])
         position, index, found = self.parts(self.plan(calls.window_left_plan, plan_of, a["positions"], past, groups), 3)
-        made = self.call(calls.window_left, attend.window_left(), *_qkv(a)[1:], index, found)
+        made = self.call(calls.window_left, attend.window_left(), keys, values, index, found)
         return [*self.parts(made, 2), position]
 
     def linear_memory(self, node: Node, a: Mapping[str, Any]) -> list[Node]:
-        plan = self.parts(self.plan(calls.linear_plan, functions.linear_plan(), a["positions"]), 2)
+        plan = self.parts(self.plan(calls.linear_plan, functions.linear_plan(), a["positions"]), 3)
         form = functions.linear_memory(memory(a), self.kernel("LinearAttention", MICROSOFT))
         inputs = [a[name] for name in ("query", "key", "value", "log_decay", "state")]
         beta = [a["beta"]] if a["beta"] is not None else []
@@ -251,8 +258,8 @@ def prepare(program: Program, *, portable: bool = False) -> Prepared:
     graph.lint()
     module.recompile()
     remaining = tuple(_float(spec) for name, spec in states.items() if name not in rewriter.dropped)
-    buffers = frozenset(states[name].name for name in rewriter.buffers)
-    return Prepared(module, remaining, buffers, rewriter.functions, late, keep)
+    buffers, in_place = (frozenset(states[n].name for n in names) for names in (rewriter.buffers, rewriter.in_place))
+    return Prepared(module, remaining, buffers, in_place, rewriter.functions, late, keep)
 
 
 def _float(spec: StateSpec) -> StateSpec:

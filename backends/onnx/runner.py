@@ -86,7 +86,7 @@ class OnnxState(RunState):
 
     def _bind(self, turn: int) -> Any:
         binding = self._runner.session.io_binding()
-        for port in self._runner.manifest.outputs:  # bound first: outputs come back in this order
+        for port in self._runner.manifest.outputs[1:]:
             binding.bind_output(port.name, "cpu")
         for state in self._runner.manifest.states:
             for array, bind, name in (
@@ -128,7 +128,7 @@ class OnnxRunner(Runner):
         by_role = {port.role: port.name for port in manifest.inputs}
         self._tokens, self._positions, self._keep = by_role["tokens"], by_role["positions"], by_role.get("keep")
         self._fetched = [port.name for port in manifest.inputs if port.role in ("fetched", "other")]
-        self._logits = manifest.outputs[0].name
+        self._logits = manifest.outputs[0]
         self._grows = any(state.grows is not None for state in manifest.states)
 
     def new_state(self, batch: int, capacity: int | None = None) -> OnnxState:
@@ -190,10 +190,11 @@ class OnnxRunner(Runner):
             feeds[name] = fetched[name]
         for name, array in feeds.items():
             binding.bind_cpu_input(name, np.ascontiguousarray(array))
-        for port in self.manifest.outputs:
-            binding.bind_output(port.name, "cpu")
+        # A buffer of our own: reading the outputs back would wrap every state anew.
+        sizes = {"B": tokens.shape[0], "T": tokens.shape[1], "K": len(columns)}
+        logits = np.empty([sizes[n] if isinstance(n, str) else n for n in self._logits.shape], np.float32)
+        binding.bind_output(self._logits.name, "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
         self.session.run_with_iobinding(binding)
-        logits: npt.NDArray[np.float32] = binding.get_outputs()[0].numpy()
         state.advance(positions)
         return logits if self._keep is not None or keep is None else logits[:, keep]
 

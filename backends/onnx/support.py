@@ -56,7 +56,6 @@ def plain_reason(s: Scores) -> str | None:
     if not has_kernel("Attention"):
         return "this runtime has no kernel for Attention"
     needs = (
-        ("its log-sum-exp", s.lse),
         ("soft-capping", s.softcap),
         ("slopes", s.slopes),
         ("sink logits", s.sink_logits),

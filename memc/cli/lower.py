@@ -37,7 +37,7 @@ def command(
     threads: int | None,
 ) -> None:
     """Lower a converted model for another target, backend or weight type, from the same rewritten program."""
-    from memc.lower import lower_again
+    from memc.conversion.again import lower_again
     from memc.report.listings import lower_view
 
     made = Path(output or f"{out.rstrip('/')}-{target}")

@@ -285,13 +285,15 @@ def test_growing_state_is_one_buffer_and_is_cut_when_saved(dense: OnnxRunner) ->
     assert dense.new_state(1, capacity=50).current["past_key0"].shape[2] == 51
 
 
-def test_swapped_states_take_turns(window: OnnxRunner) -> None:
+def test_swapped_states_take_turns_and_a_window_stays(window: OnnxRunner) -> None:
     state = window.new_state(1)
-    seen = []
+    seen, kept = [], []
     for position in range(4):
         feed(window, state, [position])
-        seen.append(state.current["past_key"].ctypes.data)
+        seen.append(state.current["past_positions"].ctypes.data)
+        kept.append(state.current["past_key"].ctypes.data)
     assert seen[0] == seen[2] != seen[1] == seen[3]
+    assert len(set(kept)) == 1
 
 
 def test_past_the_capacity(dense: OnnxRunner) -> None:

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from memc.conversion.pipeline import Pipeline, plan_all, window_baseline
 from memc.errors import MemcError
 from memc.plugins import load_kernels
 from memc.program_io import GRAPH, PARAMETERS, load_program
 from memc.relation import Bounded
 from memc.report.models import PassReportFile
-from memc.run_passes import Pipeline, plan_all, window_baseline
 from memc.verify import sample_text
 from tests.core.tiny import tiny_program
 from tests.core.toy import TARGET, Toy

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from memc.artifact import MANIFEST, read_manifest, seal
 from memc.backend import Backend, LowerOptions
-from memc.conversion import require_passed
+from memc.conversion.driver import require_passed
+from memc.conversion.facts import check_facts
+from memc.conversion.folder import OutFolder, folder_bytes, require_space, resume_key
+from memc.conversion.lowering import lower, verify_lowered
 from memc.cost import predict
 from memc.doctor import require_backend
 from memc.errors import MemcError
-from memc.facts import check_facts
-from memc.lowering import lower, verify_lowered
-from memc.out_folder import OutFolder, folder_bytes, require_space, resume_key
 from memc.plugins import load_kernels, load_plugin
 from memc.program import Program
 from memc.program_io import load_program

@@ -16,13 +16,23 @@ import torch
 from memc import __version__, machine
 from memc.artifact import seal, sha256
 from memc.backend import Backend, LowerOptions
+from memc.conversion.facts import (
+    block_facts,
+    check_facts,
+    model_facts,
+    near_miss_facts,
+    op_counts,
+    pass_facts,
+    planned_facts,
+)
+from memc.conversion.folder import RECIPE, OutFolder, folder_bytes, require_space, resume_key
+from memc.conversion.lowering import lower, verify_lowered
+from memc.conversion.pipeline import PassRun, Pipeline, plan_all
+from memc.conversion.text import verification_text
 from memc.cost import predict
 from memc.errors import MemcError
-from memc.facts import block_facts, check_facts, model_facts, near_miss_facts, op_counts, pass_facts, planned_facts
 from memc.frontend import Captured, capture_source
 from memc.frontend.recast import recast
-from memc.lowering import lower, verify_lowered
-from memc.out_folder import RECIPE, OutFolder, folder_bytes, require_space, resume_key
 from memc.pipeline import Pass
 from memc.plugins import load_kernels
 from memc.program import Program, named_tensors, retie
@@ -41,9 +51,7 @@ from memc.report.models import (
     Timing,
     VerifyReport,
 )
-from memc.run_passes import PassRun, Pipeline, plan_all
 from memc.target import Target
-from memc.verification_text import verification_text
 from memc.verify import (
     CheckResult,
     VerificationText,

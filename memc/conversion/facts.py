@@ -22,6 +22,7 @@ from memc.blocks import (
     RelativeBias,
     SlidingWindow,
 )
+from memc.conversion.pipeline import PassRun, relation_facts
 from memc.dialect import op_spec
 from memc.pipeline import PassReport
 from memc.program import Program
@@ -35,7 +36,6 @@ from memc.report.models import (
     SiteFacts,
     SkippedFacts,
 )
-from memc.run_passes import PassRun, relation_facts
 from memc.verify import CheckResult
 
 

@@ -1,0 +1,1 @@
+"""Conversion: from a model to a verified artifact, and from an artifact to another target."""
