@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from memc.errors import MemcError
@@ -32,14 +33,21 @@ def capture_source(model: str | Path, *, remote_code: bool = False, weights: boo
     if text.startswith(PREFIX):
         return capture_factory(text)
     if path.is_dir():
-        return capture_folder(path, text, remote_code=remote_code, weights=weights)
+        return _named(capture_folder(path, text, remote_code=remote_code, weights=weights), path)
     if path.is_file():
-        return _capture_file(path, text, weights=weights)
+        return _named(_capture_file(path, text, weights=weights), path)
     if is_hub_id(text) and path.suffix not in (".gguf", ".pt2"):
         folder = download(text, remote_code=remote_code, weights=weights)
         return capture_folder(folder, text, remote_code=remote_code, weights=weights)
     hint = "give a folder, a .gguf or .pt2 file, a hub id organisation/name, or python:package.module:factory"
     raise MemcError("E301", f"no model at {text!r}", next=hint)
+
+
+def _named(captured: Captured, path: Path) -> Captured:
+    """Call the model by its own name: an artifact does not depend on, or tell, where its source lay."""
+    program = captured.program
+    model = replace(program.model, source=path.resolve().name)
+    return replace(captured, program=replace(program, model=model))
 
 
 def _capture_file(path: Path, text: str, *, weights: bool) -> Captured:

@@ -111,10 +111,7 @@ def _passes(passes: Sequence[m.PassReportFile]) -> str:
 
 
 def _checks(checks: Sequence[m.CheckFacts]) -> str:
-    rows = [
-        (c.name, number(c.value), number(c.budget), number(c.noise_floor), "passed" if c.passed else "FAILED", c.detail)
-        for c in checks
-    ]
+    rows = [(c.name, number(c.value), number(c.budget), number(c.noise_floor), c.outcome, c.detail) for c in checks]
     return _table("Checks", ["check", ">value", ">budget", ">noise floor", "", "detail"], rows)
 
 

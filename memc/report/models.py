@@ -142,6 +142,13 @@ class CheckFacts(Facts):
     passed: bool
     detail: str = ""
 
+    @property
+    def outcome(self) -> str:
+        """Say in a word how it went: without a budget there is nothing to pass."""
+        if not self.passed:
+            return "FAILED"
+        return "measured" if self.budget is None else "passed"
+
 
 class Predicted(Facts):
     """Cost of a program on a target, predicted. ``flops_per_token`` is at the shortest context.

@@ -247,9 +247,7 @@ def checks_table(checks: Sequence[m.CheckFacts]) -> RenderableType | None:
 
 
 def _outcome(check: m.CheckFacts) -> Text:
-    if not check.passed:
-        return Text("FAILED", "bold red")
-    return Text("measured") if check.budget is None else Text("passed", "green")
+    return Text(check.outcome, {"FAILED": "bold red", "passed": "green"}.get(check.outcome, ""))
 
 
 def verdict(document: m.ConvertDocument) -> Text:

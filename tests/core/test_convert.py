@@ -105,7 +105,7 @@ def test_a_model_becomes_a_verified_artifact(llama: Path, tmp_path: Path) -> Non
     names = {check.name for check in document.checks}
     assert names == {"raised_logits", "split_invariance", "perplexity_ratio", "kl_mean", "lowered_logits"}
     manifest = read_manifest(out, verify=True)
-    assert manifest.backend == "eager" and manifest.source == str(llama)
+    assert manifest.backend == "eager" and manifest.source == llama.name
     assert {"recipe.yaml", "tokenizer.json", "program/program.json", "program/params.safetensors"} <= set(
         manifest.files
     )
