@@ -119,7 +119,7 @@ def _attention(program: Program) -> Iterator[AttentionBlock]:
             key=key,
             value=value,
             output=output,
-            hidden=_token_major(hidden),
+            hidden=_token_major(hidden, query),
             query_pre_rotary=_before_rotary(query),
             key_pre_rotary=_before_rotary(key),
             projections=projections,
@@ -139,10 +139,11 @@ def _attention(program: Program) -> Iterator[AttentionBlock]:
         )
 
 
-def _token_major(hidden: Node | None) -> Node | None:
-    """Return the projections' input as ``[B, T, width]``, seen through a flattening to ``[B * T, width]``."""
+def _token_major(hidden: Node | None, query: Node) -> Node | None:
+    """Return the projections' input as ``[B, T, width]``, seen through flattening and swapped axes (or None)."""
+    batch, _, tokens, _ = map(str, shape(query))
     node = hidden
-    while node is not None and len(shape(node)) != 3:
+    while node is not None and tuple(map(str, shape(node)[:-1])) != (batch, tokens):
         if node.target not in _THROUGH:
             return None
         node = node.all_input_nodes[0]
