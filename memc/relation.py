@@ -12,7 +12,10 @@ class Exact:
 
 @dataclass(frozen=True)
 class Close:
-    """The logits differ by at most ``tolerance`` (absolute, float32) on every sequence of at most ``tokens`` tokens."""
+    """The logits differ by at most ``tolerance`` on every sequence of at most ``tokens`` tokens.
+
+    Absolute, in float32; where that is missed by no more than float32's own noise could account for, float64 decides.
+    """
 
     tolerance: float
     tokens: int | None = None
