@@ -209,12 +209,20 @@ def attention_plan(s: Scores, window: int, chunk: int, prefix: int) -> Function:
     return function("AttentionPlan", "positions, buffer", "mask, index, used, shape, distance", "\n".join(lines))
 
 
-def attention(s: Scores) -> Function:
+def attention(s: Scores, kernel: bool) -> Function:
     """Write the new keys and values into their slots and attend to the ``used`` first ones.
 
     ScatterND writes in place when its input and output are bound to the same memory.
     """
     names = ["query", "key", "value", "past_key", "past_value", "mask", "index", "used", "shape", "distance", *s.extra]
+    if kernel and s.plain:
+        body = f"output = Attention<scale = {s.scale!r}>(query, held_key, held_value, mask)"
+    else:
+        body = f"""
+        {attend(s, "held_key", "held_value")}
+        {float_("absent", 0.0)}
+        output = Where(none, absent, out)
+        """
     body = f"""
     next_key = ScatterND(past_key, index, key)
     next_value = ScatterND(past_value, index, value)
@@ -222,9 +230,7 @@ def attention(s: Scores) -> Function:
     {ints("along", 2)}
     held_key = Slice(next_key, from, used, along)
     held_value = Slice(next_value, from, used, along)
-    {attend(s, "held_key", "held_value")}
-    {float_("absent", 0.0)}
-    output = Where(none, absent, out)
+    {body}
     """
     return function("Attention", ", ".join(names), "output, next_key, next_value", body)
 

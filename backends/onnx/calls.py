@@ -32,6 +32,11 @@ def like_first(name: str, *inputs: Tensor) -> Tensor:
     return _call(name, inputs, (torch.float32, inputs[0].shape))[0]
 
 
+def skip_norm(name: str, a: Tensor, b: Tensor, weight: Tensor) -> list[Tensor]:
+    """The normalised sum and the sum, with the shape of ``a``."""
+    return _call(name, [a, b, weight], (torch.float32, a.shape), (torch.float32, a.shape))
+
+
 def full_attention(name: str, query: Tensor, key: Tensor, value: Tensor, *rest: Tensor) -> Tensor:
     """Output ``[B,H,T,E]``."""
     return _call(name, [query, key, value, *rest], (torch.float32, [*query.shape[:3], value.shape[3]]))[0]
@@ -121,8 +126,8 @@ def window_left(name: str, keys: Tensor, values: Tensor, index: Tensor, found: T
 
 
 def linear_plan(name: str, positions: Tensor) -> list[Tensor]:
-    """Live, fades and fixed ``[B,1,T,1]``."""
-    shape = [positions.shape[0], 1, positions.shape[1], 1]
+    """Live, fades and fixed ``[B,T,1,1]``."""
+    shape = [*positions.shape, 1, 1]
     return _call(name, [positions], (torch.bool, shape), (torch.bool, shape), (torch.float32, shape))
 
 

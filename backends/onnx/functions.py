@@ -119,14 +119,20 @@ def norm(eps: float, center: bool, weight: bool, bias: bool, kernel: bool) -> Fu
     return function("NormPortable", inputs, "y", "\n".join(lines))
 
 
+def skip_norm(eps: float) -> Function:
+    """Add ``a`` and ``b``, and normalise the sum as RMSNormalization does; returns both."""
+    body = f"y, mean, deviation, sum = com.microsoft.SkipSimplifiedLayerNormalization<epsilon = {eps!r}>(a, b, weight)"
+    return function("SkipNorm", "a, b, weight", "y, sum", body)
+
+
 def linear_plan() -> Function:
     """Which tokens are live, which of them have a decay of their own, and the others' decay.
 
-    ``positions [B,T]`` give ``live``, ``fades`` and ``fixed [B,1,T,1]``: padding decays nothing, position 0 everything.
+    ``positions [B,T]`` give ``live``, ``fades`` and ``fixed [B,T,1,1]``: padding decays nothing, position 0 everything.
     """
     body = f"""
     {int_("zero", 0)}
-    {ints("outer", 1, 3)}
+    {ints("outer", 2, 3)}
     column = Unsqueeze(positions, outer)
     live = GreaterOrEqual(column, zero)
     fades = Greater(column, zero)
@@ -157,38 +163,48 @@ def linear_memory(m: Memory, kernel: bool) -> Function:
     lines = [
         float_("nought", 0.0),
         float_("forget", FORGET),
-        "decay0 = Where(fades, log_decay, fixed)",
-        "decay = Max(decay0, forget)",
-        "written = Where(live, key, nought)",
+        ints("flat", 0, 0, -1),
+        # Transposed first, so that it meets the transposition that gave the decays.
+        "decay0 = Transpose<perm = [0, 2, 1, 3]>(log_decay)",
+        "decay1 = Where(fades, decay0, fixed)",
+        "decay2 = Max(decay1, forget)",
+        "decay = Reshape(decay2, flat)",
+        "key0 = Transpose<perm = [0, 2, 1, 3]>(key)",
+        "written0 = Where(live, key0, nought)",
     ]
     if delta:
-        lines += [ints("final", 3), "live3 = Squeeze(live, final)", "strength = Where(live3, beta, nought)"]
-    form = _linear_kernel(m, delta) if kernel else _linear_scan(m, delta)
-    lines += [form, "output = Where(live, read, nought)"]
+        lines += [
+            "beta0 = Transpose<perm = [0, 2, 1]>(beta)",
+            ints("final", 3),
+            "live3 = Squeeze(live, final)",
+            "strength = Where(live3, beta0, nought)",
+        ]
+    lines += [
+        _linear_kernel(m, delta) if kernel else _linear_scan(m, delta),
+        "read1 = Where(live, read0, nought)",
+        "output = Transpose<perm = [0, 2, 1, 3]>(read1)",
+    ]
     stem = "LinearMemory" if kernel else "LinearMemoryScan"
     return function(stem, ", ".join(names), "output, next_state", "\n".join(lines))
 
 
 def _linear_kernel(m: Memory, delta: bool) -> str:
-    lines = [ints("flat", 0, 0, -1), ints("split", 0, 0, m.heads, m.value_dim)]
-    packed = (("query", "q"), ("written", "k"), ("value", "v"), ("decay", "g"))
-    for source, short in packed:
-        lines += [f"{short}0 = Transpose<perm = [0, 2, 1, 3]>({source})", f"{short} = Reshape({short}0, flat)"]
-    beta = ""
-    if delta:
-        lines.append("b = Transpose<perm = [0, 2, 1]>(strength)")
-        beta = ", b"
     attributes = f'q_num_heads = {m.heads}, kv_num_heads = {m.groups}, update_rule = "{m.update}", scale = 1.0'
-    lines += [
-        f"read0, next_state = com.microsoft.LinearAttention<{attributes}>(q, k, v, state, g{beta})",
-        "read1 = Reshape(read0, split)",
-        "read = Transpose<perm = [0, 2, 1, 3]>(read1)",
-    ]
-    return "\n".join(lines)
+    arguments = "q, k, v, state, decay" + (", strength" if delta else "")
+    return f"""
+    query0 = Transpose<perm = [0, 2, 1, 3]>(query)
+    value0 = Transpose<perm = [0, 2, 1, 3]>(value)
+    q = Reshape(query0, flat)
+    k = Reshape(written0, flat)
+    v = Reshape(value0, flat)
+    read, next_state = com.microsoft.LinearAttention<{attributes}>({arguments})
+    {ints("split", 0, 0, m.heads, m.value_dim)}
+    read0 = Reshape(read, split)
+    """
 
 
 def _linear_scan(m: Memory, delta: bool) -> str:
-    """One step a token; the state is ``[B,G,K,V]``, the heads of a group are rows of one product."""
+    """Scan, one step a token; the state is ``[B,G,K,V]``, the heads of a group are rows of one product."""
     repeat, decay = m.heads // m.groups, m.key_dim if m.per_channel else 1
     types = [
         f"float[B,{m.groups},{m.key_dim},{m.value_dim}] s",
@@ -198,7 +214,8 @@ def _linear_scan(m: Memory, delta: bool) -> str:
         f"float[B,{m.groups},{decay}] g",
         *([f"float[B,{m.groups}] b"] if delta else []),
     ]
-    scanned = ["query", "written", "value", "decay", *(["strength"] if delta else [])]
+    # Tensor and the axis of its tokens.
+    scanned = [("query", 2), ("written0", 1), ("value", 2), ("decay2", 1), *([("strength", 1)] if delta else [])]
     step = [
         ints("last", -1),
         ints("before", -2),
@@ -230,6 +247,6 @@ def _linear_scan(m: Memory, delta: bool) -> str:
     ]
     inner = f"float[B,{m.groups},{m.key_dim},{m.value_dim}] s_next, float[B,{m.heads},{m.value_dim}] o"
     body = f"step ({', '.join(types)}) => ({inner}) {{ {' '.join(step)} }}"
-    axes = ", ".join("2" for _ in scanned)
-    options = f"num_scan_inputs = {len(scanned)}, scan_input_axes = [{axes}], scan_output_axes = [2], body = {body}"
-    return f"next_state, read = Scan<{options}>(state, {', '.join(scanned)})"
+    axes = ", ".join(str(axis) for _, axis in scanned)
+    options = f"num_scan_inputs = {len(scanned)}, scan_input_axes = [{axes}], scan_output_axes = [1], body = {body}"
+    return f"next_state, read0 = Scan<{options}>(state, {', '.join(name for name, _ in scanned)})"

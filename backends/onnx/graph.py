@@ -14,6 +14,7 @@ from torch.fx.node import map_aggregate
 from memc.backends.onnx import attend, calls, functions
 from memc.backends.onnx.capability import has_kernel
 from memc.backends.onnx.functions import Function
+from memc.backends.onnx.simplify import simplify
 from memc.backends.onnx.support import MICROSOFT, is_memc, memory, plain_reason, scores, shape, used_outputs
 from memc.dialect import arguments, op_spec
 from memc.errors import MemcError
@@ -120,9 +121,23 @@ class _Rewriter:
 
     def norm(self, node: Node, a: Mapping[str, Any]) -> list[Node]:
         weight, bias, center = a["weight"], a["bias"], a["center"]
+        if weight is not None and bias is None and not center and self._follows_residual(node, a["x"]):
+            made = self.call(calls.skip_norm, functions.skip_norm(a["eps"]), *a["x"].args, weight)
+            result, total = self.parts(made, 2)
+            total.meta = dict(a["x"].meta)
+            a["x"].replace_all_uses_with(total, delete_user_cb=lambda user: user is not node)
+            return [result]
         kernel = self.kernel("LayerNormalization" if center else "RMSNormalization")
         form = functions.norm(a["eps"], center, weight is not None, bias is not None, kernel)
         return [self.call(calls.like_first, form, a["x"], *(x for x in (weight, bias) if x is not None))]
+
+    def _follows_residual(self, node: Node, x: Node) -> bool:
+        """Whether ``x`` is a sum of two such tensors, nobody reads it before ``node``, and a kernel adds and norms."""
+        if x.target is not torch.ops.aten.add.Tensor or x.kwargs or len(shape(x)) != 3:
+            return False
+        alike = all(isinstance(part, Node) and shape(part) == shape(x) for part in x.args)
+        first = all(user is node or node < user for user in x.users)
+        return alike and first and self.kernel("SkipSimplifiedLayerNormalization", MICROSOFT)
 
     def full_attention(self, node: Node, a: Mapping[str, Any]) -> list[Node]:
         s = scores(node, a)
@@ -139,7 +154,8 @@ class _Rewriter:
         self._drop(a["past_positions"])
         plan_of = attend.attention_plan(s, a["window"], a["chunk"], a["prefix"])
         plan = self.parts(self.plan(calls.attention_plan, plan_of, a["positions"], a["past_key"]), 5)
-        out = self.call(calls.attention, attend.attention(s), *_qkv(a), *plan, *_extra(a))
+        form = attend.attention(s, plain_reason(s) is None and not self.portable)
+        out = self.call(calls.attention, form, *_qkv(a), *plan, *_extra(a))
         return [*self.parts(out, 3), a["past_positions"]]
 
     def window_memory(self, node: Node, a: Mapping[str, Any]) -> list[Node | None]:
@@ -248,6 +264,7 @@ def prepare(program: Program, *, portable: bool = False) -> Prepared:
             rewriter.rewrite(node)
     keep = _insert_keep(copy, placeholders[0] if placeholders else None)
     _mark_linears(graph)
+    simplify(graph)
     results = _results(graph)
     kept = [result for result, name in zip(results[count:], states, strict=True) if name not in rewriter.dropped]
     _set_results(graph, [*results[:count], *kept])

@@ -52,9 +52,8 @@ class OnnxState(RunState):
 
     @property
     def bytes(self) -> int:
-        """Bytes of all buffers, the ones that wait their turn included."""
-        states = self._runner.manifest.states
-        return sum(self.current[s.input].nbytes * (2 if s.update == "swap" else 1) for s in states)
+        """Bytes of the states; the buffers in which swapped ones take turns are not counted twice."""
+        return sum(self.current[s.input].nbytes for s in self._runner.manifest.states)
 
     def copy(self) -> OnnxState:
         """Return an independent copy."""

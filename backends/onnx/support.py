@@ -84,9 +84,11 @@ def form(node: Node) -> Yes | No:
             reason = plain_reason(scores(node, a))
             return Yes("Attention-24 with a mask from positions" if reason is None else f"MatMul, Softmax: {reason}")
         case "attention":
+            reason = plain_reason(scores(node, a))
+            product = "Attention-24" if reason is None else f"MatMul, Softmax ({reason})"
             return Yes(
-                "ScatterND in place (slot = position), MatMul, Softmax: GroupQueryAttention takes no batch of several"
-                " new tokens on a held context, and is no faster"
+                f"ScatterND in place (slot = position), {product}: GroupQueryAttention takes no batch of several new"
+                " tokens on a held context"
             )
         case "linear_memory":
             if not has_kernel("LinearAttention", MICROSOFT):

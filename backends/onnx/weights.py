@@ -7,27 +7,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
 from memc.backends.onnx.calls import DOMAIN, LINEAR
 from memc.backends.onnx.capability import has_kernel
-
-BLOCK = 32
-"""Consecutive input channels that share one scale."""
+from memc.backends.onnx.quantise import BLOCK, quantise
 
 BITS = {"int8": 8, "int4": 4}
 
-Floats = npt.NDArray[np.float32]
+NARROW = 16
+"""A matrix with less than one output for so many inputs stays float32: gates and scales, small and of much effect."""
 
 
 @dataclass
 class Weights:
-    """What became of the matrices: how many were quantised, and which tensors stay float32 though they are large."""
+    """What became of the matrices: how many were quantised or are too narrow for it, and which others stay float32."""
 
     kind: str
     quantised: int = 0
+    narrow: set[str] = field(default_factory=set)
     float32: list[str] = field(default_factory=list)
 
     @property
@@ -36,28 +35,9 @@ class Weights:
         if self.kind == "fp32":
             return "float32"
         rest = ", ".join(self.float32) or "none"
-        return f"{self.quantised} matrices in {self.kind} (blocks of {BLOCK}, symmetric); float32 matrices: {rest}"
-
-
-def quantise(weight: Floats, bits: int) -> tuple[npt.NDArray[np.uint8], Floats]:
-    """Quantise ``weight [out, in]`` symmetrically in blocks of 32 input channels.
-
-    Returns codes ``[out, blocks, 32 * bits / 8]`` and scales ``[out, blocks]`` as MatMulNBits takes them:
-    value = scale (code - 2^(bits - 1)). The value of largest size in a block gets the code 0 exactly.
-    """
-    out, into = weight.shape
-    blocks = -(-into // BLOCK)
-    padded = np.zeros((out, blocks * BLOCK), np.float32)
-    padded[:, :into] = weight
-    grouped = padded.reshape(out, blocks, BLOCK)
-    half = 1 << (bits - 1)
-    extreme = np.take_along_axis(grouped, np.abs(grouped).argmax(-1, keepdims=True), -1)
-    scale = extreme / np.float32(-half)
-    inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale != 0)
-    codes = np.clip(np.rint(grouped * inverse) + half, 0, 2 * half - 1).astype(np.uint8)
-    if bits == 4:
-        codes = codes[..., 0::2] | (codes[..., 1::2] << 4)
-    return codes, np.ascontiguousarray(scale[..., 0])
+        narrow = f", {len(self.narrow)} narrow ones (gates)" if self.narrow else ""
+        last = ", the last in int8" if self.kind == "int4" else ""
+        return f"{self.quantised} matrices in {self.kind} (blocks of {BLOCK}{last}); float32 matrices: {rest}{narrow}"
 
 
 def late_value(name: str, tensor: torch.Tensor) -> ir.LazyTensor:
@@ -77,9 +57,11 @@ def place(model: ir.Model, kind: str, late: Mapping[str, torch.Tensor]) -> Weigh
         if name in graph.initializers:
             graph.initializers[name].const_value = late_value(name, tensor)
     report = Weights(kind)
-    for node in list(graph):
-        if node.domain == DOMAIN and node.op_type == LINEAR:
-            _linear(graph, node, report)
+    _pack(graph)
+    markers = _markers(graph)
+    for node in markers:
+        # The last matrix makes the logits: an error there falls on every one of them, so it keeps 8 bits.
+        _linear(graph, node, report, 8 if node is markers[-1] else BITS.get(kind, 8))
     for name, value in list(graph.initializers.items()):
         if not value.uses() and not value.is_graph_output():
             del graph.initializers[name]
@@ -87,17 +69,82 @@ def place(model: ir.Model, kind: str, late: Mapping[str, torch.Tensor]) -> Weigh
     return report
 
 
-def _linear(graph: ir.Graph, node: ir.Node, report: Weights) -> None:
+def _markers(graph: ir.Graph) -> list[ir.Node]:
+    return [node for node in graph if node.domain == DOMAIN and node.op_type == LINEAR]
+
+
+def _sizes(node: ir.Node) -> tuple[int, int]:
+    """Return the number of outputs and of inputs."""
+    weight = node.inputs[1]
+    assert weight is not None and weight.shape is not None
+    rows, columns = (int(n) for n in weight.shape)
+    return (columns, rows) if node.attributes["turned"].as_int() else (rows, columns)
+
+
+def _narrow(node: ir.Node) -> bool:
+    out, into = _sizes(node)
+    return out * NARROW < into
+
+
+def _pack(graph: ir.Graph) -> None:
+    """Make one product of all that read the same input (query, key, value; gate and up), and split its result.
+
+    The numbers stay the same; a product of one token costs less than its parts, and threads meet less often.
+    """
+    groups: dict[tuple[ir.Value | None, bool], list[ir.Node]] = {}
+    for node in _markers(graph):
+        weight = node.inputs[1]
+        if len(node.inputs) == 2 and weight is not None and len(weight.uses()) == 1:
+            groups.setdefault((node.inputs[0], _narrow(node)), []).append(node)
+    for (x, _), nodes in groups.items():
+        if len(nodes) > 1:
+            _pack_group(graph, x, nodes)
+
+
+def _pack_group(graph: ir.Graph, x: ir.Value | None, nodes: list[ir.Node]) -> None:
+    parts = [(node.inputs[1].const_value, bool(node.attributes["turned"].as_int())) for node in nodes]
+    widths = [_sizes(node)[0] for node in nodes]
+    name = "+".join(node.inputs[1].name or "" for node in nodes)
+    _add(graph, name, _stacked(name, parts, sum(widths)))
+    _add(graph, f"{name}.parts", ir.Tensor(np.array(widths, np.int64), name=f"{name}.parts"))
+    turned = [ir.AttrInt64("turned", 0)]
+    product = ir.Node(DOMAIN, LINEAR, [x, graph.initializers[name]], turned)
+    product.outputs[0].name = f"{name}.product"
+    last = [ir.AttrInt64("axis", -1)]
+    split = ir.Node(
+        "", "Split", [product.outputs[0], graph.initializers[f"{name}.parts"]], last, num_outputs=len(nodes)
+    )
+    graph.insert_before(nodes[0], [product, split])
+    for node, part in zip(nodes, split.outputs, strict=True):
+        old = node.outputs[0]
+        part.name, part.type, part.shape = old.name, old.type, old.shape
+        ir.convenience.replace_all_uses_with(old, part, replace_graph_outputs=True)
+        graph.remove(node, safe=True)
+
+
+def _stacked(name: str, parts: list[tuple[ir.TensorProtocol | None, bool]], rows: int) -> ir.LazyTensor:
+    tensors = [(tensor, turned) for tensor, turned in parts if tensor is not None]
+    first, turned = tensors[0]
+    return ir.LazyTensor(
+        lambda: ir.Tensor(np.concatenate([t.numpy().T if flip else t.numpy() for t, flip in tensors]), name=name),
+        dtype=ir.DataType.FLOAT,
+        shape=ir.Shape([rows, int(first.shape[0 if turned else 1])]),
+        name=name,
+    )
+
+
+def _linear(graph: ir.Graph, node: ir.Node, report: Weights, bits: int) -> None:
     x, weight, *bias = node.inputs
     assert x is not None and weight is not None and weight.const_value is not None and weight.name is not None
     turned = bool(node.attributes["turned"].as_int())
     product = (
         ir.Value(name=f"{node.outputs[0].name}.product") if bias else ir.Value(name=f"{node.outputs[0].name}.value")
     )
-    if report.kind == "fp32":
+    if report.kind == "fp32" or _narrow(node):
         made = _float_product(graph, x, weight, turned, product)
+        report.narrow.add(str(made[-1].inputs[1].name))
     else:
-        made = [_quantised_product(graph, x, weight, turned, product, BITS[report.kind])]
+        made = [_quantised_product(graph, x, weight, turned, product, bits)]
         report.quantised += 1
     last = made[-1].outputs[0]
     if bias:
@@ -135,17 +182,20 @@ def _quantised_product(
     out, into = (int(n) for n in weight.const_value.shape)
     if turned:
         out, into = into, out
-    codes_name, scales_name = f"{weight.name}.q{bits}", f"{weight.name}.q{bits}.scale"
-    if codes_name not in graph.initializers:
+    name = f"{weight.name}.q{bits}"
+    if name not in graph.initializers:
         values = weight.const_value.numpy()
-        codes, scales = quantise(np.ascontiguousarray(values.T) if turned else values, bits)
-        _add(graph, codes_name, ir.Tensor(codes, name=codes_name))
-        _add(graph, scales_name, ir.Tensor(scales, name=scales_name))
+        made = quantise(values.T if turned else values, bits)
+        _add(graph, name, ir.Tensor(made.codes, name=name))
+        _add(graph, f"{name}.scale", ir.Tensor(made.scales, name=f"{name}.scale"))
+        if made.zeros is not None:
+            _add(graph, f"{name}.zero", ir.Tensor(made.zeros, name=f"{name}.zero"))
+    parts = [name, f"{name}.scale", *([f"{name}.zero"] if bits == 4 else [])]
     sizes = {"K": into, "N": out, "bits": bits, "block_size": BLOCK, "accuracy_level": 4}
     return ir.Node(
         "com.microsoft",
         "MatMulNBits",
-        [x, graph.initializers[codes_name], graph.initializers[scales_name]],
+        [x, *(graph.initializers[part] for part in parts)],
         [ir.AttrInt64(key, value) for key, value in sizes.items()],
         outputs=[product],
     )
@@ -173,7 +223,7 @@ def _report_rest(graph: ir.Graph, report: Weights) -> None:
             name
             for name, value in graph.initializers.items()
             if value.dtype == ir.DataType.FLOAT and value.shape is not None and len(value.shape) == 2
-            if not name.endswith(".scale")
+            if not name.endswith(".scale") and name not in report.narrow
         ]
 
 
