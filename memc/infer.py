@@ -43,31 +43,39 @@ class Symbols:
             return torch.empty(sizes, dtype=dtype)
 
 
+class Propagation:
+    """One run of a program's graph on fake tensors, node by node; ``values`` holds what has been inferred so far."""
+
+    def __init__(self, program: Program) -> None:
+        """Start before the first node."""
+        self.symbols = Symbols()
+        self.values: dict[Node, Any] = {}
+        self._module = program.module
+        self._specs: Iterator[InputSpec | StateSpec] = iter([*program.inputs, *program.states])
+
+    def step(self, node: Node) -> None:
+        """Infer one node from those before it; raises whatever its fake kernel raises when shapes do not fit."""
+        match node.op:
+            case "placeholder":
+                spec = next(self._specs)
+                self.values[node] = self.symbols.tensor(spec.shape, spec.dtype)
+            case "get_attr":
+                tensor = get_tensor(self._module, str(node.target))
+                self.values[node] = self.symbols.tensor(tuple(map(int, tensor.shape)), tensor.dtype)
+            case "call_function":
+                self.values[node] = call_fake(self.symbols.mode, node, self.values)
+
+
 def infer(program: Program) -> None:
     """Set ``meta['val']`` of every node from the specification of inputs and states and the parameters' shapes.
 
     Raises whatever an op's fake kernel raises when shapes do not fit.
     """
-    symbols = Symbols()
-    graph = program.module.graph
-    values: dict[Node, Any] = {}
-    placeholders: Iterator[InputSpec | StateSpec] = iter([*program.inputs, *program.states])
-    parameters: dict[int, Tensor] = {}
-    for node in graph.nodes:
-        match node.op:
-            case "placeholder":
-                spec = next(placeholders)
-                values[node] = symbols.tensor(spec.shape, spec.dtype)
-            case "get_attr":
-                tensor = get_tensor(program.module, str(node.target))
-                if id(tensor) not in parameters:
-                    parameters[id(tensor)] = symbols.tensor(tuple(map(int, tensor.shape)), tensor.dtype)
-                values[node] = parameters[id(tensor)]
-            case "call_function":
-                values[node] = call_fake(symbols.mode, node, values)
-            case _:
-                continue
-        node.meta["val"] = values[node]
+    run = Propagation(program)
+    for node in program.module.graph.nodes:
+        run.step(node)
+    for node, value in run.values.items():
+        node.meta["val"] = value
 
 
 def call_fake(mode: FakeTensorMode, node: Node, values: dict[Node, Any]) -> Any:

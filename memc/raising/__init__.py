@@ -106,8 +106,7 @@ def _state_specs(program: Program) -> tuple[StateSpec, ...]:
     specs = []
     for node in program.placeholders()[len(program.inputs) :]:
         value = node.meta["val"]
-        held = "positions" if node.name.endswith("_positions") else "content"
-        if held == "positions":
+        if node.name.endswith("_positions"):
             specs.append(StateSpec(node.name, value.dtype, ("B", "S"), init=-1.0, grows=1))
         else:
             specs.append(

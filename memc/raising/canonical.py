@@ -249,11 +249,14 @@ def lower_site(probe: Probe, site: Site, index: int, scores: Scores, own: Operan
 
 def describe(node: Node, scores: Scores) -> None:
     """Note mask and bias at the op, for those that its arguments do not show."""
-    names = {Bidirectional: "bidirectional", OtherMask: "other"}
     noted = dict(node.meta.get("memc", {}))
-    noted["mask"] = names.get(type(scores.mask), "causal")
-    if isinstance(scores.mask, OtherMask):
-        noted["mask"] = scores.mask.reason
+    match scores.mask:
+        case Bidirectional():
+            noted["mask"] = "bidirectional"
+        case OtherMask(reason):
+            noted["mask"] = reason
+        case _:
+            noted["mask"] = "causal"
     match scores.bias:
         case RelativeBias():
             noted["bias"] = "relative"

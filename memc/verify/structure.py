@@ -13,7 +13,7 @@ from torch.fx import Node
 
 from memc.dialect import op_spec
 from memc.errors import MemcError
-from memc.infer import EXAMPLE_SIZES, Symbols, call_fake
+from memc.infer import EXAMPLE_SIZES, Propagation, Symbols
 from memc.program import Dim, InputSpec, OutputSpec, Program, StateSpec, get_tensor
 
 
@@ -35,26 +35,16 @@ def well_formed(program: Program) -> list[Problem]:
     problems = list(_graph_problems(program))
     if problems:
         return problems
-    symbols = Symbols()
-    values: dict[Node, Any] = {}
-    specs = iter(_fed(program))
+    run = Propagation(program)
     for node in program.module.graph.nodes:
         try:
-            match node.op:
-                case "placeholder":
-                    spec = next(specs)
-                    values[node] = symbols.tensor(spec.shape, spec.dtype)
-                case "get_attr":
-                    tensor = get_tensor(program.module, str(node.target))
-                    values[node] = symbols.tensor(tuple(map(int, tensor.shape)), tensor.dtype)
-                case "call_function":
-                    values[node] = call_fake(symbols.mode, node, values)
+            run.step(node)
         except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AssertionError, AttributeError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             return [Problem(node.name, f"does not run on its inputs' shapes: {reason}")]
-    problems += _recorded_problems(program, values, symbols)
-    problems += _output_problems(program, values, symbols)
-    problems += _specialised(program, symbols)
+    problems += _recorded_problems(program, run.values, run.symbols)
+    problems += _output_problems(program, run.values, run.symbols)
+    problems += _specialised(program, run.symbols)
     return problems
 
 

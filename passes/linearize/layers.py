@@ -77,21 +77,7 @@ def shared_layer(config: LayerConfig, t: Mapping[str, Tensor]) -> tuple[Tensor, 
     out + share (N / D - out), share = sigmoid(c + log D - lse), so nothing overflows. The memory holds exactly the
     tokens that left the window and are no sink tokens; while there is none, y is ``out`` to the bit.
     """
-    out, lse, left_key, left_value, left, *states = torch.ops.memc.window_memory.default(
-        t["query"],
-        t["key"],
-        t["value"],
-        t["positions"],
-        t["past_key"],
-        t["past_value"],
-        t["past_positions"],
-        None,
-        t.get("sink_logits"),
-        scale=config.scale,
-        window=config.window,
-        sinks=config.sinks,
-        softcap=config.softcap,
-    )
+    out, lse, left_key, left_value, left, *states = windowed(config, t, t.get("sink_logits"), config.sinks)
     left_key, left_value = left_key.float(), left_value.float()
     gone = (left >= 0).unsqueeze(1)
     query = feature_map(config.feature, t["query"].float() @ t["query_map"])
@@ -136,21 +122,7 @@ def lizard_layer(config: LayerConfig, t: Mapping[str, Tensor]) -> tuple[Tensor, 
     m of them act as one of logit logsumexp(meta). The sum of both branches weighs more than 1: the paper's form.
     """
     sink = torch.logsumexp(t["meta"], 0).expand(t["query"].shape[1]) if "meta" in t else None
-    out, _, _, _, _, *states = torch.ops.memc.window_memory.default(
-        t["query"],
-        t["key"],
-        t["value"],
-        t["positions"],
-        t["past_key"],
-        t["past_value"],
-        t["past_positions"],
-        None,
-        sink,
-        scale=config.scale,
-        window=config.window,
-        sinks=0,
-        softcap=config.softcap,
-    )
+    out, _, _, _, _, *states = windowed(config, t, sink, 0)
     key = feature_map(config.feature, t["key"].float() @ t["key_map"])
     read, memory = torch.ops.memc.linear_memory.default(
         feature_map(config.feature, t["query"].float() @ t["query_map"]),
@@ -163,6 +135,26 @@ def lizard_layer(config: LayerConfig, t: Mapping[str, Tensor]) -> tuple[Tensor, 
     read, _, holds = divide(read)
     gated = torch.where(holds.unsqueeze(-1), read, 0.0)
     return ((gated + t["alpha"] * out.float()).to(out.dtype), *states, memory)
+
+
+def windowed(config: LayerConfig, t: Mapping[str, Tensor], sink_logits: Tensor | None, sinks: int) -> list[Tensor]:
+    """Attend to the window and the first ``sinks`` tokens: what ``memc::window_memory`` returns."""
+    made = torch.ops.memc.window_memory.default(
+        t["query"],
+        t["key"],
+        t["value"],
+        t["positions"],
+        t["past_key"],
+        t["past_value"],
+        t["past_positions"],
+        None,
+        sink_logits,
+        scale=config.scale,
+        window=config.window,
+        sinks=sinks,
+        softcap=config.softcap,
+    )
+    return list(made)
 
 
 def with_ones(value: Tensor) -> Tensor:
