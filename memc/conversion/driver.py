@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from memc import __version__, machine
-from memc.artifact import seal, sha256
+from memc.artifact import seal
 from memc.backend import Backend, LowerOptions
 from memc.conversion.facts import (
     block_facts,
@@ -30,6 +30,7 @@ from memc.conversion.lowering import lower, verify_lowered
 from memc.conversion.pipeline import PassRun, Pipeline, plan_all
 from memc.conversion.text import verification_text
 from memc.cost import predict
+from memc.data import source_digest
 from memc.errors import MemcError
 from memc.frontend import Captured, capture_source
 from memc.frontend.recast import recast
@@ -386,7 +387,7 @@ def _fields(check: CheckResult) -> tuple[float, float | None, float | None, bool
 
 
 def _key(request: Request, recipe: str, captured: Captured) -> str:
-    data = [sha256(Path(path)) for path in request.recipe.data]
+    data = [source_digest(source) for source in request.recipe.data]
     where = [request.target.name, request.backend.name, str(request.threads)]
     return resume_key(recipe, captured.program.model.digest, *where, *data)
 

@@ -1,12 +1,16 @@
 """Reading and tokenising text files."""
 
 import json
+import sys
+import tracemalloc
+from functools import partial
 
 import numpy as np
 import pytest
 from tokenizers import processors
 
 from memc import data
+from memc.data.sources import PIECE, read_pieces
 from memc.errors import MemcError
 from tests.core.runtime_fakes import byte_tokenizer
 
@@ -32,6 +36,9 @@ def test_documents(tmp_path):
         ("empty.txt", " \n", "empty"),
         ("binary.txt", b"abc\0def", "binary"),
         ("latin.txt", "caf\u00e9 x".encode("latin-1"), "byte 3"),
+        ("late.txt", b"\xef\xbb\xbf" + b"a" * ((1 << 20) - 4) + "東".encode()[:2], "byte 1048575"),
+        ("cut.txt", b"a" * ((1 << 20) - 1) + b"\xe6(", "byte 1048575"),
+        ("utf16.txt", "the dog".encode("utf-16"), "UTF-16"),
         ("bad.jsonl", '{"text": "a"}\n{"text"', "bad.jsonl:2"),
         ("field.jsonl", '{"body": "a"}', "'text'"),
         ("number.jsonl", '{"text": 3}', "'text'"),
@@ -64,7 +71,7 @@ def test_tokenize(tmp_path):
 
 
 def test_long_documents_go_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "PIECE", 50)
+    monkeypatch.setattr("memc.data.sources.PIECE", 50)
     tokenizer = byte_tokenizer()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
@@ -74,3 +81,82 @@ def test_long_documents_go_in_pieces(tmp_path, monkeypatch):
     assert ids[0] == 0 and ids[-1] == 1 and not {0, 1} & set(ids[1:-1])
     assert tokenizer.decode(ids) == text
     assert data.tokenize([tmp_path / "a.txt"], tokenizer, limit=7).tolist() == ids[:7]
+
+
+def test_blocks_and_line_ends_do_not_show(tmp_path, monkeypatch):
+    text = "東京 😀\r\nnaïve\rcafé\n\r\n"
+    path = write(tmp_path / "a.txt", "\ufeff" + text)
+    for size in (3, 4, 5, 7):
+        monkeypatch.setattr("memc.data.sources._BLOCK", size)
+        assert list(data.read_documents(path)) == ["東京 😀\nnaïve\ncafé\n\n"]
+
+
+def test_a_large_file_is_never_whole_in_memory(tmp_path):
+    path = write(tmp_path / "a.txt", b"the dog and the fox\n" * 1_000_000)
+    tracemalloc.start()
+    sizes = [len(piece) for document in read_pieces(path) for piece in document]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert sum(sizes) == 20_000_000 and max(sizes) <= PIECE and peak < 8_000_000
+
+
+def test_parquet(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    from pyarrow import array, table
+
+    def made(name, **columns):
+        parquet.write_table(table(columns), tmp_path / name)
+        return tmp_path / name
+
+    words = ["the dog", None, "", "a fox", "a fox"]
+    assert list(data.read_documents(made("a.parquet", n=[1] * 5, text=words))) == ["the dog", "a fox", "a fox"]
+    coded = made("b.PARQUET", text=array(words).dictionary_encode())
+    assert list(data.read_documents(coded)) == ["the dog", "a fox", "a fox"]
+    damaged = write(tmp_path / "d.parquet", coded.read_bytes()[:-9])
+    for path, words in (
+        (made("body.parquet", body=["a"], title=["b"]), "no column 'text' but body, title"),
+        (made("number.parquet", text=[3]), "int, not strings"),
+        (made("none.parquet", text=[None, ""]), "no text"),
+        (damaged, "damaged"),
+        (tmp_path / "missing.parquet", "No such file"),
+    ):
+        with pytest.raises(MemcError) as caught:
+            list(data.read_documents(path))
+        assert caught.value.code == "E207" and words in str(caught.value) and path.name in str(caught.value)
+        assert caught.value.next
+
+
+def test_a_data_set(tmp_path, monkeypatch):
+    """A folder named like a data set of the hub is read by the same library in the same way, with no hub."""
+    pytest.importorskip("datasets")
+    folder = tmp_path / "org" / "name"
+    folder.mkdir(parents=True)
+    write(folder / "train.jsonl", '{"text": "the dog", "other": "x"}\n{"text": "a fox", "other": "y"}\n')
+    write(folder / "test.jsonl", '{"text": "the end", "other": "z"}\n')
+    monkeypatch.chdir(tmp_path)
+    assert list(data.read_documents("hub:org/name")) == ["the dog", "a fox"]
+    assert list(data.read_documents("hub:org/name:test")) == ["the end"]
+    assert list(data.read_documents("hub:org/name:train:other")) == ["x", "y"]
+    stream = data.read_tokens("hub:org/name", TOKENIZER, limit=2, folder=tmp_path)
+    assert stream.ids.tolist() == TOKENIZER.encode("the dog").ids[:2]
+    for name, words in (
+        ("hub:org/name:valid", "valid"),
+        ("hub:org/name:train:body", "no column 'body' but text, other"),
+        ("hub:org", "org/name[:split"),
+    ):
+        with pytest.raises(MemcError) as caught:
+            list(data.read_documents(name))
+        assert caught.value.code == "E207" and words in str(caught.value)
+    for read in (partial(data.read_tokens, "hub:org/name", folder=tmp_path), partial(data.tokenize, ["hub:org/name"])):
+        with pytest.raises(MemcError, match="--tokens"):
+            read(tokenizer=TOKENIZER)
+    before = data.source_digest("hub:org/name")
+    assert before == data.source_digest("hub:org/name") != data.source_digest("hub:org/name:test")
+
+
+@pytest.mark.parametrize(("source", "library"), [("a.parquet", "pyarrow"), ("hub:org/name-2", "datasets")])
+def test_a_library_that_is_missing_is_named(source, library, monkeypatch):
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(MemcError) as caught:
+        list(data.read_documents(source))
+    assert caught.value.code == "E602" and library in str(caught.value) and "memc[data]" in caught.value.next

@@ -1,0 +1,9 @@
+"""Text for everything that uses it: read, tokenised once, cut into packed sequences. Imports no torch."""
+
+from memc.data.cache import read_tokens
+from memc.data.corpus import Batch, Corpus, Sequences
+from memc.data.sources import read_documents, source_digest
+from memc.data.stream import TokenStream
+from memc.data.tokens import tokenize
+
+__all__ = ["Batch", "Corpus", "Sequences", "TokenStream", "read_documents", "read_tokens", "source_digest", "tokenize"]
