@@ -58,7 +58,6 @@ class _Pool:
             starts = segment.stream.starts
             low, high = np.searchsorted(starts, [at, at + count])
             first[done + starts[low:high] - at] = True
-            first[done] |= at == segment.start
             done += count
         steps = np.arange(length)
         return tokens, steps - np.maximum.accumulate(np.where(first, steps, 0))

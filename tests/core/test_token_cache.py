@@ -121,6 +121,18 @@ def test_damage_is_found_and_mended(draw):
         assert not read(path, folder)[1].steps and entries(folder) == [entry.name]
 
 
+@pytest.mark.parametrize("field", ["tokens", "documents"])
+def test_a_header_that_does_not_fit_the_file_is_found(tmp_path, text, field):
+    good = read(text, tmp_path / "cache")[0].ids.tolist()
+    (entry,) = (tmp_path / "cache").iterdir()
+    whole = entry.read_bytes()
+    header = json.loads(whole[: cache.HEADER])
+    header[field] -= 1
+    entry.write_bytes(json.dumps(header).encode().ljust(cache.HEADER) + whole[cache.HEADER :])
+    stream, notes = read(text, tmp_path / "cache")
+    assert stream.ids.tolist() == good and notes.steps
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path
