@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 from memc.errors import MemcError
+from memc.objective import BlockObjective
 from memc.plugins import did_you_mean, load_plugin
 from memc.program import Program
 from memc.relation import Relation
@@ -47,7 +48,10 @@ class Plan:
 
 @dataclass(frozen=True)
 class PassReport:
-    """What a pass did. ``details`` holds per-site facts as JSON values, keyed by layer."""
+    """What a pass did. ``details`` holds per-site facts as JSON values, keyed by layer.
+
+    ``objectives`` tells how what was added is trained, one for each site; they are of the result's own nodes.
+    """
 
     spec: str
     sites: tuple[Site, ...]
@@ -56,6 +60,7 @@ class PassReport:
     new_parameters: int = 0
     untrained: bool = False
     details: dict[str, Any] = field(default_factory=dict)
+    objectives: tuple[BlockObjective, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,21 @@ class Pass(ABC):
     @abstractmethod
     def apply(self, program: Program, plan: Plan) -> tuple[Program, PassReport]:
         """Rewrite the plan's sites and return a new program; the one given stays as it was."""
+
+    def open_share(self) -> float | None:
+        """Return the share of the sites that are to stay as they are, which ones being left to training.
+
+        None when the options settle everything. Until it is settled such a pass rewrites every site.
+        """
+        return None
+
+    def needs_training(self) -> str | None:
+        """Return the option, as written, that only training can settle, or None."""
+        return None
+
+    def settle(self, layers: Iterable[int]) -> Self:
+        """Return the pass with the layers named that stay as they are; raises ``TypeError`` if nothing is open."""
+        raise TypeError(f"pass {self.name!r} leaves nothing open")
 
     @property
     def spec(self) -> str:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
-Advance = Callable[[int], None]
-"""Tells that so many units of the step's total are done."""
+
+class Advance(Protocol):
+    """Tells how a step goes on."""
+
+    def __call__(self, count: int, text: str = "") -> None:
+        """Say that ``count`` more units of the step's total are done, and in ``text`` how it looks."""
 
 
 class Progress(Protocol):
@@ -26,7 +30,11 @@ class Silent:
     @contextmanager
     def step(self, title: str, total: int | None = None) -> Iterator[Advance]:
         """Enter a step without a word."""
-        yield lambda count: None
+        yield unseen
 
     def note(self, text: str) -> None:
         """Say nothing."""
+
+
+def unseen(count: int, text: str = "") -> None:
+    """Advance a step that nobody watches."""

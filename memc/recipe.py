@@ -26,9 +26,26 @@ MAX_BYTES = 1 << 16
 
 
 class Train(BaseModel):
-    """The ``train`` section. It has no keys while no pass trains, so that a recipe cannot ask in vain."""
+    """The ``train`` section: how what the passes add is trained.
+
+    The defaults are what was measured to work on a model of 135M parameters. Learning rates are peaks. ``sampled`` is
+    the share of the sequences that are sampled from the original itself, which keep it from forgetting what the data
+    do not have.
+    """
 
     model_config = ConfigDict(extra="forbid")
+
+    length: int = Field(default=512, ge=8, description="tokens of a training sequence")
+    batch: int = Field(default=1, ge=1, description="sequences of a step")
+    transfer: float = Field(default=0.7, ge=0, le=1, description="share of the tokens for block-wise transfer")
+    rate: float = Field(default=1e-2, gt=0, description="learning rate of new parameters in transfer")
+    adapters: int = Field(default=8, ge=0, description="rank of the adapters; 0 trains every parameter in recovery")
+    adapter_rate: float = Field(default=5e-4, gt=0, description="learning rate of adapters, or of every parameter")
+    memory_rate: float = Field(default=1e-3, gt=0, description="learning rate of new parameters in recovery")
+    accumulate: int = Field(default=2, ge=1, description="batches of a recovery step")
+    text: float = Field(default=0.0, ge=0, description="weight of cross-entropy on the text beside the KL")
+    sampled: float = Field(default=0.25, ge=0, lt=1, description="share of sequences sampled from the original")
+    guard: float = Field(default=0.05, gt=0, le=0.5, description="share of the data that is held out")
 
 
 class Verify(BaseModel):
@@ -50,7 +67,8 @@ PassEntry = str | Annotated[dict[str, dict[str, Any] | None], Field(min_length=1
 class Recipe(BaseModel):
     """One recipe. A pass is its spec string, or its name with a mapping of options.
 
-    Unknown keys are refused. ``tokens`` bounds how much of ``data`` is read; ``context`` is in tokens.
+    Unknown keys are refused. ``data`` train what the passes add and verify the result; ``tokens`` says how many are
+    trained on, 0 for none, and then all of ``data`` is there to verify. ``context`` is in tokens.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -60,7 +78,7 @@ class Recipe(BaseModel):
     passes: list[PassEntry] = Field(default_factory=list)
     train: Train | None = None
     data: list[str] = Field(default_factory=list)
-    tokens: int | None = Field(default=None, ge=1)
+    tokens: int | None = Field(default=None, ge=0)
     weights: Weights | None = None
     context: int | None = Field(default=None, ge=1)
     verify: Verify = Field(default_factory=Verify)

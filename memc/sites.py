@@ -27,6 +27,13 @@ Refusal = tuple[str, str]
 
 KEEP_HELP = "layers that stay as they are: none, every:N (N-1, 2N-1, ...), first:N, last:N, or a list [0,5,7]"
 
+AUTO_HELP = (
+    KEEP_HELP + "; auto:P%, the P percent that training finds to need it most; auto is auto:25% with --data, else none"
+)
+
+AUTO_SHARE = 0.25
+
+_AUTO = re.compile(r"auto(?::([0-9]+(?:\.[0-9]+)?)%)?")
 _COUNTED = re.compile(r"(every|first|last):([1-9][0-9]*)")
 _LISTED = re.compile(r"\[\s*([0-9]+\s*(,\s*[0-9]+\s*)*)?\]")
 
@@ -47,11 +54,26 @@ def check_keep(pass_name: str, keep: str) -> None:
         )
 
 
+def auto_share(keep: str) -> float | None:
+    """Return the share of the layers that ``keep=auto`` leaves to training to choose, None for any other form."""
+    match = _AUTO.fullmatch(keep)
+    if match is None:
+        return None
+    return float(match[1]) / 100 if match[1] else AUTO_SHARE
+
+
+def listed(layers: Iterable[int]) -> str:
+    """Write layers as the option ``keep`` has them."""
+    return f"[{','.join(map(str, sorted(layers)))}]"
+
+
 def kept_layers(keep: str, layers: Iterable[int]) -> frozenset[int]:
     """Return the layers that ``keep`` names, out of ``layers``.
 
     Raises ``MemcError`` E203 for a list that names a layer that is not there.
     """
+    if auto_share(keep) is not None:
+        return frozenset()
     known = sorted(set(layers))
     if match := _COUNTED.fullmatch(keep):
         count = int(match[2])

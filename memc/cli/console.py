@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from memc.progress import Advance
+from memc.progress import Advance, unseen
 from memc.report.text import plain
 
 if TYPE_CHECKING:
@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from memc.report.models import Document
+
+
+LINE_SECONDS = 30.0
+"""Time between two lines about a long step."""
 
 
 class Console:
@@ -60,25 +64,45 @@ class Console:
     def step(self, title: str, total: int | None = None) -> Iterator[Advance]:
         """Show a step: a bar on a terminal, else one line with its seconds."""
         if self.quiet:
-            yield lambda count: None
+            yield unseen
         elif sys.stderr.isatty():
             with self._bar(title, total) as advance:
                 yield advance
         else:
             with self._timed(title):
-                yield lambda count: None
+                yield self._lines(total) if total else unseen
 
     @contextmanager
     def _bar(self, title: str, total: int | None) -> Iterator[Advance]:
-        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-        columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
+        columns = [SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn()]
+        if total:
+            columns += [TimeRemainingColumn(), TextColumn("{task.fields[text]}", markup=False)]
         began = time.perf_counter()
         with Progress(*columns, console=self.rich(stderr=True), transient=True) as bar:
-            task = bar.add_task(plain(title), total=total)
-            yield lambda count: bar.advance(task, count)
+            task = bar.add_task(plain(title), total=total, text="")
+
+            def advance(count: int, text: str = "") -> None:
+                bar.update(task, advance=count, text=plain(text))
+
+            yield advance
         if (seconds := time.perf_counter() - began) >= 1:
             self._line(f"{plain(title)}: {seconds:.1f} s")
+
+    def _lines(self, total: int) -> Advance:
+        """Return what tells of a long step now and then, where there is no terminal for a bar."""
+        began = told = time.perf_counter()
+        done = 0
+
+        def advance(count: int, text: str = "") -> None:
+            nonlocal told, done
+            done, now = done + count, time.perf_counter()
+            if text and now - told >= LINE_SECONDS and done < total:
+                told = now
+                self._line(f"  {done} of {total}, {(now - began) / done * (total - done):.0f} s to go: {plain(text)}")
+
+        return advance
 
     @contextmanager
     def _timed(self, title: str) -> Iterator[None]:

@@ -8,6 +8,7 @@ import click
 
 from memc.cli.console import Console
 from memc.cli.options import (
+    NATURAL,
     POSITIVE,
     declare,
     invocation,
@@ -35,8 +36,8 @@ WEIGHTS = ("fp32", "fp16", "bf16", "int8", "int4")
 @click.option("--backend", help="Backend, instead of the target's own.")
 @click.option("--weights", type=click.Choice(WEIGHTS), help="Type of the lowered weights.")
 @click.option("--context", type=POSITIVE, metavar="N", help="Capacity of growing states, in tokens.")
-@click.option("--data", multiple=True, metavar="FILE", help="Text to verify on; repeatable.")
-@click.option("--tokens", type=POSITIVE, metavar="N", help="Most tokens of the data to use.")
+@click.option("--data", multiple=True, metavar="FILE", help="Text to train and verify on; repeatable.")
+@click.option("--tokens", type=NATURAL, metavar="N", help="Tokens to train on (0: only verify).")
 @click.option("--dry-run", is_flag=True, help="Print the plan; write nothing.")
 @click.option("--fresh", is_flag=True, help="Start over instead of resuming.")
 @click.option("--force", is_flag=True, help="Replace an OUT that exists.")
@@ -68,7 +69,7 @@ def command(
     verified pass.
     """
     if tokens is not None and not data:
-        raise MemcError("E200", "--tokens bounds --data, which is not given", next="add --data FILE")
+        raise MemcError("E200", "--tokens goes with --data, which is not given", next="add --data FILE")
     from memc.doctor import require_backend
     from memc.recipe import Recipe, load_recipe
     from memc.target import get_target

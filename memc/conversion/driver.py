@@ -29,6 +29,7 @@ from memc.conversion.folder import RECIPE, OutFolder, folder_bytes, require_spac
 from memc.conversion.lowering import lower, verify_lowered
 from memc.conversion.pipeline import PassRun, Pipeline, plan_all
 from memc.conversion.text import verification_text
+from memc.conversion.training import make_trainer, training_data, trains
 from memc.cost import predict
 from memc.data import source_digest
 from memc.errors import MemcError
@@ -128,6 +129,7 @@ def convert_model(request: Request, progress: Progress | None = None) -> Convert
             "E601", refusal, f"--weights {request.weights}", f"one of: {', '.join(request.backend.weights)}"
         )
     passes = request.recipe.build()
+    training = trains(request.recipe, passes)
     if not request.dry_run:
         facts = {"source": _source(request.model), "target": request.target.name, "backend": request.backend.name}
         folder.refuse_existing(recipe, facts, force=request.force)
@@ -135,7 +137,7 @@ def convert_model(request: Request, progress: Progress | None = None) -> Convert
     if request.threads is not None:
         torch.set_num_threads(request.threads)
     captured, program, raised = _capture_and_raise(request, steps)
-    document = _plan(request, steps, passes, captured, raised)
+    document = _plan(request, steps, passes, captured, raised, training)
     if request.dry_run:
         return document
     _require_memory(program)
@@ -143,7 +145,8 @@ def convert_model(request: Request, progress: Progress | None = None) -> Convert
     folder.open(_key(request, recipe, captured), fresh=request.fresh)
     try:
         _write_plan(folder, recipe, captured, raised, document, steps)
-        return _Conversion(request, folder, steps, passes, captured, program, raised, document).run()
+        training &= any(facts.new_parameters for facts in document.passes)
+        return _Conversion(request, folder, steps, passes, captured, program, raised, document, training).run()
     except MemcError as error:
         folder.write_error(error)
         raise
@@ -183,10 +186,12 @@ def require_raised(raised: Raised) -> None:
         raise MemcError("E306", reason, where, "memc inspect MODEL --why")
 
 
-def _plan(request: Request, steps: Steps, passes: list[Pass], captured: Captured, raised: Raised) -> ConvertDocument:
+def _plan(
+    request: Request, steps: Steps, passes: list[Pass], captured: Captured, raised: Raised, training: bool
+) -> ConvertDocument:
     """Plan every pass on what the ones before leave, and predict what the result costs."""
     with steps.step("plan", "plan"):
-        planned, reports = plan_all(passes, raised.program, request.target)
+        planned, reports = plan_all(passes, raised.program, request.target, undecided=training)
 
         def cost(program: Program) -> Predicted:
             return predict(program, request.target, request.contexts, weights=request.weights, threads=request.threads)
@@ -261,13 +266,18 @@ class _Conversion:
     raw: Program
     raised: Raised
     document: ConvertDocument
+    training: bool
 
     def run(self) -> ConvertDocument:
         with self.steps.step("materialize", "read the weights"):
             original = self._load(self.raised.program)
             finite(original)
+        progress, trainer = self.steps.progress, None
+        if self.training:
+            data = training_data(self.request.recipe, original, self.folder.partial, progress)
+            trainer = make_trainer(self.request.recipe, data, original, progress)
         with self.steps.step("text", "verification text"):
-            text = verification_text(self.request.recipe, original, self.folder.partial)
+            text = data.text if trainer else verification_text(self.request.recipe, original, self.folder.partial)
             floor = noise_floor(original, take(text, 2, 13))
         with self.steps.step("verify_raise", "verify what was raised"):
             checks = [self._check_raising(original, text, floor)]
@@ -278,7 +288,8 @@ class _Conversion:
             floor,
             {str(metric): budget for metric, budget in self.request.recipe.verify.budgets.items()},
             self.folder.partial,
-            self.steps.progress,
+            progress,
+            trainer,
         )
         program, runs = pipeline.run(original)
         self.steps.seconds |= {run.report.spec: run.report.timing.seconds for run in runs}
@@ -352,6 +363,7 @@ class _Conversion:
         )
         changes: dict[str, Any] = {
             "passes": [pass_facts(run) for run in runs],
+            "untrained": any(run.report.untrained for run in runs),
             "measured": measured,
             "checks": verified.checks,
             "verified": verified.passed,

@@ -22,6 +22,7 @@ from memc.progress import Progress, Silent
 from memc.relation import Bounded, Close, Exact, Relation
 from memc.report.models import CONTEXTS, PassReportFile, RelationFacts, SiteFacts, SkippedFacts, Timing
 from memc.target import Target
+from memc.train import Trainer
 from memc.verify import CheckResult, VerificationText, check_relation, require_well_formed
 
 FIRST = 2
@@ -52,6 +53,7 @@ class Pipeline:
     budgets: Mapping[str, float] = field(default_factory=dict)
     folder: Path | None = None
     progress: Progress = field(default_factory=Silent)
+    trainer: Trainer | None = None
 
     def run(self, program: Program) -> tuple[Program, list[PassRun]]:
         """Run every pass that an earlier run has not verified and return the last result and all reports.
@@ -75,12 +77,28 @@ class Pipeline:
         """Run one pass and keep its result; what is returned is what was read back, as a resumed run would."""
         pass_ = self.passes[index]
         start = time.perf_counter()
-        plan = plan_pass(pass_, before, self.target)
-        after, report = pass_.apply(before, plan)
-        require_well_formed(after, f"after {pass_.spec}")
-        results = [self._check(pass_, plan, relation, before, after) for relation in report.relations]
+
+        def apply(chosen: Pass) -> tuple[Plan, Program, PassReport]:
+            plan = plan_pass(chosen, before, self.target)
+            after, report = chosen.apply(before, plan)
+            require_well_formed(after, f"after {chosen.spec}")
+            return plan, after, report
+
+        plan, after, report = applied = apply(pass_)
+        changed, training = after, None
+        if self.trainer is not None and report.objectives:
+            trained = self.trainer.train(pass_, before, applied, apply, self._training(index))
+            pass_, plan, report, training = trained.pass_, trained.plan, trained.report, trained.facts
+            after, changed = trained.transferred, trained.program
+            require_well_formed(changed, f"after training {pass_.spec}")
+        results = [
+            # What a pass makes exact it makes so by construction, which changed weights are no part of.
+            self._check(pass_, plan, relation, before, changed if isinstance(relation, Bounded) else after)
+            for relation in report.relations
+        ]
+        after = changed
         timing = Timing(seconds=time.perf_counter() - start, peak_rss_bytes=peak_rss_bytes())
-        document = describe_pass(report, after, results, timing)
+        document = describe_pass(report, after, results, timing).model_copy(update={"training": training})
         if self.folder is not None:
             self._write_report(index, document)
         for (relation, result), facts in zip(results, document.relations, strict=True):
@@ -105,6 +123,9 @@ class Pipeline:
     def _stage(self, index: int) -> Path:
         assert self.folder is not None
         return self.folder / f"stage-{FIRST + index:02d}"
+
+    def _training(self, index: int) -> Path | None:
+        return self.folder / f"train-{FIRST + index:02d}" if self.folder is not None else None
 
     def _report(self, index: int) -> Path:
         assert self.folder is not None
@@ -132,6 +153,7 @@ class Pipeline:
         save_program(program, partial)
         partial.rename(stage)
         kept = load_program(stage)
+        shutil.rmtree(self._training(index) or partial, ignore_errors=True)
         if index:
             shutil.rmtree(self._stage(index - 1), ignore_errors=True)
         return kept
@@ -148,16 +170,31 @@ def plan_pass(pass_: Pass, program: Program, target: Target) -> Plan:
     raise MemcError("E307", f"pass {pass_.name!r} matched nothing: {reasons or 'no block found'}", pass_.spec, hint)
 
 
-def plan_all(passes: Sequence[Pass], program: Program, target: Target) -> tuple[Program, list[PassReport]]:
+def plan_all(
+    passes: Sequence[Pass], program: Program, target: Target, *, undecided: bool = False
+) -> tuple[Program, list[PassReport]]:
     """Plan every pass on what the ones before leave, without running anything; parameters may be fake.
 
-    Raises ``MemcError`` E307 as :func:`plan_pass`.
+    ``undecided`` plans a pass whose layers training will choose with as many layers, evenly spread. Raises
+    ``MemcError`` E307 as :func:`plan_pass`.
     """
     reports = []
     for pass_ in passes:
+        if undecided:
+            pass_ = provisional(pass_, program, target)
         program, report = pass_.apply(program, plan_pass(pass_, program, target))
         reports.append(report)
     return program, reports
+
+
+def provisional(pass_: Pass, program: Program, target: Target) -> Pass:
+    """Return the pass with as many layers staying as training will choose, evenly spread: what a plan can cost."""
+    share = pass_.open_share()
+    if share is None:
+        return pass_
+    layers = [site.layer for site in plan_pass(pass_, program, target).sites]
+    count = round(share * len(layers))
+    return pass_.settle(layers[(2 * index + 1) * len(layers) // (2 * count)] for index in range(count))
 
 
 def window_baseline(pass_: Pass, plan: Plan, program: Program, target: Target) -> Program:

@@ -18,7 +18,7 @@ ROW = 384
 """Tokens of a row: long enough to go past the windows in use."""
 
 TOKENS = 1536
-"""Tokens of the data that are used unless the recipe says how many."""
+"""Tokens of the data that are used."""
 
 
 def verification_text(recipe: Recipe, original: Program, folder: Path) -> VerificationText:
@@ -43,8 +43,7 @@ def _sampled(recipe: Recipe, original: Program) -> VerificationText:
 
 
 def _from_data(recipe: Recipe, original: Program, folder: Path) -> VerificationText:
-    limit = recipe.tokens or TOKENS
-    ids = torch.from_numpy(tokenize(recipe.data, Text(folder).tokenizer, limit=limit))
+    ids = torch.from_numpy(tokenize(recipe.data, Text(folder).tokenizer, limit=TOKENS))
     vocab = int(original.outputs[0].shape[-1])
     if ids.numel() < 16 or int(ids.max()) >= vocab:
         reason = "fewer than 16 tokens" if ids.numel() < 16 else "a token that the model does not know"

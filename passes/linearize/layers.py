@@ -2,8 +2,8 @@
 
 Tensors go by name: ``query [B,H,T,D]``, ``key [B,G,T,D]``, ``value [B,G,T,E]``, ``positions [B,T]``,
 ``hidden [B,T,width]``, the states of the window, ``memory [B,G,F,E+1]`` (``E`` columns for ``gated_delta``), and the
-parameters of :mod:`memc.passes.linearize.parameters`. A layer returns its output ``[B,H,T,E]`` and the next states:
-key, value and positions of the window, then the memory.
+parameters of :mod:`memc.passes.linearize.parameters`. A layer returns its output ``[B,H,T,E]``, the next states (key,
+value and positions of the window, then the memory), and what training looks at.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ def feature_map(kind: str, x: Tensor) -> Tensor:
     match kind:
         case "hedgehog":
             return torch.cat([x.softmax(-1), (-x).softmax(-1)], -1)
+        case "softmax":
+            return x.softmax(-1)
         case "elu":
             return functional.elu(x) + 1.0
         case _:
@@ -112,7 +114,7 @@ def shared_layer(config: LayerConfig, t: Mapping[str, Tensor]) -> tuple[Tensor, 
         holds = gone
     share = torch.where(holds, torch.sigmoid(mass - lse), 0.0).unsqueeze(-1)
     window = out.float()
-    return ((window + share * (read - window)).to(out.dtype), *states, memory)
+    return ((window + share * (read - window)).to(out.dtype), *states, memory, share, read, window)
 
 
 def lizard_layer(config: LayerConfig, t: Mapping[str, Tensor]) -> tuple[Tensor, ...]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from typing import Any, ClassVar
@@ -16,7 +16,9 @@ from memc import sites
 from memc.blocks import Alibi, AttentionBlock, SlidingWindow
 from memc.dialect import arguments
 from memc.errors import MemcError
+from memc.objective import BlockObjective
 from memc.passes.linearize.layers import LayerConfig, lizard_layer, shared_layer
+from memc.passes.linearize.objective import LizardObjective, SharedObjective
 from memc.passes.linearize.parameters import New, lizard_parameters, shared_parameters
 from memc.pipeline import Pass, PassReport, Plan, option
 from memc.program import Program, StateSpec
@@ -71,16 +73,17 @@ class Linearize(Pass):
     window: int = option(64, "most recent tokens that softmax reads, the token itself included", unit="tokens", min=1)
     sinks: int = option(4, "first tokens of the sequence that softmax always reads (shared)", unit="tokens", min=0)
     meta: int = option(4, "value-less learned logits in the window's denominator (lizard)", unit="logits", min=0)
-    feature: str = option("hedgehog", "feature map of queries and keys", choices=("hedgehog", "elu", "relu"))
+    feature: str = option("hedgehog", "feature map of queries and keys", choices=("hedgehog", "softmax", "elu", "relu"))
     feature_size: int = option(128, "features of a query or key; even for hedgehog", unit="channels", min=2)
     gate: str = option("token", "what the memory's decay depends on", choices=("none", "head", "token", "channel"))
     update: str = option("gated", "how the memory is written", choices=("gated", "gated_delta"))
-    keep: str = option("none", sites.KEEP_HELP)
+    keep: str = option("auto", sites.AUTO_HELP)
 
     def __post_init__(self) -> None:
         """Check every option, and those that go together."""
         super().__post_init__()
-        sites.check_keep(self.name, self.keep)
+        if sites.auto_share(self.keep) is None:
+            sites.check_keep(self.name, self.keep)
         other, unused = ("meta", self.meta) if self.form == "shared" else ("sinks", self.sinks)
         if unused != 4:
             raise MemcError("E203", f"form={self.form} has no {other}", where=f"{self.name}:{other}={unused}")
@@ -89,6 +92,18 @@ class Linearize(Pass):
         if self.feature == "hedgehog" and self.feature_size % 2:
             where = f"{self.name}:feature_size={self.feature_size}"
             raise MemcError("E203", "feature_size is even for feature=hedgehog", where=where)
+
+    def open_share(self) -> float | None:
+        """Return the share of layers that ``keep=auto`` leaves open."""
+        return sites.auto_share(self.keep)
+
+    def needs_training(self) -> str | None:
+        """Return the option ``keep`` where it asks for a share of the layers."""
+        return f"keep={self.keep}" if self.keep.startswith("auto:") else None
+
+    def settle(self, layers: Iterable[int]) -> Linearize:
+        """Return the pass with the layers that stay softmax named."""
+        return replace(self, keep=sites.listed(layers))
 
     def plan(self, program: Program, target: Target) -> Plan:
         """Choose every causal attention block that ``keep`` does not name."""
@@ -103,9 +118,18 @@ class Linearize(Pass):
         """Rewrite the plan's sites; the memory of the ``shared`` form starts all but off."""
         editor = Editor(program)
         blocks = sites.planned_blocks(editor.program, plan)
-        details = {str(block.layer): self._rewrite(editor, block) for block in blocks}
-        made = sum(layer["new_parameters"] for layer in details.values())
-        report = PassReport(plan.spec, plan.sites, plan.rejections, plan.relations, made, True, details)
+        made = [self._rewrite(editor, block) for block in blocks]
+        details = {str(block.layer): facts for block, (facts, _) in zip(blocks, made, strict=True)}
+        report = PassReport(
+            plan.spec,
+            plan.sites,
+            plan.rejections,
+            plan.relations,
+            sum(facts["new_parameters"] for facts, _ in made),
+            True,
+            details,
+            tuple(objective for _, objective in made),
+        )
         return editor.finish(), report
 
     def _refuse(self, program: Program, block: AttentionBlock) -> sites.Refusal | None:
@@ -123,7 +147,7 @@ class Linearize(Pass):
             return "hidden", "query, key and value are not projected from one tensor, which the gates read"
         return None
 
-    def _rewrite(self, editor: Editor, block: AttentionBlock) -> dict[str, Any]:
+    def _rewrite(self, editor: Editor, block: AttentionBlock) -> tuple[dict[str, Any], BlockObjective]:
         node = block.attention
         bound = arguments(node)
         sinks = self.sinks if self.form == "shared" else 0
@@ -139,25 +163,56 @@ class Linearize(Pass):
         assert block.hidden is not None
         inputs["hidden"] = block.hidden
         new = self._parameters(block)
-        inputs.update(_register(editor, label, block.layer, new, node))
+        added = _register(editor, label, block.layer, new, node)
+        inputs.update(added)
         layer = shared_layer if self.form == "shared" else lizard_layer
 
         def trace(t: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
             return layer(config, t)
 
-        output, *after = editor.insert(trace, inputs, node, block.path, (self.form, config))
+        output, *rest = editor.insert(trace, inputs, node, block.path, (self.form, config))
+        after, watched = rest[:4], rest[4:]
         old = result_of(node, 0)
         assert old is not None
         old.replace_all_uses_with(output)
         for name, value in zip(("past_key", "past_value", "past_positions"), after, strict=False):
             editor.set_next(bound[name], value)
         editor.set_next(inputs["memory"], after[-1])
-        return {
+        facts = {
             "window": self.window,
             "sinks": sinks,
             "state_bytes": sum(spec.bytes(0) for spec in (*specs, memory)),
             "new_parameters": sum(torch.Size(item.shape).numel() for item in new.values()),
         }
+        return facts, self._objective(block, bound, config, added, [output, *watched], old)
+
+    def _objective(
+        self,
+        block: AttentionBlock,
+        bound: Mapping[str, Any],
+        config: LayerConfig,
+        parameters: Mapping[str, Node],
+        results: Sequence[Node],
+        old: Node,
+    ) -> BlockObjective:
+        names = {name: str(node.target) for name, node in parameters.items()}
+        watched = tuple(node.name for node in results)
+        if self.form == "lizard":
+            return LizardObjective(block.layer, block.path, names, old.name, (), watched, 0)
+        assert block.hidden is not None
+        reads = [bound[name] for name in ("query", "key", "positions", "sink_logits") if bound[name] is not None]
+        return SharedObjective(
+            block.layer,
+            block.path,
+            names,
+            old.name,
+            tuple(node.name for node in reads),
+            watched,
+            self.window,
+            config,
+            block.hidden.name,
+            bound["window"],
+        )
 
     def _parameters(self, block: AttentionBlock) -> dict[str, New]:
         assert block.hidden is not None

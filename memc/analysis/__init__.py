@@ -1,0 +1,1 @@
+"""What passes ask of a model before they choose: which layers and heads matter."""

@@ -1,0 +1,114 @@
+"""Training as a part of conversion: from the recipe's data to batches, and what is reported of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from memc.data import Corpus, Sequences, TokenStream, read_tokens
+from memc.errors import MemcError
+from memc.machine import multiplies_bfloat16
+from memc.pipeline import Pass
+from memc.program import Program
+from memc.progress import Progress
+from memc.recipe import Recipe, Train
+from memc.runtime.text import Text
+from memc.tensor_file import read_tensors, write_tensors
+from memc.train import Trainer
+from memc.verify import VerificationText, sample_text
+
+TOKENS = 200_000
+"""Tokens that are trained on unless the recipe says how many."""
+
+SAMPLED = 64
+"""Most sequences that are sampled from the original: sampling takes longer a token than training on it."""
+
+GUARD_ROWS = 8
+"""Held-out sequences that training looks at, and as many that verification does."""
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a conversion trains on, and what it holds out: for the training to look at, and for verification."""
+
+    corpus: Corpus
+    sequences: Sequences
+    guard: tuple[Tensor, Tensor]
+    text: VerificationText
+    tokens: int
+
+
+def trains(recipe: Recipe, passes: Sequence[Pass]) -> bool:
+    """Tell whether a conversion trains: it has data, and tokens are not 0.
+
+    Raises ``MemcError`` E203 for an option that only training can settle when there is none.
+    """
+    if recipe.data and recipe.tokens != 0:
+        return True
+    for pass_ in passes:
+        if option := pass_.needs_training():
+            hint = "add --data FILE, or name the layers"
+            raise MemcError("E203", f"{option} is settled by training, for which there are no data", pass_.spec, hint)
+    return False
+
+
+def training_data(recipe: Recipe, original: Program, folder: Path, progress: Progress) -> TrainingData:
+    """Read the recipe's data through the cache of tokens, sample from the original, and split off what is held out.
+
+    ``folder`` is ``OUT.partial``, which holds the tokenizer and keeps the samples. Raises ``MemcError``: E207 for data
+    that cannot be used or are too few for the tokens asked for, E308 when there is no tokenizer.
+    """
+    settings = recipe.train or Train()
+    tokenizer = Text(folder).tokenizer
+    streams = [read_tokens(source, tokenizer, progress=progress) for source in recipe.data]
+    vocab = int(original.outputs[0].shape[-1])
+    for stream in streams:
+        if len(stream) and int(stream.ids.max()) >= vocab:
+            raise MemcError(
+                "E207", "data hold a token that the model does not know", stream.name, "check the tokenizer"
+            )
+    own = Corpus(streams, guard=settings.guard, block=settings.length)
+    available = len(own.sequences(settings.length)) * settings.length
+    tokens = recipe.tokens or min(TOKENS, available)
+    own.sequences(settings.length).require(round(tokens * (1 - settings.sampled)))
+    corpus = own
+    if settings.sampled:
+        sampled = _sampled(recipe, original, folder, settings, tokens, progress)
+        sizes = [len(stream) for stream in streams]
+        weights = [(1 - settings.sampled) * size / sum(sizes) for size in sizes]
+        corpus = Corpus([*streams, sampled], [*weights, settings.sampled], guard=settings.guard, block=settings.length)
+    held_out = corpus.guard(settings.length, 2 * GUARD_ROWS)
+    rows, positions = (torch.from_numpy(part) for part in held_out)
+    text = VerificationText(rows[1::2] if len(rows) > 1 else rows, f"{len(rows) // 2 or 1} sequences of {corpus.where}")
+    guard = rows[::2].contiguous(), positions[::2].contiguous()
+    return TrainingData(corpus, corpus.sequences(settings.length, recipe.seed), guard, text, tokens)
+
+
+def make_trainer(recipe: Recipe, data: TrainingData, original: Program, progress: Progress) -> Trainer:
+    """Return what trains the passes of a conversion."""
+    settings = recipe.train or Train()
+
+    def batches(step: int) -> tuple[Tensor, Tensor]:
+        tokens, positions = data.sequences.batch(step, settings.batch)
+        return torch.from_numpy(tokens), torch.from_numpy(positions)
+
+    key = {"model": original.model.digest, "data": data.corpus.digest}
+    products = torch.bfloat16 if multiplies_bfloat16() else None
+    return Trainer(settings, data.tokens, batches, data.guard, recipe.seed, key, products, progress)
+
+
+def _sampled(
+    recipe: Recipe, original: Program, folder: Path, settings: Train, tokens: int, progress: Progress
+) -> TokenStream:
+    path = folder / "report" / "sampled.safetensors"
+    if not path.is_file():
+        count = max(4, min(SAMPLED, round(tokens * settings.sampled / settings.length)))
+        with progress.step(f"sample {count} sequences of {settings.length} tokens from the original"):
+            text = sample_text(original, recipe.seed, sequences=count, length=settings.length)
+        write_tensors(path, {"tokens": text.tokens})
+    rows = read_tensors(path)["tokens"]
+    return TokenStream.of([row.numpy() for row in rows], "sampled from the original")

@@ -1,0 +1,62 @@
+"""What a pass says about training what it added: one objective for each rewritten block."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Values = Mapping[str, Tensor]
+"""Values of graph nodes by the name of the node."""
+
+
+@dataclass(frozen=True)
+class BlockObjective(ABC):
+    """How one rewritten block learns from the block it replaces, on that block's own inputs.
+
+    ``parameters`` maps the short names of what the pass added to the qualified ones. ``target`` is the node of the
+    program before whose value the block has to give, ``reads`` are further nodes of it that the losses look at.
+    ``results`` names nodes of the program after; the first one stands for ``target``. ``exact`` is the number of
+    leading tokens of a sequence that the block gets right by construction.
+    """
+
+    layer: int
+    path: str
+    parameters: Mapping[str, str]
+    target: str
+    reads: tuple[str, ...]
+    results: tuple[str, ...]
+    exact: int
+
+    @abstractmethod
+    def losses(
+        self, results: Sequence[Tensor], values: Values, done: float, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """Return the terms of the loss by name, weighted, each a scalar.
+
+        ``results`` are the values of ``self.results``, ``values`` those of ``target`` and ``reads``; ``done`` is the
+        share of the training that is over, from 0 to 1. Anything random comes from ``generator``.
+        """
+
+    def initialise(self, values: Values, parameters: Values, run: Callable[[], Sequence[Tensor]]) -> None:
+        """Set first values of the parameters in closed form, in place, from a few sequences.
+
+        ``values`` are those of ``target``, ``reads`` and every input of the block; ``run`` gives the ``results`` with
+        the parameters as they are. A pass that has no such values leaves this as it is.
+        """
+        return
+
+
+def relative_error(output: Tensor, target: Tensor, exact: int) -> Tensor:
+    """Return the squared error over the target's square, ``[B,H,T,E]``, of the tokens from ``exact`` on.
+
+    0 when there is none. Relative, so that every layer weighs alike whatever the size of its values, which span three
+    orders of magnitude in one model.
+    """
+    output, target = output[:, :, exact:].float(), target[:, :, exact:].float()
+    if not target.shape[2]:
+        return output.sum()
+    return (output - target).square().sum() / target.square().sum().clamp_min(1e-12)

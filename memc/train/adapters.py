@@ -1,0 +1,118 @@
+"""Low-rank adapters (LoRA, Hu et al. 2022) as nodes of a program's graph, folded into the weights when trained."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from memc.blocks import AttentionBlock
+from memc.infer import fill_in, mode_of
+from memc.program import Program, get_tensor, set_tensor
+from memc.raising import find_blocks
+from memc.raising.feed_forward import linear_input
+
+aten = torch.ops.aten
+ROOT = "memc.adapters"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One adapted projection: ``weight`` of the linear ``node`` gets ``scale`` up @ down added.
+
+    ``down [rank, in]`` and ``up [out, rank]`` are qualified parameter names; ``transposed`` tells that the weight is
+    stored ``[in, out]``.
+    """
+
+    node: str
+    weight: str
+    transposed: bool
+    down: str
+    up: str
+    scale: float
+
+
+def attention_projections(program: Program) -> dict[str, tuple[str, bool]]:
+    """Return the projections of every attention block: node name -> weight's name, and whether it is ``[in, out]``.
+
+    A weight that several nodes read is left out, since each would need another change of it.
+    """
+    found: dict[str, tuple[str, bool]] = {}
+    for block in find_blocks(program):
+        if isinstance(block, AttentionBlock):
+            for projection in block.projections.values():
+                if projection.weight:
+                    found[projection.node.name] = projection.weight, projection.transposed
+    readers = Counter(str(n.target) for n in program.module.graph.find_nodes(op="get_attr") for _ in n.users)
+    return {name: (weight, turned) for name, (weight, turned) in found.items() if readers[weight] == 1}
+
+
+def add_adapters(
+    program: Program, projections: dict[str, tuple[str, bool]], rank: int, scale: float, seed: int
+) -> tuple[Program, list[Adapter]]:
+    """Return the program with an adapter at each projection; it is the same function until one is trained.
+
+    ``down`` starts as LoRA has it, uniform by the width, ``up`` as zeros. Parameters are float32.
+    """
+    adapted = program.copy()
+    nodes = {node.name: node for node in adapted.module.graph.nodes}
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for index, (name, (weight, transposed)) in enumerate(projections.items()):
+        shape = get_tensor(program.module, weight).shape
+        width, out = (shape[0], shape[1]) if transposed else (shape[1], shape[0])
+        down = (torch.rand(rank, width, generator=generator) * 2 - 1) / math.sqrt(width)
+        adapter = Adapter(name, weight, transposed, f"{ROOT}.{index}.down", f"{ROOT}.{index}.up", scale)
+        set_tensor(adapted.module, adapter.down, down, trainable=True)
+        set_tensor(adapted.module, adapter.up, torch.zeros(out, rank), trainable=True)
+        _insert(adapted, nodes[name], adapter)
+        made.append(adapter)
+    adapted.module.graph.lint()
+    adapted.module.recompile()
+    return adapted, made
+
+
+def _insert(program: Program, node: Node, adapter: Adapter) -> None:
+    graph, source = program.module.graph, linear_input(node)
+    mode = mode_of(node.meta["val"])
+    assert mode is not None
+    with graph.inserting_after(node):
+        down, up = graph.get_attr(adapter.down), graph.get_attr(adapter.up)
+    for read in (down, up):
+        with mode:
+            read.meta["val"] = torch.empty(get_tensor(program.module, str(read.target)).shape)
+    with graph.inserting_after(up if list(graph.nodes).index(up) > list(graph.nodes).index(down) else down):
+        wide = graph.call_function(aten.to.dtype, (source, torch.float32))
+    with graph.inserting_after(wide):
+        low = graph.call_function(aten.linear.default, (wide, down))
+    with graph.inserting_after(low):
+        high = graph.call_function(aten.linear.default, (low, up))
+    with graph.inserting_after(high):
+        scaled = graph.call_function(aten.mul.Tensor, (high, adapter.scale))
+    with graph.inserting_after(scaled):
+        total = graph.call_function(aten.add.Tensor, (node, scaled))
+    with graph.inserting_after(total):
+        result = graph.call_function(aten.to.dtype, (total, node.meta["val"].dtype))
+    fill_in(wide, low, high, scaled, total, result)
+    node.replace_all_uses_with(result, delete_user_cb=lambda user: user is not total)
+
+
+@torch.no_grad()
+def fold_adapters(program: Program, adapted: Program, adapters: Sequence[Adapter]) -> Program:
+    """Return ``program`` with what the adapters of ``adapted`` have learned added to its weights, in their own type."""
+    folded = program.copy()
+    for adapter in adapters:
+        down, up = get_tensor(adapted.module, adapter.down), get_tensor(adapted.module, adapter.up)
+        weight = get_tensor(program.module, adapter.weight)
+        change: Tensor = adapter.scale * (up @ down)
+        new = weight.detach().float() + (change.T if adapter.transposed else change)
+        set_tensor(folded.module, adapter.weight, new.to(weight.dtype))
+        if adapter.weight in folded.provenance:
+            old = folded.provenance[adapter.weight]
+            folded.provenance[adapter.weight] = replace(old, transform="adapted", invertible=False)
+    return folded

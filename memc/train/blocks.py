@@ -1,0 +1,157 @@
+"""One rewritten block as a module of its own, and the original run as its teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
+
+from memc.objective import BlockObjective, Values
+from memc.program import Program, StateSpec, get_tensor
+from memc.raising.feed_forward import LINEAR
+
+
+@dataclass(frozen=True)
+class StudentBlock:
+    """A rewritten block cut out of its program: ``module`` takes ``inputs`` (nodes of the original) then ``states``.
+
+    Its parameters are those of the program, not copies.
+    """
+
+    objective: BlockObjective
+    module: GraphModule
+    inputs: tuple[str, ...]
+    states: tuple[StateSpec, ...]
+
+    def __call__(self, values: Values) -> tuple[Tensor, ...]:
+        """Return the values of the objective's ``results`` on the original's ``values``, from an empty state."""
+        feed = [values[name] for name in self.inputs]
+        batch, device = feed[0].shape[0], feed[0].device
+        results: tuple[Tensor, ...] = self.module(*feed, *(spec.empty(batch, device) for spec in self.states))
+        return results
+
+    @property
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        """The block's own new parameters by their short names."""
+        named = dict(self.module.named_parameters())
+        return {short: named[name] for short, name in self.objective.parameters.items()}
+
+
+def logits_node(program: Program) -> Node:
+    """Return the node of a program's first output."""
+    results = program.module.graph.output_node().args[0]
+    assert isinstance(results, tuple | list) and isinstance(results[0], Node)
+    return results[0]
+
+
+def cut_out(before: Program, after: Program, objective: BlockObjective) -> StudentBlock:
+    """Cut a rewritten block out of ``after``, down to the nodes that it shares with ``before``.
+
+    Rewriting keeps the names of what it leaves alone, so a node of the same name in both is the same value.
+    """
+    shared = {node.name for node in before.module.graph.nodes if node.op != "get_attr"}
+    specs = {spec.name: spec for spec in after.states}
+    nodes = {node.name: node for node in after.module.graph.nodes}
+    needed: set[Node] = set()
+    stack = [nodes[name] for name in objective.results]
+    while stack:
+        node = stack.pop()
+        if node not in needed:
+            needed.add(node)
+            if node.name in specs or node.name not in shared:
+                stack += node.all_input_nodes
+    inputs = [n for n in after.module.graph.nodes if n in needed and n.name in shared and n.name not in specs]
+    states = [n for n in after.module.graph.nodes if n in needed and n.name in specs]
+    graph, mapping = Graph(), dict[Node, Node]()
+    for node in (*inputs, *states):
+        mapping[node] = graph.placeholder(node.name)
+    for node in after.module.graph.nodes:
+        if node in needed and node not in mapping:
+            mapping[node] = graph.node_copy(node, mapping.__getitem__)
+    graph.output(tuple(mapping[nodes[name]] for name in objective.results))
+    module = GraphModule(after.module, graph)
+    return StudentBlock(
+        objective, module, tuple(node.name for node in inputs), tuple(specs[node.name] for node in states)
+    )
+
+
+@dataclass
+class Teacher:
+    """The original, run once for each batch and only as far as the blocks that learn from it need.
+
+    ``wanted`` has, for each block, the nodes whose values it is given. ``products`` is the type that matrix products
+    with weights are computed in; everything between them stays as it is.
+    """
+
+    program: Program
+    wanted: Sequence[Sequence[str]]
+    products: torch.dtype | None = None
+    _weights: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Find what has to be run."""
+        nodes = {node.name: node for node in self.program.module.graph.nodes}
+        needed: set[Node] = set()
+        stack = [nodes[name] for names in self.wanted for name in names]
+        while stack:
+            node = stack.pop()
+            if node not in needed:
+                needed.add(node)
+                stack += node.all_input_nodes
+        self._order = [node for node in self.program.module.graph.nodes if node in needed]
+        self._last: dict[Node, Node] = {}
+        for node in self._order:
+            for source in (node, *node.all_input_nodes):
+                self._last[source] = node
+
+    @torch.no_grad()
+    def run(self, tokens: Tensor, positions: Tensor, learn: Callable[[int, dict[str, Tensor]], None]) -> None:
+        """Run ``tokens [B,T]`` at ``positions`` and call ``learn(block, values)`` as soon as a block's are there."""
+        feed = dict(zip((spec.name for spec in self.program.inputs), (tokens, positions), strict=True))
+        states = {spec.name: spec for spec in self.program.states}
+        values: dict[Node, Any] = {}
+        missing = [set(names) for names in self.wanted]
+        held: list[dict[str, Tensor]] = [{} for _ in self.wanted]
+        takers: dict[str, list[int]] = {}
+        for index, names in enumerate(self.wanted):
+            for name in names:
+                takers.setdefault(name, []).append(index)
+        for node in self._order:
+            if node.op == "placeholder":
+                name = str(node.target)
+                values[node] = feed[name] if name in feed else states[name].empty(tokens.shape[0], tokens.device)
+            elif node.op == "get_attr":
+                values[node] = get_tensor(self.program.module, str(node.target))
+            else:
+                values[node] = self._call(node, values)
+            for index in takers.get(node.name, ()):
+                held[index][node.name] = values[node]
+                missing[index].discard(node.name)
+                if not missing[index]:
+                    with torch.enable_grad():
+                        learn(index, held[index])
+                    held[index] = {}
+            for source in (node, *node.all_input_nodes):
+                if self._last[source] is node:
+                    values.pop(source, None)
+
+    def _call(self, node: Node, values: Mapping[Node, Any]) -> Any:
+        target: Any = node.target
+        if self.products is not None and node.target in LINEAR:
+            return target(*map_arg(node.args, lambda n: self._narrow(n, values))).to(torch.float32)
+        args, kwargs = map_arg((node.args, dict(node.kwargs)), values.__getitem__)
+        return target(*args, **kwargs)
+
+    def _narrow(self, node: Node, values: Mapping[Node, Any]) -> Any:
+        """Return a product's factor in the type of products; weights are converted once."""
+        assert self.products is not None
+        if node.op != "get_attr":
+            return values[node].to(self.products)
+        if node.name not in self._weights:
+            self._weights[node.name] = values[node].to(self.products)
+        return self._weights[node.name]

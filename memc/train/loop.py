@@ -1,0 +1,188 @@
+"""What every stage of training shares: the batches it sees, its learning rate, its checkpoints and its curve."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memc.errors import MemcError
+from memc.tensor_file import read_tensors, write_tensors
+
+Batches = Callable[[int], tuple[Tensor, Tensor]]
+"""Batch of a step, the same whenever it is asked for: tokens and positions ``[B,T]`` int64."""
+
+WARM_UP = 0.1
+"""Share of the steps in which the learning rate rises to its peak."""
+
+FLOOR = 0.1
+"""Share of the peak that the learning rate ends at."""
+
+BETAS = (0.9, 0.99)
+CLIP = 1.0
+"""Largest norm of the gradient of what one optimiser steps."""
+
+SAVE_SECONDS = 60.0
+"""Time between two checkpoints."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A number of steps, and a learning rate that rises linearly and then falls as a cosine."""
+
+    steps: int
+    peak: float
+
+    def rate(self, step: int) -> float:
+        """Return the learning rate of one step, the first being 0."""
+        warm = max(1, round(WARM_UP * self.steps))
+        if step < warm:
+            return self.peak * (step + 1) / warm
+        over = (step - warm) / max(1, self.steps - warm)
+        return self.peak * (FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * over)))
+
+
+def optimiser(groups: Sequence[Mapping[str, Any]]) -> torch.optim.AdamW:
+    """Make AdamW without weight decay: new parameters are no weights that could grow too large."""
+    return torch.optim.AdamW([dict(group) for group in groups], betas=BETAS, eps=1e-8, weight_decay=0.0)
+
+
+def step_optimiser(made: torch.optim.AdamW, share: float) -> None:
+    """Clip the gradient and take one step at ``share`` of every group's own peak rate."""
+    parameters = [parameter for group in made.param_groups for parameter in group["params"]]
+    torch.nn.utils.clip_grad_norm_(parameters, CLIP)
+    for group in made.param_groups:
+        group["lr"] = group["peak"] * share
+    made.step()
+    made.zero_grad(set_to_none=True)
+
+
+def optimiser_tensors(name: str, made: torch.optim.AdamW) -> dict[str, Tensor]:
+    """Return everything that an optimiser holds beside its parameters, by name."""
+    found: dict[str, Tensor] = {}
+    for index, (_, state) in enumerate(_states(made)):
+        for key, value in state.items():
+            found[f"{name}.{index}.{key}"] = torch.as_tensor(value)
+    return found
+
+
+def restore_optimiser(name: str, made: torch.optim.AdamW, tensors: Mapping[str, Tensor]) -> None:
+    """Give an optimiser back what :func:`optimiser_tensors` took."""
+    for index, (parameter, _) in enumerate(_states(made)):
+        prefix = f"{name}.{index}."
+        held = {key.removeprefix(prefix): value.clone() for key, value in tensors.items() if key.startswith(prefix)}
+        if held:
+            made.state[parameter] = held
+
+
+def _states(made: torch.optim.AdamW) -> Iterable[tuple[torch.nn.Parameter, dict[str, Any]]]:
+    for group in made.param_groups:
+        for parameter in group["params"]:
+            yield parameter, made.state.get(parameter, {})
+
+
+@dataclass
+class Curve:
+    """Losses by name over the steps, each the mean since the point before; at most ``points`` of them are kept."""
+
+    points: int = 200
+    steps: list[int] = field(default_factory=list)
+    losses: dict[str, list[float]] = field(default_factory=dict)
+    _sums: dict[str, float] = field(default_factory=dict)
+    _count: int = 0
+
+    def add(self, step: int, losses: Mapping[str, float], every: int) -> None:
+        """Add the losses of one step; a point is made every ``every`` steps."""
+        for name, value in losses.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+        self._count += 1
+        if (step + 1) % every == 0:
+            self.steps.append(step + 1)
+            for name, total in self._sums.items():
+                self.losses.setdefault(name, []).append(total / self._count)
+            self._sums, self._count = {}, 0
+
+    def last(self) -> dict[str, float]:
+        """Return the last point."""
+        return {name: values[-1] for name, values in self.losses.items() if values}
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the curve as JSON values."""
+        return {"steps": self.steps, "losses": self.losses}
+
+    @classmethod
+    def of(cls, data: Mapping[str, Any]) -> Curve:
+        """Read what :meth:`to_json` gave."""
+        return cls(steps=list(data["steps"]), losses={name: list(v) for name, v in data["losses"].items()})
+
+
+class Checkpoints:
+    """Checkpoints of one stage in one folder: each whole or not there, the newest alone is kept.
+
+    ``key`` tells what the training is of; a checkpoint of another key is refused with both names.
+    """
+
+    def __init__(self, folder: Path | None, key: Mapping[str, Any]) -> None:
+        """Note the folder (None keeps nothing) and what is trained."""
+        self.folder = folder
+        self.key = dict(key)
+        self._saved = time.monotonic()
+
+    @property
+    def due(self) -> bool:
+        """Whether the last checkpoint is old enough for another."""
+        return time.monotonic() - self._saved > SAVE_SECONDS
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Write a checkpoint of the state after ``step`` steps. Raises ``MemcError`` E502 when the disk is full."""
+        self._saved = time.monotonic()
+        if self.folder is None:
+            return
+        partial = self.folder / "writing"
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            partial.mkdir(parents=True)
+            write_tensors(partial / "state.safetensors", tensors)
+            (partial / "facts.json").write_text(json.dumps({"key": self.key, "step": step, **facts}) + "\n")
+            old = self._newest()
+            partial.rename(self.folder / f"step-{step:08d}")
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            reason = f"checkpoint cannot be written: {error.strerror or error}"
+            raise MemcError("E502", reason, str(self.folder), "free some space; the same command goes on") from error
+        if old is not None and old != self.folder / f"step-{step:08d}":
+            shutil.rmtree(old)
+
+    def load(self) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
+        """Return the newest checkpoint: its step, tensors and facts; None when there is none.
+
+        Raises ``MemcError`` E204 for one of another training.
+        """
+        newest = self._newest()
+        if newest is None:
+            return None
+        facts = json.loads((newest / "facts.json").read_text())
+        if facts["key"] != self.key:
+            differ = [name for name in self.key if facts["key"].get(name) != self.key[name]]
+            found = ", ".join(f"{name} {facts['key'].get(name)!r}, wanted {self.key[name]!r}" for name in differ)
+            raise MemcError("E204", f"checkpoint is of another training: {found}", str(newest), "add --fresh")
+        return facts["step"], read_tensors(newest / "state.safetensors"), facts
+
+    def _newest(self) -> Path | None:
+        found = sorted(self.folder.glob("step-*")) if self.folder is not None else []
+        return found[-1] if found else None
+
+
+def require_finite(loss: Tensor, what: str, step: int) -> None:
+    """Raise ``MemcError`` E403 naming what was trained and the step when a loss is not finite."""
+    if not math.isfinite(float(loss.detach())):
+        hint = "a lower learning rate (train: in a recipe); the last good checkpoint is kept"
+        raise MemcError("E403", f"loss is not finite at step {step}", what, hint)

@@ -1,0 +1,202 @@
+"""Stage 2: the whole rewritten program learns the original's next-token distribution, through low-rank adapters.
+
+The loss is KL(original || rewritten) over the whole vocabulary; cross-entropy on the text is an option, off by default,
+since a model that adapts to a text gets better at it without getting closer to the original.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from memc.program import Program
+from memc.progress import Progress
+from memc.train.blocks import Teacher, logits_node
+from memc.train.loop import (
+    Batches,
+    Checkpoints,
+    Curve,
+    Schedule,
+    optimiser,
+    optimiser_tensors,
+    require_finite,
+    restore_optimiser,
+    step_optimiser,
+)
+
+POINTS = 100
+GUARDS = 8
+"""How often the guard text is looked at over a whole training."""
+
+PATIENCE = 2
+"""Looks in a row without an improvement after which training stops."""
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """What recovery trains and how. ``rates`` maps parameters (qualified name) to their peak learning rate.
+
+    ``text`` weighs cross-entropy on the text against the KL; ``accumulate`` batches make one step.
+    """
+
+    before: Program
+    after: Program
+    rates: Mapping[str, float]
+    accumulate: int = 1
+    text: float = 0.0
+    products: torch.dtype | None = None
+
+
+@dataclass
+class RecoveryResult:
+    """How it went: losses over the steps, the guard's KL at each look (step, nats), the best step and the last."""
+
+    curve: Curve
+    guard: list[tuple[int, float]]
+    best: int
+    steps: int
+
+
+@dataclass
+class _Run:
+    """The moving parts of one recovery."""
+
+    recovery: Recovery
+    teacher: Teacher
+    parameters: dict[str, torch.nn.Parameter]
+    made: torch.optim.AdamW
+    curve: Curve = field(default_factory=Curve)
+    guard: list[tuple[int, float]] = field(default_factory=list)
+    best: dict[str, Tensor] = field(default_factory=dict)
+
+    def divergence(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mean KL over the tokens that are no padding, and the mean cross-entropy of the next token."""
+        name = self.teacher.wanted[0][0]
+        expected: dict[str, Tensor] = {}
+        self.teacher.run(tokens, positions, lambda _, values: expected.update(values))
+        program = self.recovery.after
+        state = program.new_state(tokens.shape[0], tokens.device)
+        logits = program.module(tokens, positions, *state)[0]
+        given = expected[name].float().log_softmax(-1)
+        found = logits.float().log_softmax(-1)
+        real = positions >= 0
+        kl = (given.exp() * (given - found)).sum(-1)[real].mean()
+        follows = real[:, 1:] & (positions[:, 1:] == positions[:, :-1] + 1)
+        text = functional.nll_loss(found[:, :-1][follows], tokens[:, 1:][follows])
+        return kl, text
+
+    @torch.no_grad()
+    def look(self, step: int, guard: tuple[Tensor, Tensor]) -> bool:
+        """Measure the guard text, keep the parameters if they are the best so far, and tell whether to go on."""
+        rows = [self.divergence(guard[0][i : i + 1], guard[1][i : i + 1])[0] for i in range(len(guard[0]))]
+        value = float(torch.stack(rows).mean())
+        self.guard.append((step, value))
+        lowest = min(range(len(self.guard)), key=lambda index: self.guard[index][1])
+        if lowest == len(self.guard) - 1:
+            self.best = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        return len(self.guard) - 1 - lowest < PATIENCE
+
+
+def recover(
+    recovery: Recovery,
+    batches: Batches,
+    guard: tuple[Tensor, Tensor],
+    schedule: Schedule,
+    checkpoints: Checkpoints,
+    progress: Progress,
+) -> RecoveryResult:
+    """Train in place for the schedule's steps or until the guard text gets worse; the best look's values stay.
+
+    ``guard`` are held-out tokens and positions ``[N,T]``. Goes on from the newest checkpoint. Raises ``MemcError``:
+    E403 when a loss is not finite, E502 when the disk is full.
+    """
+    named = dict(recovery.after.module.named_parameters())
+    parameters = {name: named[name] for name in recovery.rates}
+    groups = [{"params": [parameters[name]], "peak": rate} for name, rate in recovery.rates.items()]
+    teacher = Teacher(recovery.before, [(logits_node(recovery.before).name,)], recovery.products)
+    run = _Run(recovery, teacher, parameters, optimiser(groups))
+    every = max(1, schedule.steps // GUARDS)
+    with _only(named, parameters), progress.step("recover", schedule.steps) as advance:
+        step = _restore(run, checkpoints)
+        advance(step)
+        going = run.look(0, guard) if step == 0 else True
+        tokens, first, began = 0, step, time.perf_counter()
+        while going and step < schedule.steps:
+            tokens = _step(run, step, batches, schedule)
+            step += 1
+            advance(1, _summary(run, tokens * (step - first), began))
+            if step % every == 0 or step == schedule.steps:
+                going = run.look(step, guard)
+            if checkpoints.due and step < schedule.steps:
+                _save(run, checkpoints, step)
+    with torch.no_grad():
+        for name, value in run.best.items():
+            parameters[name].copy_(value)
+    best = min(run.guard, key=lambda look: look[1])[0]
+    return RecoveryResult(run.curve, run.guard, best, step)
+
+
+def _step(run: _Run, step: int, batches: Batches, schedule: Schedule) -> int:
+    recovery, tokens = run.recovery, 0
+    sums = {"kl": 0.0, "text": 0.0}
+    for part in range(recovery.accumulate):
+        batch = batches(step * recovery.accumulate + part)
+        kl, text = run.divergence(*batch)
+        loss = kl + recovery.text * text
+        require_finite(loss, "recovery", step)
+        (loss / recovery.accumulate).backward()
+        sums["kl"] += float(kl.detach()) / recovery.accumulate
+        sums["text"] += float(text.detach()) / recovery.accumulate
+        tokens += batch[0].numel()
+    step_optimiser(run.made, schedule.rate(step) / schedule.peak)
+    run.curve.add(step, sums, max(1, schedule.steps // POINTS))
+    return tokens
+
+
+def _summary(run: _Run, tokens: int, began: float) -> str:
+    last = run.curve.last()
+    kl = f"KL {last['kl']:.4f}, " if last else ""
+    return f"{kl}guard {run.guard[-1][1]:.4f}, {tokens / (time.perf_counter() - began):.0f} tokens/s"
+
+
+@contextmanager
+def _only(named: Mapping[str, torch.nn.Parameter], chosen: Mapping[str, Any]) -> Iterator[None]:
+    """Let only the chosen parameters have gradients."""
+    had = {name: parameter.requires_grad for name, parameter in named.items()}
+    try:
+        for name, parameter in named.items():
+            parameter.requires_grad_(name in chosen)
+        yield
+    finally:
+        for name, parameter in named.items():
+            parameter.requires_grad_(had[name])
+            parameter.grad = None
+
+
+def _save(run: _Run, checkpoints: Checkpoints, step: int) -> None:
+    tensors = {f"now.{name}": parameter.detach() for name, parameter in run.parameters.items()}
+    tensors |= {f"best.{name}": value for name, value in run.best.items()}
+    tensors |= optimiser_tensors("optimiser", run.made)
+    checkpoints.save(step, tensors, {"curve": run.curve.to_json(), "guard": run.guard})
+
+
+def _restore(run: _Run, checkpoints: Checkpoints) -> int:
+    found = checkpoints.load()
+    if found is None:
+        return 0
+    step, tensors, facts = found
+    with torch.no_grad():
+        for name, parameter in run.parameters.items():
+            parameter.copy_(tensors[f"now.{name}"])
+    run.best = {name: tensors[f"best.{name}"].clone() for name in run.parameters}
+    restore_optimiser("optimiser", run.made, tensors)
+    run.curve = Curve.of(facts["curve"])
+    run.guard = [(int(at), float(value)) for at, value in facts["guard"]]
+    return step

@@ -1,0 +1,232 @@
+"""From what a pass added, untrained, to a trained program: initialise, transfer, choose layers, recover."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memc.analysis.layers import rank_blocks
+from memc.pipeline import Pass, PassReport, Plan
+from memc.program import Program, get_tensor, set_tensor
+from memc.progress import Progress
+from memc.recipe import Train
+from memc.report.models import ChoiceFacts, CurveFacts, RecoveryFacts, TrainingFacts, TransferFacts
+from memc.train.adapters import Adapter, add_adapters, attention_projections, fold_adapters
+from memc.train.loop import Batches, Checkpoints, Curve, Schedule
+from memc.train.recovery import Recovery, RecoveryResult, recover
+from memc.train.transfer import Transfer
+
+INITIAL = 4096
+"""Tokens that first values are computed from."""
+
+RANKED = 2
+"""Sequences that layers are ranked on."""
+
+ADAPTER_SCALE = 2.0
+
+Applied = tuple[Plan, Program, PassReport]
+
+Apply = Callable[[Pass], Applied]
+"""Plans and applies a pass to the program before, as the pipeline does."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained program, the pass as it was resolved with what it reports, and what training was like.
+
+    ``transferred`` is the program before recovery, whose own weights are still the original's.
+    """
+
+    pass_: Pass
+    plan: Plan
+    program: Program
+    report: PassReport
+    transferred: Program
+    facts: TrainingFacts
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """Trains what passes add, on given batches.
+
+    ``tokens`` are shared between transfer and recovery as ``settings`` say. ``batches`` of ``settings.batch``
+    sequences; ``guard`` are held-out tokens and positions ``[N,T]``. ``key`` tells what the data and the model are.
+    """
+
+    settings: Train
+    tokens: int
+    batches: Batches
+    guard: tuple[Tensor, Tensor]
+    seed: int
+    key: Mapping[str, Any]
+    products: torch.dtype | None
+    progress: Progress
+
+    def train(self, pass_: Pass, before: Program, applied: Applied, apply: Apply, folder: Path | None) -> Trained:
+        """Train what ``pass_`` added to ``before`` when it was ``applied``.
+
+        With a ``folder`` a killed training goes on where it was. A pass that leaves open which blocks stay is settled
+        by what restoring each one alone does. Raises ``MemcError``: E403 when a loss is not finite, E502 when the disk
+        is full, E204 for a checkpoint of another training.
+        """
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+        plan, after, report = applied
+        facts = TrainingFacts(tokens=self.tokens, transfer=self._transfer(before, after, report, folder))
+        if (share := pass_.open_share()) is not None:
+            facts.choice = self._choose(before, after, report, share, folder)
+            pass_ = pass_.settle(facts.choice.kept)
+            plan, small, report = apply(pass_)
+            _copy_parameters(after, small, report)
+            after = small
+        transferred = after
+        if self.recovery_steps:
+            after, facts.recovery = self._recover(before, after, report, folder)
+        return Trained(pass_, plan, after, replace(report, untrained=False), transferred, facts)
+
+    @property
+    def transfer_steps(self) -> int:
+        """Steps of the transfer."""
+        return round(self.tokens * self.settings.transfer) // (self.settings.batch * self.settings.length)
+
+    @property
+    def recovery_steps(self) -> int:
+        """Steps of the recovery."""
+        of_step = self.settings.batch * self.settings.length * self.settings.accumulate
+        return round(self.tokens * (1 - self.settings.transfer)) // of_step
+
+    def _transfer(self, before: Program, after: Program, report: PassReport, folder: Path | None) -> TransferFacts:
+        began = time.perf_counter()
+        transfer = Transfer(before, after, report.objectives, self.products)
+        checkpoints = self._checkpoints(folder, "transfer")
+        path = folder / "transfer.json" if folder is not None else None
+        if path is not None and path.is_file():
+            facts = TransferFacts.model_validate_json(path.read_text())
+        else:
+            facts = TransferFacts(steps=self.transfer_steps, tokens=0)
+            facts.errors["untrained"] = transfer.errors(*self.guard)
+            sequences = math.ceil(INITIAL / self.settings.length)
+            with self.progress.step("first values in closed form"):
+                transfer.initialise(*_sequences(self.batches, sequences))
+            facts.errors["initial"] = transfer.errors(*self.guard)
+        if path is not None and not path.is_file():
+            checkpoints.save(0, *transfer.start())
+            _write(path, facts.model_dump_json())
+        schedule = Schedule(self.transfer_steps, self.settings.rate)
+        facts.curve = _curve(transfer.train(self.batches, schedule, self.seed, checkpoints, self.progress))
+        facts.errors["trained"] = transfer.errors(*self.guard)
+        facts.tokens = self.transfer_steps * self.settings.batch * self.settings.length
+        facts.seconds = time.perf_counter() - began
+        return facts
+
+    def _choose(
+        self, before: Program, after: Program, report: PassReport, share: float, folder: Path | None
+    ) -> ChoiceFacts:
+        """Choose the layers that stay; kept in ``folder`` so that it is done once."""
+        path = folder / "choice.json" if folder is not None else None
+        if path is not None and path.is_file():
+            return ChoiceFacts.model_validate_json(path.read_text())
+        began = time.perf_counter()
+        tokens, positions = _sequences(self.batches, RANKED)
+        ranking = rank_blocks(before, after, report.objectives, tokens, positions, self.products, self.progress)
+        layers = [objective.layer for objective in report.objectives]
+        facts = ChoiceFacts(
+            kept=sorted(layers[index] for index in ranking.blocks[: round(share * len(layers))]),
+            share=share,
+            kl_nothing_restored=ranking.nothing,
+            kl_restored_alone=dict(zip(layers, ranking.alone, strict=True)),
+            seconds=time.perf_counter() - began,
+        )
+        if path is not None:
+            _write(path, facts.model_dump_json())
+        return facts
+
+    def _recover(
+        self, before: Program, after: Program, report: PassReport, folder: Path | None
+    ) -> tuple[Program, RecoveryFacts]:
+        began, settings = time.perf_counter(), self.settings
+        new = [name for objective in report.objectives for name in objective.parameters.values()]
+        adapters: list[Adapter] = []
+        trained = after.copy()
+        if settings.adapters:
+            # Blocks are found in the program before: what was rewritten is no block any more, its projections are.
+            projections = attention_projections(before)
+            trained, adapters = add_adapters(after, projections, settings.adapters, ADAPTER_SCALE, self.seed)
+            others = [name for adapter in adapters for name in (adapter.down, adapter.up)]
+        else:
+            floats = [n for n, p in trained.module.named_parameters() if p.is_floating_point()]
+            others = [name for name in floats if name not in set(new)]
+            _own(trained, others)
+        _own(trained, new)
+        rates = dict.fromkeys(others, settings.adapter_rate) | dict.fromkeys(new, settings.memory_rate)
+        recovery = Recovery(before, trained, rates, settings.accumulate, settings.text, self.products)
+        first = self.transfer_steps
+
+        def later(step: int) -> tuple[Tensor, Tensor]:
+            return self.batches(first + step)
+
+        schedule = Schedule(self.recovery_steps, max(settings.adapter_rate, settings.memory_rate))
+        checkpoints = self._checkpoints(folder, "recovery")
+        result = recover(recovery, later, self.guard, schedule, checkpoints, self.progress)
+        folded = fold_adapters(after, trained, adapters) if adapters else trained
+        for name in new:
+            set_tensor(folded.module, name, get_tensor(trained.module, name).detach())
+        return folded, _recovery_facts(result, settings, time.perf_counter() - began)
+
+    def _checkpoints(self, folder: Path | None, stage: str) -> Checkpoints:
+        key = {**self.key, "stage": stage, "tokens": self.tokens, "seed": self.seed, **self.settings.model_dump()}
+        return Checkpoints(folder / stage if folder is not None else None, key)
+
+
+def _recovery_facts(result: RecoveryResult, settings: Train, seconds: float) -> RecoveryFacts:
+    return RecoveryFacts(
+        steps=result.steps,
+        tokens=result.steps * settings.accumulate * settings.batch * settings.length,
+        adapter_rank=settings.adapters,
+        curve=_curve(result.curve),
+        guard_kl=result.guard,
+        best_step=result.best,
+        seconds=seconds,
+    )
+
+
+def _curve(curve: Curve) -> CurveFacts:
+    return CurveFacts(steps=curve.steps, losses=curve.losses)
+
+
+def _sequences(batches: Batches, count: int) -> tuple[Tensor, Tensor]:
+    """Return the first ``count`` sequences of the training."""
+    tokens, positions = batches(0)
+    step = 1
+    while len(tokens) < count:
+        more = batches(step)
+        tokens, positions = torch.cat([tokens, more[0]]), torch.cat([positions, more[1]])
+        step += 1
+    return tokens[:count], positions[:count]
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text + "\n")
+    partial.replace(path)
+
+
+@torch.no_grad()
+def _copy_parameters(source: Program, result: Program, report: PassReport) -> None:
+    """Give the blocks of ``result`` what those of the same name learned in ``source``."""
+    for objective in report.objectives:
+        for name in objective.parameters.values():
+            set_tensor(result.module, name, get_tensor(source.module, name).detach())
+
+
+def _own(program: Program, names: list[str]) -> None:
+    """Give a program tensors of its own for ``names``, so that training it changes no other program."""
+    for name in names:
+        set_tensor(program.module, name, get_tensor(program.module, name).detach().clone(), trainable=True)

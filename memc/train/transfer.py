@@ -1,0 +1,165 @@
+"""Stage 0 and 1: every rewritten block learns from the block it replaces, on the original's own activations.
+
+No block sees another's error, so the blocks are independent: one backward graph is alive at a time, and the original
+runs once for all of them (attention transfer, LoLCATs, Zhang et al. 2024, section 3.1; block-wise there in 3.3).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memc.objective import BlockObjective, relative_error
+from memc.program import Program
+from memc.progress import Progress
+from memc.train.blocks import StudentBlock, Teacher, cut_out
+from memc.train.loop import (
+    Batches,
+    Checkpoints,
+    Curve,
+    Schedule,
+    optimiser,
+    optimiser_tensors,
+    require_finite,
+    restore_optimiser,
+    step_optimiser,
+)
+
+POINTS = 100
+"""Points of a loss curve."""
+
+
+class Transfer:
+    """The transfer of some blocks of a program; ``products`` is the type of the teacher's matrix products."""
+
+    def __init__(
+        self,
+        before: Program,
+        after: Program,
+        objectives: Sequence[BlockObjective],
+        products: torch.dtype | None = None,
+    ) -> None:
+        """Cut the blocks out of ``after``, whose parameters are what is trained."""
+        self.blocks = [cut_out(before, after, objective) for objective in objectives]
+        wanted = [tuple(dict.fromkeys((*b.inputs, b.objective.target, *b.objective.reads))) for b in self.blocks]
+        self.teacher = Teacher(before, wanted, products)
+
+    def initialise(self, tokens: Tensor, positions: Tensor) -> None:
+        """Set first values in closed form from ``tokens [N,T]``, a few sequences."""
+
+        def learn(index: int, values: dict[str, Tensor]) -> None:
+            block = self.blocks[index]
+            with torch.no_grad():
+                block.objective.initialise(values, block.parameters, lambda: block(values))
+
+        self.teacher.run(tokens, positions, learn)
+
+    def train(
+        self, batches: Batches, schedule: Schedule, seed: int, checkpoints: Checkpoints, progress: Progress
+    ) -> Curve:
+        """Train for the schedule's steps, going on from the newest checkpoint, and return the mean of the losses.
+
+        Raises ``MemcError``: E403 naming layer and step when a loss is not finite, E502 when the disk is full.
+        """
+        made = [self._optimiser(block, schedule.peak) for block in self.blocks]
+        curves = [Curve() for _ in self.blocks]
+        first = self._restore(checkpoints, made, curves)
+        tokens, began = 0, time.perf_counter()
+        with progress.step("transfer", schedule.steps) as advance:
+            advance(first)
+            for step in range(first, schedule.steps):
+                tokens = self._step(step, batches, schedule, seed, made, curves)
+                advance(1, _summary(curves, tokens, step + 1 - first, began))
+                if checkpoints.due and step + 1 < schedule.steps:
+                    checkpoints.save(step + 1, *self._state(made, curves))
+        checkpoints.save(schedule.steps, *self._state(made, curves))
+        return _mean(curves)
+
+    def _step(
+        self,
+        step: int,
+        batches: Batches,
+        schedule: Schedule,
+        seed: int,
+        made: Sequence[torch.optim.AdamW],
+        curves: Sequence[Curve],
+    ) -> int:
+        tokens, positions = batches(step)
+        share, every = schedule.rate(step) / schedule.peak, max(1, schedule.steps // POINTS)
+
+        def learn(index: int, values: dict[str, Tensor]) -> None:
+            objective = self.blocks[index].objective
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + step * 1009 + index)
+            losses = objective.losses(self.blocks[index](values), values, step / schedule.steps, generator)
+            total = torch.stack(list(losses.values())).sum()
+            require_finite(total, f"layer {objective.layer} {objective.path}", step)
+            total.backward()
+            step_optimiser(made[index], share)
+            curves[index].add(step, {name: float(value.detach()) for name, value in losses.items()}, every)
+
+        self.teacher.run(tokens, positions, learn)
+        return tokens.numel()
+
+    @torch.no_grad()
+    def errors(self, tokens: Tensor, positions: Tensor) -> dict[int, float]:
+        """Return each layer's relative squared error on ``tokens [N,T]``, past what is exact by construction."""
+        found: dict[int, float] = {}
+
+        def measure(index: int, values: dict[str, Tensor]) -> None:
+            block = self.blocks[index]
+            with torch.no_grad():
+                output, target = block(values)[0], values[block.objective.target]
+                found[block.objective.layer] = float(relative_error(output, target, block.objective.exact))
+
+        self.teacher.run(tokens, positions, measure)
+        return found
+
+    def start(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return the tensors and facts of a checkpoint before the first step."""
+        return self._state([self._optimiser(block, 1.0) for block in self.blocks], [Curve() for _ in self.blocks])
+
+    def _state(
+        self, made: Sequence[torch.optim.AdamW], curves: Sequence[Curve]
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors: dict[str, Tensor] = {}
+        for index, block in enumerate(self.blocks):
+            tensors |= {f"block.{index}.{name}": value.detach() for name, value in block.parameters.items()}
+            tensors |= optimiser_tensors(f"optimiser.{index}", made[index])
+        return tensors, {"curves": [curve.to_json() for curve in curves]}
+
+    def _optimiser(self, block: StudentBlock, peak: float) -> torch.optim.AdamW:
+        return optimiser([{"params": list(block.parameters.values()), "peak": peak}])
+
+    def _restore(self, checkpoints: Checkpoints, made: Sequence[torch.optim.AdamW], curves: list[Curve]) -> int:
+        found = checkpoints.load()
+        if found is None:
+            return 0
+        step, tensors, facts = found
+        for index, block in enumerate(self.blocks):
+            for name, parameter in block.parameters.items():
+                parameter.data.copy_(tensors[f"block.{index}.{name}"])
+            restore_optimiser(f"optimiser.{index}", made[index], tensors)
+        curves[:] = [Curve.of(data) for data in facts["curves"]]
+        return step
+
+
+def _summary(curves: Sequence[Curve], tokens: int, steps: int, began: float) -> str:
+    speed = tokens * steps / (time.perf_counter() - began)
+    last = [curve.last()["output"] for curve in curves if curve.last()]
+    error = f"relative error {sum(last) / len(last):.4f}, " if last else ""
+    return f"{error}{speed:.0f} tokens/s"
+
+
+def _mean(curves: Sequence[Curve]) -> Curve:
+    names = sorted({name for curve in curves for name in curve.losses})
+    return Curve(
+        steps=list(curves[0].steps),
+        losses={
+            name: [sum(point) / len(point) for point in zip(*(c.losses[name] for c in curves), strict=True)]
+            for name in names
+        },
+    )

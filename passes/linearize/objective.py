@@ -1,0 +1,119 @@
+"""How linearized layers learn from the softmax that they replace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from memc.objective import BlockObjective, Values, relative_error
+from memc.passes.linearize import initial
+from memc.passes.linearize.layers import LayerConfig
+
+MASS_WEIGHT = 0.3
+"""Weight of the far-attention-mass term beside the relative error of the output."""
+
+ROWS = 128
+"""Queries, drawn anew each step, whose share of far attention is computed: scores of all would be ``[H,T,T]``."""
+
+
+ROWS_INITIAL = 256
+"""Queries of each sequence that first values are computed from."""
+
+
+@dataclass(frozen=True)
+class SharedObjective(BlockObjective):
+    """Learn the output, the share of attention on far tokens, and what the far tokens alone would give.
+
+    ``results`` are the layer's output ``[B,H,T,E]``, the memory's share ``[B,H,T,1]``, what it reads ``[B,H,T,E]``
+    and the window's output; ``reads`` are query, key, positions and, where the block has them, sink logits. Far tokens
+    are those beyond ``window`` and the first ``sinks``.
+
+    The output's error alone drives the mix towards the window, which is the easier half (component imbalance,
+    arXiv 2510.05901). So the share is learned too, as a Bernoulli cross-entropy less its entropy, and the window is
+    dropped on a schedule: the output's error with the teacher's own share in place of the learned one, which blames
+    the memory's reading alone, weighs 1 at first and nothing at the end.
+    """
+
+    config: LayerConfig
+    hidden: str
+    reach: int
+    """Tokens that the replaced attention reads back, 0 for all."""
+
+    def losses(
+        self, results: Sequence[Tensor], values: Values, done: float, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """Return ``output``, ``mass`` and ``window_dropout``."""
+        output, share, read, window = results
+        target = values[self.target]
+        made = {"output": relative_error(output, target, self.exact)}
+        rows = _draw(self.exact, target.shape[2], generator, ROWS).to(target.device)
+        if not len(rows):
+            return made
+        far = self.far_share(values, rows)
+        share = share[:, :, rows, 0].clamp(1e-6, 1 - 1e-6)
+        entropy = -torch.xlogy(far, far) - torch.xlogy(1 - far, 1 - far)
+        made["mass"] = MASS_WEIGHT * (functional.binary_cross_entropy(share, far) - entropy.mean())
+        window = window[:, :, rows].float()
+        forced = window + far.unsqueeze(-1) * (read[:, :, rows] - window)
+        made["window_dropout"] = (1 - done) * relative_error(forced, target[:, :, rows], 0)
+        return made
+
+    def far_share(self, values: Values, rows: Tensor) -> Tensor:
+        """Return the share of the replaced attention's mass that is on far tokens, ``[B,H,R]``, for some queries."""
+        return self.far_attention(values, rows).sum(-1).clamp(max=1.0)
+
+    def far_attention(self, values: Values, rows: Tensor) -> Tensor:
+        """Return the replaced attention's weights ``[B,H,R,T]`` of queries ``rows``, but for those that are not far."""
+        query, key, positions, *sink_logits = (values[name] for name in self.reads)
+        query = query[:, :, rows].float().unflatten(1, (key.shape[1], -1))
+        scores = self.config.scale * torch.einsum("bghrd,bgtd->bghrt", query, key.float()).flatten(1, 2)
+        if self.config.softcap:
+            scores = self.config.softcap * torch.tanh(scores / self.config.softcap)
+        segment = (positions == 0).cumsum(1)
+        here, there = positions[:, rows, None], positions[:, None, :]
+        seen = (segment[:, rows, None] == segment[:, None, :]) & (there >= 0) & (there <= here)
+        if self.reach:
+            seen &= here - there < self.reach
+        far = seen & (here - there >= self.config.window) & (there >= self.config.sinks)
+        total = scores.masked_fill(~seen.unsqueeze(1), -torch.inf)
+        if sink_logits:
+            total = torch.cat([total, sink_logits[0].float()[None, :, None, None].expand(*total.shape[:3], 1)], -1)
+        weights = total.softmax(-1)[..., : scores.shape[-1]]
+        return weights.nan_to_num(0.0) * far.unsqueeze(1)
+
+    def initialise(self, values: Values, parameters: Values, run: Callable[[], Sequence[Tensor]]) -> None:
+        """Set feature maps, gate and mass from the teacher's attention; see :mod:`memc.passes.linearize.initial`."""
+        rows = _draw(self.exact, values[self.target].shape[2], torch.Generator().manual_seed(self.layer), ROWS_INITIAL)
+        rows = rows.to(values[self.target].device)
+        if not len(rows):
+            return
+        attention, positions = self.far_attention(values, rows), values[self.reads[2]]
+        if self.config.feature in ("softmax", "hedgehog"):
+            initial.set_maps(values[self.reads[1]], attention, parameters, self.config.scale, seed=self.layer)
+        if "gate_bias" in parameters:
+            distance = (positions[:, rows, None] - positions[:, None, :]).float()
+            initial.set_half_life(attention, distance, parameters["gate_bias"])
+        parameters["mass_bias"].zero_()  # as it starts the share is too small for float32 to tell by how much
+        share = run()[1][:, :, rows, 0]
+        initial.set_mass(share, attention.sum(-1), values[self.hidden][:, rows], parameters)
+
+
+@dataclass(frozen=True)
+class LizardObjective(BlockObjective):
+    """Learn the output alone, as the paper does (Lizard, section 3.3)."""
+
+    def losses(
+        self, results: Sequence[Tensor], values: Values, done: float, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """Return ``output``."""
+        return {"output": relative_error(results[0], values[self.target], self.exact)}
+
+
+def _draw(first: int, tokens: int, generator: torch.Generator, most: int) -> Tensor:
+    """Draw up to ``most`` different tokens from ``first`` on, in order."""
+    chosen = torch.randperm(max(tokens - first, 0), generator=generator)[:most]
+    return first + chosen.sort().values
