@@ -124,9 +124,8 @@ class OnnxRunner(Runner):
             raise MemcError(
                 "E602", f"onnxruntime cannot load the file: {reason}", str(path), "convert again"
             ) from error
-        by_role = {port.role: port.name for port in manifest.inputs}
-        self._tokens, self._positions, self._keep = by_role["tokens"], by_role["positions"], by_role.get("keep")
-        self._fetched = [port.name for port in manifest.inputs if port.role in ("fetched", "other")]
+        self._keep = next((port.name for port in manifest.inputs if port.role == "keep"), None)
+        self._positions = next((port.name for port in manifest.inputs if port.role == "positions"), None)
         self._logits = manifest.outputs[0]
         self._grows = any(state.grows is not None for state in manifest.states)
 
@@ -165,36 +164,42 @@ class OnnxRunner(Runner):
 
     def run(
         self,
-        tokens: npt.NDArray[np.int64],
-        positions: npt.NDArray[np.int64],
+        tokens: npt.NDArray[np.int64] | None,
+        positions: npt.NDArray[np.int64] | None,
         state: RunState,
         keep: npt.NDArray[np.int64] | None = None,
-        fetched: Mapping[str, Array] | None = None,
+        inputs: Mapping[str, Array] | None = None,
     ) -> npt.NDArray[np.float32]:
         """Run new tokens and advance ``state``; see ``Runner.run``.
 
         Raises ``MemcError`` E206 for a position past the capacity and E208 for a sequence that starts inside a row
-        while states grow, or a fetched input that is missing.
+        while states grow.
         """
         assert isinstance(state, OnnxState)
-        self._check(positions, state)
+        feeds = self.gather(tokens, positions, inputs)
+        places: Any = feeds[self._positions] if self._positions is not None else None
+        if places is not None:
+            self._check(places, state)
         binding = state.binding()
-        columns = np.arange(tokens.shape[1]) if keep is None else keep
-        feeds: dict[str, Array] = {self._tokens: tokens, self._positions: positions}
+        ports = [port for port in self.manifest.inputs if port.role != "keep"]
+        sizes = {n: size for p in ports for n, size in zip(p.shape, feeds[p.name].shape, strict=True)}
         if self._keep is not None:
-            feeds[self._keep] = np.asarray(columns, np.int64)
-        for name in self._fetched:
-            if fetched is None or name not in fetched:
-                raise MemcError("E208", f"the artifact needs the input {name}", "run", f"give fetched[{name!r}]")
-            feeds[name] = fetched[name]
+            feeds[self._keep] = np.arange(sizes["T"]) if keep is None else np.asarray(keep, np.int64)
+            sizes["K"] = len(feeds[self._keep])
         for name, array in feeds.items():
             binding.bind_cpu_input(name, np.ascontiguousarray(array))
         # A buffer of our own: reading the outputs back would wrap every state anew.
-        sizes = {"B": tokens.shape[0], "T": tokens.shape[1], "K": len(columns)}
         logits = np.empty([sizes[n] if isinstance(n, str) else n for n in self._logits.shape], np.float32)
         binding.bind_output(self._logits.name, "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
-        self.session.run_with_iobinding(binding)
-        state.advance(positions)
+        try:
+            self.session.run_with_iobinding(binding)
+        except RuntimeError as error:  # what io binding raises for whatever goes wrong
+            reason = str(error).splitlines()[0].partition("Status Message: ")[2]
+            if "out of data bounds" not in reason:
+                raise
+            raise MemcError("E200", f"an input is out of range: {reason}", self.manifest.source) from error
+        if places is not None:
+            state.advance(places)
         return logits if self._keep is not None or keep is None else logits[:, keep]
 
     def _capacity(self, capacity: int | None) -> int:

@@ -1,6 +1,7 @@
 """Checks of programs: well-formed, finite, split-invariant, and related to the original as a pass declared."""
 
 from memc.verify.execute import layer_of, logits, pieces, run, run_nodes, streams, whole
+from memc.verify.inputs import inputs_of, token_limit
 from memc.verify.relations import (
     CheckResult,
     check_relation,
@@ -22,6 +23,7 @@ __all__ = [
     "check_relation",
     "finite",
     "first_bad_site",
+    "inputs_of",
     "kl_mean",
     "layer_of",
     "logits",
@@ -35,6 +37,7 @@ __all__ = [
     "split_invariance",
     "streams",
     "take",
+    "token_limit",
     "well_formed",
     "whole",
 ]

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from memc.errors import MemcError
 from memc.program import Program
 from memc.relation import Bounded, Close, Exact, Relation
-from memc.verify.execute import logits, pieces, positions_of, rows, run, streams, whole
+from memc.verify.execute import logits, pieces, rows, run, streams, whole
+from memc.verify.inputs import positions_of
 from memc.verify.sites import first_bad_site
 from memc.verify.text import VerificationText, take
 
@@ -115,6 +116,9 @@ def _worst(
 
 def _shapes(program: Program, limit: int | None, text: VerificationText) -> Iterator[tuple[int, int]]:
     """Yield batch sizes and lengths: 1, 2, odd, and the most that the relation or the text covers."""
+    if not any("T" in spec.shape for spec in program.inputs):
+        yield from ((batch, 1) for batch in BATCHES)
+        return
     longest = limit or text.tokens.shape[1]
     if program.model.absolute_positions and program.model.max_positions:
         longest = min(longest, program.model.max_positions)
@@ -205,7 +209,7 @@ def _mixed_lengths(program: Program, tokens: Tensor) -> Tensor:
     positions = tokens.new_full((batch, total), -1).scatter(1, columns, positions_of(tokens))
     state, parts = program.new_state(batch), []
     for part in (slice(0, total // 2), slice(total // 2, None)):
-        outputs = run(program, padded[:, part], positions[:, part].contiguous(), state)
+        outputs = run(program, (padded[:, part], positions[:, part].contiguous()), state)
         state = outputs[len(program.outputs) :]
         parts.append(outputs[0].float())
     found = torch.cat(parts, 1)
