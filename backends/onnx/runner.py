@@ -172,14 +172,49 @@ class OnnxRunner(Runner):
     ) -> npt.NDArray[np.float32]:
         """Run new tokens and advance ``state``; see ``Runner.run``.
 
-        Raises ``MemcError`` E206 for a position past the capacity and E208 for a sequence that starts inside a row
-        while states grow.
+        A call in which a row starts another sequence runs one sequence of each row after the other where states grow:
+        their buffers have one slot a position, which the new sequence would overwrite while the tokens before it still
+        read them. Raises ``MemcError`` E206 for a position past the capacity.
         """
         assert isinstance(state, OnnxState)
         feeds = self.gather(tokens, positions, inputs)
         places: Any = feeds[self._positions] if self._positions is not None else None
-        if places is not None:
-            self._check(places, state)
+        if places is None:
+            return self._call(feeds, None, state, keep)
+        self._check(places, state)
+        sequence = _sequences(places)
+        if not self._grows or not sequence.any():
+            return self._call(feeds, places, state, keep)
+        columns = np.arange(places.shape[1]) if keep is None else np.asarray(keep, np.int64)
+        logits: npt.NDArray[np.float32] | None = None
+        for number in range(int(sequence.max()) + 1):
+            mine = sequence == number
+            reached = np.flatnonzero(mine.any(axis=0))
+            part = slice(int(reached[0]), int(reached[-1]) + 1)
+            wanted = np.flatnonzero(mine[:, columns].any(axis=0))
+            # One column must be named even when none is wanted.
+            local = columns[wanted] - part.start if len(wanted) else np.zeros(1, np.int64)
+            found = self._call(self._part(feeds, part), np.where(mine, places, -1)[:, part], state, local)
+            if logits is None:
+                logits = np.empty((found.shape[0], len(columns), *found.shape[2:]), np.float32)
+            row, column = np.nonzero(mine[:, columns[wanted]])
+            logits[row, wanted[column]] = found[row, column]
+        assert logits is not None
+        return logits
+
+    def _part(self, feeds: Mapping[str, Array], columns: slice) -> dict[str, Array]:
+        """Cut every input that has an axis of tokens to some columns."""
+        cut = dict(feeds)
+        for port in self.manifest.inputs:
+            if "T" in port.shape:
+                cut[port.name] = feeds[port.name][(slice(None),) * port.shape.index("T") + (columns,)]
+        return cut
+
+    def _call(
+        self, feeds: dict[str, Array], places: Any, state: OnnxState, keep: npt.NDArray[np.int64] | None
+    ) -> npt.NDArray[np.float32]:
+        if self._positions is not None:
+            feeds[self._positions] = places
         binding = state.binding()
         ports = [port for port in self.manifest.inputs if port.role != "keep"]
         sizes = {n: size for p in ports for n, size in zip(p.shape, feeds[p.name].shape, strict=True)}
@@ -213,17 +248,19 @@ class OnnxRunner(Runner):
         grown = next(s for s in self.manifest.states if s.grows is not None)
         slots = state.current[grown.input].shape[grown.grows or 0]
         self._check_capacity(int(positions.max()) + 1, slots - 1)
-        # A buffer has one slot a position: a second sequence in the row would overwrite what the first still reads.
-        if ((positions[:, 1:] == 0) & (np.maximum.accumulate(positions, axis=1)[:, :-1] >= 0)).any():
-            raise MemcError(
-                "E208", "a sequence starts inside a row after another one", "positions", "start it in a call of its own"
-            )
 
     @staticmethod
     def _check_capacity(tokens: int, capacity: int) -> None:
         if tokens > capacity:
             hint = f"convert with --context {tokens} or more"
             raise MemcError("E206", f"a sequence of {tokens} tokens is past the capacity of {capacity}", "state", hint)
+
+
+def _sequences(positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return for ``positions [B,T]`` how many sequences have started in the row after tokens of another one."""
+    starts = np.zeros(positions.shape, np.int64)
+    starts[:, 1:] = (positions[:, 1:] == 0) & (np.maximum.accumulate(positions, axis=1)[:, :-1] >= 0)
+    return starts.cumsum(axis=1)
 
 
 def _cut(array: Array, axis: int, size: int) -> Array:
