@@ -41,7 +41,7 @@ from memc.program_io import save_program
 from memc.progress import Progress, Silent
 from memc.raising import Raised, raise_program
 from memc.recipe import Recipe
-from memc.relation import Bounded, Close
+from memc.relation import Close
 from memc.report.models import (
     CONTEXTS,
     CaptureReport,
@@ -57,6 +57,7 @@ from memc.verify import (
     CheckResult,
     VerificationText,
     check_relation,
+    check_text,
     finite,
     noise_floor,
     require_well_formed,
@@ -306,9 +307,8 @@ class _Conversion:
             return []
         checks = [split_invariance(program, take(text, 3, 11), floor)]
         if self.passes:
-            budgets = self.request.recipe.verify.budgets
-            for metric in ("perplexity_ratio", "kl_mean"):
-                checks.append(check_relation(original, program, Bounded(metric, budgets.get(metric)), text))
+            budgets = {str(metric): budget for metric, budget in self.request.recipe.verify.budgets.items()}
+            checks += check_text(original, program, text, budgets)
         return checks
 
     def _lower(

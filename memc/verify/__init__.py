@@ -5,6 +5,7 @@ from memc.verify.inputs import inputs_of, token_limit
 from memc.verify.relations import (
     CheckResult,
     check_relation,
+    check_text,
     finite,
     kl_mean,
     noise_floor,
@@ -21,6 +22,7 @@ __all__ = [
     "Problem",
     "VerificationText",
     "check_relation",
+    "check_text",
     "finite",
     "first_bad_site",
     "inputs_of",

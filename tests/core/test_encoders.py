@@ -129,7 +129,7 @@ def test_the_report_says_how_it_is_fed_and_no_cost_of_decoding(
     said = capsys.readouterr().out
     assert "pixel_values [B, 3, 20, 20]" in said and "work for an input" in said
     text = json.loads((bert / "report" / "text.json").read_text())
-    assert text["origin"] == "8 sequences of 48 uniformly drawn tokens, seed 3"
+    assert text["origin"] == "16 sequences of 40 uniformly drawn tokens, seed 3"
     assert max(map(max, text["tokens"])) > HIDDEN  # of the whole vocabulary, not of the width that comes out
     assert json.loads((vit.folder / "report" / "text.json").read_text())["origin"] == "uniformly drawn inputs, seed 0"
     told = read_manifest(vit.folder).how_to_run
