@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from memc.artifact import Manifest, Port, State
+from memc.errors import MemcError
 
 if TYPE_CHECKING:
     from torch.fx import Node
@@ -100,16 +101,36 @@ class Runner(ABC):
     @abstractmethod
     def run(
         self,
-        tokens: npt.NDArray[np.int64],
-        positions: npt.NDArray[np.int64],
+        tokens: npt.NDArray[np.int64] | None,
+        positions: npt.NDArray[np.int64] | None,
         state: RunState,
         keep: npt.NDArray[np.int64] | None = None,
-        fetched: Mapping[str, npt.NDArray[np.generic]] | None = None,
+        inputs: Mapping[str, npt.NDArray[np.generic]] | None = None,
     ) -> npt.NDArray[np.float32]:
         """Run ``tokens [B,T]`` at ``positions [B,T]`` (-1 is padding) and advance ``state`` in place.
 
-        ``keep [K]`` lists the columns whose logits are wanted, all when None. Returns logits ``[B,K,vocab]`` float32.
+        ``inputs`` are all others by name; tokens or positions that are None are looked for there, and those that the
+        program does not take are not read. ``keep [K]`` lists the columns whose logits are wanted, all when None.
+        Returns the first output as float32, a decoder's logits ``[B,K,vocab]``. Raises ``MemcError`` E208 for an input
+        that is missing, E200 for values that the program cannot take.
         """
+
+    def gather(
+        self,
+        tokens: npt.NDArray[np.int64] | None,
+        positions: npt.NDArray[np.int64] | None,
+        inputs: Mapping[str, npt.NDArray[np.generic]] | None,
+    ) -> dict[str, npt.NDArray[np.generic]]:
+        """Return every input of the program but ``keep`` by name. Raises ``MemcError`` E208 naming one not given."""
+        found = dict(inputs or {})
+        for port in self.manifest.inputs:
+            given = {"tokens": tokens, "positions": positions}.get(port.role)
+            if given is not None:
+                found[port.name] = given
+            elif port.name not in found and port.role != "keep":
+                hint = f"give {port.name}=ARRAY of {port.dtype} {port.shape}"
+                raise MemcError("E208", f"the model's input {port.name!r} is not given", self.manifest.source, hint)
+        return found
 
 
 class Backend(ABC):

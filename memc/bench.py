@@ -77,6 +77,8 @@ def bench(
     left and E208 for an encoder.
     """
     watched = progress or Silent()
+    for side in sides.values():
+        side.require_decoder()
     document = BenchDocument(
         threads=threads or machine.cores(),
         machine=machine.describe(),

@@ -61,23 +61,25 @@ def predict(
     Every node must have ``meta['val']`` (``memc.infer.infer``); parameters may be fake. Time per token is the slower of
     computing and reading at the target's peak rates, plus one launch per kernel; targets without rates get none. The
     rates of the target ``cpu`` are per core: ``threads`` (default: all cores) multiplies them. Of a mixture of experts
-    every expert counts, so its figures are upper bounds.
+    every expert counts, so its figures are upper bounds. An encoder holds no state and decodes nothing: it has neither
+    bytes of state nor time per token.
     """
+    decoded = contexts if program.model.decoder else ()
     kinds = _parameter_kinds(program)
     weight_bytes = sum(_stored(tensor, kinds.get(name, set()), weights) for name, tensor in _parameters(program))
     read = sum(_read(tensor, kinds.get(name, set()), weights) for name, tensor in _parameters(program))
     work = {context: _work(program, context) for context in contexts}
     bytes_read = {context: read + done.state_bytes_read for context, done in work.items()}
     source_bytes = sum(tensor.numel() * tensor.element_size() for _, tensor in _parameters(program))
-    decode = {c: _decode_ms(work[c], bytes_read[c], target, weights, threads) for c in contexts}
+    decode = {c: _decode_ms(work[c], bytes_read[c], target, weights, threads) for c in decoded}
     flops = {context: done.flops for context, done in work.items()}
     return Predicted(
         parameters=program.parameter_count,
         flops_per_token=flops[min(flops)] if flops else 0.0,
         flops_by_context=flops,
-        bytes_read_per_token=bytes_read,
+        bytes_read_per_token={context: bytes_read[context] for context in decoded},
         decode_ms={context: ms for context, ms in decode.items() if ms is not None},
-        state_bytes={context: program.state_bytes(context) for context in contexts},
+        state_bytes={context: program.state_bytes(context) for context in decoded},
         weight_bytes=int(weight_bytes),
         peak_rss_bytes=int(_BASE_RSS + 2 * max(source_bytes, 4 * program.parameter_count)),
         disk_bytes=int(source_bytes + weight_bytes),
@@ -148,11 +150,13 @@ def _work(program: Program, context: int) -> Work:
 
 
 def _rows(program: Program) -> int:
-    """Return how many tokens the example sizes of the graph stand for."""
-    placeholders = program.placeholders()
-    tokens = [node for node, spec in zip(placeholders, program.inputs, strict=False) if spec.role == "tokens"]
-    shapes = [node.meta["val"] for node in tokens or placeholders[:1]]
-    return max(_numel(shapes[0]), 1) if shapes else 1
+    """Return how many tokens, or inputs of a model that takes none, the example sizes of the graph stand for."""
+    for node, spec in zip(program.placeholders(), program.inputs, strict=False):
+        if spec.role == "tokens":
+            return max(_numel(node.meta["val"]), 1)
+        if spec.shape[:1] == ("B",):
+            return max(_hint(node.meta["val"].shape[0]), 1)
+    return 1
 
 
 def _values(args: Sequence[Any]) -> list[Any]:

@@ -81,27 +81,22 @@ class EagerRunner(Runner):
 
     def run(
         self,
-        tokens: npt.NDArray[np.int64],
-        positions: npt.NDArray[np.int64],
+        tokens: npt.NDArray[np.int64] | None,
+        positions: npt.NDArray[np.int64] | None,
         state: RunState,
         keep: npt.NDArray[np.int64] | None = None,
-        fetched: Mapping[str, Array] | None = None,
+        inputs: Mapping[str, Array] | None = None,
     ) -> npt.NDArray[np.float32]:
-        """Run ``tokens [B,T]`` at ``positions [B,T]`` and advance ``state`` in place; see :class:`memc.backend.Runner`.
-
-        Raises ``MemcError`` E208 when an input of the program is not given.
-        """
+        """Run the program and advance ``state`` in place; see :meth:`memc.backend.Runner.run`."""
         if not isinstance(state, EagerState):
             raise TypeError(f"a state of the eager backend, not {type(state).__name__}")
-        given: dict[str, Any] = dict(fetched or {})
-        inputs = []
-        for spec in self.program.inputs:
-            value = {"tokens": tokens, "positions": positions}.get(spec.role, given.get(spec.name))
-            if value is None:
-                raise MemcError("E208", f"the program's input {spec.name!r} is not given", where=self.manifest.source)
-            inputs.append(torch.tensor(value, dtype=spec.dtype, device=self.device))
+        given = self.gather(tokens, positions, inputs)
+        fed = [torch.tensor(given[s.name], dtype=s.dtype, device=self.device) for s in self.program.inputs]
         with torch.no_grad():
-            results = self.program(*inputs, *(state.tensors[spec.name] for spec in self.program.states))
+            try:
+                results = self.program(*fed, *(state.tensors[spec.name] for spec in self.program.states))
+            except IndexError as error:
+                raise MemcError("E200", f"an input is out of range: {error}", self.manifest.source) from error
             logits = results[0]
             if keep is not None:
                 logits = logits[:, torch.tensor(keep, dtype=torch.int64, device=self.device)]

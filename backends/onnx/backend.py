@@ -21,6 +21,14 @@ from memc.target import Target
 
 FILE = Path("lowered") / "onnx" / "model.onnx"
 
+SYMBOLS = {
+    "B": "sequences",
+    "T": "new tokens",
+    "U": "tokens of the decoder of an encoder-decoder",
+    "K": "columns whose logits are wanted",
+    "S": "slots: capacity + 1",
+}
+
 DEFAULT_CAPACITY = 4096
 """Tokens that a growing state holds when neither the user nor the model names a limit."""
 
@@ -47,14 +55,15 @@ def lower(program: Program, target: Target, folder: Path, options: LowerOptions,
     write(model, folder / FILE)
     capacity = _capacity(program, prepared, options)
     inputs, outputs, states = _ports(program, prepared)
+    used = {size for shapes in (inputs, outputs, states) for port in shapes for size in port.shape}
     return Lowered(
         str(FILE),
         inputs,
         outputs,
         states,
         capacity,
-        {"B": "sequences", "T": "new tokens", "K": "columns whose logits are wanted", "S": "slots: capacity + 1"},
-        how_to_run(str(FILE), states, prepared.keep),
+        {symbol: meaning for symbol, meaning in SYMBOLS.items() if symbol in used},
+        how_to_run(str(FILE), inputs, states),
         {**forms, "weights": weights.summary},
     )
 

@@ -20,7 +20,7 @@ from memc.errors import MemcError
 from memc.program import Program
 
 # At least 2 and all distinct: export specialises on 0 and 1, and takes equal sizes for one.
-EXAMPLE = {"K": 2, "B": 3, "T": 5, "S": 11}
+EXAMPLE = {"K": 2, "B": 3, "T": 5, "U": 7, "S": 11}
 
 
 def export(program: Program, prepared: Prepared) -> ir.Model:
@@ -30,7 +30,8 @@ def export(program: Program, prepared: Prepared) -> ir.Model:
     """
     specs = _input_specs(program, prepared)
     names = {symbol for _, shape in specs.values() for symbol in shape if isinstance(symbol, str)}
-    dims = {name: Dim(name, min=1) for name in sorted(names)}
+    longest = _longest(program)
+    dims = {name: Dim(name, min=1, max=longest if name in ("T", "U") else None) for name in sorted(names)}
     example = tuple(
         torch.zeros([EXAMPLE[size] if isinstance(size, str) else size for size in shape], dtype=dtype)
         for dtype, shape in specs.values()
@@ -46,6 +47,16 @@ def export(program: Program, prepared: Prepared) -> ir.Model:
     _attach(model, prepared)
     _strip(model)
     return model
+
+
+def _longest(program: Program) -> int | None:
+    """Return the bound of a length that an encoder cuts its table of positions to; a decoder looks positions up.
+
+    One less than the table: at the whole of it the cut is none, which export takes for another graph. It runs the same.
+    """
+    limit = program.model.max_positions
+    cuts = not program.model.decoder and program.model.absolute_positions and limit is not None
+    return limit - 1 if cuts and limit is not None else None
 
 
 def _input_specs(program: Program, prepared: Prepared) -> dict[str, tuple[torch.dtype, tuple[int | str, ...]]]:

@@ -124,9 +124,8 @@ class OnnxRunner(Runner):
             raise MemcError(
                 "E602", f"onnxruntime cannot load the file: {reason}", str(path), "convert again"
             ) from error
-        by_role = {port.role: port.name for port in manifest.inputs}
-        self._tokens, self._positions, self._keep = by_role["tokens"], by_role["positions"], by_role.get("keep")
-        self._fetched = [port.name for port in manifest.inputs if port.role in ("fetched", "other")]
+        self._keep = next((port.name for port in manifest.inputs if port.role == "keep"), None)
+        self._positions = next((port.name for port in manifest.inputs if port.role == "positions"), None)
         self._logits = manifest.outputs[0]
         self._grows = any(state.grows is not None for state in manifest.states)
 
@@ -165,36 +164,77 @@ class OnnxRunner(Runner):
 
     def run(
         self,
-        tokens: npt.NDArray[np.int64],
-        positions: npt.NDArray[np.int64],
+        tokens: npt.NDArray[np.int64] | None,
+        positions: npt.NDArray[np.int64] | None,
         state: RunState,
         keep: npt.NDArray[np.int64] | None = None,
-        fetched: Mapping[str, Array] | None = None,
+        inputs: Mapping[str, Array] | None = None,
     ) -> npt.NDArray[np.float32]:
         """Run new tokens and advance ``state``; see ``Runner.run``.
 
-        Raises ``MemcError`` E206 for a position past the capacity and E208 for a sequence that starts inside a row
-        while states grow, or a fetched input that is missing.
+        A call in which a row starts another sequence runs one sequence of each row after the other where states grow:
+        their buffers have one slot a position, which the new sequence would overwrite while the tokens before it still
+        read them. Raises ``MemcError`` E206 for a position past the capacity.
         """
         assert isinstance(state, OnnxState)
-        self._check(positions, state)
+        feeds = self.gather(tokens, positions, inputs)
+        places: Any = feeds[self._positions] if self._positions is not None else None
+        if places is None:
+            return self._call(feeds, None, state, keep)
+        self._check(places, state)
+        sequence = _sequences(places)
+        if not self._grows or not sequence.any():
+            return self._call(feeds, places, state, keep)
+        columns = np.arange(places.shape[1]) if keep is None else np.asarray(keep, np.int64)
+        logits: npt.NDArray[np.float32] | None = None
+        for number in range(int(sequence.max()) + 1):
+            mine = sequence == number
+            reached = np.flatnonzero(mine.any(axis=0))
+            part = slice(int(reached[0]), int(reached[-1]) + 1)
+            wanted = np.flatnonzero(mine[:, columns].any(axis=0))
+            # One column must be named even when none is wanted.
+            local = columns[wanted] - part.start if len(wanted) else np.zeros(1, np.int64)
+            found = self._call(self._part(feeds, part), np.where(mine, places, -1)[:, part], state, local)
+            if logits is None:
+                logits = np.empty((found.shape[0], len(columns), *found.shape[2:]), np.float32)
+            row, column = np.nonzero(mine[:, columns[wanted]])
+            logits[row, wanted[column]] = found[row, column]
+        assert logits is not None
+        return logits
+
+    def _part(self, feeds: Mapping[str, Array], columns: slice) -> dict[str, Array]:
+        """Cut every input that has an axis of tokens to some columns."""
+        cut = dict(feeds)
+        for port in self.manifest.inputs:
+            if "T" in port.shape:
+                cut[port.name] = feeds[port.name][(slice(None),) * port.shape.index("T") + (columns,)]
+        return cut
+
+    def _call(
+        self, feeds: dict[str, Array], places: Any, state: OnnxState, keep: npt.NDArray[np.int64] | None
+    ) -> npt.NDArray[np.float32]:
+        if self._positions is not None:
+            feeds[self._positions] = places
         binding = state.binding()
-        columns = np.arange(tokens.shape[1]) if keep is None else keep
-        feeds: dict[str, Array] = {self._tokens: tokens, self._positions: positions}
+        ports = [port for port in self.manifest.inputs if port.role != "keep"]
+        sizes = {n: size for p in ports for n, size in zip(p.shape, feeds[p.name].shape, strict=True)}
         if self._keep is not None:
-            feeds[self._keep] = np.asarray(columns, np.int64)
-        for name in self._fetched:
-            if fetched is None or name not in fetched:
-                raise MemcError("E208", f"the artifact needs the input {name}", "run", f"give fetched[{name!r}]")
-            feeds[name] = fetched[name]
+            feeds[self._keep] = np.arange(sizes["T"]) if keep is None else np.asarray(keep, np.int64)
+            sizes["K"] = len(feeds[self._keep])
         for name, array in feeds.items():
             binding.bind_cpu_input(name, np.ascontiguousarray(array))
         # A buffer of our own: reading the outputs back would wrap every state anew.
-        sizes = {"B": tokens.shape[0], "T": tokens.shape[1], "K": len(columns)}
         logits = np.empty([sizes[n] if isinstance(n, str) else n for n in self._logits.shape], np.float32)
         binding.bind_output(self._logits.name, "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
-        self.session.run_with_iobinding(binding)
-        state.advance(positions)
+        try:
+            self.session.run_with_iobinding(binding)
+        except RuntimeError as error:  # what io binding raises for whatever goes wrong
+            reason = str(error).splitlines()[0].partition("Status Message: ")[2]
+            if "out of data bounds" not in reason:
+                raise
+            raise MemcError("E200", f"an input is out of range: {reason}", self.manifest.source) from error
+        if places is not None:
+            state.advance(places)
         return logits if self._keep is not None or keep is None else logits[:, keep]
 
     def _capacity(self, capacity: int | None) -> int:
@@ -208,17 +248,19 @@ class OnnxRunner(Runner):
         grown = next(s for s in self.manifest.states if s.grows is not None)
         slots = state.current[grown.input].shape[grown.grows or 0]
         self._check_capacity(int(positions.max()) + 1, slots - 1)
-        # A buffer has one slot a position: a second sequence in the row would overwrite what the first still reads.
-        if ((positions[:, 1:] == 0) & (np.maximum.accumulate(positions, axis=1)[:, :-1] >= 0)).any():
-            raise MemcError(
-                "E208", "a sequence starts inside a row after another one", "positions", "start it in a call of its own"
-            )
 
     @staticmethod
     def _check_capacity(tokens: int, capacity: int) -> None:
         if tokens > capacity:
             hint = f"convert with --context {tokens} or more"
             raise MemcError("E206", f"a sequence of {tokens} tokens is past the capacity of {capacity}", "state", hint)
+
+
+def _sequences(positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return for ``positions [B,T]`` how many sequences have started in the row after tokens of another one."""
+    starts = np.zeros(positions.shape, np.int64)
+    starts[:, 1:] = (positions[:, 1:] == 0) & (np.maximum.accumulate(positions, axis=1)[:, :-1] >= 0)
+    return starts.cumsum(axis=1)
 
 
 def _cut(array: Array, axis: int, size: int) -> Array:

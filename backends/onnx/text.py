@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from memc.artifact import State
+from memc.artifact import Port, State
 
 _START = (
-    "Run {path} with onnxruntime (CPU). Its weights are in the file of the same name with .data, in the same folder.\n"
+    "Run {path} with onnxruntime (CPU). Its weights are in the file of the same name with .data, in the same folder."
+)
+
+_POSITIONS = (
     "Feed tokens [B,T] int64 and positions [B,T] int64: the position of each token in its own sequence, counted from "
     "0; -1 is padding, at the left or the right of a row. Position 0 starts a sequence and clears what the states of "
     "its row held. Before the first call fill every state with its init: B is the number of sequences. After each call "
     "feed each state's output back as its input, and go on with the next positions. Any number of tokens may come at "
     "once."
 )
+
+_WHOLE = "Feed {inputs}. There is no padding: the rows of a call are equally long."
 
 _KEEP = "keep [K] int64 lists the columns of tokens whose logits are wanted: [T - 1] for the last."
 
@@ -23,10 +28,12 @@ _GROWS = (
 )
 
 
-def how_to_run(path: str, states: list[State], keep: bool) -> str:
+def how_to_run(path: str, inputs: list[Port], states: list[State]) -> str:
     """Write the manifest's ``how_to_run``."""
-    parts = [_START.format(path=path)]
-    if keep:
+    fed = [f"{port.name} [{','.join(map(str, port.shape))}] {port.dtype}" for port in inputs if port.role != "keep"]
+    positions = any(port.role == "positions" for port in inputs)
+    parts = [_START.format(path=path), _POSITIONS if positions else _WHOLE.format(inputs=" and ".join(fed))]
+    if any(port.role == "keep" for port in inputs):
         parts.append(_KEEP)
     if any(state.grows is not None for state in states):
         parts.append(_GROWS)

@@ -62,6 +62,7 @@ def _measure(
     from memc.report.models import EvalDocument
 
     a = open_session(out, console, stack, threads=threads)
+    a.require_decoder()
     ids = tokenize([text], a.text.tokenizer, limit=tokens)
     if against is None:
         with console.step(f"predicting {len(ids)} tokens"):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from memc.artifact import MANIFEST, read_manifest, seal
 from memc.backend import Backend, LowerOptions
-from memc.conversion.driver import require_passed
+from memc.conversion.driver import next_commands, require_passed
 from memc.conversion.facts import check_facts
 from memc.conversion.folder import OutFolder, folder_bytes, require_space, resume_key
 from memc.conversion.lowering import lower, verify_lowered
@@ -124,7 +124,7 @@ def _rewrite_reports(
         "original": None,
         "measured": None,
         "checks": kept + checks,
-        "next": [f"memc generate {document.out} --prompt TEXT", f"memc report {document.out}"],
+        "next": next_commands(document.out, program),
     }
     folder.write_report("convert.json", report.convert.model_copy(update=changes))
     folder.write_report("verify.json", report.verify.model_copy(update={"checks": kept + checks}))

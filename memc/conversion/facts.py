@@ -51,6 +51,7 @@ def model_facts(program: Program, *, remote_code: bool = False) -> ModelFacts:
         max_positions=info.max_positions,
         absolute_positions=info.absolute_positions,
         decoder=info.decoder,
+        inputs=[f"{spec.name} [{', '.join(map(str, spec.shape))}]" for spec in program.inputs],
         remote_code=remote_code,
     )
 

@@ -15,7 +15,7 @@ from memc.artifact import Manifest
 from memc.backend import Backend, Lowered, LowerOptions, Runner
 from memc.program import Program
 from memc.target import Target
-from memc.verify import CheckResult, VerificationText, perplexity, streams, take, whole
+from memc.verify import CheckResult, VerificationText, inputs_of, perplexity, streams, take, whole
 
 TOLERANCE = 1e-3
 """Most that the logits of a lowered program with unquantised weights may differ, whatever the backend."""
@@ -58,12 +58,20 @@ def verify_lowered(
 ) -> list[CheckResult]:
     """Compare a lowered program with the program itself: an odd number of tokens at once, then one at a time.
 
-    With float32 weights the logits must agree within ``TOLERANCE`` or ten times the noise ``floor``; with others the
-    difference is measured, and the perplexity on ``text`` with those weights beside that with float32.
+    A program that is no decoder gets one input of one token in place of the second, all else drawn. With float32
+    weights the logits must agree within ``TOLERANCE`` or ten times the noise ``floor``; with others the difference is
+    measured, and the perplexity on ``text`` with those weights beside that with float32.
     """
     tokens = take(text, 2, 13)
     expected = whole(program, tokens)
-    values = {"13 tokens at once": _difference(_run(runner, tokens, [13]), expected)}
+    if program.model.decoder:
+        values = {"13 tokens at once": _difference(_run(runner, tokens, [13]), expected)}
+    else:
+        one = tokens[:1, :1]
+        values = {
+            "2 inputs at once": _difference(_run_inputs(runner, program, tokens), expected),
+            "one input, of one token": _difference(_run_inputs(runner, program, one), whole(program, one)),
+        }
     if streams(program):
         values["one token at a time"] = _difference(_run(runner, tokens, [7, *[1] * 6]), expected)
     worst = max(values, key=lambda name: math.inf if math.isnan(values[name]) else values[name])
@@ -102,6 +110,13 @@ def _run(runner: Runner, tokens: Tensor, sizes: list[int]) -> Tensor:
         parts.append(torch.from_numpy(np.array(runner.run(ids, np.ascontiguousarray(positions[:, part]), state))))
         start += size
     return torch.cat(parts, 1)
+
+
+def _run_inputs(runner: Runner, program: Program, tokens: Tensor) -> Tensor:
+    """Run what ``tokens`` stand for, by name: see :func:`memc.verify.inputs.inputs_of`."""
+    drawn = zip(program.inputs, inputs_of(program, tokens), strict=True)
+    arrays = {spec.name: value.numpy() for spec, value in drawn}
+    return torch.from_numpy(np.array(runner.run(None, None, runner.new_state(len(tokens)), None, arrays)))
 
 
 def _difference(found: Tensor, expected: Tensor) -> float:

@@ -12,7 +12,7 @@ from memc.errors import MemcError
 from memc.program import Program
 from memc.recipe import Recipe
 from memc.runtime.text import Text
-from memc.verify import VerificationText, sample_text
+from memc.verify import VerificationText, sample_text, token_limit
 
 ROW = 384
 """Tokens of a row: long enough to go past the windows in use."""
@@ -44,7 +44,7 @@ def _sampled(recipe: Recipe, original: Program) -> VerificationText:
 
 def _from_data(recipe: Recipe, original: Program, folder: Path) -> VerificationText:
     ids = torch.from_numpy(tokenize(recipe.data, Text(folder).tokenizer, limit=TOKENS))
-    vocab = int(original.outputs[0].shape[-1])
+    vocab = token_limit(original)
     if ids.numel() < 16 or int(ids.max()) >= vocab:
         reason = "fewer than 16 tokens" if ids.numel() < 16 else "a token that the model does not know"
         raise MemcError("E207", f"verification data has {reason}", ", ".join(recipe.data), "give another --data FILE")

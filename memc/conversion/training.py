@@ -20,6 +20,7 @@ from memc.runtime.text import Text
 from memc.tensor_file import read_tensors, write_tensors
 from memc.train import Trainer
 from memc.verify import VerificationText, sample_text
+from memc.verify.inputs import token_limit
 
 TOKENS = 200_000
 """Tokens that are trained on unless the recipe says how many."""
@@ -65,7 +66,7 @@ def training_data(recipe: Recipe, original: Program, folder: Path, progress: Pro
     settings = recipe.train or Train()
     tokenizer = Text(folder).tokenizer
     streams = [read_tokens(source, tokenizer, progress=progress) for source in recipe.data]
-    vocab = int(original.outputs[0].shape[-1])
+    vocab = token_limit(original)
     for stream in streams:
         if len(stream) and int(stream.ids.max()) >= vocab:
             raise MemcError(

@@ -12,7 +12,10 @@ from memc.dialect.base import Cost, check_heads, define
 
 def _cost(a: Mapping[str, Any], context: int) -> Cost:
     query, key, value = a["query"], a["key"], a["value"]
-    flops = 2.0 * query.shape[1] * context * (query.shape[3] + value.shape[3])
+    if isinstance(key.shape[2], int):  # a model without tokens, such as one of image patches: all of a fixed number
+        context = key.shape[2]
+    queries = query.shape[2] if isinstance(query.shape[2], int) else 1
+    flops = 2.0 * queries * query.shape[1] * context * (query.shape[3] + value.shape[3])
     return Cost(flops, float(context * key.shape[1] * (key.shape[3] + value.shape[3]) * key.dtype.itemsize))
 
 

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from memc.errors import MemcError
+from memc.frontend.source import PICKLED, refuse_pickled
 
 _ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 _SMALL = ["*.json", "*.jinja", "LICENSE*", "README.md"]
@@ -21,7 +22,8 @@ def download(text: str, *, remote_code: bool, weights: bool) -> Path:
 
     ``HF_HOME``, ``HF_TOKEN`` and ``HF_HUB_OFFLINE`` mean what they mean to ``huggingface_hub``.
 
-    Raises ``MemcError`` E301 when the hub or the cache does not have the model or cannot be reached.
+    Raises ``MemcError`` E301 when the hub or the cache does not have the model or cannot be reached, E304 when the hub
+    has but pickled checkpoints of it.
     """
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
@@ -46,4 +48,19 @@ def download(text: str, *, remote_code: bool, weights: bool) -> Path:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         hint = "check the revision and the connection"
         raise MemcError("E301", f"model {text!r} cannot be downloaded: {reason}", next=hint) from error
+    if weights and not any(Path(folder).glob("*.safetensors")):
+        refuse_pickled(_pickled(match["repo"], match["revision"]), text)
     return Path(folder)
+
+
+def _pickled(repo: str, revision: str | None) -> list[str]:
+    """Return the names of the pickled checkpoints that the hub has, none where it cannot be asked."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        files = snapshot_download(
+            repo, revision=revision, allow_patterns=list(PICKLED), ignore_patterns=["*/*"], dry_run=True
+        )
+    except (OSError, ValueError):
+        return []
+    return [file.filename for file in files]

@@ -15,12 +15,11 @@ from torch import nn
 from memc.artifact import sha256
 from memc.errors import MemcError
 from memc.frontend.names import fit
-from memc.frontend.source import Captured, side_files
+from memc.frontend.source import Captured, refuse_pickled, side_files
 from memc.frontend.trace import Port, capture_failure, make_parameters_fake, trace
 from memc.program import ModelInfo, Program
 from memc.weights import Weights, open_safetensors
 
-PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", "*.h5", "*.msgpack")
 TOKENS = Port("tokens", "tokens", torch.int64, ("B", "T"))
 POSITIONS = Port("positions", "positions", torch.int64, ("B", "T"))
 DECODER_TOKENS = Port("decoder_tokens", "other", torch.int64, ("B", "U"))
@@ -30,10 +29,11 @@ def read_config(folder: Path, *, remote_code: bool) -> dict[str, Any]:
     """Read ``config.json`` of a model folder.
 
     Raises ``MemcError``: E301 when there is none, E302 when it is no JSON object, E304 when it names remote code and
-    ``remote_code`` is not set.
+    ``remote_code`` is not set, or when there is none but a pickled checkpoint.
     """
     path = folder / "config.json"
     if not path.is_file():
+        refuse_pickled((file.name for file in folder.glob("*")), str(folder))
         raise MemcError("E301", "no config.json in the model's folder", str(folder), "give a Hugging Face model folder")
     try:
         config = json.loads(path.read_text())
@@ -189,8 +189,5 @@ def open_weights(folder: Path) -> Weights:
     found = open_safetensors(folder)
     if found is not None:
         return found
-    pickled = [path.name for pattern in PICKLED for path in sorted(folder.glob(pattern))]
-    if pickled:
-        hint = "where you trust it, load it with from_pretrained and write safetensors with save_pretrained"
-        raise MemcError("E304", f"checkpoint {pickled[0]} is pickled, which can run code", str(folder), hint)
+    refuse_pickled((path.name for path in folder.iterdir()), str(folder))
     raise MemcError("E301", "no *.safetensors in the model's folder", str(folder), "download the weights")

@@ -24,10 +24,10 @@ def capture(
 ) -> Program:
     """Capture a module with its own parameters, which the program shares.
 
-    The first int64 input ``[B, T]`` is ``tokens``, the second ``positions``; others are ``other`` and are dynamic in
-    the axes whose example sizes equal those of ``B`` and ``T``. A model on tokens that takes no positions gets an
-    unused ``positions`` input. ``decoder`` None means: look whether an earlier output depends on a later token.
-    ``max_positions`` is the longest sequence that the module takes. The module's first output is captured.
+    The first int64 input ``[B, T]`` is ``tokens``, of a decoder the second is ``positions``; others are ``other``, keep
+    their names, and are dynamic in the axes whose example sizes equal those of ``B`` and ``T``. A decoder that takes no
+    positions gets an unused ``positions`` input. ``decoder`` None means: look whether an earlier output depends on a
+    later token. ``max_positions`` is the longest sequence that the module takes. The module's first output is captured.
 
     Raises ``MemcError`` E305 for unsuitable examples and for what cannot be traced, naming the user's own line.
     """
@@ -35,7 +35,12 @@ def capture(
     ports, arguments = _ports(module, example_inputs, where)
     if decoder is None:
         decoder = ports[0].role == "tokens" and is_causal(module, example_inputs)
-    if decoder and not any(port.role == "positions" for port in ports):
+    if not decoder:
+        ports = [
+            replace(port, name=str(parameter), role="other") if port.role == "positions" else port
+            for port, parameter in zip(ports, arguments, strict=True)
+        ]
+    elif not any(port.role == "positions" for port in ports):
         ports.append(Port("positions", "positions", torch.int64, ("B", "T")))
         arguments.append(None)
     info = ModelInfo(where, module_digest(module), type(module).__name__, None, max_positions, decoder=decoder)

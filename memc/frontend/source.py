@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 import sysconfig
 import traceback
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from memc.errors import MemcError
 from memc.program import Program
 from memc.weights import Weights
 
@@ -25,6 +28,7 @@ SIDE_FILES = (
     "LICENSE*",
     "README.md",
 )
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", "*.h5", "*.msgpack")
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in [^\n]*\n?(?P<text>[^\n]*)')
 
 
@@ -46,6 +50,15 @@ class Captured:
 def side_files(folder: Path) -> list[Path]:
     """Return the files of a model folder that go with its artifact, in the order of ``SIDE_FILES``."""
     return [path for pattern in SIDE_FILES for path in sorted(folder.glob(pattern)) if path.is_file()]
+
+
+def refuse_pickled(names: Iterable[str], where: str) -> None:
+    """Raise ``MemcError`` E304 where the files of a model, by name, hold pickled checkpoints and no safetensors."""
+    found = sorted(names)
+    pickled = [name for name in found if any(fnmatch(name, pattern) for pattern in PICKLED)]
+    if pickled and not any(name.endswith(".safetensors") for name in found):
+        hint = "where you trust it, load it with from_pretrained and write safetensors with save_pretrained"
+        raise MemcError("E304", f"checkpoint {pickled[0]} is pickled, which can run code", where, hint)
 
 
 def user_line(stack_trace: str) -> tuple[str, str]:

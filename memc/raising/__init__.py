@@ -73,7 +73,7 @@ def raise_program(program: Program) -> Raised:
         raised=not misses,
         model=replace(
             program.model,
-            absolute_positions=limit is not None,
+            absolute_positions=limit is not None if probe.node("positions") else program.model.absolute_positions,
             max_positions=min(limit, positions or limit) if limit is not None else positions,
         ),
     )

@@ -42,7 +42,7 @@ class Timing(Facts):
 
 
 class ModelFacts(Facts):
-    """The source model. ``digest`` is empty when no weights were read."""
+    """The source model. ``digest`` is empty when no weights were read; ``inputs`` are names and shapes."""
 
     source: str
     digest: str = ""
@@ -52,6 +52,7 @@ class ModelFacts(Facts):
     max_positions: int | None = None
     absolute_positions: bool = False
     decoder: bool = True
+    inputs: list[str] = Field(default_factory=list)
     remote_code: bool = False
 
 

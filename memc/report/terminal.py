@@ -14,6 +14,8 @@ from memc.report.text import amount, duration, layers, number, plain, ratio, siz
 
 Cell = str | Text
 
+WORK_OF_INPUT = "work for an input"
+
 
 def text(value: str, style: str = "") -> Text:
     """Make printable text of a foreign string."""
@@ -76,6 +78,8 @@ def model_line(model: m.ModelFacts) -> Text:
         facts.append(f"vocabulary {model.vocab_size}")
     if model.max_positions:
         facts.append(f"{model.max_positions} positions")
+    if not model.decoder:
+        facts.append(f"takes {plain(', '.join(model.inputs))}; no decoder, it cannot generate")
     return Text.assemble((plain(model.source), "bold"), "\n", ", ".join(facts))
 
 
@@ -132,17 +136,21 @@ def _misses(misses: Sequence[m.NearMissFacts], layer: int | None) -> RenderableT
 
 def cost_lines(document: m.InspectDocument) -> RenderableType:
     """Show work and state per token at some contexts."""
-    contexts = sorted(document.state_bytes)
-    if not contexts:
-        return text(f"{amount(document.flops_per_token, 'FLOP')} per token")
+    contexts = sorted(document.state_bytes or document.flops_by_context)
+    label = _work_label(document.model)
+    if not contexts or label == WORK_OF_INPUT:
+        return text(f"{label}: {amount(document.flops_per_token, 'FLOP')}")
     flops = document.flops_by_context or dict.fromkeys(contexts[:1], document.flops_per_token)
-    return table(
-        ["at a context of", *(f">{context}" for context in contexts)],
-        [
-            ["state of a sequence", *(size(document.state_bytes[context]) for context in contexts)],
-            ["work for a token", *(amount(flops.get(context), "FLOP") for context in contexts)],
-        ],
-    )
+    rows = [[label, *(amount(flops.get(context), "FLOP") for context in contexts)]]
+    if document.state_bytes:
+        rows.insert(0, ["state of a sequence", *(size(document.state_bytes[context]) for context in contexts)])
+    return table(["at a context of", *(f">{context}" for context in contexts)], rows)
+
+
+def _work_label(model: m.ModelFacts | None) -> str:
+    """Name what the work is counted for: of a model that takes no tokens, one whole input."""
+    tokens = model is None or not model.inputs or any(name.startswith("tokens ") for name in model.inputs)
+    return "work for a token" if tokens else WORK_OF_INPUT
 
 
 # convert and report
@@ -216,7 +224,7 @@ def costs_table(document: m.ConvertDocument) -> RenderableType:
         new_ms = after.decode_ms[context]
         old_text = f"{old_ms:.3g}" if old_ms is not None else "-"
         rows.append((f"ms a token at {context}", old_text, f"{new_ms:.3g}", ratio(new_ms, old_ms)))
-    rows.append(("work for a token", amount(before.flops_per_token if before else None, "FLOP"),
+    rows.append((_work_label(document.model), amount(before.flops_per_token if before else None, "FLOP"),
                  amount(after.flops_per_token, "FLOP"), ""))  # fmt: skip
     shown: list[list[str]] = [list(row) for row in rows]
     for name, predicted, measured in (

@@ -19,6 +19,7 @@ from memc.backend import Runner, RunState
 from memc.errors import MemcError
 from memc.plugins import load_plugin
 from memc.runtime.generate import Conversation, GenerateOptions, Generation, generate, one_prompt, stream
+from memc.runtime.inputs import named_inputs
 from memc.runtime.sampling import at_least
 from memc.runtime.text import Text
 
@@ -100,16 +101,21 @@ class Session:
         """Return the text of token ids, special tokens left out. Raises ``MemcError`` E308 without a tokenizer."""
         return self.text.decode(ids)
 
-    def logits(self, ids: Ids, *, fetched: Mapping[str, npt.NDArray[np.generic]] | None = None) -> F32:
+    def logits(self, ids: Ids | None = None, **inputs: npt.ArrayLike) -> F32:
         """Return the logits ``[B,T,vocab]`` float32 of every token, from an empty state.
 
-        T is the longest row's length; past a shorter row's end the logits are 0. ``fetched`` as in
-        ``logit_chunks``. Raises ``MemcError``: E205 an empty row, E206 a row past the capacity, E200 an id outside the
-        vocabulary.
+        T is the longest row's length; past a shorter row's end the logits are 0. Of an encoder it is the model's first
+        output, whatever that is. What a model takes beside tokens, or instead of them, is given by name:
+        ``logits(ids, decoder_tokens=...)``, ``logits(pixel_values=...)``; ``manifest.inputs`` lists the names.
+
+        Raises ``MemcError``: E205 an empty row, E206 a row past the capacity, E208 an input is missing, E200 an id
+        outside the vocabulary or an input of another name, type or shape.
         """
+        if ids is None or not self.manifest.decoder:
+            return self._whole(ids, inputs)
         rows = self._rows(ids)
         longest = max(map(len, rows))
-        pieces = [piece for _, piece in self.logit_chunks(rows, fetched=fetched)]
+        pieces = [piece for _, piece in self.logit_chunks(rows, inputs=inputs)]
         out = pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=1)
         blank = np.arange(longest) >= np.array([[len(row)] for row in rows])
         if blank.any():
@@ -118,25 +124,54 @@ class Session:
         return out
 
     def logit_chunks(
-        self, ids: Ids, *, chunk: int | None = None, fetched: Mapping[str, npt.NDArray[np.generic]] | None = None
+        self, ids: Ids, *, chunk: int | None = None, inputs: Mapping[str, npt.ArrayLike] | None = None
     ) -> Iterator[tuple[int, F32]]:
         """Yield ``(start, logits [B,C,vocab])`` for one chunk of columns after the other, from an empty state.
 
         The memory is that of one chunk; what stands at padded columns is undefined. An encoder runs whole, in one
-        piece, as does an input with ``fetched`` (inputs of the role fetched, by name). Raises as ``logits`` does.
+        piece, as does a model with further ``inputs``, given by name. Raises as ``logits`` does.
         """
-        rows = self._rows(ids)
+        if not self.manifest.decoder:
+            yield 0, self._whole(ids, inputs or {})
+            return
+        rows = self._full_rows(ids)
         longest = max(map(len, rows))
-        if not all(map(len, rows)):
-            raise MemcError("E205", f"row {[len(row) for row in rows].index(0)} has no tokens")
+        named = named_inputs(self.manifest, inputs or {}, {"B": len(rows), "T": longest})
         self._fits(longest, self.capacity)
-        whole = fetched is not None or not self.manifest.decoder
-        width = longest if whole else chunk or self.chunk
+        width = longest if named else chunk or self.chunk
         state = self.runner.new_state(len(rows), longest)
         zeros = np.zeros(len(rows), np.int64)
         for start in range(0, longest, width):
             tokens, positions = _columns(rows, zeros, start, min(start + width, longest))
-            yield start, self.runner.run(tokens, positions, state, None, fetched)
+            yield start, self.runner.run(tokens, positions, state, None, named)
+
+    def _whole(self, ids: Ids | None, inputs: Mapping[str, npt.ArrayLike]) -> F32:
+        """Run a model that cannot be run in pieces: rows of one length together, for it knows no padding."""
+        if ids is None:
+            sizes: dict[str, int] = {}
+            named = named_inputs(self.manifest, inputs, sizes)
+            self._fits(max(sizes.get("T", 0), sizes.get("U", 0)), self.capacity)
+            return self.runner.run(None, None, self.runner.new_state(sizes.get("B", 1)), None, named)
+        rows = self._full_rows(ids)
+        lengths = np.array([len(row) for row in rows])
+        longest = int(lengths.max())
+        named = named_inputs(self.manifest, inputs, {"B": len(rows), "T": longest})
+        self._fits(longest, self.capacity)
+        if named and (lengths != longest).any():
+            raise MemcError("E200", f"rows of {lengths.tolist()} tokens: with further inputs all must be equally long")
+        out: F32 | None = None
+        for length in np.unique(lengths):
+            chosen = np.flatnonzero(lengths == length)
+            tokens, positions = _columns([rows[i] for i in chosen], np.zeros(len(chosen), np.int64), 0, int(length))
+            part = self.runner.run(tokens, positions, self.runner.new_state(len(chosen), longest), None, named)
+            if len(chosen) == len(rows):
+                return part
+            by_token = self.manifest.outputs[0].shape[1:2] in (["T"], ["K"])
+            if out is None:
+                out = np.zeros((len(rows), *([longest] if by_token else part.shape[1:2]), *part.shape[2:]), np.float32)
+            out[chosen, : part.shape[1]] = part
+        assert out is not None
+        return out
 
     def new_state(self, batch: int = 1, capacity: int | None = None) -> SessionState:
         """Make the state of ``batch`` sequences that have seen nothing.
@@ -289,7 +324,7 @@ class Session:
     def require_decoder(self) -> None:
         """Raise ``MemcError`` E208 when the artifact is an encoder, which has no next token."""
         if not self.manifest.decoder:
-            hint = "use Session.logits, or memc inspect"
+            hint = "use Session.logits from Python"
             raise MemcError("E208", f"{self.manifest.family} is no decoder: it cannot generate", str(self.folder), hint)
 
     def _fits(self, tokens: int, capacity: int | None) -> None:
@@ -297,8 +332,18 @@ class Session:
             hint = f"memc convert MODEL -o OUT --context {tokens}, or a shorter input"
             raise MemcError("E206", f"{tokens} tokens are past the capacity of {capacity}", str(self.folder), hint)
 
+    def _full_rows(self, ids: Ids) -> list[I64]:
+        """Return the ids as one array a row, none of them empty."""
+        rows = self._rows(ids)
+        if not all(map(len, rows)):
+            raise MemcError("E205", f"row {[len(row) for row in rows].index(0)} has no tokens")
+        return rows
+
     def _rows(self, ids: Ids) -> list[I64]:
         """Return the ids as one array a row, checked against the vocabulary."""
+        if not any(port.role == "tokens" for port in self.manifest.inputs):
+            hint = f"give by name: {', '.join(port.name for port in self.manifest.inputs)}"
+            raise MemcError("E208", f"{self.manifest.family} takes no tokens", str(self.folder), hint)
         single = len(ids) > 0 and np.ndim(ids[0]) == 0
         rows = [np.asarray(row, np.int64).reshape(-1) for row in ([ids] if single else ids)]
         if not rows:

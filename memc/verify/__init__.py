@@ -1,9 +1,11 @@
 """Checks of programs: well-formed, finite, split-invariant, and related to the original as a pass declared."""
 
 from memc.verify.execute import layer_of, logits, pieces, run, run_nodes, streams, whole
+from memc.verify.inputs import inputs_of, token_limit
 from memc.verify.relations import (
     CheckResult,
     check_relation,
+    check_text,
     finite,
     kl_mean,
     noise_floor,
@@ -20,8 +22,10 @@ __all__ = [
     "Problem",
     "VerificationText",
     "check_relation",
+    "check_text",
     "finite",
     "first_bad_site",
+    "inputs_of",
     "kl_mean",
     "layer_of",
     "logits",
@@ -35,6 +39,7 @@ __all__ = [
     "split_invariance",
     "streams",
     "take",
+    "token_limit",
     "well_formed",
     "whole",
 ]

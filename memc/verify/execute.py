@@ -13,21 +13,16 @@ from torch.fx.node import map_arg
 
 from memc.dialect import op_spec
 from memc.program import Program, get_tensor
+from memc.verify.inputs import inputs_of, positions_of
 from memc.weights import program_dtype
 
 PIECE = 256
 """Most tokens that are run at once where a program allows any split: bounds the logits held."""
 
 
-def positions_of(tokens: Tensor, start: int = 0) -> Tensor:
-    """Return the positions ``[B, T]`` of ``tokens [B, T]`` whose first one is at ``start``."""
-    return torch.arange(start, start + tokens.shape[1], device=tokens.device).expand_as(tokens).contiguous()
-
-
 def run(
     program: Program,
-    tokens: Tensor,
-    positions: Tensor,
+    inputs: Sequence[Tensor],
     state: Sequence[Tensor],
     precision: torch.dtype = torch.float32,
 ) -> tuple[Tensor, ...]:
@@ -36,14 +31,17 @@ def run(
     Parameters of another type are converted one at a time, so that memory for the model as it is stored is enough.
     """
     if program_dtype(program) == precision:
-        return program(tokens, positions, *state)
-    return run_nodes(program, (tokens, positions, *state), precision=precision)
+        return program(*inputs, *state)
+    return run_nodes(program, (*inputs, *state), precision=precision)
 
 
 def whole(program: Program, tokens: Tensor, precision: torch.dtype = torch.float32) -> Tensor:
-    """Return the logits ``[B, T, vocab]`` of ``tokens [B, T]`` in one call from an empty state."""
+    """Return the first output (logits ``[B, T, vocab]``) for ``tokens [B, T]`` in one call from an empty state.
+
+    What else the program takes is that of :func:`memc.verify.inputs.inputs_of`.
+    """
     state = program.new_state(tokens.shape[0], tokens.device)
-    return run(program, tokens, positions_of(tokens), state, precision)[0].to(precision)
+    return run(program, inputs_of(program, tokens), state, precision)[0].to(precision)
 
 
 def rows(tokens: Tensor) -> list[Tensor]:
@@ -52,9 +50,9 @@ def rows(tokens: Tensor) -> list[Tensor]:
 
 
 def streams(program: Program) -> bool:
-    """Tell whether any split of a sequence gives the same outputs: raised, and every op is split-invariant."""
+    """Tell whether any split of a sequence gives the same outputs: a raised decoder of split-invariant ops."""
     specs = (op_spec(node.target) for node in program.module.graph.nodes if node.op == "call_function")
-    return program.raised and all(spec.split_invariant for spec in specs if spec is not None)
+    return program.model.decoder and program.raised and all(spec.split_invariant for spec in specs if spec is not None)
 
 
 def pieces(
@@ -65,7 +63,7 @@ def pieces(
     start = 0
     for size in sizes:
         part = tokens[:, start : start + size]
-        outputs = run(program, part, positions_of(part, start), state, precision)
+        outputs = run(program, (part, positions_of(part, start)), state, precision)
         state = outputs[len(program.outputs) :]
         start += size
         yield outputs[0].to(precision)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from memc.errors import MemcError
 from memc.program import Program
 from memc.relation import Bounded, Close, Exact, Relation
-from memc.verify.execute import logits, pieces, positions_of, rows, run, streams, whole
+from memc.verify.execute import logits, pieces, rows, run, streams, whole
+from memc.verify.inputs import positions_of
 from memc.verify.sites import first_bad_site
 from memc.verify.text import VerificationText, take
 
@@ -73,7 +74,7 @@ def check_relation(
             return _check_close(original, result, "close", tolerance, limit, text, floor)
         case Bounded("kl_mean", budget):
             value = kl_mean(original, result, text.tokens)
-            return _result("kl_mean", value, budget, 0.0, f"nats per token over {text.tokens.numel()} tokens")
+            return _result("kl_mean", value, budget, 0.0, _kl_detail(text))
         case Bounded("perplexity_ratio", budget):
             return _check_ratio("perplexity_ratio", original, result, budget, text)
         case Bounded("perplexity_ratio_to_window", budget) if baseline is not None:
@@ -115,6 +116,9 @@ def _worst(
 
 def _shapes(program: Program, limit: int | None, text: VerificationText) -> Iterator[tuple[int, int]]:
     """Yield batch sizes and lengths: 1, 2, odd, and the most that the relation or the text covers."""
+    if not any("T" in spec.shape for spec in program.inputs):
+        yield from ((batch, 1) for batch in BATCHES)
+        return
     longest = limit or text.tokens.shape[1]
     if program.model.absolute_positions and program.model.max_positions:
         longest = min(longest, program.model.max_positions)
@@ -143,7 +147,10 @@ def _pairs(
 def _check_ratio(
     name: str, original: Program, result: Program, budget: float | None, text: VerificationText
 ) -> CheckResult:
-    before, after = perplexity(original, text.tokens), perplexity(result, text.tokens)
+    return _ratio(name, perplexity(original, text.tokens), perplexity(result, text.tokens), budget, text)
+
+
+def _ratio(name: str, before: float, after: float, budget: float | None, text: VerificationText) -> CheckResult:
     detail = f"perplexity {after:.4g} against {before:.4g} over {text.tokens.numel()} tokens"
     return _result(name, after / before, budget, None, detail)
 
@@ -155,10 +162,42 @@ def perplexity(program: Program, tokens: Tensor) -> float:
     for row in rows(tokens):
         start = 0
         for part in logits(program, row):
-            targets = row[0, start + 1 : start + 1 + part.shape[1]]
-            nll = F.cross_entropy(part[0, : targets.shape[0]], targets, reduction="sum")
-            total, count, start = total + float(nll), count + targets.shape[0], start + part.shape[1]
+            total, start = total + _nll(part, row, start), start + part.shape[1]
+        count += row.shape[1] - 1
+    return _perplexity(total, count)
+
+
+def _nll(part: Tensor, row: Tensor, start: int) -> float:
+    """Return the summed negative log-likelihood of ``row [1, L]`` after each token of ``part [1, C, vocab]``."""
+    targets = row[0, start + 1 : start + 1 + part.shape[1]]
+    return float(F.cross_entropy(part[0, : targets.shape[0]], targets, reduction="sum"))
+
+
+def _perplexity(total: float, count: int) -> float:
     return math.exp(min(total / max(count, 1), 700.0)) if not math.isnan(total) else math.nan
+
+
+@torch.no_grad()
+def check_text(
+    original: Program, result: Program, text: VerificationText, budgets: Mapping[str, float]
+) -> list[CheckResult]:
+    """Measure ``perplexity_ratio`` and ``kl_mean`` as :func:`check_relation` does, in one run of each program.
+
+    ``budgets`` holds those that are promised, by metric.
+    """
+    before_nll = after_nll = divergence = 0.0
+    for row in rows(text.tokens):
+        start = 0
+        for before, after in _pairs(original, result, row):
+            before_nll += _nll(before, row, start)
+            after_nll += _nll(after, row, start)
+            divergence += _kl(before, after)
+            start += before.shape[1]
+    count = text.tokens.shape[0] * (text.tokens.shape[1] - 1)
+    before_perplexity, after_perplexity = _perplexity(before_nll, count), _perplexity(after_nll, count)
+    ratio = _ratio("perplexity_ratio", before_perplexity, after_perplexity, budgets.get("perplexity_ratio"), text)
+    value = divergence / text.tokens.numel()
+    return [ratio, _result("kl_mean", value, budgets.get("kl_mean"), 0.0, _kl_detail(text))]
 
 
 @torch.no_grad()
@@ -167,9 +206,17 @@ def kl_mean(original: Program, result: Program, tokens: Tensor) -> float:
     total = 0.0
     for row in rows(tokens):
         for before, after in _pairs(original, result, row):
-            expected = F.log_softmax(before, -1)
-            total += float((expected.exp() * (expected - F.log_softmax(after, -1))).sum())
+            total += _kl(before, after)
     return total / tokens.numel()
+
+
+def _kl(before: Tensor, after: Tensor) -> float:
+    expected = F.log_softmax(before, -1)
+    return float((expected.exp() * (expected - F.log_softmax(after, -1))).sum())
+
+
+def _kl_detail(text: VerificationText) -> str:
+    return f"nats per token over {text.tokens.numel()} tokens"
 
 
 @torch.no_grad()
@@ -205,7 +252,7 @@ def _mixed_lengths(program: Program, tokens: Tensor) -> Tensor:
     positions = tokens.new_full((batch, total), -1).scatter(1, columns, positions_of(tokens))
     state, parts = program.new_state(batch), []
     for part in (slice(0, total // 2), slice(total // 2, None)):
-        outputs = run(program, padded[:, part], positions[:, part].contiguous(), state)
+        outputs = run(program, (padded[:, part], positions[:, part].contiguous()), state)
         state = outputs[len(program.outputs) :]
         parts.append(outputs[0].float())
     found = torch.cat(parts, 1)

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from memc.program import Program
-from memc.verify.execute import layer_of, positions_of, run_nodes
+from memc.verify.execute import layer_of, run_nodes
+from memc.verify.inputs import inputs_of
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def first_bad_site(original: Program, result: Program, tokens: Tensor, tolerance
             differences[node.name] = difference
 
     for program, visit in ((original, record), (result, compare)):
-        inputs = (tokens, positions_of(tokens), *program.new_state(tokens.shape[0]))
+        inputs = (*inputs_of(program, tokens), *program.new_state(tokens.shape[0]))
         run_nodes(program, inputs, precision=torch.float32, visit=visit)
     for node in order:
         if node.name in differences:

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from memc.program import Program
 from memc.verify.execute import run, streams
+from memc.verify.inputs import token_limit
 
-SEQUENCES = 8
-LENGTH = 48
+# Joined into one row they are 640 tokens: hundreds past a window of 256. Steps cost, sequences hardly do.
+SEQUENCES = 16
+LENGTH = 40
 
 
 @dataclass(frozen=True)
@@ -27,19 +29,22 @@ def sample_text(program: Program, seed: int, *, sequences: int = SEQUENCES, leng
     """Sample ``sequences`` of ``length`` tokens from a program at temperature 1, from uniformly drawn first tokens.
 
     Sampled text is text that the model finds likely, so that a change of its predictions shows in the perplexity. A
-    program that cannot be run in pieces (an encoder) gets uniformly drawn tokens.
+    program that cannot be run in pieces (an encoder) gets uniformly drawn tokens, and so does one that takes none:
+    everything else that it takes is drawn from them (:func:`memc.verify.inputs.inputs_of`).
     """
-    vocab = int(program.outputs[0].shape[-1])
-    vocab = min(vocab, program.model.vocab_size or vocab)
+    vocab = token_limit(program)
     generator = torch.Generator().manual_seed(seed)
     length = min(length, program.model.max_positions or length) if program.model.absolute_positions else length
     drawn = torch.randint(vocab, (sequences, length), generator=generator)
-    if not streams(program) or not program.model.decoder:
-        return VerificationText(drawn, f"{sequences} sequences of {length} uniformly drawn tokens, seed {seed}")
+    if not streams(program):
+        roles = {spec.role for spec in program.inputs}
+        what = f"{sequences} sequences of {length} uniformly drawn tokens" if "tokens" in roles else ""
+        others = "uniformly drawn inputs" if roles - {"tokens", "positions"} else ""
+        return VerificationText(drawn, f"{' and '.join(filter(None, (what, others)))}, seed {seed}")
     tokens, state = drawn[:, :1], program.new_state(sequences)
     text = [tokens]
     for index in range(length - 1):
-        outputs = run(program, tokens, torch.full((sequences, 1), index), state)
+        outputs = run(program, (tokens, torch.full((sequences, 1), index)), state)
         state = outputs[len(program.outputs) :]
         # In float64, so that the draw depends on no rounding of a sum over the vocabulary.
         chances = outputs[0][:, -1, :vocab].double().softmax(-1)

@@ -102,4 +102,13 @@ SCENARIOS: dict[str, Calls] = {
         ([[0], [4]], None),
         ([[1], [5]], None),
     ],
+    # Rows start sequences at columns of their own, after tokens, after padding, and several times in one call.
+    "restart inside": [
+        ([span(0, 5) + span(0, 8), [-1, *span(0, 3), *span(0, 9)]], None),
+        ([span(8, 2) + span(0, 4), span(9, 6)], [1, 5, 3]),
+        ([[4], [15]], None),
+        ([[0, 1, 0, -1], [16, 0, 0, 1]], [3]),
+        ([[0, 1, 2], [2, -1, 0]], None),
+        ([[3], [1]], None),
+    ],
 }

@@ -1,4 +1,4 @@
-"""Every captured decoder family runs in every backend as it runs in the IR, unrewritten and after each pass."""
+"""Every captured family runs in every backend as it runs in the IR, unrewritten and after each pass."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from memc import load
+from memc.api import convert
 from memc.blocks import AttentionBlock
 from memc.pipeline import parse_spec
 from memc.plugins import load_plugin, registered
 from memc.program import Program
 from memc.raising import find_blocks
+from memc.recipe import Recipe
 from memc.target import get_target
 from tests.backends.onnx_support import SCENARIOS, build, compare
-from tests.core.test_families import DECODERS, QUICK, raised
+from tests.core.test_families import DECODERS, QUICK, every, raised
+from tests.families import FAMILIES, inputs_of, raw_program
 
 TOLERANCE = 1e-4
 PASSES = ("window:window=4,sinks=2", "linearize:window=4,sinks=2,feature_size=12")
@@ -44,6 +48,19 @@ def test_a_family_runs_in_onnx_as_in_the_program(name: str, tmp_path: Path) -> N
     runner = build(program, tmp_path, context=24)
     for scenario in ("prompt", "pieces", "padding"):
         assert compare(program, runner, SCENARIOS[scenario]) < TOLERANCE, scenario
+
+
+@pytest.mark.parametrize("backend", ["onnx", "eager"])
+@pytest.mark.parametrize("name", every([name for name in FAMILIES if name not in DECODERS]))
+def test_an_encoder_runs_in_every_backend_as_the_original(name: str, backend: str, tmp_path: Path) -> None:
+    program, reference = raw_program(name)
+    assert convert(program, tmp_path / "out", recipe=Recipe(recipe=1), backend=backend).verified
+    session = load(tmp_path / "out")
+    for batch, length in ((1, 1), (3, 11), (2, 17)):
+        inputs = inputs_of(program, batch, length)
+        named = {spec.name: value.numpy() for spec, value in zip(program.inputs, inputs, strict=True)}
+        found = torch.from_numpy(session.logits(**named))
+        torch.testing.assert_close(found, reference(*inputs), rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.conformance

@@ -75,6 +75,9 @@ def test_prefix_in_one_call(tmp_path: Path) -> None:
     runner = build(program, tmp_path)
     calls = [([span(0, 5), span(0, 2, right=3)], None), ([span(5, 2), [-1, -1]], None)]
     assert compare(program, runner, calls) < TOLERANCE
+    # A row that starts anew does not cut the prefix of another, which must come in one call.
+    calls = [([[*span(0, 2), *span(0, 5)], [-1, *span(0, 6)]], None), ([span(5, 2), span(6, 2)], None)]
+    assert compare(program, runner, calls) < TOLERANCE
 
 
 def test_half_precision_program_runs_in_float32(tmp_path: Path) -> None:

@@ -161,6 +161,8 @@ def test_pickled_checkpoint(folder: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x04")
     assert "pickled" in refused(folder, "E304").message
     refused(folder / "pytorch_model.bin", "E304")
+    (folder / "config.json").unlink()
+    assert "pickled" in refused(folder, "E304").message
 
 
 def test_remote_code(folder: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from fnmatch import fnmatch
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -141,6 +143,41 @@ def test_hub_id_is_read_from_the_cache(tmp_path: Path, monkeypatch: pytest.Monke
     captured = capture_source("someone/tiny@main")
     assert captured.weights is not None and captured.program.model.source == "someone/tiny@main"
     assert agree(materialize(captured.program, captured.weights), module)
+
+
+@pytest.mark.parametrize("gone", ["model.safetensors", "config.json"])
+def test_a_hub_repository_of_pickled_checkpoints_is_refused(
+    gone: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, _ = families.build("gpt2")
+    hub_cache(tmp_path, "someone/tiny", module)
+    snapshot = tmp_path / "hub" / "models--someone--tiny" / "snapshots" / "abc123"
+    (snapshot / "model.safetensors").rename(snapshot / "pytorch_model.bin")
+    (snapshot / gone).unlink(missing_ok=True)
+    offline(tmp_path, monkeypatch)
+    with pytest.raises(MemcError, match=r"pytorch_model\.bin is pickled") as caught:
+        capture_source("someone/tiny")
+    assert caught.value.code == "E304"
+
+
+def test_what_the_hub_has_is_asked_where_no_weights_came(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pickled files are never downloaded, so that the snapshot alone does not tell that they are all there is."""
+    import huggingface_hub
+
+    module, _ = families.build("gpt2")
+    module.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+
+    def snapshot_download(repo: str, *, dry_run: bool = False, **asked: Any) -> Any:
+        names = ["config.json", "pytorch_model-00001-of-00002.bin"]
+        wanted = [n for n in names if any(fnmatch(n, pattern) for pattern in asked["allow_patterns"])]
+        return [SimpleNamespace(filename=name) for name in wanted] if dry_run else str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(MemcError, match="00001-of-00002") as caught:
+        capture_source("someone/tiny")
+    assert (caught.value.code, caught.value.where) == ("E304", "someone/tiny")
+    assert capture_source("someone/tiny", weights=False).weights is None
 
 
 def test_hub_id_offline_and_not_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

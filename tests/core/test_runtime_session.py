@@ -177,7 +177,8 @@ def test_bad_ids(tmp_path):
 def test_an_encoder_gives_logits_and_refuses_the_rest_by_name(tmp_path):
     session = make_session(tmp_path, decoder=False, family="bert", states=[], chunk=2)
     assert session.logits(ROWS).shape == (3, 12, VOCAB)
-    assert session.runner.calls == [(12, 12)]  # whole: an encoder reads what comes later
+    # Whole, for an encoder reads what comes later, and rows of one length together, for it would read padding too.
+    assert session.runner.calls == [(1, 1), (7, 7), (12, 12)]
     for call, args in ((session.generate, ([1],)), (session.stream, ([1],)), (session.new_state, ())):
         assert "bert" in refused("E208", call, *args)
 

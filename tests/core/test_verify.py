@@ -5,18 +5,22 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch.fx import Node
 
+from memc.conversion.text import verification_text
 from memc.errors import MemcError
 from memc.plugins import load_kernels
 from memc.program import Program
+from memc.recipe import Recipe
 from memc.relation import Bounded, Close, Exact
 from memc.verify import (
     VerificationText,
     check_relation,
+    check_text,
     finite,
     first_bad_site,
     noise_floor,
@@ -274,6 +278,28 @@ def test_sampled_text_is_reproducible_and_likely() -> None:
     assert torch.equal(first.tokens, again.tokens) and not torch.equal(first.tokens, other.tokens)
     drawn = torch.randint(37, (3, 20))
     assert perplexity(program, first.tokens) < 0.5 * perplexity(program, drawn)
+
+
+def test_the_text_goes_hundreds_of_tokens_past_a_window_and_keeps_the_limit_of_positions(tmp_path: Path) -> None:
+    (tmp_path / "report").mkdir()
+    program = tiny_program()
+    text = verification_text(Recipe(recipe=1, seed=0), program, tmp_path)
+    assert sum(max(row.shape[0] - 1 - 256, 0) for row in text.tokens) > 300
+    assert torch.equal(verification_text(Recipe(recipe=1, seed=1), program, tmp_path).tokens, text.tokens)  # kept
+    (tmp_path / "report" / "text.json").unlink()
+    model = dataclasses.replace(program.model, absolute_positions=True, max_positions=30)
+    limited = verification_text(Recipe(recipe=1, seed=0), dataclasses.replace(program, model=model), tmp_path)
+    assert limited.tokens.shape == (16, 30)
+
+
+def test_the_text_is_checked_in_one_run_as_in_several() -> None:
+    program, result = rewritten(op="scale", by=0.9)
+    text = sample_text(program, 0, sequences=3, length=20)
+    ratio, kl = check_text(program, result, text, {"kl_mean": 1e-9})
+    assert abs(ratio.value - 1) > 0.001 and ratio.passed and kl.value > 0.001 and not kl.passed
+    for found, relation in ((ratio, Bounded("perplexity_ratio", None)), (kl, Bounded("kl_mean", 1e-9))):
+        single = check_relation(program, result, relation, text)
+        assert found == dataclasses.replace(single, value=pytest.approx(single.value, rel=1e-5))
 
 
 def test_the_text_starts_over_at_its_end() -> None:
