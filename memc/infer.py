@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    ShapeEnv,
+    StatelessSymbolicContext,
+    free_unbacked_symbols,
+)
 from torch.fx.node import map_arg
 
 from memc.program import Dim, InputSpec, Program, StateSpec, get_tensor
@@ -44,26 +50,78 @@ class Symbols:
 
 
 class Propagation:
-    """One run of a program's graph on fake tensors, node by node; ``values`` holds what has been inferred so far."""
+    """One run of a graph on fake tensors, node by node; ``values`` holds what has been inferred so far.
 
-    def __init__(self, program: Program) -> None:
-        """Start before the first node."""
+    Nodes that are alike are inferred once and share their value: ``kinds`` gives each node a number that equals
+    another's where op, constants and the types of the inputs do. A fake kernel sees no more than those.
+    """
+
+    def __init__(self, module: GraphModule, specs: Iterable[InputSpec | StateSpec]) -> None:
+        """Start before the first node; ``specs`` are those of the placeholders, in order."""
         self.symbols = Symbols()
         self.values: dict[Node, Any] = {}
-        self._module = program.module
-        self._specs: Iterator[InputSpec | StateSpec] = iter([*program.inputs, *program.states])
+        self.kinds: dict[Node, int] = {}
+        self._module = module
+        self._specs = iter(specs)
+        self._numbers: dict[Hashable, int] = {}
+        self._known: dict[int, Any] = {}
+        self._types: dict[Node, Any] = {}
 
     def step(self, node: Node) -> None:
         """Infer one node from those before it; raises whatever its fake kernel raises when shapes do not fit."""
         match node.op:
             case "placeholder":
                 spec = next(self._specs)
-                self.values[node] = self.symbols.tensor(spec.shape, spec.dtype)
+                self._set(node, ("given", spec.dtype, spec.shape), lambda: self.symbols.tensor(spec.shape, spec.dtype))
             case "get_attr":
                 tensor = get_tensor(self._module, str(node.target))
-                self.values[node] = self.symbols.tensor(tuple(map(int, tensor.shape)), tensor.dtype)
+                shape = tuple(map(int, tensor.shape))
+                self._set(node, ("stored", tensor.dtype, shape), lambda: self.symbols.tensor(shape, tensor.dtype))
             case "call_function":
-                self.values[node] = call_fake(self.symbols.mode, node, self.values)
+                # As text, since 1, 1.0 and True are equal, and so are 0.0 and -0.0.
+                arguments = repr(map_arg((node.args, node.kwargs), self._types.__getitem__))
+                self._set(node, (node.target, arguments), lambda: call_fake(self.symbols.mode, node, self.values))
+
+    def _set(self, node: Node, key: Hashable, make: Callable[[], Any]) -> None:
+        kind = self._number(key)
+        if kind in self._known:
+            value = self._known[kind]
+        elif free_unbacked_symbols(value := make()):
+            # Sizes that the data decide are others at each node, and fake tensors remember theirs.
+            inputs = {source: _copy(self.symbols.mode, self.values[source]) for source in node.all_input_nodes}
+            kind, value = self._number(node), call_fake(self.symbols.mode, node, inputs)
+        else:
+            self._known[kind] = value
+        self.values[node], self.kinds[node] = value, kind
+        self._types[node] = _Type(self._number(_describe(value)))
+
+    def _number(self, key: Hashable) -> int:
+        return self._numbers.setdefault(key, len(self._numbers))
+
+
+@dataclass(frozen=True)
+class _Type:
+    """Stands for an input in the text of a node's arguments; equal where :func:`_describe` gives the same."""
+
+    number: int
+
+
+def _describe(value: Any) -> Hashable:
+    """Return everything that a fake kernel can ask of a value."""
+    if isinstance(value, Tensor):
+        sizes = (*value.shape, *value.stride(), value.storage_offset())
+        bits = (value.requires_grad, value.is_conj(), value.is_neg())
+        return value.dtype, value.device, value.layout, bits, tuple(map(_describe, sizes))
+    if isinstance(value, tuple | list):
+        return type(value), tuple(map(_describe, value))
+    if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
+        return type(value), value.node.expr
+    return type(value), repr(value)
+
+
+def _copy(mode: FakeTensorMode, value: Any) -> Any:
+    with mode:
+        return torch.empty_like(value) if isinstance(value, Tensor) else value
 
 
 def infer(program: Program) -> None:
@@ -71,7 +129,7 @@ def infer(program: Program) -> None:
 
     Raises whatever an op's fake kernel raises when shapes do not fit.
     """
-    run = Propagation(program)
+    run = Propagation(program.module, [*program.inputs, *program.states])
     for node in program.module.graph.nodes:
         run.step(node)
     for node, value in run.values.items():

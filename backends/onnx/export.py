@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import onnx.parser
 import onnx_ir as ir
 import torch
 from torch.export import Dim
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
+from memc.backends.onnx.alike import Sample, repeat
 from memc.backends.onnx.calls import DOMAIN
 from memc.backends.onnx.capability import OPSET
 from memc.backends.onnx.graph import Prepared, source_of
 from memc.errors import MemcError
-from memc.program import Program
+from memc.infer import Propagation
+from memc.program import InputSpec, Program
+
+_Spec = tuple[torch.dtype, tuple[int | str, ...]]
 
 # At least 2 and all distinct: export specialises on 0 and 1, and takes equal sizes for one.
 EXAMPLE = {"K": 2, "B": 3, "T": 5, "U": 7, "S": 11}
@@ -29,19 +33,14 @@ def export(program: Program, prepared: Prepared) -> ir.Model:
     Raises ``MemcError`` E601 that names the op which the exporter refuses, and the source line where it is known.
     """
     specs = _input_specs(program, prepared)
-    names = {symbol for _, shape in specs.values() for symbol in shape if isinstance(symbol, str)}
-    longest = _longest(program)
-    dims = {name: Dim(name, min=1, max=longest if name in ("T", "U") else None) for name in sorted(names)}
-    example = tuple(
-        torch.zeros([EXAMPLE[size] if isinstance(size, str) else size for size in shape], dtype=dtype)
-        for dtype, shape in specs.values()
-    )
-    dynamic = tuple({i: dims[s] for i, s in enumerate(shape) if isinstance(s, str)} for _, shape in specs.values())
-    with _reporting(program), _quiet(), torch.no_grad():
-        exported = torch.export.export(prepared.module, example, dynamic_shapes=dynamic)
-        onnx_program = torch.onnx.export(exported, (), dynamo=True, opset_version=OPSET, verbose=False)
-    assert onnx_program is not None
-    model = onnx_program.model
+    run = Propagation(prepared.module, [InputSpec(name, "other", *spec) for name, spec in specs.items()])
+    with _reporting(program):
+        for node in prepared.module.graph.nodes:
+            run.step(node)
+    sample = Sample(prepared.module, run)
+    model = _export(program, sample.module, specs)
+    if not repeat(model, sample):  # the exporter mixed kinds up
+        model = _export(program, prepared.module, specs)
     outputs = [spec.name for spec in program.outputs] + [spec.output for spec in prepared.states]
     _name_ports(model, list(specs), outputs, [shape for _, shape in specs.values()], _output_shapes(program, prepared))
     _attach(model, prepared)
@@ -59,8 +58,26 @@ def _longest(program: Program) -> int | None:
     return limit - 1 if cuts and limit is not None else None
 
 
-def _input_specs(program: Program, prepared: Prepared) -> dict[str, tuple[torch.dtype, tuple[int | str, ...]]]:
-    specs: dict[str, tuple[torch.dtype, tuple[int | str, ...]]] = {}
+def _export(program: Program, module: GraphModule, specs: Mapping[str, _Spec]) -> ir.Model:
+    """Run torch's exporters on a module whose placeholders are among ``specs``."""
+    inputs = [specs[str(node.target)] for node in module.graph.find_nodes(op="placeholder")]
+    names = {symbol for _, shape in inputs for symbol in shape if isinstance(symbol, str)}
+    longest = _longest(program)
+    dims = {name: Dim(name, min=1, max=longest if name in ("T", "U") else None) for name in sorted(names)}
+    example = tuple(
+        torch.zeros([EXAMPLE[size] if isinstance(size, str) else size for size in shape], dtype=dtype)
+        for dtype, shape in inputs
+    )
+    dynamic = tuple({i: dims[s] for i, s in enumerate(shape) if isinstance(s, str)} for _, shape in inputs)
+    with _reporting(program), _quiet(), torch.no_grad():
+        exported = torch.export.export(module, example, dynamic_shapes=dynamic)
+        onnx_program = torch.onnx.export(exported, (), dynamo=True, opset_version=OPSET, verbose=False)
+    assert onnx_program is not None
+    return onnx_program.model
+
+
+def _input_specs(program: Program, prepared: Prepared) -> dict[str, _Spec]:
+    specs: dict[str, _Spec] = {}
     for spec in program.inputs:
         specs[spec.name] = (torch.float32 if spec.dtype.is_floating_point else spec.dtype, spec.shape)
     if prepared.keep:

@@ -35,7 +35,7 @@ def well_formed(program: Program) -> list[Problem]:
     problems = list(_graph_problems(program))
     if problems:
         return problems
-    run = Propagation(program)
+    run = Propagation(program.module, _fed(program))
     for node in program.module.graph.nodes:
         try:
             run.step(node)

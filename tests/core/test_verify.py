@@ -98,6 +98,12 @@ def recorded_shape(program: Program) -> Program:
     return program
 
 
+def recorded_shape_of_a_later_layer(program: Program) -> Program:
+    later = find(program, "silu_default_1")
+    later.meta["val"] = later.meta["val"].transpose(0, 1)
+    return program
+
+
 def exchanged_axes(program: Program) -> Program:
     find(program, "silu_default").meta["val"] = find(program, "silu_default").meta["val"].transpose(0, 1)
     return program
@@ -127,6 +133,7 @@ def used_before_made(program: Program) -> Program:
         (missing_parameter, "mlp_up"),
         (wrong_parameter, "linear_default_5"),
         (recorded_shape, "silu_default"),
+        (recorded_shape_of_a_later_layer, "silu_default_1"),
         (exchanged_axes, "silu_default"),
         (specialised_length, "view_default|graph"),
         (used_before_made, "graph"),

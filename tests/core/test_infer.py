@@ -1,0 +1,61 @@
+"""Inference of shapes and types: nodes that are alike share a value, and only those."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from memc.infer import Propagation
+from memc.program import InputSpec
+
+aten = torch.ops.aten
+
+
+def propagate(graph: Graph, *specs: InputSpec) -> Propagation:
+    run = Propagation(GraphModule(torch.nn.Module(), graph), specs)
+    for node in graph.nodes:
+        run.step(node)
+    return run
+
+
+def tokens(name: str, last: int | str = "T") -> InputSpec:
+    return InputSpec(name, "tokens", torch.int64, ("B", last))
+
+
+def test_nodes_that_are_alike_are_inferred_once() -> None:
+    graph = Graph()
+    a, b = graph.placeholder("a"), graph.placeholder("b")
+    first, second = (graph.call_function(aten.unsqueeze.default, (x, -1)) for x in (a, b))
+    graph.output((first, second))
+    run = propagate(graph, tokens("a"), tokens("b"))
+    assert run.kinds[first] == run.kinds[second]
+    assert run.values[first] is run.values[second]
+
+
+def test_constants_and_types_that_differ_make_another_kind() -> None:
+    graph = Graph()
+    a, fixed = graph.placeholder("a"), graph.placeholder("fixed")
+    turned = graph.call_function(aten.transpose.int, (a, 0, 1))
+    nodes: list[Node] = [
+        graph.call_function(aten.add.Tensor, (a, 1)),
+        graph.call_function(aten.add.Tensor, (a, 1.0)),
+        graph.call_function(aten.mul.Tensor, (a, 0.0)),
+        graph.call_function(aten.mul.Tensor, (a, -0.0)),
+        graph.call_function(aten.add.Tensor, (fixed, 1)),
+        graph.call_function(aten.add.Tensor, (turned, 1)),
+        graph.call_function(aten.add.Tensor, (turned, 1), {"alpha": 2}),
+    ]
+    graph.output(tuple(nodes))
+    run = propagate(graph, tokens("a"), tokens("fixed", 7))
+    assert len({run.kinds[node] for node in nodes}) == len(nodes)
+    assert [run.values[node].dtype for node in nodes[:2]] == [torch.int64, torch.float32]
+
+
+def test_sizes_that_the_data_decide_stay_apart() -> None:
+    graph = Graph()
+    a, b = graph.placeholder("a"), graph.placeholder("b")
+    first, second = (graph.call_function(aten.nonzero.default, (x,)) for x in (a, b))
+    graph.output((first, second))
+    run = propagate(graph, tokens("a"), tokens("b"))
+    assert run.kinds[first] != run.kinds[second]
+    assert str(run.values[first].shape[0]) != str(run.values[second].shape[0])
