@@ -93,6 +93,10 @@ class Pass(ABC):
         """
         return None
 
+    def trained_relations(self, plan: Plan) -> tuple[Relation, ...]:
+        """Return what holds once training is over, instead of the plan's own relations."""
+        return plan.relations
+
     def needs_training(self) -> str | None:
         """Return the option, as written, that only training can settle, or None."""
         return None

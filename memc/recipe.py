@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 Weights = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 WEIGHTS: tuple[Weights, ...] = ("fp32", "fp16", "bf16", "int8", "int4")
 
+Metric = Literal["perplexity_ratio", "perplexity_ratio_to_window", "kl_mean", "kl_ratio_to_window"]
+
 Location = tuple[str | int, ...]
 MAX_BYTES = 1 << 16
 
@@ -51,14 +53,12 @@ class Train(BaseModel):
 class Verify(BaseModel):
     """The ``verify`` section: ``budgets`` maps a metric to the most it may be, over what the passes declare.
 
-    Metrics: ``perplexity_ratio``, ``perplexity_ratio_to_window``, ``kl_mean`` (nats per token).
+    Metrics: ``perplexity_ratio``, ``perplexity_ratio_to_window``, ``kl_mean`` (nats per token), ``kl_ratio_to_window``.
     """
 
     model_config = ConfigDict(extra="forbid")
 
-    budgets: dict[Literal["perplexity_ratio", "perplexity_ratio_to_window", "kl_mean"], float] = Field(
-        default_factory=dict
-    )
+    budgets: dict[Metric, float] = Field(default_factory=dict)
 
 
 PassEntry = str | Annotated[dict[str, dict[str, Any] | None], Field(min_length=1, max_length=1)]

@@ -26,7 +26,8 @@ class Bounded:
     """A measured ``metric`` stays at or under ``budget``; None measures without promising.
 
     Metrics: ``perplexity_ratio`` (result over original on the verification text), ``perplexity_ratio_to_window``
-    (result over the ``window`` pass with the same window, sinks and layers), ``kl_mean`` (nats per token).
+    (result over the ``window`` pass with the same window, sinks and layers), ``kl_mean`` (nats per token from the
+    original), ``kl_ratio_to_window`` (that over the same of the ``window`` pass).
     """
 
     metric: str

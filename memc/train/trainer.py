@@ -89,7 +89,8 @@ class Trainer:
         transferred = after
         if self.recovery_steps:
             after, facts.recovery = self._recover(before, after, report, folder)
-        return Trained(pass_, plan, after, replace(report, untrained=False), transferred, facts)
+        settled = replace(report, untrained=False, relations=pass_.trained_relations(plan))
+        return Trained(pass_, plan, after, settled, transferred, facts)
 
     @property
     def transfer_steps(self) -> int:

@@ -21,6 +21,9 @@ from memc.verify.text import VerificationText, take
 LENGTHS = (1, 2, 13)
 BATCHES = (1, 3)
 SPLIT_TOLERANCE = 1e-4
+NO_KL = 1e-6
+"""Divergence, in nats a token, under which there is none to speak of."""
+
 ROUNDING = 10.0
 """How many noise floors over its tolerance a difference may be rounding, and is measured again in float64."""
 
@@ -64,7 +67,7 @@ def check_relation(
 
     ``floor`` is the noise floor of the original, reported beside differences of logits; a difference that is over its
     tolerance by so little that it may be rounding is measured again in float64, and that decides. ``baseline`` makes
-    the program that ``perplexity_ratio_to_window`` compares with. Raises ``ValueError`` for a metric that is not known
+    the program that the ratios to ``window`` compare with. Raises ``ValueError`` for a metric that is not known
     or lacks its baseline.
     """
     match relation:
@@ -79,6 +82,10 @@ def check_relation(
             return _check_ratio("perplexity_ratio", original, result, budget, text)
         case Bounded("perplexity_ratio_to_window", budget) if baseline is not None:
             return _check_ratio("perplexity_ratio_to_window", baseline(), result, budget, text)
+        case Bounded("kl_ratio_to_window", budget) if baseline is not None:
+            found, window = kl_mean(original, result, text.tokens), kl_mean(original, baseline(), text.tokens)
+            detail = f"{found:.4g} nats a token against {window:.4g} over {text.tokens.numel()} tokens"
+            return _result("kl_ratio_to_window", found / max(window, NO_KL), budget, None, detail)
     raise ValueError(f"relation {relation} cannot be measured")
 
 

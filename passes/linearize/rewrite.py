@@ -97,6 +97,12 @@ class Linearize(Pass):
         """Return the share of layers that ``keep=auto`` leaves open."""
         return sites.auto_share(self.keep)
 
+    def trained_relations(self, plan: Plan) -> tuple[Relation, ...]:
+        """Promise, in the ``shared`` form, to be nearer to the original than the ``window`` pass is."""
+        if self.form == "lizard":
+            return plan.relations
+        return *plan.relations[:1], Bounded("perplexity_ratio", None), Bounded("kl_ratio_to_window", 1.0)
+
     def needs_training(self) -> str | None:
         """Return the option ``keep`` where it asks for a share of the layers."""
         return f"keep={self.keep}" if self.keep.startswith("auto:") else None
