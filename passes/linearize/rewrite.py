@@ -73,7 +73,11 @@ class Linearize(Pass):
     window: int = option(64, "most recent tokens that softmax reads, the token itself included", unit="tokens", min=1)
     sinks: int = option(4, "first tokens of the sequence that softmax always reads (shared)", unit="tokens", min=0)
     meta: int = option(4, "value-less learned logits in the window's denominator (lizard)", unit="logits", min=0)
-    feature: str = option("hedgehog", "feature map of queries and keys", choices=("hedgehog", "softmax", "elu", "relu"))
+    feature: str = option(
+        "auto",
+        "feature map of queries and keys; auto is softmax, or the paper's hedgehog with form=lizard",
+        choices=("auto", "softmax", "hedgehog", "elu", "relu"),
+    )
     feature_size: int = option(128, "features of a query or key; even for hedgehog", unit="channels", min=2)
     gate: str = option("token", "what the memory's decay depends on", choices=("none", "head", "token", "channel"))
     update: str = option("gated", "how the memory is written", choices=("gated", "gated_delta"))
@@ -89,9 +93,16 @@ class Linearize(Pass):
             raise MemcError("E203", f"form={self.form} has no {other}", where=f"{self.name}:{other}={unused}")
         if self.form == "lizard" and self.update == "gated_delta":
             raise MemcError("E203", "update=gated_delta goes with form=shared", where=f"{self.name}:form=lizard")
-        if self.feature == "hedgehog" and self.feature_size % 2:
+        if self.feature_map == "hedgehog" and self.feature_size % 2:
             where = f"{self.name}:feature_size={self.feature_size}"
             raise MemcError("E203", "feature_size is even for feature=hedgehog", where=where)
+
+    @property
+    def feature_map(self) -> str:
+        """The feature map that ``feature`` stands for."""
+        if self.feature != "auto":
+            return self.feature
+        return "hedgehog" if self.form == "lizard" else "softmax"
 
     def open_share(self) -> float | None:
         """Return the share of layers that ``keep=auto`` leaves open."""
@@ -157,7 +168,9 @@ class Linearize(Pass):
         node = block.attention
         bound = arguments(node)
         sinks = self.sinks if self.form == "shared" else 0
-        config = LayerConfig(self.feature, self.gate, self.update, bound["scale"], bound["softcap"], self.window, sinks)
+        config = LayerConfig(
+            self.feature_map, self.gate, self.update, bound["scale"], bound["softcap"], self.window, sinks
+        )
         specs = window_states(editor, node, self.window + sinks)
         columns = block.value_dim + (self.update == "gated")
         label = _free_label(editor.program, block.layer)
@@ -224,8 +237,8 @@ class Linearize(Pass):
         assert block.hidden is not None
         width = int(block.hidden.meta["val"].shape[-1])
         if self.form == "lizard":
-            return lizard_parameters(block, width, self.feature, self.feature_size, self.gate, self.meta)
-        return shared_parameters(block, width, self.feature, self.feature_size, self.gate, self.update)
+            return lizard_parameters(block, width, self.feature_map, self.feature_size, self.gate, self.meta)
+        return shared_parameters(block, width, self.feature_map, self.feature_size, self.gate, self.update)
 
 
 def _free_label(program: Program, layer: int) -> str:

@@ -25,6 +25,8 @@ def layer_parameters(program: Program, layer: int) -> Params:
 def features(kind: str, x: Tensor) -> Tensor:
     if kind == "hedgehog":
         return torch.cat([x.softmax(-1), (-x).softmax(-1)], -1)
+    if kind == "softmax":
+        return x.exp() / x.exp().sum(-1, keepdim=True)
     return torch.where(x > 0, x + 1, x.exp()) if kind == "elu" else x.clamp_min(0)
 
 
@@ -71,7 +73,7 @@ def _shared_head(
         delta = decay[:, None] * delta
         gone = t - options.window
         if gone >= options.sinks:
-            k = features(options.feature, key[gone] @ p["key_map"][group])
+            k = features(options.feature_map, key[gone] @ p["key_map"][group])
             if options.update == "gated":
                 k = k * torch.exp(key[gone] @ p["gain_key"][group] + value[gone] @ p["gain_value"][group])
             else:
@@ -85,7 +87,7 @@ def _shared_head(
         if a["sink_logits"] is not None:
             bottom = bottom + a["sink_logits"][head].exp()
         mass = (hidden[t] @ p["mass_weight"] + p["mass_bias"])[head].exp()
-        q = features(options.feature, query[t] @ p["query_map"][head])
+        q = features(options.feature_map, query[t] @ p["query_map"][head])
         if departed and options.update == "gated":
             far = torch.stack([q @ k for k, _ in departed])
             top = top + mass * (far @ torch.stack([v for _, v in departed]))
@@ -108,7 +110,7 @@ def lizard_attention(program: Program, options: Linearize) -> Attention:
                 group = head // (block.num_heads // block.num_kv_heads)
                 query, key = a["query_pre_rotary"][row, head], a["key_pre_rotary"][row, group]
                 value = a["value"][row, group]
-                q, k = (features(options.feature, x @ p[n]) for x, n in ((query, "query_map"), (key, "key_map")))
+                q, k = (features(options.feature_map, x @ p[n]) for x, n in ((query, "query_map"), (key, "key_map")))
                 for t in range(s.shape[2]):
                     decay = torch.ones(options.feature_size).double()
                     top, bottom = torch.zeros_like(value[0]), torch.zeros(()).double()

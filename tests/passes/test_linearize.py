@@ -79,6 +79,7 @@ def test_untrained_memory_is_all_but_off() -> None:
         {"gate": "none"},
         {"gate": "head"},
         {"gate": "channel"},
+        {"feature": "hedgehog"},
         {"feature": "elu"},
         {"feature": "relu"},
         {"update": "gated_delta"},
