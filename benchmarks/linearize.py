@@ -23,7 +23,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from cpu import facts, model
+from cpu import facts as machine_facts
+from cpu import model
 from page import grid
 
 from memc.cli.console import Console
@@ -47,7 +48,7 @@ from memc.verify.relations import kl_mean, perplexity
 from memc.weights import materialize
 
 HERE = Path(__file__).parent
-TRAINED = ("emma", "mansfield-park", "persuasion", "pride-and-prejudice", "sense-and-sensibility")
+NOVELS = ("emma", "mansfield-park", "persuasion", "pride-and-prejudice", "sense-and-sensibility")
 HELD_OUT = {"Austen": "austen-northanger-abbey.txt", "Jargon File": "jargon.txt"}
 ROWS = {"Austen": 10, "Jargon File": 6}
 LENGTHS = (512, 1024)
@@ -68,7 +69,7 @@ class Bench:
         assert captured.weights is not None
         self.original = materialize(raised.program, captured.weights)
         self.recipe = Recipe(
-            recipe=1, data=[str(texts / f"austen-{name}.txt") for name in TRAINED], tokens=tokens, seed=seed
+            recipe=1, data=[str(texts / f"austen-{name}.txt") for name in NOVELS], tokens=tokens, seed=seed
         )
         data = training_data(self.recipe, self.original, work, self.console)
         self.trainer: Trainer = make_trainer(self.recipe, data, self.original, self.console)
@@ -234,7 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows[f"{name}: window, same adapters and steps"] = bench.measure(f"{name}: window, adapted", adapted)
     document = {
         "date": datetime.date.today().isoformat(),
-        **facts(),
+        **machine_facts(),
         "threads": given.threads,
         "tokens": given.tokens,
         "seed": given.seed,
