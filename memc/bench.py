@@ -68,11 +68,12 @@ def bench(
     threads: int | None = None,
     steps: int = STEPS,
     seed: int = 0,
+    sources: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> BenchDocument:
     """Time each side after prompts of each length, on random tokens.
 
-    ``threads`` is what the sessions were loaded with, for the record. ``rss_bytes`` is of the whole process, all sides
+    ``threads`` is what the sessions were loaded with and ``sources`` what was (None: their folders), for the record. ``rss_bytes`` is of the whole process, all sides
     loaded. A context past a side's capacity is left out with a warning; raises ``MemcError`` E206 when nothing is
     left and E208 for an encoder.
     """
@@ -82,7 +83,7 @@ def bench(
     document = BenchDocument(
         threads=threads or machine.cores(),
         machine=machine.describe(),
-        sides={name: str(session.folder) for name, session in sides.items()},
+        sides=dict(sources or {name: str(session.folder) for name, session in sides.items()}),
         rows=[],
     )
     random = np.random.default_rng(seed)

@@ -8,7 +8,7 @@ import click
 
 from memc.cli.console import Console
 from memc.cli.options import POSITIVE, Numbers, declare, out_argument, seed_option, threads_option
-from memc.cli.sessions import open_session
+from memc.cli.sessions import open_sessions
 
 
 @declare(
@@ -40,8 +40,9 @@ def command(
     from memc.report.listings import bench_view
 
     with ExitStack() as stack:
-        sides = {"a": open_session(out, console, stack, threads=threads)}
-        if against is not None:
-            sides["b"] = open_session(against, console, stack, threads=threads)
-        document = bench(sides, contexts, threads=threads, steps=steps, seed=seed or 0, progress=console)
+        sources = {"a": out} if against is None else {"a": out, "b": against}
+        sides = open_sessions(sources, console, stack, threads=threads)
+        document = bench(
+            sides, contexts, threads=threads, steps=steps, seed=seed or 0, sources=sources, progress=console
+        )
     console.show(document, lambda: bench_view(document))

@@ -8,90 +8,103 @@ from typing import TYPE_CHECKING
 import click
 
 from memc.cli.console import Console
-from memc.cli.options import POSITIVE, declare, out_argument, threads_option
-from memc.cli.sessions import open_session
+from memc.cli.options import NATURAL, POSITIVE, Numbers, declare, out_argument, seed_option, threads_option
+from memc.cli.sessions import open_sessions
 from memc.errors import MemcError
 
 if TYPE_CHECKING:
-    from memc.evaluate.perplexity import PerplexityResult
-    from memc.report.models import EvalDocument, EvalSide
+    from memc.runtime import Session
+
+CONTEXT = 512
 
 
 @declare(
     "eval",
-    "memc eval out --text book.txt",
-    "memc eval out --text book.txt --against dense --context 2048",
+    "memc eval out --text book.txt --against dense --contexts 32,128,512,2048",
+    "memc eval out --task passkey,mqar:pairs=8,gap=256 --lengths 512,1024",
     "memc eval out --text notes.jsonl --against ./my-model --json",
 )
 @out_argument
-@click.option("--text", required=True, metavar="FILE", help="Text file, or .jsonl with a text on each line.")
-@click.option("--context", type=POSITIVE, default=512, show_default=True, metavar="N", help="Tokens of each window.")
+@click.option("--text", metavar="FILE", help="Predict a text file, or .jsonl with a text on each line.")
+@click.option("--context", type=POSITIVE, metavar="N", help=f"Tokens of each window of the text.  [default: {CONTEXT}]")
+@click.option("--contexts", type=Numbers(), help="Several windows in one go.")
 @click.option("--tokens", type=POSITIVE, metavar="N", help="Most tokens of the text to use.")
+@click.option("--task", metavar="NAME,...", help="Recall tasks, each with options: mqar:pairs=8,gap=256.")
+@click.option("--lengths", type=Numbers(), default="512", show_default=True, help="Tokens of a task's sequences.")
+@click.option(
+    "--samples", type=POSITIVE, default=10, show_default=True, metavar="N", help="Sequences a task, length and depth."
+)
 @click.option("--against", metavar="OUT|MODEL", help="Compare with another artifact or model, the reference.")
+@click.option(
+    "--free-run", type=NATURAL, metavar="N", help="Tokens both go on by from the text, greedily.  [default: 256]"
+)
+@seed_option
 @threads_option
 def command(
-    console: Console, out: str, text: str, context: int, tokens: int | None, against: str | None, threads: int | None
+    console: Console,
+    out: str,
+    text: str | None,
+    context: int | None,
+    contexts: list[int] | None,
+    tokens: int | None,
+    task: str | None,
+    lengths: list[int],
+    samples: int,
+    against: str | None,
+    free_run: int | None,
+    seed: int | None,
+    threads: int | None,
 ) -> None:
-    """Measure how well a converted model predicts a text, and how far it is from another.
+    """Measure how well a converted model predicts a text and recalls, and how far it is from another.
 
     OUT may also be a model, which is then taken as it is. Divergences are of OUT from what it is compared against.
+    Tasks need no data: mqar, joint_recall, copy, passkey, needle_single, needle_multikey, needle_multivalue,
+    needle_multiquery, variable_tracking, common_words, frequent_words.
     """
-    if context < 2:
-        raise MemcError("E200", "a window has at least 2 tokens", "--context", "give 2 or more")
-    from memc.data import read_documents
-    from memc.report.listings import eval_view
+    from memc.data import read_documents, tokenize
+    from memc.evaluate.measure import measure_tasks, measure_text
+    from memc.evaluate.tasks import parse_tasks
+    from memc.report.evaluation import eval_view
+    from memc.report.models import EvalDocument, EvalSide
 
-    next(iter(read_documents(text)))  # an unusable text is told before a model is loaded
+    if text is None and task is None:
+        raise MemcError("E200", "there is nothing to measure", next="give --text FILE, --task NAME, or both")
+    windows = _windows(context, contexts)
+    tasks = [] if task is None else parse_tasks(task)
+    if text is not None:
+        next(iter(read_documents(text)))  # an unusable text is told before a model is loaded
     with ExitStack() as stack:
-        document = _measure(console, stack, out, text, context, tokens, against, threads)
+        sources = {"a": out} if against is None else {"a": out, "b": against}
+        sides = open_sessions(sources, console, stack, threads=threads)
+        document = EvalDocument(sides={name: EvalSide(source=source) for name, source in sources.items()})
+        if against is not None:
+            _check_tokenizers(sides["a"], sides["b"], against, needed=text is not None)
+        if text is not None:
+            document.text = text
+            ids = tokenize([text], sides["a"].text.tokenizer, limit=tokens)
+            measure_text(document, sides, ids, windows, free_run, console)
+        if tasks:
+            measure_tasks(document, sides, tasks, lengths, samples, seed or 0, console)
     console.show(document, lambda: eval_view(document))
 
 
-def _measure(
-    console: Console,
-    stack: ExitStack,
-    out: str,
-    text: str,
-    context: int,
-    tokens: int | None,
-    against: str | None,
-    threads: int | None,
-) -> EvalDocument:
-    from memc.data import tokenize
-    from memc.evaluate.perplexity import compare, perplexity
-    from memc.report.models import EvalDocument
-
-    a = open_session(out, console, stack, threads=threads)
-    a.require_decoder()
-    ids = tokenize([text], a.text.tokenizer, limit=tokens)
-    if against is None:
-        with console.step(f"predicting {len(ids)} tokens"):
-            side = _side(out, perplexity(a, ids, context))
-        return EvalDocument(sides={"a": side}, text=text, window=context)
-    b = open_session(against, console, stack, threads=threads)
-    if b.encode(TOKENIZER_PROBE) != a.encode(TOKENIZER_PROBE):
-        raise MemcError("E208", "the two have different tokenizers: their perplexities do not compare", against)
-    with console.step(f"predicting {len(ids)} tokens with both"):
-        result = compare(a, b, ids, context)
-    return EvalDocument(
-        sides={"a": _side(out, result.a), "b": _side(against, result.b)},
-        text=text,
-        window=context,
-        kl_mean=result.kl_mean,
-        kl_p99=result.kl_p99,
-        top1_agreement=result.top1_agreement,
-        ratio=result.ratio,
-    )
+def _windows(context: int | None, contexts: list[int] | None) -> list[int]:
+    if context is not None and contexts is not None:
+        raise MemcError("E200", "--context and --contexts exclude each other", next="give one of them")
+    windows = contexts or [context or CONTEXT]
+    if min(windows) < 2:
+        where = "--contexts" if contexts else "--context"
+        raise MemcError("E200", "a window has at least 2 tokens", where, "give 2 or more")
+    return windows
 
 
 TOKENIZER_PROBE = "The quick brown fox, 12345 naïve Übergrößen; def f(x):\n\treturn x ** 2  # 日本語"
 """A text that two tokenizers hardly cut the same way unless they are one."""
 
 
-def _side(source: str, result: PerplexityResult) -> EvalSide:
-    from memc.report.models import EvalSide, PositionBucket
-
-    buckets = [
-        PositionBucket(start=b.start, end=b.stop, perplexity=b.perplexity, tokens=b.tokens) for b in result.by_position
-    ]
-    return EvalSide(source=source, perplexity=result.perplexity, tokens=result.tokens, by_position=buckets)
+def _check_tokenizers(a: Session, b: Session, against: str, *, needed: bool) -> None:
+    """Refuse two sides that cut text differently; where no text is needed, both may do without a tokenizer."""
+    if not needed and not any((side.folder / "tokenizer.json").is_file() for side in (a, b)):
+        return
+    if b.encode(TOKENIZER_PROBE) != a.encode(TOKENIZER_PROBE):
+        raise MemcError("E208", "the two have different tokenizers: their results do not compare", against)

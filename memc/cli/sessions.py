@@ -1,8 +1,10 @@
-"""Opening what a command is given: an artifact, or a model as it is."""
+"""Opening what a command is given: artifacts, or models as they are."""
 
 from __future__ import annotations
 
+import gc
 import tempfile
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,23 +16,39 @@ if TYPE_CHECKING:
     from memc.runtime import Session
 
 
-def open_session(source: str, console: Console, stack: ExitStack, *, threads: int | None = None) -> Session:
-    """Load an artifact; a model is first converted as it is, into a folder that ``stack`` removes.
+def open_sessions(
+    sources: Mapping[str, str], console: Console, stack: ExitStack, *, threads: int | None = None
+) -> dict[str, Session]:
+    """Load the artifact of each side; a model is first converted as it is, into a folder that ``stack`` removes.
 
-    A folder is an artifact when it, or its ``.partial``, has or lacks a manifest but no model configuration; errors are
-    those of ``memc.runtime.load`` and ``memc.convert``.
+    Artifacts come first, so that one that is not there is told before the minutes of a conversion. A folder is an
+    artifact when it, or its ``.partial``, has or lacks a manifest but no model configuration; errors are those of
+    ``memc.runtime.load`` and ``memc.convert``.
     """
     from memc import runtime
 
-    folder = Path(source)
-    if (folder / MANIFEST).is_file() or not _is_model(source):
-        return runtime.load(folder, threads=threads)
+    models = {source for source in sources.values() if not (Path(source) / MANIFEST).is_file() and _is_model(source)}
+    opened = {
+        source: runtime.load(source, threads=threads)
+        for source in dict.fromkeys(sources.values())
+        if source not in models
+    }
+    for source in sorted(models):
+        opened[source] = runtime.load(_converted(source, console, stack, threads), threads=threads)
+    return {name: opened[source] for name, source in sources.items()}
+
+
+def _converted(source: str, console: Console, stack: ExitStack, threads: int | None) -> Path:
     from memc import api
 
     made = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="memc-"))) / "dense"
-    console.note(f"{source} is a model: it is converted as it is first")
+    console.note(
+        f"{source} is a model: it is first converted as it is, into {made.parent}, which is removed at the end"
+    )
+    console.note("to spare that the next time: memc convert MODEL -o OUT --recipe dense")
     api.convert(source, str(made), target="cpu", recipe="dense", threads=threads, progress=console)
-    return runtime.load(made, threads=threads)
+    gc.collect()  # graphs are full of cycles: what the conversion held must not count as memory of the measurement
+    return made
 
 
 def _is_model(source: str) -> bool:

@@ -1,4 +1,4 @@
-"""The terminal view of what is listed, measured and generated: passes, recipes, targets, doctor, eval, bench."""
+"""The terminal view of what is listed, measured and generated: passes, recipes, targets, doctor, bench."""
 
 from __future__ import annotations
 
@@ -106,35 +106,6 @@ def lower_view(document: m.LowerDocument) -> RenderableType:
         table(["op", "lowered to"], sorted(document.forms.items())) if document.forms else None,
         titled("checks", checks_table(document.checks)),
         titled("next", lines(f"  {command}" for command in document.next)),
-    )
-
-
-def eval_view(document: m.EvalDocument) -> RenderableType:
-    """Show perplexities, and the distance of two sides."""
-    rows = [(name, side.source, number(side.perplexity), str(side.tokens)) for name, side in document.sides.items()]
-    buckets = {(bucket.start, bucket.end) for side in document.sides.values() for bucket in side.by_position}
-    by_position = []
-    for start, end in sorted(buckets):
-        found = [
-            next((number(b.perplexity) for b in side.by_position if (b.start, b.end) == (start, end)), "-")
-            for side in document.sides.values()
-        ]
-        by_position.append((f"{start}-{end - 1}", *found))
-    distance = [
-        (name, number(value))
-        for name, value in (
-            ("perplexity ratio, a over b", document.ratio),
-            ("KL mean, nats a token", document.kl_mean),
-            ("KL 99th percentile", document.kl_p99),
-            ("same top token", document.top1_agreement),
-        )
-        if value is not None
-    ]
-    return stack(
-        table(["side", "", ">perplexity", ">tokens"], rows),
-        table(["position", *(f">{name}" for name in document.sides)], by_position) if by_position else None,
-        table(["a against b", ">"], distance) if distance else None,
-        lines((f"warning: {warning}" for warning in document.warnings), "yellow"),
     )
 
 

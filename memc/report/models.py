@@ -278,18 +278,73 @@ class PositionBucket(Facts):
     tokens: int = 0
 
 
+class ContextPerplexity(Facts):
+    """Perplexity of a text in windows of ``context`` tokens."""
+
+    context: int
+    perplexity: float
+    tokens: int
+
+
+class TaskCell(Facts):
+    """One task at one length and depth; ``depth`` is None where it means nothing, ``chance`` where it is about 0.
+
+    ``stderr`` is the standard error of ``accuracy`` over samples, None for a single one.
+    """
+
+    task: str
+    length: int
+    depth: float | None = None
+    samples: int
+    questions: int
+    accuracy: float
+    stderr: float | None = None
+    chance: float | None = None
+
+
 class EvalSide(Facts):
-    """One side of an evaluation."""
+    """One side of an evaluation. ``tasks`` holds the accuracy of a task over all its ``cells``, questions alike."""
 
     source: str = ""
     perplexity: float | None = None
     tokens: int = 0
     by_position: list[PositionBucket] = Field(default_factory=list)
+    by_context: list[ContextPerplexity] = Field(default_factory=list)
     tasks: dict[str, float] = Field(default_factory=dict)
+    cells: list[TaskCell] = Field(default_factory=list)
+
+
+class Divergence(Facts):
+    """How far a is from b on a text in windows of ``context`` tokens; see ``EvalDocument``."""
+
+    context: int
+    ratio: float
+    kl_mean: float
+    kl_p99: float
+    top1_agreement: float
+
+
+class FreeRunningFacts(Facts):
+    """Greedy continuation of the same prompts by both sides, each from its own words.
+
+    ``first_difference`` is for each prompt the number of equal tokens before the first that differs; ``equal_before``
+    is their mean share of ``new_tokens``, ``equal`` the share of places that hold the same token.
+    """
+
+    prompts: int
+    prompt_tokens: int
+    new_tokens: int
+    first_difference: list[int]
+    equal_before: float
+    equal: float
 
 
 class EvalDocument(Document):
-    """``memc eval``. ``ratio`` is the perplexity of a over that of b; divergences are of a from b, nats per token."""
+    """``memc eval``. ``ratio`` is the perplexity of a over that of b; divergences are of a from b, nats per token.
+
+    What stands outside of ``by_context`` is of the longest window, ``window``. ``samples`` and ``seed`` are of the
+    tasks.
+    """
 
     schema_: Literal["memc.eval/1"] = Field(default="memc.eval/1", alias="schema")
     sides: dict[str, EvalSide]
@@ -299,6 +354,10 @@ class EvalDocument(Document):
     kl_p99: float | None = None
     top1_agreement: float | None = None
     ratio: float | None = None
+    by_context: list[Divergence] = Field(default_factory=list)
+    free_running: FreeRunningFacts | None = None
+    samples: int | None = None
+    seed: int | None = None
     warnings: list[str] = Field(default_factory=list)
 
 

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console, RenderableType
 
 from memc.cli.passes import describe
-from memc.report import listings, terminal
+from memc.report import evaluation, listings, terminal
 from memc.report import models as m
 from memc.report.diff import diff
 from tests.cli import documents as d
@@ -53,7 +53,8 @@ VIEWS: dict[str, Callable[[], RenderableType]] = {
     "report-pass-skipped": lambda: terminal.pass_view(d.pass_file_of(), layer=29, why=True),
     "diff": lambda: terminal.diff_view(diff(report(), changed())),
     "diff-same": lambda: terminal.diff_view(diff(report(), report())),
-    "eval": lambda: listings.eval_view(d.evaluated()),
+    "eval": lambda: evaluation.eval_view(d.evaluated()),
+    "eval-tasks": lambda: evaluation.eval_view(d.recalled()),
     "bench": lambda: listings.bench_view(d.benched()),
     "doctor": lambda: listings.doctor_view(d.examined()),
 }
