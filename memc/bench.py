@@ -73,9 +73,9 @@ def bench(
 ) -> BenchDocument:
     """Time each side after prompts of each length, on random tokens.
 
-    ``threads`` is what the sessions were loaded with and ``sources`` what was (None: their folders), for the record. ``rss_bytes`` is of the whole process, all sides
-    loaded. A context past a side's capacity is left out with a warning; raises ``MemcError`` E206 when nothing is
-    left and E208 for an encoder.
+    ``threads`` is what the sessions were loaded with and ``sources`` what was (None: their folders), for the record.
+    ``rss_bytes`` is of the whole process, all sides loaded. A context past a side's capacity is left out with a
+    warning; raises ``MemcError`` E206 when nothing is left and E208 for an encoder.
     """
     watched = progress or Silent()
     for side in sides.values():

@@ -101,7 +101,9 @@ def test_help_imports_no_torch_and_is_quick() -> None:
     assert all(name in results[0].stdout for name in COMMANDS)
 
 
-@pytest.mark.parametrize("words", [["recipes"], ["report", "nowhere"], ["generate", "x", "--prompt", " "]])
+@pytest.mark.parametrize(
+    "words", [["recipes"], ["report", "nowhere"], ["eval", "x", "--task", "copy"], ["generate", "x", "--prompt", " "]]
+)
 def test_commands_that_need_no_torch_import_none(words: list[str]) -> None:
     code = f"import sys; from memc.cli import main; main({words}); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
