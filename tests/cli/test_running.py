@@ -192,6 +192,12 @@ def test_eval_tells_a_missing_side_before_converting_the_other(tmp_path: Path, c
     assert shown.startswith("E309") and "converted" not in shown
 
 
+def test_an_artifact_that_keeps_a_model_configuration_is_no_model(tmp_path: Path, capsys: Capture) -> None:
+    out = make_artifact(tmp_path / "out", tokenizer=byte_tokenizer(), files={"config.json": {}})
+    assert main(["eval", str(out), "--task", "copy", "--lengths", "70", "--samples", "1"]) == 0
+    assert "is a model" not in capsys.readouterr().err
+
+
 def test_eval_of_a_real_artifact_answers_the_same_through_both_backends(tmp_path: Path, capsys: Capture) -> None:
     words = ["--task", "mqar:pairs=3,joint_recall:contexts=2,keys=2,queries=3,copy:asked=4"]
     words += ["--lengths", "24", "--samples", "6", "--json", "-q"]

@@ -94,6 +94,14 @@ def test_who_knows_the_text_is_right_and_one_wrong_token_counts(tmp_path, spec):
 
     for answers in ask(session_of(out, slip), samples):
         assert answers == [True] * (len(answers) - 1) + [False], "the last token of the last answer is wrong"
+    first = {sample.questions[0].start for sample in samples}
+
+    def stumble(history):
+        return right(history) + (len(history) in first)
+
+    for sample, answers in zip(samples, ask(session_of(out, stumble), samples), strict=True):
+        assert sample.questions[0].stop > sample.questions[0].start + 1
+        assert answers == [False] + [True] * (len(answers) - 1), "the first token of the first answer is wrong"
     assert not any(any(answers) for answers in ask(session, samples))
 
 

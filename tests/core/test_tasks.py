@@ -54,24 +54,35 @@ def test_length_range_and_determinism(name):
     assert len({sample.ids.tobytes() for sample in made}) == len(made)
 
 
-@given(st.integers(1, 12), st.integers(0, 90), st.floats(0.01, 2.0), st.integers(0, 40), st.integers(0, 99))
-def test_associative_recall(pairs, gap, power, more, seed):
-    task = AssociativeRecall(pairs=pairs, gap=gap, power=power)
-    length = 1 + 4 * pairs + max(gap - 2, 0) + more
+@given(
+    st.integers(1, 12),
+    st.integers(0, 90),
+    st.floats(0.01, 2.0),
+    st.integers(1, 3),
+    st.sampled_from([8192, 101]),
+    st.integers(0, 40),
+    st.integers(0, 99),
+)
+def test_associative_recall(pairs, gap, power, passes, vocab, more, seed):
+    task = AssociativeRecall(pairs=pairs, gap=gap, power=power, passes=passes, vocab=vocab)
+    body = 2 * pairs * passes
+    length = 1 + body + 2 * pairs + max(gap - 2, 0) + more
     (sample,) = task.samples(Words(VOCAB, SPECIAL, (0,)), length, 1, seed)
     ids = sample.ids
-    half = (VOCAB - len(SPECIAL)) // 2 + len(SPECIAL)
+    used = min(vocab, VOCAB - len(SPECIAL))
+    half = used // 2 + len(SPECIAL)
+    assert ids.max() < used + len(SPECIAL)
     assert len(sample.questions) == pairs
     for q in sample.questions:
         assert q.start == q.ask + 1 and q.stop == q.start + 1
         told = np.flatnonzero(ids[: q.ask] == ids[q.ask])
-        assert len(told) == 1 and told[0] < 1 + 2 * pairs, "a key is told once, at the beginning, and is no filler"
-        assert ids[told[0] + 1] == ids[q.start]
+        assert len(told) == passes and told[-1] < 1 + body, "a key stands in the pairs alone and is no filler"
+        assert (ids[told + 1] == ids[q.start]).all()
         assert ids[q.ask] < half <= ids[q.start]
-        assert q.start - (told[0] + 1) >= gap
+        assert q.start - (told[-1] + 1) >= gap
     assert len({int(ids[q.start]) for q in sample.questions}) == pairs
     with pytest.raises(MemcError, match="needs") as caught:
-        task.samples(BARE, 4 * pairs + max(gap - 2, 0) - 1, 1, seed)
+        task.samples(BARE, body + 2 * pairs + max(gap - 2, 0) - 1, 1, seed)
     assert caught.value.code == "E200"
 
 
@@ -223,6 +234,7 @@ def test_bad_specs(text, code, said):
     [
         ("passkey", BARE, "E308", "no tokenizer"),
         ("copy", Words(40), "E200", "the vocabulary offers 40"),
+        ("copy:vocab=30", Words(40), "E200", "the vocabulary offers 30"),
         ("mqar:pairs=30", Words(40), "E200", "the vocabulary offers 20"),
         ("joint_recall:contexts=2,keys=2,queries=5", BARE, "E203", "joint_recall:queries=4"),
         ("needle_multikey:queries=5", words(), "E203", "needle_multikey:queries=4"),

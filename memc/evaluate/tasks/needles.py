@@ -88,9 +88,8 @@ class NeedleSingle(Task):
         tail: list[Part] = []
         for n, key in enumerate(random.permutation(list(asked)).tolist()):
             first = keys.index(key) * self.values
-            tail += self._asked(
-                n, key, sorted(zip(at[first : first + self.values], held[key], strict=True), key=_place)
-            )
+            told = zip(at[first : first + self.values], held[key], strict=True)
+            tail += self._asked(n, key, sorted(told, key=_place))
         seed = int(random.integers(2**32))
         head = Part("Some things in this text have secret numbers. Remember them: you will be asked for them.")
 

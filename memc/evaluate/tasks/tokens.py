@@ -1,4 +1,8 @@
-"""Recall among random tokens: needs no text, so that any decoder can be asked, one trained on nothing else included."""
+"""Recall among random tokens: needs no text, so that any decoder can be asked, one trained on nothing else included.
+
+Only the lowest ``vocab`` ordinary ids are used: in a vocabulary made by merging they are the frequent ones, and a small
+model that does not copy a rare token says nothing about memory by it.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +14,20 @@ from memc.errors import MemcError
 from memc.evaluate.tasks.base import I64, Question, Sample, Task, Words
 from memc.options import option
 
+VOCAB = 8192
+"""Ids that are used, as many as Zoology has."""
+VOCAB_HELP = "lowest ordinary ids of the vocabulary that are used"
+
 
 @dataclass(frozen=True)
 class AssociativeRecall(Task):
     """Multi-query associative recall (Zoology, arXiv 2312.04927), on the ids of any vocabulary.
 
-    ``k1 v1 ... kN vN``, then every key once more, in any order, followed by its value. Keys come from the lower half
-    of the vocabulary and values from the upper, without repetition; the slot of a query after the pairs is drawn with
-    probability proportional to ``slot ** (power - 1)``. Two differences from the original: fillers are never a key of
-    the sample, so that there is one right answer, and ``gap`` fillers may stand before the first slot, so that every
-    answer is that many tokens away.
+    ``k1 v1 ... kN vN``, told ``passes`` times, in another order each time; then every key once more, in any order,
+    followed by its value. Keys come from the lower half of the vocabulary and values from the upper, none twice; the
+    slot of a query after the pairs is drawn with probability proportional to ``slot ** (power - 1)``. Two differences
+    from the original: fillers are never a key of the sample, so that there is one right answer, and ``gap`` fillers may
+    stand before the first slot, so that every answer is that many tokens away.
     """
 
     name = "mqar"
@@ -27,6 +35,8 @@ class AssociativeRecall(Task):
 
     pairs: int = option(16, "keys and values", min=1)
     gap: int = option(0, "least distance from a value to where it is asked for", unit="tokens", min=0)
+    passes: int = option(1, "times that the pairs are told", min=1)
+    vocab: int = option(VOCAB, VOCAB_HELP, min=2)
     power: float = option(0.01, "exponent of the distribution of the distances: 1 is uniform", min=1e-3, max=10.0)
 
     @property
@@ -37,13 +47,13 @@ class AssociativeRecall(Task):
     def sample(self, words: Words, length: int, depth: float | None, random: np.random.Generator) -> Sample:
         """Make one sample; see ``Task.sample``."""
         first = len(words.start)
-        body = first + 2 * self.pairs
+        body = first + 2 * self.pairs * self.passes
         # The last value stands one before the body; a value asked for at the first slot answers one after it.
         queries = body + max(self.gap - 2, 0)
         slots = (length - queries) // 2
         if slots < self.pairs:
             raise self.too_short(length, queries + 2 * self.pairs)
-        plain = words.plain
+        plain = words.plain[: self.vocab]
         half = len(plain) // 2
         keys = draw(self, plain[:half], self.pairs, random)
         values = draw(self, plain[half:], self.pairs, random)
@@ -51,7 +61,8 @@ class AssociativeRecall(Task):
         chosen = random.choice(slots, self.pairs, replace=False, p=likely / likely.sum())
         ids = random.choice(np.setdiff1d(plain, keys), length)
         ids[:first] = words.start
-        ids[first:body:2], ids[first + 1 : body : 2] = keys, values
+        told = np.concatenate([random.permutation(self.pairs) for _ in range(self.passes)])
+        ids[first:body:2], ids[first + 1 : body : 2] = keys[told], values[told]
         at = queries + 2 * chosen
         ids[at], ids[at + 1] = keys, values
         return Sample(ids, tuple(Question(place, place + 1, place + 2) for place in sorted(at.tolist())))
@@ -71,6 +82,7 @@ class JointRecall(Task):
     contexts: int = option(4, "contexts", min=1)
     keys: int = option(4, "keys in each context", min=1)
     queries: int = option(8, "pairs of context and key that are asked for", min=1)
+    vocab: int = option(VOCAB, VOCAB_HELP, min=2)
 
     @property
     def chance(self) -> float:
@@ -86,10 +98,11 @@ class JointRecall(Task):
             raise MemcError("E203", what, self.spec, f"{self.name}:queries={self.contexts * self.keys}")
         if first + told + asked > length:
             raise self.too_short(length, first + told + asked)
-        drawn = draw(self, words.plain, self.contexts + self.keys + self.contexts * self.keys, random)
+        plain = words.plain[: self.vocab]
+        drawn = draw(self, plain, self.contexts + self.keys + self.contexts * self.keys, random)
         contexts, keys, flat = np.split(drawn, [self.contexts, self.contexts + self.keys])
         values = flat.reshape(self.contexts, self.keys)
-        ids = random.choice(np.setdiff1d(words.plain, drawn[: self.contexts + self.keys]), length)
+        ids = random.choice(np.setdiff1d(plain, drawn[: self.contexts + self.keys]), length)
         ids[:first] = words.start
         # Keys stand in another order in each context: the place must not tell the value.
         for c in range(self.contexts):
@@ -116,6 +129,7 @@ class Copy(Task):
     summary = "a sequence of random tokens, repeated"
 
     asked: int = option(32, "tokens at the end that are asked for", unit="tokens", min=1)
+    vocab: int = option(VOCAB, VOCAB_HELP, min=2)
 
     def sample(self, words: Words, length: int, depth: float | None, random: np.random.Generator) -> Sample:
         """Make one sample; see ``Task.sample``."""
@@ -123,7 +137,7 @@ class Copy(Task):
         size = (length - first) // 2
         if size <= self.asked:
             raise self.too_short(length, first + 2 * (self.asked + 1))
-        once = draw(self, words.plain, length - first - size, random)
+        once = draw(self, words.plain[: self.vocab], length - first - size, random)
         ids = np.concatenate([np.array(words.start, np.int64), once, once[:size]])
         places = range(length - self.asked, length)
         return Sample(ids, tuple(Question(n - (n == places[0]), n, n + 1) for n in places))
