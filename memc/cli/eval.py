@@ -76,6 +76,8 @@ def command(
     with ExitStack() as stack:
         sources = {"a": out} if against is None else {"a": out, "b": against}
         sides = open_sessions(sources, console, stack, threads=threads)
+        for side in sides.values():
+            side.require_decoder()
         document = EvalDocument(sides={name: EvalSide(source=source) for name, source in sources.items()})
         if against is not None:
             _check_tokenizers(sides["a"], sides["b"], against, needed=text is not None)
