@@ -154,7 +154,8 @@ class Editor:
                 return function(dict(zip(values, tensors, strict=True)))
 
             with mode, torch.no_grad():
-                traced = make_fx(flat, pre_dispatch=True)(*values.values())
+                # Nodes that are alike share one fake value, and a tracer tells its inputs apart by identity.
+                traced = make_fx(flat, pre_dispatch=True)(*(value.detach() for value in values.values()))
             assert not traced.graph.find_nodes(op="get_attr"), "constants of a traced function have no name"
             self._traced[key, shapes] = traced
         return self._traced[key, shapes]
