@@ -99,7 +99,7 @@ class Bench:
         return plan, after, report
 
     def train(self, name: str, spec: str, shared: str | None = None) -> tuple[Program, Program, dict[str, Any], Pass]:
-        """Train a pass, or read what an earlier run made of it; ``shared`` names the variant whose transfer it takes."""
+        """Train a pass, or read what an earlier run made; ``shared`` names the variant whose transfer it takes."""
         folder = self.work / name
         facts = folder / "facts.json"
         if not facts.is_file():

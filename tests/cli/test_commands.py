@@ -140,7 +140,7 @@ def test_convert_passes_everything_on(api: Calls, capsys: pytest.CaptureFixture[
 
 def test_convert_takes_long_context_by_default(api: Calls) -> None:
     assert main(["convert", "m", "-o", "out", "-q"]) == 0
-    assert api[0][1]["recipe"].specs() == ["linearize:window=256,sinks=4,keep=none"]
+    assert api[0][1]["recipe"].specs() == ["linearize:window=256,sinks=4"]
 
 
 def test_passes_come_after_those_of_the_recipe(api: Calls) -> None:
