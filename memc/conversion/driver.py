@@ -5,9 +5,10 @@ from __future__ import annotations
 import platform
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from memc.conversion.facts import (
 from memc.conversion.folder import RECIPE, OutFolder, folder_bytes, require_space, resume_key
 from memc.conversion.lowering import lower, verify_lowered
 from memc.conversion.pipeline import PassRun, Pipeline, plan_all
+from memc.conversion.quality import WINDOW, measure_quality
 from memc.conversion.text import verification_text
 from memc.conversion.training import make_trainer, training_data, trains
 from memc.cost import predict
@@ -47,6 +49,7 @@ from memc.report.models import (
     CONTEXTS,
     CaptureReport,
     ConvertDocument,
+    EvalDocument,
     Measured,
     Predicted,
     RaiseReport,
@@ -268,6 +271,7 @@ class _Conversion:
     raised: Raised
     document: ConvertDocument
     training: bool
+    quality: Callable[..., EvalDocument] | None = None
 
     def run(self) -> ConvertDocument:
         with self.steps.step("materialize", "read the weights"):
@@ -297,6 +301,9 @@ class _Conversion:
         with self.steps.step("verify", "verify the result"):
             checks += self._check_result(original, program, text, floor)
         require_passed(checks)
+        if trainer is not None:
+            windows = [facts["window"] for run in runs for facts in run.report.details.values() if "window" in facts]
+            self.quality = partial(measure_quality, original, corpus=data.corpus, window=max(windows, default=WINDOW))
         del original
         return self._lower(program, runs, checks, text, floor)
 
@@ -325,16 +332,15 @@ class _Conversion:
     def _lower(
         self, program: Program, runs: list[PassRun], checks: list[CheckResult], text: VerificationText, floor: float
     ) -> ConvertDocument:
-        request, partial = self.request, self.folder.partial
+        request, place = self.request, self.folder.partial
         options = LowerOptions(request.weights, request.recipe.context, request.threads)
         with self.steps.step("lower", f"lower with {request.backend.name}"):
-            save_program(program, partial / "program")
-            shutil.rmtree(partial / "lowered", ignore_errors=True)
-            lowered, manifest = lower(program, request.backend, request.target, partial, options)
+            save_program(program, place / "program")
+            shutil.rmtree(place / "lowered", ignore_errors=True)
+            lowered, manifest = lower(program, request.backend, request.target, place, options)
         with self.steps.step("verify_lowered", "verify what was lowered"):
-            runner = request.backend.load(partial, manifest, request.threads)
+            runner = request.backend.load(place, manifest, request.threads)
             checks += verify_lowered(runner, program, text, request.weights, floor)
-            del runner
         self.steps.seconds["verify"] += self.steps.seconds.pop("verify_lowered")
         verified = VerifyReport(
             checks=[check_facts(check) for check in checks],
@@ -344,10 +350,16 @@ class _Conversion:
         )
         self.folder.write_report("verify.json", verified)
         require_passed(checks)
+        if self.quality is not None:
+            with self.steps.step("quality", "measure quality"):
+                progress = self.steps.progress
+                found = self.quality(manifest, runner, folder=place, seed=request.recipe.seed, progress=progress)
+                self.folder.write_report("quality.json", found)
+        del runner
         self.folder.clean()
         document = self._describe(program, runs, verified, lowered.forms)
         self.folder.write_report("convert.json", document)
-        seal(partial, manifest)
+        seal(place, manifest)
         self.folder.finish()
         return document
 

@@ -658,8 +658,9 @@ class VerifyReport(Document):
 class ReportDocument(Document):
     """``memc report``: all the report files of one artifact, finished or not.
 
-    ``convert`` is ``report/convert.json`` (there once the conversion is planned), ``error`` is ``report/error.json``
-    (there when it failed).
+    ``convert`` is ``report/convert.json`` (there once the conversion is planned), ``quality`` ``report/quality.json``
+    (of trained artifacts: a is the artifact, b the original, on held-out text), ``error`` ``report/error.json`` (there
+    when it failed).
     """
 
     schema_: Literal["memc.report/1"] = Field(default="memc.report/1", alias="schema")
@@ -670,6 +671,7 @@ class ReportDocument(Document):
     raising: RaiseReport | None = None
     passes: list[PassReportFile] = Field(default_factory=list)
     verify: VerifyReport | None = None
+    quality: EvalDocument | None = None
     error: ErrorDocument | None = None
 
 

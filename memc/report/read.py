@@ -14,7 +14,7 @@ from memc.report import models as m
 
 FOLDER = "report"
 CAPTURE, RAISE, VERIFY = "00-capture.json", "01-raise.json", "verify.json"
-CONVERT, ERROR = "convert.json", "error.json"
+CONVERT, QUALITY, ERROR = "convert.json", "quality.json", "error.json"
 
 D = TypeVar("D", bound=m.Document)
 
@@ -48,6 +48,7 @@ def read_report(out: Path) -> m.ReportDocument:
         raising=_read(files / RAISE, m.RaiseReport),
         passes=[found for path in own if (found := _read(path, m.PassReportFile))],
         verify=_read(files / VERIFY, m.VerifyReport),
+        quality=_read(files / QUALITY, m.EvalDocument),
         error=_read(files / ERROR, m.ErrorDocument),
     )
 
