@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from page import write
+from safetensors.torch import save_file
 
 from memc.machine import cores, cpu_name
 
@@ -51,6 +52,7 @@ SIDES = {
     "window": Spec("memc", ("window:window=64",)),
     "every4": Spec("memc", ("linearize:window=64,keep=every:4",), 8000, "as dense"),
     "dense": Spec("memc", (), 8000, "its prompt takes time that grows with the square of its length"),
+    "genai": Spec("genai", (), 8000, "as dense"),
     "llama.cpp": Spec("llama.cpp", (), 8000, "it stops at the 8192 positions of the model's training"),
     "sdpa": Spec("sdpa", (), 2048, "float32, and as dense"),
     "eager": Spec("eager", (), 2048, "it builds the whole matrix of scores"),
@@ -116,6 +118,26 @@ def artifact(name: str, gguf: Path, work: Path, context: int) -> dict[str, Any]:
     return made
 
 
+def build_genai(gguf: Path, out: Path) -> None:
+    """Export the model with the builder of ``onnxruntime-genai``, int4 as it has it for a CPU, if it is not there."""
+    if (out / "genai_config.json").is_file():
+        return
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = out.with_name("genai-source")
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32")
+    tensors = {name: value.contiguous() for name, value in model.state_dict().items() if name != "lm_head.weight"}
+    folder.mkdir(exist_ok=True)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
+    config["architectures"] = [type(model).__name__]
+    (folder / "config.json").write_text(json.dumps(config, default=str))
+    model.generation_config.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+    builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-m", str(folder), "-o", str(out)]
+    subprocess.run([*builder, "-p", "int4", "-e", "cpu", "-c", str(folder / "cache")], check=True, capture_output=True)
+
+
 def split(steps: dict[str, float]) -> dict[str, float]:
     """Sum the steps that ``memc convert`` names into capture, raise, pass, lower and verify."""
     words = (("verif", "verify"), ("capture", "capture"), ("read", "capture"), ("raise", "raise"), ("lower", "lower"))
@@ -160,13 +182,15 @@ def run(arguments: argparse.Namespace, gguf: Path) -> Iterator[dict[str, Any]]:
     """Make the artifacts and measure everything that was asked for; yield what there is after each context."""
     room = max(arguments.contexts) + BURST * (ROUNDS + WARM_UP) + 8
     memc = [name for name in arguments.sides if SIDES[name].kind == "memc"]
+    if "genai" in arguments.sides:
+        build_genai(gguf, arguments.work / "genai")
     conversions = {name: artifact(name, gguf, arguments.work, max(room, 40000)) for name in memc}
     rows: list[dict[str, Any]] = []
     for threads in arguments.threads:
         longest = {n: SIDES[n].longest or room for n in arguments.sides}
         workers = []
         for name in arguments.sides:
-            source = str(arguments.work / name if name in memc else gguf)
+            source = str(arguments.work / name if SIDES[name].kind in ("memc", "genai") else gguf)
             workers.append(Worker(name, source, threads, min(room, longest[name] + 256)))
         for worker in workers:
             worker.ask(prefill=list(range(64)), room=BURST)
@@ -183,7 +207,7 @@ def run(arguments: argparse.Namespace, gguf: Path) -> Iterator[dict[str, Any]]:
 
 def facts() -> dict[str, Any]:
     """Say on what this ran."""
-    names = ("torch", "transformers", "onnxruntime", "xllamacpp", "numpy")
+    names = ("torch", "transformers", "onnxruntime", "onnxruntime-genai", "xllamacpp", "numpy")
     versions = {"python": sys.version.split()[0]}
     for name in names:
         try:

@@ -88,6 +88,41 @@ class LlamaCpp:
     state_bytes = None
 
 
+class GenAI:
+    """``onnxruntime-genai`` on a folder that its own builder made, greedy."""
+
+    def __init__(self, folder: str, threads: int) -> None:
+        """Load it."""
+        import onnxruntime_genai
+
+        self.genai = onnxruntime_genai
+        config = onnxruntime_genai.Config(folder)
+        options = {"session_options": {"intra_op_num_threads": threads, "inter_op_num_threads": 1}}
+        config.overlay(json.dumps({"model": {"decoder": options}}))
+        self.model = onnxruntime_genai.Model(config)
+
+    def prefill(self, prompt: list[int], room: int) -> float:
+        """See ``Side``."""
+        params = self.genai.GeneratorParams(self.model)
+        params.set_search_options(max_length=len(prompt) + room, do_sample=False)
+        self.generator = self.genai.Generator(self.model, params)
+        self.length = len(prompt)
+        began = time.perf_counter()
+        self.generator.append_tokens(prompt)
+        return time.perf_counter() - began
+
+    def burst(self, tokens: int) -> float:
+        """See ``Side``."""
+        began = time.perf_counter()
+        for _ in range(tokens):
+            self.generator.generate_next_token()
+        seconds = time.perf_counter() - began
+        self.generator.rewind_to(self.length)
+        return seconds / tokens
+
+    state_bytes = None
+
+
 class Transformers:
     """``transformers`` in float32, ``generate`` on a ``DynamicCache``."""
 
@@ -138,12 +173,14 @@ class Transformers:
 
 
 def open_side(kind: str, source: str, threads: int, room: int) -> Side:
-    """Load a side: ``memc`` with a folder, ``llama.cpp``, ``sdpa`` or ``eager`` with a GGUF file."""
+    """Load a side: ``memc`` and ``genai`` with a folder, ``llama.cpp``, ``sdpa`` or ``eager`` with a GGUF file."""
     match kind:
         case "memc":
             return Memc(source, threads)
         case "llama.cpp":
             return LlamaCpp(source, threads, room)
+        case "genai":
+            return GenAI(source, threads)
         case _:
             return Transformers(source, kind, threads)
 
