@@ -11,7 +11,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate
 
-from memc.backends.onnx import attend, calls, functions
+from memc.backends.onnx import attend, calls, functions, window
 from memc.backends.onnx.capability import has_kernel
 from memc.backends.onnx.functions import Function
 from memc.backends.onnx.simplify import simplify
@@ -160,8 +160,8 @@ class _Rewriter:
 
     def window_memory(self, node: Node, a: Mapping[str, Any]) -> list[Node | None]:
         s = scores(node, a)
-        past, window, sinks = a["past_positions"], a["window"], a["sinks"]
-        key = (a["positions"], window, sinks)
+        past, sizes = a["past_positions"], (a["window"], a["sinks"])
+        key = (a["positions"], *sizes)
         if self._is_state(node, past, 7):
             past = self.rings.setdefault(key, past)
             if past is not a["past_positions"]:
@@ -169,10 +169,10 @@ class _Rewriter:
         for name, index in (("past_key", 5), ("past_value", 6)):
             if self._is_state(node, a[name], index):
                 self.in_place.add(a[name].target)
-        plan_of = attend.window_plan(s, window, sinks)
+        plan_of = window.window_plan(s, *sizes)
         plan = self.parts(self.plan(calls.window_plan, plan_of, a["positions"], past, s.groups), 7)
         next_past = plan.pop(3)
-        form = attend.window_memory(s, plain_reason(s) is None and not self.portable)
+        form = window.window_memory(s, plain_reason(s) is None and not self.portable)
         made = self.call(calls.window_memory, form, s.lse, *_qkv(a), *plan, *_extra(a))
         output, *lse, keys, values, next_key, next_value = self.parts(made, 6 if s.lse else 5)
         return [
@@ -188,9 +188,9 @@ class _Rewriter:
         if not {2, 3, 4} & used_outputs(node):
             return [None, None, None]
         groups = shape(a["key"])[1]
-        plan_of = attend.window_left_plan(groups, a["window"], a["sinks"])
+        plan_of = window.window_left_plan(groups, a["window"], a["sinks"])
         position, index, found = self.parts(self.plan(calls.window_left_plan, plan_of, a["positions"], past, groups), 3)
-        made = self.call(calls.window_left, attend.window_left(), keys, values, index, found)
+        made = self.call(calls.window_left, window.window_left(), keys, values, index, found)
         return [*self.parts(made, 2), position]
 
     def linear_memory(self, node: Node, a: Mapping[str, Any]) -> list[Node]:
