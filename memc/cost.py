@@ -33,6 +33,15 @@ _GATHERS = (aten.embedding.default, aten.index_select.default)
 # Bytes of one weight. Quantised ones come in blocks of 32 with a float32 scale and a zero point.
 WEIGHT_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1 + 4 / 32 + 1 / 32, "int4": 0.5 + 4 / 32 + 0.5 / 32}
 
+SMALL = 1_000_000_000
+"""Bytes in float32 under which a half-precision model is read into memory as float32, where every check is faster.
+
+A larger one stays in its file, in its own type, and its parameters are converted one at a time when they are used.
+"""
+
+WORKING = 6
+"""Copies in float32 of the largest parameter that lowering and checking hold at once, at most."""
+
 # Memory of the process itself, with torch and the runtime loaded, and time of a conversion for one graph node.
 _BASE_RSS = 800_000_000
 _BASE_SECONDS = 10.0
@@ -81,10 +90,18 @@ def predict(
         decode_ms={context: ms for context, ms in decode.items() if ms is not None},
         state_bytes={context: program.state_bytes(context) for context in decoded},
         weight_bytes=int(weight_bytes),
-        peak_rss_bytes=int(_BASE_RSS + 2 * max(source_bytes, 4 * program.parameter_count)),
+        peak_rss_bytes=int(_BASE_RSS + _loaded(program, source_bytes, weight_bytes)),
         disk_bytes=int(source_bytes + weight_bytes),
         seconds=_seconds(program, source_bytes + weight_bytes, target),
     )
+
+
+def _loaded(program: Program, source_bytes: float, weight_bytes: float) -> float:
+    """Bytes of the model in memory at most: twice in float32 if small, else the files' pages and what is lowered."""
+    if 4 * program.parameter_count < SMALL:
+        return 2.0 * max(source_bytes, 4 * program.parameter_count)
+    largest = max(tensor.numel() for _, tensor in _parameters(program))
+    return source_bytes + weight_bytes + WORKING * 4 * largest
 
 
 def _parameters(program: Program) -> list[tuple[str, Tensor]]:

@@ -33,6 +33,7 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
+_EXACT = tuple(dtype for dtype in _DTYPES.values() if not dtype.is_floating_point)
 _MAX_HEADER = 100_000_000
 """The safetensors format's own limit."""
 
@@ -68,6 +69,15 @@ class Weights(ABC):
     def provenance(self, name: str) -> Provenance:
         """Return where a tensor comes from."""
         return Provenance(name)
+
+    def mapped(self, name: str) -> bool:
+        """Tell whether :meth:`get` maps pages of the file, which take no memory of their own, instead of reading it."""
+        return False
+
+    def held_bytes(self, dtype: torch.dtype) -> int:
+        """Return the bytes of memory that a program of this floating dtype takes for what cannot stay in the files."""
+        read = [n for n in self.names() if not self.mapped(n) or self.dtype(n) not in (dtype, *_EXACT)]
+        return sum(math.prod(self.shape(name)) * dtype.itemsize for name in read)
 
     @property
     def digest(self) -> str:
@@ -131,6 +141,10 @@ class SafetensorsWeights(Weights):
     def files(self) -> Sequence[Path]:
         """Return the safetensors files."""
         return self._paths
+
+    def mapped(self, name: str) -> bool:
+        """Tell whether :meth:`get` maps pages of the file: always."""
+        return True
 
     def get(self, name: str) -> Tensor:
         """Map one tensor into memory; its pages are read on first use."""
@@ -238,6 +252,11 @@ class RenamedWeights(Weights):
     def files(self) -> Sequence[Path]:
         """Return the files of the checkpoint."""
         return self.base.files()
+
+    def mapped(self, name: str) -> bool:
+        """Tell whether a tensor is one of the files as it is, and mapped there."""
+        recipe = self.recipes[name]
+        return recipe.transform == "identity" and self.base.mapped(recipe.sources[0])
 
     def get(self, name: str) -> Tensor:
         """Read a tensor's sources and transform them."""

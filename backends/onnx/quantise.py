@@ -15,8 +15,8 @@ BLOCK = 32
 _STRETCHES = (0.92, 1.0, 1.06)
 """Scales tried for a 4-bit block, against the one that just spans it: clipping the ends can cost less than it gains."""
 
-_ROWS = 4096
-"""Rows quantised at a time, so that a large table needs no second copy in float32."""
+_ELEMENTS = 1 << 22
+"""Weights quantised at a time: what is computed on the way is several times their size in float32."""
 
 Codes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -54,9 +54,9 @@ def quantise(weight: Floats, bits: int) -> Quantised:
     """
     out, into = weight.shape
     blocks = -(-into // BLOCK)
-    parts = []
-    for start in range(0, out, _ROWS):
-        rows = torch.from_numpy(np.ascontiguousarray(weight[start : start + _ROWS], np.float32))
+    parts, count = [], max(1, _ELEMENTS // into)
+    for start in range(0, out, count):
+        rows = torch.from_numpy(np.ascontiguousarray(weight[start : start + count], np.float32))
         rows = torch.nn.functional.pad(rows, (0, blocks * BLOCK - into)).reshape(-1, blocks, BLOCK)
         parts.append(_eight(rows) if bits == 8 else _four(rows))
     codes, scales, zeros = (torch.cat(column).numpy() for column in zip(*parts, strict=True))

@@ -184,12 +184,7 @@ def _quantised_product(
         out, into = into, out
     name = f"{weight.name}.q{bits}"
     if name not in graph.initializers:
-        values = weight.const_value.numpy()
-        made = quantise(values.T if turned else values, bits)
-        _add(graph, name, ir.Tensor(made.codes, name=name))
-        _add(graph, f"{name}.scale", ir.Tensor(made.scales, name=f"{name}.scale"))
-        if made.zeros is not None:
-            _add(graph, f"{name}.zero", ir.Tensor(made.zeros, name=f"{name}.zero"))
+        _add_quantised(graph, name, weight.const_value, turned, (out, into), bits)
     parts = [name, f"{name}.scale", *([f"{name}.zero"] if bits == 4 else [])]
     sizes = {"K": into, "N": out, "bits": bits, "block_size": BLOCK, "accuracy_level": 4}
     return ir.Node(
@@ -199,6 +194,38 @@ def _quantised_product(
         [ir.AttrInt64(key, value) for key, value in sizes.items()],
         outputs=[product],
     )
+
+
+def _add_quantised(
+    graph: ir.Graph, name: str, tensor: ir.TensorProtocol, turned: bool, sizes: tuple[int, int], bits: int
+) -> None:
+    """Add codes, scales and zero points that are computed when the first of them is written, and dropped after all."""
+    out, into = sizes
+    blocks = -(-into // BLOCK)
+    parts: dict[str, tuple[ir.DataType, list[int]]] = {
+        "codes": (ir.DataType.UINT8, [out, blocks, BLOCK * bits // 8]),
+        "scales": (ir.DataType.FLOAT, [out, blocks]),
+    }
+    if bits == 4:
+        parts["zeros"] = (ir.DataType.UINT8, [out, -(-blocks // 2)])
+    waiting: dict[str, np.ndarray] = {}
+
+    def take(part: str) -> np.ndarray:
+        if part not in waiting:
+            values = tensor.numpy()
+            made = quantise(values.T if turned else values, bits)
+            waiting.update({each: getattr(made, each) for each in parts})
+        return waiting.pop(part)
+
+    for part, (dtype, shape) in parts.items():
+        full = name + {"codes": "", "scales": ".scale", "zeros": ".zero"}[part]
+        made = ir.LazyTensor(
+            lambda part=part, full=full: ir.Tensor(take(part), name=full),
+            dtype=dtype,
+            shape=ir.Shape(shape),
+            name=full,
+        )
+        _add(graph, full, made)
 
 
 def _transposed(name: str, tensor: ir.TensorProtocol | None) -> ir.LazyTensor:

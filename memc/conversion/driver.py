@@ -26,13 +26,13 @@ from memc.conversion.facts import (
     pass_facts,
     planned_facts,
 )
-from memc.conversion.folder import RECIPE, OutFolder, folder_bytes, require_space, resume_key
+from memc.conversion.folder import RECIPE, OutFolder, folder_bytes, link_folder, require_space, resume_key
 from memc.conversion.lowering import lower, verify_lowered
 from memc.conversion.pipeline import PassRun, Pipeline, plan_all
 from memc.conversion.quality import WINDOW, measure_quality
 from memc.conversion.text import verification_text
 from memc.conversion.training import make_trainer, training_data, trains
-from memc.cost import predict
+from memc.cost import SMALL, WORKING, predict
 from memc.data import source_digest
 from memc.errors import MemcError
 from memc.frontend import Captured, capture_source
@@ -144,8 +144,10 @@ def convert_model(request: Request, progress: Progress | None = None) -> Convert
     document = _plan(request, steps, passes, captured, raised, training)
     if request.dry_run:
         return document
-    _require_memory(program)
-    require_space(request.out, 2 * _bytes(raised.program) + document.predicted.weight_bytes)
+    _require_memory(request, captured, raised.program, document.predicted.weight_bytes)
+    # A pass keeps its whole result until the next one's is written.
+    copies = min(max(len(passes), 1), 2)
+    require_space(request.out, copies * _bytes(raised.program) + document.predicted.weight_bytes)
     folder.open(_key(request, recipe, captured), fresh=request.fresh)
     try:
         _write_plan(folder, recipe, captured, raised, document, steps)
@@ -160,7 +162,7 @@ def _capture_and_raise(request: Request, steps: Steps) -> tuple[Captured, Progra
     with steps.step("capture", f"capture {_source(request.model)}"):
         captured = _capture(request)
         program = captured.program
-        if program_dtype(program) in _HALF and _fits_in_float32(program):
+        if program_dtype(program) in _HALF and _small(program):
             program = recast(program, torch.float32)
     with steps.step("raise", "raise"):
         raised = raise_program(program)
@@ -305,7 +307,7 @@ class _Conversion:
             windows = [facts["window"] for run in runs for facts in run.report.details.values() if "window" in facts]
             self.quality = partial(measure_quality, original, corpus=data.corpus, window=max(windows, default=WINDOW))
         del original
-        return self._lower(program, runs, checks, text, floor)
+        return self._lower(program, pipeline.last_stage, runs, checks, text, floor)
 
     def _load(self, program: Program) -> Program:
         return materialize(program, self.captured.weights) if self.captured.weights is not None else program
@@ -330,12 +332,21 @@ class _Conversion:
         return checks
 
     def _lower(
-        self, program: Program, runs: list[PassRun], checks: list[CheckResult], text: VerificationText, floor: float
+        self,
+        program: Program,
+        stage: Path | None,
+        runs: list[PassRun],
+        checks: list[CheckResult],
+        text: VerificationText,
+        floor: float,
     ) -> ConvertDocument:
         request, place = self.request, self.folder.partial
         options = LowerOptions(request.weights, request.recipe.context, request.threads)
         with self.steps.step("lower", f"lower with {request.backend.name}"):
-            save_program(program, place / "program")
+            if stage is None:
+                save_program(program, place / "program")
+            else:
+                link_folder(stage, place / "program")
             shutil.rmtree(place / "lowered", ignore_errors=True)
             lowered, manifest = lower(program, request.backend, request.target, place, options)
         with self.steps.step("verify_lowered", "verify what was lowered"):
@@ -431,14 +442,34 @@ def _bytes(program: Program) -> int:
     return sum(value.numel() * value.element_size() for value in program.module.parameters())
 
 
-def _fits_in_float32(program: Program) -> bool:
-    """Tell whether three float32 copies fit: the raw program, the raised one, and what a pass or backend makes."""
+def _small(program: Program) -> bool:
+    return 4 * program.parameter_count < SMALL
+
+
+def _require_memory(request: Request, captured: Captured, program: Program, weight_bytes: int) -> None:
+    """Refuse what cannot be converted and checked in this machine's memory.
+
+    Parameters that are read from their file as they are used need none of their own; what the backend loads does.
+    """
     memory = machine.memory_bytes()
-    return memory is None or 3 * 4 * program.parameter_count < memory - 2_000_000_000
+    if memory is None:
+        return
+    weights, dtype = captured.weights, program_dtype(program)
+    converted = dtype != program_dtype(captured.program)
+    held = _bytes(program) if weights is None or converted else weights.held_bytes(dtype)
+    largest = max((value.numel() for value in program.module.parameters()), default=0)
+    rest = held + WORKING * 4 * largest
+    if rest + weight_bytes <= memory:
+        return
+    bytes_of = {kind: _weight_bytes(program, request, kind) for kind in request.backend.weights}
+    fitting = [kind for kind, size in bytes_of.items() if rest + size <= memory]
+    reason = (
+        f"checking the result takes {weight_bytes / 1e9:.1f} GB of memory for its {request.weights} weights and"
+        f" {rest / 1e9:.1f} GB beside them, this machine has {memory / 1e9:.1f} GB"
+    )
+    hint = f"--weights {min(fitting, key=bytes_of.__getitem__)}" if fitting else "convert on a machine with more memory"
+    raise MemcError("E501", reason, program.model.source, hint)
 
 
-def _require_memory(program: Program) -> None:
-    memory, needed = machine.memory_bytes(), _bytes(program)
-    if memory is not None and needed > memory:
-        reason = f"the weights take {needed / 1e9:.1f} GB of memory, this machine has {memory / 1e9:.1f} GB"
-        raise MemcError("E501", reason, program.model.source, "convert on a machine with more memory")
+def _weight_bytes(program: Program, request: Request, kind: str) -> int:
+    return predict(program, request.target, (), weights=kind).weight_bytes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -117,6 +118,20 @@ def require_space(folder: Path, needed: int) -> None:
     if free < needed:
         reason = f"conversion needs {needed / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free"
         raise MemcError("E502", reason, str(place), "free some, or give an OUT on another disk")
+
+
+def link_folder(source: Path, target: Path) -> None:
+    """Put the files of ``source`` into a new folder without writing them again, where the disk has hard links."""
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(source, target, copy_function=_link)
+
+
+def _link(source: str, target: str) -> str:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+    return target
 
 
 def folder_bytes(folder: Path) -> int:

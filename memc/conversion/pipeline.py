@@ -73,6 +73,11 @@ class Pipeline:
             runs.append(PassRun(report))
         return program, runs
 
+    @property
+    def last_stage(self) -> Path | None:
+        """The folder of the last result, None when nothing was to be run or kept."""
+        return self._stage(len(self.passes) - 1) if self.folder is not None and self.passes else None
+
     def _run_one(self, index: int, before: Program) -> tuple[Program, PassReportFile]:
         """Run one pass and keep its result; what is returned is what was read back, as a resumed run would."""
         pass_ = self.passes[index]

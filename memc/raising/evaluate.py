@@ -15,6 +15,8 @@ from memc.program import get_tensor
 
 aten = torch.ops.aten
 
+_HALF = (torch.float16, torch.bfloat16)
+
 
 class UnknownValueError(Exception):
     """A subgraph depends on a value that nobody fed, such as a parameter without its weights."""
@@ -70,8 +72,9 @@ def evaluate(
     feeds: Mapping[Node, Any],
     replace: Mapping[Any, Any] | None = None,
 ) -> list[Any]:
-    """Compute the values of ``targets`` given the values of ``feeds``.
+    """Compute the values of ``targets`` given the values of ``feeds``, in float32 where the graph has half precision.
 
+    What a subgraph means does not depend on how it rounds, and half precision rounds by more than probes tell apart.
     ``replace`` maps integer constants to others, wherever they stand as a positional argument.
     Raises :class:`UnknownValueError` when a value is needed that is neither fed nor held by the module.
     """
@@ -82,7 +85,7 @@ def evaluate(
     def constant(item: Any) -> Any:
         if replace and isinstance(item, int) and not isinstance(item, bool) and item in replace:
             return replace[item]
-        return item
+        return torch.float32 if item in _HALF else item
 
     with torch.no_grad():
         for node in module.graph.nodes:
@@ -92,10 +95,11 @@ def evaluate(
                 tensor = get_tensor(module, str(node.target))
                 if isinstance(tensor, FakeTensor) or tensor.is_meta:
                     raise UnknownValueError(str(node.target))
-                values[node] = tensor.detach()
+                values[node] = tensor.detach().float() if tensor.dtype in _HALF else tensor.detach()
             elif node.op == "call_function":
                 args = map_arg(torch.fx.node.map_aggregate(node.args, constant), values.__getitem__)
-                values[node] = node.target(*args, **map_arg(node.kwargs, values.__getitem__))
+                kwargs = {name: torch.float32 if item in _HALF else item for name, item in node.kwargs.items()}
+                values[node] = node.target(*args, **map_arg(kwargs, values.__getitem__))
             else:
                 raise UnknownValueError(node.name)
     return [values[node] for node in wanted]

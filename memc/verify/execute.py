@@ -35,6 +35,21 @@ def run(
     return run_nodes(program, (*inputs, *state), precision=precision)
 
 
+def run_all(
+    program: Program, cases: Sequence[Sequence[Tensor]], precision: torch.dtype = torch.float32
+) -> list[tuple[Tensor, ...]]:
+    """Run a program as :func:`run` does on several inputs; a parameter of another type is converted once for all."""
+    if program_dtype(program) == precision:
+        return [program(*inputs) for inputs in cases]
+    return _run_nodes(program, cases, precision)
+
+
+def whole_all(program: Program, texts: Sequence[Tensor], precision: torch.dtype = torch.float32) -> list[Tensor]:
+    """Return what :func:`whole` does for each of several ``tokens [B, T]``, run side by side."""
+    cases = [(*inputs_of(program, tokens), *program.new_state(tokens.shape[0], tokens.device)) for tokens in texts]
+    return [outputs[0].to(precision) for outputs in run_all(program, cases, precision)]
+
+
 def whole(program: Program, tokens: Tensor, precision: torch.dtype = torch.float32) -> Tensor:
     """Return the first output (logits ``[B, T, vocab]``) for ``tokens [B, T]`` in one call from an empty state.
 
@@ -90,13 +105,24 @@ def run_nodes(
     ``precision`` replaces every floating type: parameters are converted one at a time when used, so that no second copy
     of the model is held. ``visit`` sees every node's value, which is dropped after its last use.
     """
-    feed = iter(inputs)
+    seen = None if visit is None else lambda node, values: visit(node, values[0])
+    return _run_nodes(program, [inputs], precision, seen)[0]
+
+
+def _run_nodes(
+    program: Program,
+    cases: Sequence[Sequence[Tensor]],
+    precision: torch.dtype | None,
+    visit: Callable[[Node, list[Any]], None] | None = None,
+) -> list[tuple[Tensor, ...]]:
+    """Run several inputs side by side, so that a parameter is converted once for all of them."""
+    feeds = [iter(inputs) for inputs in cases]
     last: dict[Node, Node] = {}
     nodes = list(program.module.graph.nodes)
     for node in nodes:
         for source in node.all_input_nodes:
             last[source] = node
-    values: dict[Node, Any] = {}
+    values: dict[Node, list[Any]] = {}
 
     def convert(value: Any) -> Any:
         is_float = isinstance(value, Tensor) and value.is_floating_point()
@@ -104,14 +130,14 @@ def run_nodes(
 
     for node in nodes:
         if node.op == "placeholder":
-            values[node] = convert(next(feed))
+            values[node] = [convert(next(feed)) for feed in feeds]
         elif node.op == "get_attr":
-            values[node] = convert(get_tensor(program.module, str(node.target)))
+            # As it is stored: every parameter may stand before the first use of any.
+            values[node] = [get_tensor(program.module, str(node.target))] * len(cases)
         elif node.op == "output":
-            result: tuple[Tensor, ...] = tuple(map_arg(node.args[0], values.__getitem__))
-            return result
+            return [map_arg(node.args[0], lambda source: convert(values[source][case])) for case in range(len(cases))]  # noqa: B023
         else:
-            values[node] = _call(node, values, precision)
+            values[node] = _call(node, values, len(cases), precision, convert)
         if visit is not None:
             visit(node, values[node])
         for source in node.all_input_nodes:
@@ -128,12 +154,26 @@ def layer_of(node: Node) -> tuple[int | None, str]:
     return (int(number[1]) if number else None), path
 
 
-def _call(node: Node, values: dict[Node, Any], precision: torch.dtype | None) -> Any:
-    args, kwargs = map_arg((node.args, dict(node.kwargs)), values.__getitem__)
-    if precision is not None:
-        args, kwargs = _replace_dtype(args, precision), _replace_dtype(kwargs, precision)
+def _call(
+    node: Node,
+    values: dict[Node, list[Any]],
+    cases: int,
+    precision: torch.dtype | None,
+    convert: Callable[[Any], Any],
+) -> list[Any]:
+    """Call a node's op for each case; parameters are converted for this call alone, of a table only what it gives."""
     target: Any = node.target
-    return target(*args, **kwargs)
+    table = target is torch.ops.aten.embedding.default
+    stored = {} if table else {s: convert(values[s][0]) for s in node.all_input_nodes if s.op == "get_attr"}
+    results = []
+    for case in range(cases):
+        known = {source: stored.get(source, values[source][case]) for source in node.all_input_nodes}
+        args, kwargs = map_arg((node.args, dict(node.kwargs)), known.__getitem__)
+        if precision is not None:
+            args, kwargs = _replace_dtype(args, precision), _replace_dtype(kwargs, precision)
+        result = target(*args, **kwargs)
+        results.append(convert(result) if table else result)
+    return results
 
 
 def _replace_dtype(value: Any, precision: torch.dtype) -> Any:

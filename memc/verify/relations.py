@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from memc.errors import MemcError
 from memc.program import Program
 from memc.relation import Bounded, Close, Exact, Relation
-from memc.verify.execute import logits, pieces, rows, run, streams, whole
+from memc.verify.execute import PIECE, logits, rows, run_all, streams, whole, whole_all
 from memc.verify.inputs import positions_of
 from memc.verify.sites import first_bad_site
 from memc.verify.text import VerificationText, take
@@ -113,9 +113,15 @@ def _check_close(
 def _worst(
     original: Program, result: Program, limit: int | None, text: VerificationText, precision: torch.dtype
 ) -> tuple[float, str]:
+    shapes = list(_shapes(original, limit, text))
+    short = [shape for shape in shapes if shape[1] <= PIECE]
+    texts = [take(text, *shape) for shape in short]
+    pairs = zip(whole_all(original, texts, precision), whole_all(result, texts, precision), strict=True)
+    found = [float((before - after).abs().max()) for before, after in pairs]
+    longer = [shape for shape in shapes if shape[1] > PIECE]
+    found += [_difference(original, result, take(text, *shape), precision) for shape in longer]
     worst, where = -1.0, ""
-    for batch, length in _shapes(original, limit, text):
-        difference = _difference(original, result, take(text, batch, length), precision)
+    for difference, (batch, length) in zip(found, short + longer, strict=True):
         if not difference <= worst:
             worst, where = difference, f"batch {batch}, {length} tokens"
     return worst, where
@@ -236,34 +242,64 @@ def split_invariance(program: Program, tokens: Tensor, floor: float = 0.0) -> Ch
     if not streams(program):
         return CheckResult("split_invariance", 0.0, None, None, True, "not claimed: an op depends on the split")
     length = tokens.shape[1]
-    expected = whole(program, tokens)
     odd = [3] * (length // 3) + ([length % 3] if length % 3 else [])
+    padded, positions, columns = _mixed_lengths(tokens)
+    half = padded.shape[1] // 2
+    found = _together(
+        program,
+        [
+            _cut(tokens, positions_of(tokens), [length]),
+            _cut(tokens, positions_of(tokens), [1] * length),
+            _cut(tokens, positions_of(tokens), odd),
+            _cut(padded, positions, [half, padded.shape[1] - half]),
+            *(_cut(row, positions_of(row), [length]) for row in rows(tokens)),
+        ],
+    )
+    expected, single, threes, mixed, *alone = found
     differences = {
-        "one token at a time": torch.cat(list(pieces(program, tokens, [1] * length)), 1) - expected,
-        "pieces of three": torch.cat(list(pieces(program, tokens, odd)), 1) - expected,
-        "mixed lengths": _mixed_lengths(program, tokens) - expected,
-        "one sequence at a time": torch.cat([whole(program, row) for row in rows(tokens)]) - expected,
+        "one token at a time": single - expected,
+        "pieces of three": threes - expected,
+        "mixed lengths": mixed.gather(1, columns[..., None].expand(-1, -1, mixed.shape[-1])) - expected,
+        "one sequence at a time": torch.cat(alone) - expected,
     }
     values = {name: float(value.abs().max()) for name, value in differences.items()}
     worst = max(values, key=lambda name: math.inf if math.isnan(values[name]) else values[name])
     return _result("split_invariance", values[worst], max(SPLIT_TOLERANCE, 10 * floor), floor, f"largest: {worst}")
 
 
-def _mixed_lengths(program: Program, tokens: Tensor) -> Tensor:
-    """Run each row behind its own amount of padding and with a gap of it in the middle, in two calls."""
+def _cut(tokens: Tensor, positions: Tensor, sizes: list[int]) -> list[tuple[Tensor, Tensor]]:
+    parts = zip(tokens.split(sizes, 1), positions.split(sizes, 1), strict=True)
+    return [(ids.contiguous(), where.contiguous()) for ids, where in parts]
+
+
+def _together(program: Program, sequences: list[list[tuple[Tensor, Tensor]]]) -> list[Tensor]:
+    """Run sequences that are cut into pieces, each with its own state, the first pieces of all side by side and so on.
+
+    Returns the logits of each sequence.
+    """
+    states = [program.new_state(parts[0][0].shape[0]) for parts in sequences]
+    found: list[list[Tensor]] = [[] for _ in sequences]
+    for step in range(max(map(len, sequences))):
+        running = [index for index, parts in enumerate(sequences) if step < len(parts)]
+        cases = [(*sequences[index][step], *states[index]) for index in running]
+        for index, outputs in zip(running, run_all(program, cases), strict=True):
+            states[index] = outputs[len(program.outputs) :]
+            found[index].append(outputs[0].float())
+    return [torch.cat(parts, 1) for parts in found]
+
+
+def _mixed_lengths(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Put each row behind its own amount of padding and a gap of it in the middle.
+
+    Returns the padded tokens, their positions, and the columns of ``tokens`` among them.
+    """
     batch, length = tokens.shape
     gap = (torch.arange(length) >= length // 2).long() * 2
     columns = positions_of(tokens) + gap + (torch.arange(batch) % 3 + 1)[:, None]
     total = length + 6
     padded = tokens.new_zeros(batch, total).scatter(1, columns, tokens)
     positions = tokens.new_full((batch, total), -1).scatter(1, columns, positions_of(tokens))
-    state, parts = program.new_state(batch), []
-    for part in (slice(0, total // 2), slice(total // 2, None)):
-        outputs = run(program, (padded[:, part], positions[:, part].contiguous()), state)
-        state = outputs[len(program.outputs) :]
-        parts.append(outputs[0].float())
-    found = torch.cat(parts, 1)
-    return found.gather(1, columns[..., None].expand(-1, -1, found.shape[-1]))
+    return padded, positions, columns
 
 
 def finite(program: Program) -> None:

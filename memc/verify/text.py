@@ -10,6 +10,7 @@ from torch import Tensor
 from memc.program import Program
 from memc.verify.execute import run, streams
 from memc.verify.inputs import token_limit
+from memc.weights import program_dtype
 
 # Joined into one row they are 640 tokens: hundreds past a window of 256. Steps cost, sequences hardly do.
 SEQUENCES = 16
@@ -41,10 +42,13 @@ def sample_text(program: Program, seed: int, *, sequences: int = SEQUENCES, leng
         what = f"{sequences} sequences of {length} uniformly drawn tokens" if "tokens" in roles else ""
         others = "uniformly drawn inputs" if roles - {"tokens", "positions"} else ""
         return VerificationText(drawn, f"{' and '.join(filter(None, (what, others)))}, seed {seed}")
+    # Steps of one token cost as much as reading the model: one in bfloat16, which has products of its own on CPUs, is
+    # not converted for each of them. How likely a token is need not be known to more digits than that.
+    precision = torch.bfloat16 if program_dtype(program) == torch.bfloat16 else torch.float32
     tokens, state = drawn[:, :1], program.new_state(sequences)
     text = [tokens]
     for index in range(length - 1):
-        outputs = run(program, (tokens, torch.full((sequences, 1), index)), state)
+        outputs = run(program, (tokens, torch.full((sequences, 1), index)), state, precision)
         state = outputs[len(program.outputs) :]
         # In float64, so that the draw depends on no rounding of a sum over the vocabulary.
         chances = outputs[0][:, -1, :vocab].double().softmax(-1)
