@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import operator
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,16 +48,22 @@ _ENUMS: dict[str, dict[str, Any]] = {
 }
 
 
-def save_program(program: Program, folder: Path) -> None:
+def save_program(program: Program, folder: Path, earlier: tuple[Program, Path] | None = None) -> None:
     """Write ``program`` to ``folder``: ``program.json`` and ``params.safetensors``.
 
-    The same program gives the same bytes. Parameters are streamed one at a time; tied ones are written once. Raises
-    ``ValueError`` for fake parameters and ``MemcError`` E305 naming a node that has no place in the format.
+    The same program gives the same bytes. Parameters are streamed one at a time; tied ones are written once. Of a
+    program made from an ``earlier`` one, which was loaded from its folder, the tensors that are the same stay in that
+    one's files: those are linked, and ``params-1.safetensors`` and so on hold what is new. Raises ``ValueError`` for
+    fake parameters and ``MemcError`` E305 naming a node that has no place in the format.
     """
     if program.is_fake:
         raise ValueError("a program with fake parameters has nothing to save")
     folder.mkdir(parents=True, exist_ok=True)
     tensors, aliases = _referenced(program)
+    kept = _kept(*earlier) if earlier is not None else {}
+    files = sorted({str(entry.get("file", PARAMETERS)) for entry in kept.values()}, key=_number)
+    own = f"params-{_number(files[-1]) + 1}.safetensors" if files else PARAMETERS
+    new = {name: value for name, value in tensors.items() if aliases[name] == name and _identity(value) not in kept}
     data = {
         "schema": SCHEMA,
         "model": dataclasses.asdict(program.model),
@@ -65,13 +72,21 @@ def save_program(program: Program, folder: Path) -> None:
         "outputs": [_spec_to_json(spec) for spec in program.outputs],
         "states": [_spec_to_json(spec) for spec in program.states],
         "tensors": [
-            {"name": name, "parameter": isinstance(value, torch.nn.Parameter), "stored_as": aliases[name]}
+            {
+                "name": name,
+                "parameter": isinstance(value, torch.nn.Parameter),
+                **(kept.get(_identity(value)) or _place(aliases[name], own)),
+            }
             for name, value in tensors.items()
         ],
         "provenance": {name: dataclasses.asdict(value) for name, value in sorted(program.provenance.items())},
         "nodes": [_node_to_json(node) for node in program.module.graph.nodes],
     }
-    write_tensors(folder / PARAMETERS, {name: tensors[name] for name in tensors if aliases[name] == name})
+    if earlier is not None:
+        for file in files:
+            link(earlier[1] / file, folder / file)
+    if new or not files:
+        write_tensors(folder / own, new)
     (folder / GRAPH).write_text(json.dumps(data, indent=None, separators=(",", ":"), allow_nan=False) + "\n")
 
 
@@ -88,7 +103,10 @@ def load_program(folder: Path) -> Program:
         data = json.loads(path.read_text())
         if data.get("schema") != SCHEMA:
             raise MemcError("E309", f"program has schema {data.get('schema')!r}, this memc reads {SCHEMA!r}", str(path))
-        program = _program_from_json(data, read_tensors(folder / PARAMETERS))
+        files = {str(entry.get("file", PARAMETERS)) for entry in data["tensors"]} | {PARAMETERS}
+        if any(Path(file).name != file for file in files):
+            raise ValueError("parameter file outside the program's folder")
+        program = _program_from_json(data, {file: read_tensors(folder / file) for file in files})
         infer(program)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError, AssertionError) as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'empty'}"
@@ -117,12 +135,39 @@ def _identity(value: Tensor) -> object:
     return (value.data_ptr(), value.dtype, tuple(value.shape), value.stride())
 
 
-def _program_from_json(data: dict[str, Any], stored: dict[str, Tensor]) -> Program:
+def link(source: str | Path, target: str | Path) -> None:
+    """Give a file a second name, or copy it where the disk has no hard links."""
+    try:
+        Path(target).hardlink_to(source)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _kept(program: Program, folder: Path) -> dict[object, dict[str, str]]:
+    """Tell for each tensor of a program that was loaded from ``folder`` where it is stored there."""
+    entries = {entry["name"]: entry for entry in json.loads((folder / GRAPH).read_text())["tensors"]}
+    return {
+        _identity(value): {key: entries[name][key] for key in ("stored_as", "file") if key in entries[name]}
+        for name, value in _referenced(program)[0].items()
+    }
+
+
+def _place(name: str, file: str) -> dict[str, str]:
+    return {"stored_as": name} if file == PARAMETERS else {"stored_as": name, "file": file}
+
+
+def _number(file: str) -> int:
+    """Return n of ``params-n.safetensors``; 0 of the first file, which has none."""
+    return 0 if file == PARAMETERS else int(file.removeprefix("params-").removesuffix(".safetensors"))
+
+
+def _program_from_json(data: dict[str, Any], stored: dict[str, dict[str, Tensor]]) -> Program:
     root = torch.nn.Module()
-    made: dict[tuple[str, bool], Tensor] = {}
+    made: dict[tuple[str, str, bool], Tensor] = {}
     for entry in data["tensors"]:
-        value = stored[entry["stored_as"]]
-        key = (entry["stored_as"], entry["parameter"])
+        file = entry.get("file", PARAMETERS)
+        value = stored[file][entry["stored_as"]]
+        key = (file, entry["stored_as"], entry["parameter"])
         if key not in made:
             is_float = value.is_floating_point() or value.is_complex()
             made[key] = torch.nn.Parameter(value, requires_grad=is_float) if entry["parameter"] else value

@@ -145,9 +145,8 @@ def convert_model(request: Request, progress: Progress | None = None) -> Convert
     if request.dry_run:
         return document
     _require_memory(request, captured, raised.program, document.predicted.weight_bytes)
-    # A pass keeps its whole result until the next one's is written.
-    copies = min(max(len(passes), 1), 2)
-    require_space(request.out, copies * _bytes(raised.program) + document.predicted.weight_bytes)
+    # The program once, however many passes, with what they add; and what is lowered.
+    require_space(request.out, document.predicted.disk_bytes or 0)
     folder.open(_key(request, recipe, captured), fresh=request.fresh)
     try:
         _write_plan(folder, recipe, captured, raised, document, steps)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 
 from memc import __version__
 from memc.artifact import MANIFEST, read_manifest
 from memc.errors import MemcError
+from memc.program_io import link
 from memc.report.models import Document, ErrorDocument
 
 RESUME = Path("report", "resume.json")  # under report, which the manifest does not list
@@ -123,15 +123,7 @@ def require_space(folder: Path, needed: int) -> None:
 def link_folder(source: Path, target: Path) -> None:
     """Put the files of ``source`` into a new folder without writing them again, where the disk has hard links."""
     shutil.rmtree(target, ignore_errors=True)
-    shutil.copytree(source, target, copy_function=_link)
-
-
-def _link(source: str, target: str) -> str:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
-    return target
+    shutil.copytree(source, target, copy_function=link)
 
 
 def folder_bytes(folder: Path) -> int:

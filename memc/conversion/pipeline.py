@@ -111,7 +111,7 @@ class Pipeline:
                 raise _failure(pass_, relation, result, facts)
         if self.folder is None:
             return after, document
-        return self._keep(index, after), document
+        return self._keep(index, before, after), document
 
     def _check(
         self, pass_: Pass, plan: Plan, relation: Relation, before: Program, after: Program
@@ -151,11 +151,11 @@ class Pipeline:
         count = len(self.passes)
         return next((index + 1 for index in reversed(range(count)) if self._stage(index).is_dir()), 0)
 
-    def _keep(self, index: int, program: Program) -> Program:
+    def _keep(self, index: int, before: Program, program: Program) -> Program:
         stage = self._stage(index)
         partial = stage.with_name(stage.name + ".writing")
         shutil.rmtree(partial, ignore_errors=True)
-        save_program(program, partial)
+        save_program(program, partial, (before, self._stage(index - 1)) if index else None)
         partial.rename(stage)
         kept = load_program(stage)
         shutil.rmtree(self._training(index) or partial, ignore_errors=True)

@@ -15,7 +15,7 @@ import torch
 from memc.conversion.pipeline import Pipeline, plan_all, window_baseline
 from memc.errors import MemcError
 from memc.plugins import load_kernels
-from memc.program_io import GRAPH, PARAMETERS, load_program
+from memc.program_io import load_program
 from memc.relation import Bounded
 from memc.report.models import PassReportFile
 from memc.verify import sample_text
@@ -151,7 +151,9 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(tmp_path: Path) -> None:
     resumed = run_killable(tmp_path / "a", trigger)
     assert resumed.stdout.strip() == "[True, False, False]", resumed.stderr
     killable(tmp_path / "b", str(trigger))
-    for name in (GRAPH, PARAMETERS):
+    names = sorted(path.name for path in (tmp_path / "b" / "stage-04").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "a" / "stage-04").iterdir())
+    for name in names:
         assert (tmp_path / "a" / "stage-04" / name).read_bytes() == (tmp_path / "b" / "stage-04" / name).read_bytes()
 
 

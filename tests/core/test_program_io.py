@@ -12,8 +12,9 @@ import torch
 
 from memc.errors import MemcError
 from memc.plugins import load_kernels
-from memc.program import Program, StateSpec
+from memc.program import Program, StateSpec, get_tensor, set_tensor
 from memc.program_io import GRAPH, PARAMETERS, decode, encode, load_program, save_program
+from memc.tensor_file import read_tensors
 from tests.core.tiny import TinyConfig, tiny_program
 
 
@@ -60,6 +61,38 @@ def test_a_program_can_be_saved_over_the_one_it_was_read_from(tmp_path: Path) ->
     before = contents(tmp_path)
     save_program(load_program(tmp_path), tmp_path)
     assert contents(tmp_path) == before
+
+
+def test_tensors_that_stay_the_same_are_linked_and_new_ones_are_apart(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in "abc"]
+    save_program(tiny_program(), folders[0])
+    program = load_program(folders[0])
+    for step, folder in enumerate(folders[1:], 1):
+        changed = program.copy()
+        name = f"model.layers.{step - 1}.mlp.up.weight"
+        set_tensor(changed.module, name, get_tensor(program.module, name) * 2)
+        save_program(changed, folder, (program, folders[step - 1]))
+        program = load_program(folder)
+        assert torch.equal(get_tensor(program.module, name), get_tensor(changed.module, name))
+    tokens = torch.arange(10).reshape(2, 5)
+    assert torch.equal(program.run(tokens), changed.run(tokens))
+    assert sorted(path.name for path in folders[2].iterdir()) == [
+        "params-1.safetensors",
+        "params-2.safetensors",
+        PARAMETERS,
+        GRAPH,
+    ]
+    assert (folders[2] / PARAMETERS).samefile(folders[0] / PARAMETERS)
+    assert list(read_tensors(folders[2] / "params-2.safetensors")) == [name]
+
+
+def test_a_parameter_file_elsewhere_is_refused(tmp_path: Path) -> None:
+    save_program(tiny_program(), tmp_path)
+    data = json.loads((tmp_path / GRAPH).read_text())
+    data["tensors"][0]["file"] = "../params.safetensors"
+    (tmp_path / GRAPH).write_text(json.dumps(data))
+    with pytest.raises(MemcError, match=r"E309.*outside"):
+        load_program(tmp_path)
 
 
 def test_every_node_gets_its_symbolic_value(tmp_path: Path) -> None:
