@@ -13,6 +13,8 @@ from memc.program import Program
 from memc.recipe import Recipe
 from memc.runtime.text import Text
 from memc.verify import VerificationText, sample_text, token_limit
+from memc.verify.text import SEQUENCES
+from memc.weights import program_dtype
 
 ROW = 384
 """Tokens of a row: long enough to go past the windows in use."""
@@ -37,7 +39,9 @@ def verification_text(recipe: Recipe, original: Program, folder: Path) -> Verifi
 
 
 def _sampled(recipe: Recipe, original: Program) -> VerificationText:
-    text = sample_text(original, recipe.seed)
+    # Where parameters are converted for each run, a token costs: half of the sequences still go past a window of 256.
+    halved = SEQUENCES // 2 if program_dtype(original) in (torch.float16, torch.bfloat16) else SEQUENCES
+    text = sample_text(original, recipe.seed, sequences=halved)
     row = _row(original, text.tokens.numel())
     return VerificationText(text.tokens.reshape(-1)[: text.tokens.numel() // row * row].reshape(-1, row), text.origin)
 
