@@ -205,7 +205,10 @@ def provisional(pass_: Pass, program: Program, target: Target) -> Pass:
 def window_baseline(pass_: Pass, plan: Plan, program: Program, target: Target) -> Program:
     """Apply the ``window`` pass with the options it shares with ``pass_``, in the layers of ``plan``."""
     window: type[Pass] = load_plugin("memc.passes", "window")
-    shared = {spec.name for spec in dataclasses.fields(window)} & {spec.name for spec in dataclasses.fields(pass_)}
+    # Not which layers are kept: those of the plan are known, and passes name them in ways of their own.
+    shared = {spec.name for spec in dataclasses.fields(window)} & {spec.name for spec in dataclasses.fields(pass_)} - {
+        "keep"
+    }
     baseline = window(**{name: getattr(pass_, name) for name in sorted(shared)})
     layers = {site.layer for site in plan.sites}
     own = baseline.plan(program, target)
