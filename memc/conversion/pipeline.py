@@ -206,10 +206,8 @@ def window_baseline(pass_: Pass, plan: Plan, program: Program, target: Target) -
     """Apply the ``window`` pass with the options it shares with ``pass_``, in the layers of ``plan``."""
     window: type[Pass] = load_plugin("memc.passes", "window")
     # Not which layers are kept: those of the plan are known, and passes name them in ways of their own.
-    shared = {spec.name for spec in dataclasses.fields(window)} & {spec.name for spec in dataclasses.fields(pass_)} - {
-        "keep"
-    }
-    baseline = window(**{name: getattr(pass_, name) for name in sorted(shared)})
+    own_options, options = ({spec.name for spec in dataclasses.fields(kind)} for kind in (window, pass_))
+    baseline = window(**{name: getattr(pass_, name) for name in sorted((own_options & options) - {"keep"})})
     layers = {site.layer for site in plan.sites}
     own = baseline.plan(program, target)
     sites = tuple(site for site in own.sites if site.layer in layers)
