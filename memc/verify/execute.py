@@ -14,7 +14,6 @@ from torch.fx.node import map_arg
 from memc.dialect import op_spec
 from memc.program import Program, get_tensor
 from memc.verify.inputs import inputs_of, positions_of
-from memc.weights import program_dtype
 
 PIECE = 256
 """Most tokens that are run at once where a program allows any split: bounds the logits held."""
@@ -30,16 +29,21 @@ def run(
 
     Parameters of another type are converted one at a time, so that memory for the model as it is stored is enough.
     """
-    if program_dtype(program) == precision:
+    if _computes_in(program, precision):
         return program(*inputs, *state)
     return run_nodes(program, (*inputs, *state), precision=precision)
+
+
+def _computes_in(program: Program, precision: torch.dtype) -> bool:
+    """Tell whether every parameter has this type: new ones are float32 and may be more than a small model's own."""
+    return all(value.dtype == precision for value in program.module.parameters() if value.is_floating_point())
 
 
 def run_all(
     program: Program, cases: Sequence[Sequence[Tensor]], precision: torch.dtype = torch.float32
 ) -> list[tuple[Tensor, ...]]:
     """Run a program as :func:`run` does on several inputs; a parameter of another type is converted once for all."""
-    if program_dtype(program) == precision:
+    if _computes_in(program, precision):
         return [program(*inputs) for inputs in cases]
     return _run_nodes(program, cases, precision)
 
