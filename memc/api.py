@@ -14,7 +14,8 @@ from memc.program import Program
 from memc.progress import Progress
 from memc.raising import raise_program
 from memc.recipe import Recipe, load_recipe
-from memc.report.models import CONTEXTS, ConvertDocument, InspectDocument
+from memc.report.facts import CONTEXTS
+from memc.report.models import ConvertDocument, InspectDocument
 from memc.target import get_target
 
 

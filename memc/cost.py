@@ -13,7 +13,8 @@ from torch.fx import Node
 from memc import machine
 from memc.dialect import op_spec
 from memc.program import Program, get_tensor
-from memc.report.models import CONTEXTS, Predicted
+from memc.report.facts import CONTEXTS
+from memc.report.models import Predicted
 from memc.target import Target
 
 aten = torch.ops.aten

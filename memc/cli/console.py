@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console as RichConsole
     from rich.console import RenderableType
 
-    from memc.report.models import Document
+    from memc.report.facts import Document
 
 
 LINE_SECONDS = 30.0

@@ -12,7 +12,8 @@ from memc.cli.options import NATURAL, declare
 from memc.errors import MemcError
 
 if TYPE_CHECKING:
-    from memc.report.models import PassReportFile, ReportDocument
+    from memc.report.files import PassReportFile
+    from memc.report.models import ReportDocument
 
 
 @declare(

@@ -19,7 +19,8 @@ from memc.plugins import load_kernels, load_plugin
 from memc.program import Program
 from memc.program_io import load_program
 from memc.progress import Progress, Silent
-from memc.report.models import CheckFacts, LowerDocument
+from memc.report.facts import CheckFacts
+from memc.report.models import LowerDocument
 from memc.report.read import read_report
 from memc.target import Target, get_target
 from memc.verify import CheckResult, noise_floor, sample_text, take

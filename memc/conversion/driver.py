@@ -45,17 +45,9 @@ from memc.progress import Progress, Silent
 from memc.raising import Raised, raise_program
 from memc.recipe import Recipe
 from memc.relation import Close
-from memc.report.models import (
-    CONTEXTS,
-    CaptureReport,
-    ConvertDocument,
-    EvalDocument,
-    Measured,
-    Predicted,
-    RaiseReport,
-    Timing,
-    VerifyReport,
-)
+from memc.report.facts import CONTEXTS, Timing
+from memc.report.files import CaptureReport, RaiseReport, VerifyReport
+from memc.report.models import ConvertDocument, EvalDocument, Measured, Predicted
 from memc.target import Target
 from memc.verify import (
     CheckResult,

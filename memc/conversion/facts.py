@@ -26,16 +26,8 @@ from memc.conversion.pipeline import PassRun, relation_facts
 from memc.dialect import op_spec
 from memc.pipeline import PassReport
 from memc.program import Program
-from memc.report.models import (
-    BlockFacts,
-    CheckFacts,
-    ModelFacts,
-    NearMissFacts,
-    PassFacts,
-    RelationFacts,
-    SiteFacts,
-    SkippedFacts,
-)
+from memc.report.facts import BlockFacts, CheckFacts, ModelFacts, NearMissFacts, RelationFacts, SiteFacts, SkippedFacts
+from memc.report.models import PassFacts
 from memc.verify import CheckResult
 
 

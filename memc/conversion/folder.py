@@ -11,7 +11,8 @@ from memc import __version__
 from memc.artifact import MANIFEST, read_manifest
 from memc.errors import MemcError
 from memc.program_io import link
-from memc.report.models import Document, ErrorDocument
+from memc.report.facts import Document
+from memc.report.models import ErrorDocument
 
 RESUME = Path("report", "resume.json")  # under report, which the manifest does not list
 RECIPE = "recipe.yaml"

@@ -20,7 +20,8 @@ from memc.program import Program
 from memc.program_io import load_program, save_program
 from memc.progress import Progress, Silent
 from memc.relation import Bounded, Close, Exact, Relation
-from memc.report.models import CONTEXTS, PassReportFile, RelationFacts, SiteFacts, SkippedFacts, Timing
+from memc.report.facts import CONTEXTS, RelationFacts, SiteFacts, SkippedFacts, Timing
+from memc.report.files import PassReportFile
 from memc.target import Target
 from memc.train import Trainer
 from memc.verify import CheckResult, VerificationText, check_relation, require_well_formed

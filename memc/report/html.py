@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
+from memc.report import facts as f
+from memc.report import files
 from memc.report import models as m
 from memc.report.terminal import form_text, shape_text
 from memc.report.text import amount, duration, layers, number, plain, ratio, size
@@ -96,10 +98,10 @@ def _costs(done: m.ConvertDocument) -> str:
     return _table("Cost", ["", ">original", ">converted", ">ratio"], rows)
 
 
-def _passes(passes: Sequence[m.PassReportFile]) -> str:
+def _passes(passes: Sequence[files.PassReportFile]) -> str:
     rows, left = [], []
     for item in passes:
-        relations: Sequence[m.RelationFacts | None] = item.relations or [None]
+        relations: Sequence[f.RelationFacts | None] = item.relations or [None]
         for relation in relations:
             label = f"{relation.relation} {relation.metric.replace('_', ' ')}" if relation else ""
             value, budget = (number(relation.value), number(relation.budget)) if relation else ("", "")
@@ -110,12 +112,12 @@ def _passes(passes: Sequence[m.PassReportFile]) -> str:
     return made + (_table("Left alone", ["pass", ">layer", "block", "reason"], left) if left else "")
 
 
-def _checks(checks: Sequence[m.CheckFacts]) -> str:
+def _checks(checks: Sequence[f.CheckFacts]) -> str:
     rows = [(c.name, number(c.value), number(c.budget), number(c.noise_floor), c.outcome, c.detail) for c in checks]
     return _table("Checks", ["check", ">value", ">budget", ">noise floor", "", "detail"], rows)
 
 
-def _blocks(blocks: Sequence[m.BlockFacts]) -> str:
+def _blocks(blocks: Sequence[f.BlockFacts]) -> str:
     rows = [(str(block.layer), block.kind, shape_text(block), form_text(block), block.path) for block in blocks]
     return _table("Blocks of the original", [">layer", "block", "shape", "form", "path"], rows)
 

@@ -1,154 +1,24 @@
-"""Every JSON document that memc prints or writes: one pydantic model each, with its schema number.
-
-A field may be added under the same number; renaming or removing one raises it. Readers ignore fields that they do not
-know. Keys named ``{context: ...}`` map a number of tokens to a value. Times and memory that differ from run to run are
-under ``timing`` in the report files.
-"""
+"""The JSON documents that the commands print: one pydantic model each, with its schema number."""
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from memc.errors import MemcError
-
-CONTEXTS = (512, 4096, 32768)
-"""Contexts at which state, cost and time are reported unless others are asked for."""
-
-
-class Facts(BaseModel):
-    """Base of everything below: built by keyword, written by alias, unknown fields ignored."""
-
-    model_config = ConfigDict(extra="ignore", populate_by_name=True, serialize_by_alias=True)
-
-
-class Document(Facts):
-    """Base of the documents: what has a ``schema``."""
-
-    def to_json(self, indent: int | None = 1) -> str:
-        """Render the document as JSON text; not-a-number and infinity become null."""
-        return self.model_dump_json(by_alias=True, indent=indent)
-
-
-# Parts that several documents share.
-
-
-class Timing(Facts):
-    """What differs from run to run: seconds, and the peak of resident memory up to then."""
-
-    seconds: float = 0.0
-    peak_rss_bytes: int | None = None
-
-
-class ModelFacts(Facts):
-    """The source model. ``digest`` is empty when no weights were read; ``inputs`` are names and shapes."""
-
-    source: str
-    digest: str = ""
-    parameters: int
-    family: str
-    vocab_size: int | None = None
-    max_positions: int | None = None
-    absolute_positions: bool = False
-    decoder: bool = True
-    inputs: list[str] = Field(default_factory=list)
-    remote_code: bool = False
-
-
-class BlockFacts(Facts):
-    """One block of the model. ``window`` is set for sliding windows, ``mask_size`` for chunked and prefix masks too.
-
-    ``reason`` says why a block is not ``raised``, or why its mask or bias is ``other``.
-    """
-
-    layer: int
-    path: str
-    kind: Literal["attention", "cross_attention", "feed_forward", "moe"]
-    heads: int | None = None
-    kv_heads: int | None = None
-    head_dim: int | None = None
-    value_dim: int | None = None
-    scale: float | None = None
-    mask: Literal["causal", "sliding_window", "chunked", "prefix", "bidirectional", "other"] | None = None
-    window: int | None = None
-    mask_size: int | None = None
-    bias: Literal["none", "alibi", "relative", "other"] | None = None
-    positions: Literal["rotary", "learned", "none", "other"] | None = None
-    rotary_size: int | None = None
-    softcap: float | None = None
-    qk_norm: bool = False
-    sink_logits: bool = False
-    activation: str | None = None
-    gated: bool | None = None
-    width: int | None = None
-    hidden: int | None = None
-    raised: bool = True
-    reason: str = ""
-
-
-class NearMissFacts(Facts):
-    """Something that looks like a block and was not raised. ``node`` is a graph node, ``source`` a FILE:LINE."""
-
-    layer: int | None = None
-    path: str
-    kind: Literal["attention", "feed_forward"]
-    nearest: str
-    reason: str
-    node: str
-    source: str
-
-
-class SiteFacts(Facts):
-    """One block that a pass rewrote."""
-
-    layer: int
-    path: str = ""
-    kind: str
-
-
-class SkippedFacts(Facts):
-    """One block that a pass left alone, and why."""
-
-    layer: int
-    path: str = ""
-    kind: str
-    code: str
-    reason: str
-
-
-class RelationFacts(Facts):
-    """One declared relation and what was measured. ``tokens``: it holds for sequences no longer than that.
-
-    ``passed`` is None while it has not been checked. ``noise_floor`` is the same measure between two precisions of
-    one model.
-    """
-
-    relation: Literal["exact", "close", "bounded"]
-    metric: str = "max_abs_logit_difference"
-    value: float | None = None
-    budget: float | None = None
-    noise_floor: float | None = None
-    tokens: int | None = None
-    passed: bool | None = None
-
-
-class CheckFacts(Facts):
-    """One check of the finished artifact. It passed when ``value`` is at or under ``budget``."""
-
-    name: str
-    value: float | None = None
-    budget: float | None = None
-    noise_floor: float | None = None
-    passed: bool
-    detail: str = ""
-
-    @property
-    def outcome(self) -> str:
-        """Say in a word how it went: without a budget there is nothing to pass."""
-        if not self.passed:
-            return "FAILED"
-        return "measured" if self.budget is None else "passed"
+from memc.report.facts import (
+    BlockFacts,
+    CheckFacts,
+    Document,
+    Facts,
+    ModelFacts,
+    NearMissFacts,
+    RelationFacts,
+    SiteFacts,
+    SkippedFacts,
+)
+from memc.report.files import CaptureReport, PassReportFile, RaiseReport, VerifyReport
 
 
 class Predicted(Facts):
@@ -200,9 +70,6 @@ class PassFacts(Facts):
     untrained: bool = False
     seconds: float | None = None
     resumed: bool = False
-
-
-# Documents of the commands.
 
 
 class InspectDocument(Document):
@@ -534,125 +401,6 @@ class ErrorDocument(Document):
             exit_code=int(error.exit_code),
             log=log,
         )
-
-
-# Files under OUT/report.
-
-
-class CurveFacts(Facts):
-    """Losses by name at some steps, each the mean since the point before."""
-
-    steps: list[int] = Field(default_factory=list)
-    losses: dict[str, list[float]] = Field(default_factory=dict)
-
-
-class TransferFacts(Facts):
-    """Block-wise transfer. ``errors`` are relative squared errors of each layer's output on held-out text.
-
-    They are keyed by ``untrained``, ``initial`` (first values in closed form) and ``trained``, then by layer.
-    """
-
-    steps: int
-    tokens: int
-    curve: CurveFacts = Field(default_factory=CurveFacts)
-    errors: dict[str, dict[int, float]] = Field(default_factory=dict)
-    seconds: float = 0.0
-
-
-class ChoiceFacts(Facts):
-    """Which layers stay as they were: those whose restoration alone leaves the least KL to the original, in nats."""
-
-    kept: list[int]
-    share: float
-    kl_nothing_restored: float
-    kl_restored_alone: dict[int, float]
-    seconds: float = 0.0
-
-
-class RecoveryFacts(Facts):
-    """Recovery of the whole model. ``guard_kl`` pairs a step with the KL to the original on held-out text.
-
-    Training stops when that gets worse; ``best_step`` is the step whose parameters stayed. ``adapter_rank`` 0 means
-    that every parameter was trained.
-    """
-
-    steps: int
-    tokens: int
-    adapter_rank: int
-    curve: CurveFacts = Field(default_factory=CurveFacts)
-    guard_kl: list[tuple[int, float]] = Field(default_factory=list)
-    best_step: int = 0
-    seconds: float = 0.0
-
-
-class TrainingFacts(Facts):
-    """What training a pass was like. ``tokens`` were asked for."""
-
-    tokens: int
-    transfer: TransferFacts
-    choice: ChoiceFacts | None = None
-    recovery: RecoveryFacts | None = None
-
-
-class CaptureReport(Document):
-    """``report/00-capture.json``: what was read."""
-
-    schema_: Literal["memc.report.capture/1"] = Field(default="memc.report.capture/1", alias="schema")
-    model: ModelFacts
-    blocks: list[BlockFacts] = Field(default_factory=list)
-    warnings: list[str] = Field(default_factory=list)
-    timing: Timing = Field(default_factory=Timing)
-
-
-class RaiseReport(Document):
-    """``report/01-raise.json``: the blocks found, and what was nearly one. ``ops`` counts the dialect ops made."""
-
-    schema_: Literal["memc.report.raise/1"] = Field(default="memc.report.raise/1", alias="schema")
-    blocks: list[BlockFacts]
-    near_misses: list[NearMissFacts] = Field(default_factory=list)
-    ops: dict[str, int] = Field(default_factory=dict)
-    timing: Timing = Field(default_factory=Timing)
-
-
-class PassReportFile(Document):
-    """``report/NN-NAME.json``, NN from 02 in the order of the passes: what one pass did and how far the outputs moved.
-
-    ``details`` holds per-site facts keyed by layer. ``parameters`` and ``state_bytes`` are those of the result.
-    ``training`` is None for what was not trained.
-    """
-
-    schema_: Literal["memc.report.pass/1"] = Field(default="memc.report.pass/1", alias="schema")
-    spec: str
-    sites: list[SiteFacts]
-    skipped: list[SkippedFacts] = Field(default_factory=list)
-    relations: list[RelationFacts] = Field(default_factory=list)
-    details: dict[str, Any] = Field(default_factory=dict)
-    training: TrainingFacts | None = None
-    untrained: bool = False
-    new_parameters: int = 0
-    parameters: int | None = None
-    state_bytes: dict[int, int] = Field(default_factory=dict)
-    timing: Timing = Field(default_factory=Timing)
-
-    @property
-    def name(self) -> str:
-        """Name of the pass."""
-        return self.spec.partition(":")[0]
-
-
-class VerifyReport(Document):
-    """``report/verify.json``: every check of the lowered artifact against the original. ``text`` says on what."""
-
-    schema_: Literal["memc.report.verify/1"] = Field(default="memc.report.verify/1", alias="schema")
-    checks: list[CheckFacts]
-    text: str = ""
-    tokens: int = 0
-    timing: Timing = Field(default_factory=Timing)
-
-    @property
-    def passed(self) -> bool:
-        """Whether every check passed."""
-        return all(check.passed for check in self.checks)
 
 
 class ReportDocument(Document):

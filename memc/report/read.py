@@ -10,13 +10,15 @@ from pydantic import ValidationError
 
 from memc.artifact import MANIFEST
 from memc.errors import MemcError
+from memc.report import facts as f
+from memc.report import files
 from memc.report import models as m
 
 FOLDER = "report"
 CAPTURE, RAISE, VERIFY = "00-capture.json", "01-raise.json", "verify.json"
 CONVERT, QUALITY, ERROR = "convert.json", "quality.json", "error.json"
 
-D = TypeVar("D", bound=m.Document)
+D = TypeVar("D", bound=f.Document)
 
 
 def report_folder(out: Path) -> Path:
@@ -37,19 +39,19 @@ def read_report(out: Path) -> m.ReportDocument:
     Raises ``MemcError`` E309 for no report, or a report file that does not parse.
     """
     folder = report_folder(out)
-    files = folder / FOLDER
-    passes = sorted(path for path in files.glob("*.json") if re.match(r"\d\d+-", path.name))
+    home = folder / FOLDER
+    passes = sorted(path for path in home.glob("*.json") if re.match(r"\d\d+-", path.name))
     own = [path for path in passes if path.name not in (CAPTURE, RAISE)]
     return m.ReportDocument(
         out=str(folder),
         finished=(folder / MANIFEST).is_file(),
-        convert=_read(files / CONVERT, m.ConvertDocument),
-        capture=_read(files / CAPTURE, m.CaptureReport),
-        raising=_read(files / RAISE, m.RaiseReport),
-        passes=[found for path in own if (found := _read(path, m.PassReportFile))],
-        verify=_read(files / VERIFY, m.VerifyReport),
-        quality=_read(files / QUALITY, m.EvalDocument),
-        error=_read(files / ERROR, m.ErrorDocument),
+        convert=_read(home / CONVERT, m.ConvertDocument),
+        capture=_read(home / CAPTURE, files.CaptureReport),
+        raising=_read(home / RAISE, files.RaiseReport),
+        passes=[found for path in own if (found := _read(path, files.PassReportFile))],
+        verify=_read(home / VERIFY, files.VerifyReport),
+        quality=_read(home / QUALITY, m.EvalDocument),
+        error=_read(home / ERROR, m.ErrorDocument),
     )
 
 

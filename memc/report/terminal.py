@@ -9,6 +9,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from memc.report import facts as f
+from memc.report import files
 from memc.report import models as m
 from memc.report.text import amount, duration, layers, number, plain, ratio, size
 
@@ -71,7 +73,7 @@ def inspect_view(document: m.InspectDocument, *, layer: int | None = None, why: 
     )
 
 
-def model_line(model: m.ModelFacts) -> Text:
+def model_line(model: f.ModelFacts) -> Text:
     """Name a model and its size."""
     facts = [plain(model.family), f"{amount(model.parameters)} parameters"]
     if model.vocab_size:
@@ -83,7 +85,7 @@ def model_line(model: m.ModelFacts) -> Text:
     return Text.assemble((plain(model.source), "bold"), "\n", ", ".join(facts))
 
 
-def blocks_table(blocks: Sequence[m.BlockFacts], layer: int | None = None) -> Table:
+def blocks_table(blocks: Sequence[f.BlockFacts], layer: int | None = None) -> Table:
     """Show blocks; those that differ in nothing but their layer share a row."""
     chosen = [block for block in blocks if layer is None or block.layer == layer]
     folded: dict[tuple[str, ...], list[int]] = {}
@@ -97,7 +99,7 @@ def blocks_table(blocks: Sequence[m.BlockFacts], layer: int | None = None) -> Ta
     return table([*columns, "path"], [(*row, path) for row, (_, _, _, path) in zip(rows, folded, strict=True)])
 
 
-def shape_text(block: m.BlockFacts) -> str:
+def shape_text(block: f.BlockFacts) -> str:
     """Say how large a block is."""
     if block.kind in ("feed_forward", "moe"):
         return f"{block.width or '?'} -> {block.hidden or '?'}"
@@ -107,7 +109,7 @@ def shape_text(block: m.BlockFacts) -> str:
     return f"{heads}, size {block.head_dim or '?'}"
 
 
-def form_text(block: m.BlockFacts) -> str:
+def form_text(block: f.BlockFacts) -> str:
     """Say what a block computes, and why it is not raised."""
     facts: list[str] = []
     if block.kind in ("feed_forward", "moe"):
@@ -125,7 +127,7 @@ def form_text(block: m.BlockFacts) -> str:
     return f"{said} ({block.reason})" if block.reason else said
 
 
-def _misses(misses: Sequence[m.NearMissFacts], layer: int | None) -> RenderableType | None:
+def _misses(misses: Sequence[f.NearMissFacts], layer: int | None) -> RenderableType | None:
     chosen = [miss for miss in misses if layer is None or miss.layer in (None, layer)]
     told = []
     for miss in chosen:
@@ -147,7 +149,7 @@ def cost_lines(document: m.InspectDocument) -> RenderableType:
     return table(["at a context of", *(f">{context}" for context in contexts)], rows)
 
 
-def _work_label(model: m.ModelFacts | None) -> str:
+def _work_label(model: f.ModelFacts | None) -> str:
     """Name what the work is counted for: of a model that takes no tokens, one whole input."""
     tokens = model is None or not model.inputs or any(name.startswith("tokens ") for name in model.inputs)
     return "work for a token" if tokens else WORK_OF_INPUT
@@ -183,13 +185,13 @@ def passes_table(passes: Sequence[m.PassFacts]) -> RenderableType:
     rows: list[list[str]] = []
     for item in passes:
         head = [item.spec, str(item.sites), str(len(item.skipped))]
-        relations: Sequence[m.RelationFacts | None] = item.relations or [None]
+        relations: Sequence[f.RelationFacts | None] = item.relations or [None]
         for index, relation in enumerate(relations):
             rows.append([*(head if index == 0 else ["", "", ""]), *_relation_cells(relation)])
     return table(["pass", ">sites", ">skipped", "relation", ">value", ">budget"], rows)
 
 
-def _relation_cells(relation: m.RelationFacts | None) -> list[str]:
+def _relation_cells(relation: f.RelationFacts | None) -> list[str]:
     if relation is None:
         return ["", "", ""]
     label = relation.relation if relation.relation != "bounded" else relation.metric.replace("_", " ")
@@ -236,7 +238,7 @@ def costs_table(document: m.ConvertDocument) -> RenderableType:
     return table(["cost", ">original", ">converted", ">"], shown)
 
 
-def checks_table(checks: Sequence[m.CheckFacts]) -> RenderableType | None:
+def checks_table(checks: Sequence[f.CheckFacts]) -> RenderableType | None:
     """Show every check with its value, budget and noise floor."""
     if not checks:
         return None
@@ -254,7 +256,7 @@ def checks_table(checks: Sequence[m.CheckFacts]) -> RenderableType | None:
     return table(["check", ">value", ">budget", ">noise", "", "detail"], rows)
 
 
-def _outcome(check: m.CheckFacts) -> Text:
+def _outcome(check: f.CheckFacts) -> Text:
     return Text(check.outcome, {"FAILED": "bold red", "passed": "green"}.get(check.outcome, ""))
 
 
@@ -301,7 +303,7 @@ def steps_done(document: m.ReportDocument) -> list[str]:
     return [f"{name} ({duration(seconds)})" for name, seconds in done]
 
 
-def pass_facts(item: m.PassReportFile) -> m.PassFacts:
+def pass_facts(item: files.PassReportFile) -> m.PassFacts:
     """Turn the report file of a pass into what the table of passes shows."""
     return m.PassFacts(
         spec=item.spec,
@@ -315,7 +317,7 @@ def pass_facts(item: m.PassReportFile) -> m.PassFacts:
     )
 
 
-def pass_view(item: m.PassReportFile, *, layer: int | None = None, why: bool = False) -> RenderableType:
+def pass_view(item: files.PassReportFile, *, layer: int | None = None, why: bool = False) -> RenderableType:
     """Show one pass, for one layer or all: what was rewritten, facts about it, and with ``why`` what was not."""
     sites = [site for site in item.sites if layer is None or site.layer == layer]
     skipped = [one for one in item.skipped if layer is None or one.layer == layer]

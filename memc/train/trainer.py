@@ -17,7 +17,7 @@ from memc.pipeline import Pass, PassReport, Plan
 from memc.program import Program, get_tensor, set_tensor
 from memc.progress import Progress
 from memc.recipe import Train
-from memc.report.models import ChoiceFacts, CurveFacts, RecoveryFacts, TrainingFacts, TransferFacts
+from memc.report.files import ChoiceFacts, CurveFacts, RecoveryFacts, TrainingFacts, TransferFacts
 from memc.train.adapters import Adapter, add_adapters, attention_projections, fold_adapters
 from memc.train.loop import Batches, Checkpoints, Curve, Schedule
 from memc.train.recovery import Recovery, RecoveryResult, recover

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from memc.report import facts as f
+from memc.report import files
 from memc.report import models as m
 from memc.report.read import CAPTURE, CONVERT, FOLDER, RAISE, VERIFY
 
-MODEL = m.ModelFacts(
+MODEL = f.ModelFacts(
     source="models/SmolLM2-135M-Instruct.Q4_1.gguf",
     digest="b179c952",
     parameters=134_515_008,
@@ -17,12 +19,12 @@ MODEL = m.ModelFacts(
 )
 
 
-def blocks() -> list[m.BlockFacts]:
+def blocks() -> list[f.BlockFacts]:
     found = []
     for layer in range(30):
         path = f"model.layers.{layer}"
         found.append(
-            m.BlockFacts(
+            f.BlockFacts(
                 layer=layer,
                 path=f"{path}.self_attn",
                 kind="attention",
@@ -38,7 +40,7 @@ def blocks() -> list[m.BlockFacts]:
             )
         )
         found.append(
-            m.BlockFacts(
+            f.BlockFacts(
                 layer=layer,
                 path=f"{path}.mlp",
                 kind="feed_forward",
@@ -53,9 +55,9 @@ def blocks() -> list[m.BlockFacts]:
     return found
 
 
-def near_misses() -> list[m.NearMissFacts]:
+def near_misses() -> list[f.NearMissFacts]:
     return [
-        m.NearMissFacts(
+        f.NearMissFacts(
             layer=7,
             path="model.layers.7.mlp",
             kind="feed_forward",
@@ -79,12 +81,12 @@ def inspected() -> m.InspectDocument:
     )
 
 
-def pass_file_of() -> m.PassReportFile:
-    return m.PassReportFile(
+def pass_file_of() -> files.PassReportFile:
+    return files.PassReportFile(
         spec="linearize:window=256",
-        sites=[m.SiteFacts(layer=n, path=f"model.layers.{n}.self_attn", kind="attention") for n in range(29)],
+        sites=[f.SiteFacts(layer=n, path=f"model.layers.{n}.self_attn", kind="attention") for n in range(29)],
         skipped=[
-            m.SkippedFacts(layer=29, path="model.layers.29", kind="attention", code="softcap", reason="is capped")
+            f.SkippedFacts(layer=29, path="model.layers.29", kind="attention", code="softcap", reason="is capped")
         ],
         relations=relations(),
         details={str(n): {"half_life": 512.0, "form": "shared"} for n in range(29)},
@@ -92,14 +94,14 @@ def pass_file_of() -> m.PassReportFile:
         new_parameters=1_700_000,
         parameters=136_215_008,
         state_bytes={512: 12_000_000},
-        timing=m.Timing(seconds=3.25, peak_rss_bytes=1_500_000_000),
+        timing=f.Timing(seconds=3.25, peak_rss_bytes=1_500_000_000),
     )
 
 
-def relations() -> list[m.RelationFacts]:
+def relations() -> list[f.RelationFacts]:
     return [
-        m.RelationFacts(relation="close", value=3.1e-6, budget=1e-4, noise_floor=1e-6, tokens=256, passed=True),
-        m.RelationFacts(
+        f.RelationFacts(relation="close", value=3.1e-6, budget=1e-4, noise_floor=1e-6, tokens=256, passed=True),
+        f.RelationFacts(
             relation="bounded", metric="perplexity_ratio_to_window", value=1.0003, budget=1.01, passed=True
         ),
     ]
@@ -157,27 +159,29 @@ def predicted(saving: int) -> m.Predicted:
     )
 
 
-def checks() -> list[m.CheckFacts]:
+def checks() -> list[f.CheckFacts]:
     return [
-        m.CheckFacts(
+        f.CheckFacts(
             name="lowered", value=2.1e-5, budget=1e-3, noise_floor=1.2e-6, passed=True, detail="fp32, 6 shapes"
         ),
-        m.CheckFacts(name="perplexity ratio", value=1.21, budget=1.1, passed=False, detail="sampled text, 2048 tokens"),
+        f.CheckFacts(name="perplexity ratio", value=1.21, budget=1.1, passed=False, detail="sampled text, 2048 tokens"),
     ]
 
 
-def write_report(folder: Path, name: str, document: m.Document) -> None:
+def write_report(folder: Path, name: str, document: f.Document) -> None:
     (folder / FOLDER).mkdir(parents=True, exist_ok=True)
     (folder / FOLDER / name).write_text(document.to_json())
 
 
 def write_artifact(folder: Path, *, finished: bool = True) -> Path:
     """Write the report files of the imagined conversion; unfinished: up to the pass, and an error."""
-    write_report(folder, CAPTURE, m.CaptureReport(model=MODEL, timing=m.Timing(seconds=4.5)))
-    write_report(folder, RAISE, m.RaiseReport(blocks=blocks(), near_misses=near_misses(), timing=m.Timing(seconds=1.5)))
+    write_report(folder, CAPTURE, files.CaptureReport(model=MODEL, timing=f.Timing(seconds=4.5)))
+    write_report(
+        folder, RAISE, files.RaiseReport(blocks=blocks(), near_misses=near_misses(), timing=f.Timing(seconds=1.5))
+    )
     write_report(folder, "02-linearize.json", pass_file_of())
     if finished:
-        write_report(folder, VERIFY, m.VerifyReport(checks=checks(), text="sampled", tokens=2048))
+        write_report(folder, VERIFY, files.VerifyReport(checks=checks(), text="sampled", tokens=2048))
         write_report(folder, CONVERT, converted().model_copy(update={"out": str(folder)}))
         (folder / "memc.json").write_text("{}")
     else:

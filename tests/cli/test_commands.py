@@ -17,6 +17,7 @@ import pytest
 from memc.cli import main
 from memc.cli.app import COMMANDS, EXAMPLES, memc
 from memc.cli.options import Command
+from memc.report import facts as f
 from memc.report import models as m
 from tests.cli import documents as d
 
@@ -28,8 +29,8 @@ def api(monkeypatch: pytest.MonkeyPatch) -> Calls:
     """Replace ``memc.api`` by one that notes its calls and answers with imagined documents."""
     calls: Calls = []
 
-    def answer(document: Callable[[dict[str, Any]], m.Document]) -> Callable[..., m.Document]:
-        def call(*args: Any, **kwargs: Any) -> m.Document:
+    def answer(document: Callable[[dict[str, Any]], f.Document]) -> Callable[..., f.Document]:
+        def call(*args: Any, **kwargs: Any) -> f.Document:
             calls.append((args, kwargs))
             return document(kwargs)
 

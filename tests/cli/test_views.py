@@ -10,7 +10,8 @@ import pytest
 from rich.console import Console, RenderableType
 
 from memc.cli.passes import describe
-from memc.report import evaluation, listings, terminal
+from memc.report import evaluation, files, listings, terminal
+from memc.report import facts as f
 from memc.report import models as m
 from memc.report.diff import diff
 from tests.cli import documents as d
@@ -23,10 +24,10 @@ def report(*, finished: bool = True) -> m.ReportDocument:
         out="out",
         finished=finished,
         convert=d.converted() if finished else None,
-        capture=m.CaptureReport(model=d.MODEL, timing=m.Timing(seconds=4.5)),
-        raising=m.RaiseReport(blocks=d.blocks(), timing=m.Timing(seconds=1.5)),
+        capture=files.CaptureReport(model=d.MODEL, timing=f.Timing(seconds=4.5)),
+        raising=files.RaiseReport(blocks=d.blocks(), timing=f.Timing(seconds=1.5)),
         passes=[d.pass_file_of()],
-        verify=m.VerifyReport(checks=d.checks()) if finished else None,
+        verify=files.VerifyReport(checks=d.checks()) if finished else None,
         error=None
         if finished
         else m.ErrorDocument(code="E401", message="verification failed", next="memc report out", exit_code=4),
@@ -88,7 +89,7 @@ def test_foreign_strings_style_nothing() -> None:
 
 
 def test_a_pass_that_matched_nothing_is_shown() -> None:
-    shown = text_of(terminal.pass_view(m.PassReportFile(spec="window", sites=[])))
+    shown = text_of(terminal.pass_view(files.PassReportFile(spec="window", sites=[])))
     assert "nothing here" in shown
 
 

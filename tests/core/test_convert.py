@@ -20,7 +20,8 @@ from memc.errors import MemcError
 from memc.frontend import capture
 from memc.program import Program
 from memc.recipe import Recipe
-from memc.report.models import CaptureReport, ConvertDocument, PassReportFile, RaiseReport, VerifyReport
+from memc.report.files import CaptureReport, PassReportFile, RaiseReport, VerifyReport
+from memc.report.models import ConvertDocument
 from tests.core.toy import Toy
 
 

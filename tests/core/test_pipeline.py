@@ -17,7 +17,7 @@ from memc.errors import MemcError
 from memc.plugins import load_kernels
 from memc.program_io import load_program
 from memc.relation import Bounded
-from memc.report.models import PassReportFile
+from memc.report.files import PassReportFile
 from memc.verify import sample_text
 from tests.core.tiny import tiny_program
 from tests.core.toy import TARGET, Toy

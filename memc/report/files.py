@@ -1,0 +1,139 @@
+"""The files under ``OUT/report`` that a conversion writes on its way, and what they say of training.
+
+Times and memory that differ from run to run are under ``timing``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from memc.report.facts import (
+    BlockFacts,
+    CheckFacts,
+    Document,
+    Facts,
+    ModelFacts,
+    NearMissFacts,
+    RelationFacts,
+    SiteFacts,
+    SkippedFacts,
+    Timing,
+)
+
+
+class CurveFacts(Facts):
+    """Losses by name at some steps, each the mean since the point before."""
+
+    steps: list[int] = Field(default_factory=list)
+    losses: dict[str, list[float]] = Field(default_factory=dict)
+
+
+class TransferFacts(Facts):
+    """Block-wise transfer. ``errors`` are relative squared errors of each layer's output on held-out text.
+
+    They are keyed by ``untrained``, ``initial`` (first values in closed form) and ``trained``, then by layer.
+    """
+
+    steps: int
+    tokens: int
+    curve: CurveFacts = Field(default_factory=CurveFacts)
+    errors: dict[str, dict[int, float]] = Field(default_factory=dict)
+    seconds: float = 0.0
+
+
+class ChoiceFacts(Facts):
+    """Which layers stay as they were: those whose restoration alone leaves the least KL to the original, in nats."""
+
+    kept: list[int]
+    share: float
+    kl_nothing_restored: float
+    kl_restored_alone: dict[int, float]
+    seconds: float = 0.0
+
+
+class RecoveryFacts(Facts):
+    """Recovery of the whole model. ``guard_kl`` pairs a step with the KL to the original on held-out text.
+
+    Training stops when that gets worse; ``best_step`` is the step whose parameters stayed. ``adapter_rank`` 0 means
+    that every parameter was trained.
+    """
+
+    steps: int
+    tokens: int
+    adapter_rank: int
+    curve: CurveFacts = Field(default_factory=CurveFacts)
+    guard_kl: list[tuple[int, float]] = Field(default_factory=list)
+    best_step: int = 0
+    seconds: float = 0.0
+
+
+class TrainingFacts(Facts):
+    """What training a pass was like. ``tokens`` were asked for."""
+
+    tokens: int
+    transfer: TransferFacts
+    choice: ChoiceFacts | None = None
+    recovery: RecoveryFacts | None = None
+
+
+class CaptureReport(Document):
+    """``report/00-capture.json``: what was read."""
+
+    schema_: Literal["memc.report.capture/1"] = Field(default="memc.report.capture/1", alias="schema")
+    model: ModelFacts
+    blocks: list[BlockFacts] = Field(default_factory=list)
+    warnings: list[str] = Field(default_factory=list)
+    timing: Timing = Field(default_factory=Timing)
+
+
+class RaiseReport(Document):
+    """``report/01-raise.json``: the blocks found, and what was nearly one. ``ops`` counts the dialect ops made."""
+
+    schema_: Literal["memc.report.raise/1"] = Field(default="memc.report.raise/1", alias="schema")
+    blocks: list[BlockFacts]
+    near_misses: list[NearMissFacts] = Field(default_factory=list)
+    ops: dict[str, int] = Field(default_factory=dict)
+    timing: Timing = Field(default_factory=Timing)
+
+
+class PassReportFile(Document):
+    """``report/NN-NAME.json``, NN from 02 in the order of the passes: what one pass did and how far the outputs moved.
+
+    ``details`` holds per-site facts keyed by layer. ``parameters`` and ``state_bytes`` are those of the result.
+    ``training`` is None for what was not trained.
+    """
+
+    schema_: Literal["memc.report.pass/1"] = Field(default="memc.report.pass/1", alias="schema")
+    spec: str
+    sites: list[SiteFacts]
+    skipped: list[SkippedFacts] = Field(default_factory=list)
+    relations: list[RelationFacts] = Field(default_factory=list)
+    details: dict[str, Any] = Field(default_factory=dict)
+    training: TrainingFacts | None = None
+    untrained: bool = False
+    new_parameters: int = 0
+    parameters: int | None = None
+    state_bytes: dict[int, int] = Field(default_factory=dict)
+    timing: Timing = Field(default_factory=Timing)
+
+    @property
+    def name(self) -> str:
+        """Name of the pass."""
+        return self.spec.partition(":")[0]
+
+
+class VerifyReport(Document):
+    """``report/verify.json``: every check of the lowered artifact against the original. ``text`` says on what."""
+
+    schema_: Literal["memc.report.verify/1"] = Field(default="memc.report.verify/1", alias="schema")
+    checks: list[CheckFacts]
+    text: str = ""
+    tokens: int = 0
+    timing: Timing = Field(default_factory=Timing)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check passed."""
+        return all(check.passed for check in self.checks)
