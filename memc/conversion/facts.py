@@ -113,6 +113,7 @@ def pass_facts(run: PassRun) -> PassFacts:
         relations=report.relations,
         new_parameters=report.new_parameters,
         untrained=report.untrained,
+        training=report.training,
         seconds=report.timing.seconds,
         resumed=run.resumed,
     )

@@ -1,10 +1,11 @@
-"""Comparing the reports of two artifacts: recipe, sites, costs, quality."""
+"""Comparing the reports of two artifacts: recipe, sites, training, costs, quality."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from memc.report import files, training
 from memc.report import models as m
 from memc.report.text import layers
 
@@ -48,8 +49,25 @@ def _facts(report: m.ReportDocument) -> Iterator[tuple[tuple[str, str], Value]]:
         yield (f"pass {index + 1}", "new parameters"), item.new_parameters
         for relation in item.relations:
             yield (f"pass {index + 1}", relation.metric.replace("_", " ")), relation.value
+        if item.training is not None:
+            yield from _training(f"training {index + 1}", item.training)
     for check in report.verify.checks if report.verify else ():
         yield ("check", check.name), check.value
+
+
+def _training(topic: str, facts: files.TrainingFacts) -> Iterator[tuple[tuple[str, str], Value]]:
+    yield (topic, "tokens"), training.tokens_trained(facts)
+    for when, error in training.mean_errors(facts).items():
+        yield (topic, f"error {when}"), error
+    if facts.choice is not None:
+        yield (topic, "layers kept"), layers(facts.choice.kept) or "none"
+    if facts.recovery is not None:
+        yield (topic, "adapter rank"), facts.recovery.adapter_rank
+        yield (topic, "recovery steps"), facts.recovery.steps
+        yield (topic, "best step"), facts.recovery.best_step
+        if looks := training.held_out_kl(facts.recovery):
+            yield (topic, "held-out KL before recovery"), looks[0]
+            yield (topic, "held-out KL after recovery"), looks[1]
 
 
 def _costs(done: m.ConvertDocument) -> Iterator[tuple[tuple[str, str], Value]]:

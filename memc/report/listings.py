@@ -6,7 +6,8 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from memc.report import models as m
-from memc.report.terminal import checks_table, lines, stack, table, text, titled
+from memc.report.layout import lines, stack, table, text, titled
+from memc.report.terminal import checks_table
 from memc.report.text import amount, number, size
 
 

@@ -18,7 +18,7 @@ from memc.report.facts import (
     SiteFacts,
     SkippedFacts,
 )
-from memc.report.files import CaptureReport, PassReportFile, RaiseReport, VerifyReport
+from memc.report.files import CaptureReport, PassReportFile, RaiseReport, TrainingFacts, VerifyReport
 
 
 class Predicted(Facts):
@@ -56,6 +56,7 @@ class PassFacts(Facts):
     """One pass of a conversion. ``sites`` is how many blocks it rewrites; ``rewritten`` lists them.
 
     ``relation``, ``value`` and ``budget`` repeat the last of ``relations``, which is the one that bounds quality.
+    ``training`` is None for what was not trained.
     """
 
     spec: str
@@ -68,6 +69,7 @@ class PassFacts(Facts):
     relations: list[RelationFacts] = Field(default_factory=list)
     new_parameters: int = 0
     untrained: bool = False
+    training: TrainingFacts | None = None
     seconds: float | None = None
     resumed: bool = False
 

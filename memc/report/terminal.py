@@ -2,57 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from memc.report import facts as f
-from memc.report import files
+from memc.report import files, training
 from memc.report import models as m
+from memc.report.layout import Cell, lines, stack, table, text, titled
 from memc.report.text import amount, duration, layers, number, plain, ratio, size
 
-Cell = str | Text
-
 WORK_OF_INPUT = "work for an input"
-
-
-def text(value: str, style: str = "") -> Text:
-    """Make printable text of a foreign string."""
-    return Text(plain(value), style)
-
-
-def table(columns: Sequence[str], rows: Iterable[Sequence[Cell]]) -> Table:
-    """Make a plain table; a column whose title starts with ``>`` is right-aligned."""
-    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1), header_style="bold")
-    for column in columns:
-        right = column.startswith(">")
-        made.add_column(column.removeprefix(">"), justify="right" if right else "left", no_wrap=right, overflow="fold")
-    for row in rows:
-        made.add_row(*(cell if isinstance(cell, Text) else text(cell) for cell in row))
-    return made
-
-
-def stack(*parts: RenderableType | None) -> Group:
-    """Put parts below each other with a blank line between, leaving out those that are None."""
-    shown: list[RenderableType] = []
-    for part in parts:
-        if part is not None:
-            shown += [Text(""), part] if shown else [part]
-    return Group(*shown)
-
-
-def titled(title: str, part: RenderableType | None) -> Group | None:
-    """Put a title above a part; None without one."""
-    return None if part is None else Group(Text(title, "bold"), part)
-
-
-def lines(items: Iterable[str], style: str = "") -> Group | None:
-    """Put strings below each other; None when there are none."""
-    found = [text(item, style) for item in items]
-    return Group(*found) if found else None
 
 
 # inspect
@@ -164,6 +126,7 @@ def convert_view(document: m.ConvertDocument) -> RenderableType:
         _convert_head(document),
         passes_table(document.passes),
         titled("left alone", skipped_table(document.passes)),
+        *(training_view(item.spec, item.training) for item in document.passes),
         costs_table(document),
         titled("checks", checks_table(document.checks)),
         verdict(document),
@@ -209,6 +172,22 @@ def skipped_table(passes: Sequence[m.PassFacts]) -> RenderableType | None:
             folded.setdefault(key, []).append(skipped.layer)
     rows = [(name, layers(where), kind, f"{code} {reason}") for (name, kind, code, reason), where in folded.items()]
     return table(["pass", "layers", "block", "reason"], rows) if rows else None
+
+
+def training_view(spec: str, facts: files.TrainingFacts | None) -> RenderableType | None:
+    """Show what training a pass was like; None for what was not trained."""
+    if facts is None:
+        return None
+    stages = table(training.STAGES, training.stage_rows(facts))
+    return Group(text(f"training of {spec}", "bold"), stages, text(""), _pairs(training.fact_rows(facts)))
+
+
+def _pairs(rows: Sequence[tuple[str, str]]) -> Table:
+    """Put what is said of things beside their names."""
+    made = Table.grid("", "", padding=(0, 3, 0, 0))
+    for name, said in rows:
+        made.add_row(text(name), text(said))
+    return made
 
 
 def costs_table(document: m.ConvertDocument) -> RenderableType:
@@ -275,7 +254,9 @@ def report_view(document: m.ReportDocument) -> RenderableType:
     if document.convert is not None and document.error is None:
         state = None if document.finished else text("unfinished: run the same memc convert again, it resumes", "yellow")
         blocks = document.raising.blocks if document.raising else []
-        return stack(state, convert_view(document.convert), titled("blocks", blocks_table(blocks)) if blocks else None)
+        made = [pass_facts(item) for item in document.passes]
+        convert = document.convert.model_copy(update={"passes": made + document.convert.passes[len(made) :]})
+        return stack(state, convert_view(convert), titled("blocks", blocks_table(blocks)) if blocks else None)
     facts = document.convert.model if document.convert else document.capture.model if document.capture else None
     error = document.error
     stopped = f"{error.code} {error.message}" if error else "the conversion has not finished"
@@ -285,6 +266,7 @@ def report_view(document: m.ReportDocument) -> RenderableType:
         titled(f"{plain(document.out)}: how far it came", lines(done) or text("nothing was finished")),
         text(stopped, "bold red"),
         titled("passes", passes_table([pass_facts(item) for item in document.passes])) if document.passes else None,
+        *(training_view(item.spec, item.training) for item in document.passes),
         titled("checks", checks_table(document.verify.checks)) if document.verify else None,
         text(f"next: {error.next}") if error and error.next else None,
     )
@@ -313,6 +295,7 @@ def pass_facts(item: files.PassReportFile) -> m.PassFacts:
         relations=item.relations,
         new_parameters=item.new_parameters,
         untrained=item.untrained,
+        training=item.training,
         seconds=item.timing.seconds,
     )
 
@@ -328,11 +311,19 @@ def pass_view(item: files.PassReportFile, *, layer: int | None = None, why: bool
     return stack(
         Group(text(item.spec, "bold"), text(summary + (", untrained" if item.untrained else ""))),
         passes_table([pass_facts(item)]),
+        training_view(item.spec, item.training) if layer is None else None,
+        titled("training by layer", _trained_layers(item, layer)),
+        text(training.why_layer(item, layer) or "") if why and layer is not None and item.training else None,
         titled("rewritten", made) if sites else None,
         titled("facts", _facts_table(facts)),
         titled("left alone", left) if skipped and (why or layer is not None) else None,
         text("nothing here") if not sites and not skipped else None,
     )
+
+
+def _trained_layers(item: files.PassReportFile, layer: int | None) -> RenderableType | None:
+    rows = training.layer_rows(item, layer)
+    return Group(table(training.LAYERS, rows), text(training.LAYERS_NOTE)) if rows else None
 
 
 def _facts_table(details: Mapping[str, object]) -> RenderableType | None:
@@ -357,7 +348,10 @@ def diff_view(document: m.DiffDocument) -> RenderableType:
         (item.topic, item.name, _side(item, item.a), _side(item, item.b), f"{item.ratio:.3g}x" if item.ratio else "")
         for item in document.differences
     ]
-    return stack(lines([f"a: {document.a}", f"b: {document.b}"]), table(["", "", ">a", ">b", ">b/a"], rows))
+    made = table(["", "", ">a", ">b", ">b/a"], rows)
+    for index, column in enumerate(made.columns):  # specs are long, and the names of facts stay whole
+        column.no_wrap = index not in (2, 3)
+    return stack(lines([f"a: {document.a}", f"b: {document.b}"]), made)
 
 
 def _side(item: m.Difference, value: str | int | float | bool | None) -> str:

@@ -98,6 +98,66 @@ def pass_file_of() -> files.PassReportFile:
     )
 
 
+def training(*, kept: tuple[int, ...] = (3, 7), trained: float = 0.25) -> files.TrainingFacts:
+    """Facts of a training of eight layers that keeps some; restoring layer 5 makes the imagined model worse."""
+    alone = dict.fromkeys(range(8), 0.5) | {3: 0.125, 5: 0.625, 6: 0.375, 7: 0.25}
+    steps = list(range(1, 9))
+    return files.TrainingFacts(
+        tokens=200_000,
+        transfer=files.TransferFacts(
+            steps=273,
+            tokens=139_776,
+            curve=files.CurveFacts(
+                steps=steps,
+                losses={"output": [1 / step for step in steps], "<b>mass</b>": [2.0 / step for step in steps]},
+            ),
+            errors={
+                "untrained": dict.fromkeys(range(8), 0.75),
+                "initial": dict.fromkeys(range(8), 0.5),
+                "trained": dict.fromkeys(range(8), trained),
+            },
+            seconds=512.0,
+        ),
+        choice=files.ChoiceFacts(
+            kept=list(kept), share=0.25, kl_nothing_restored=0.5625, kl_restored_alone=alone, seconds=36.0
+        ),
+        recovery=files.RecoveryFacts(
+            steps=48,
+            tokens=49_152,
+            adapter_rank=8,
+            curve=files.CurveFacts(steps=steps, losses={"kl": [0.1 / step for step in steps], "text": [3.0] * 8}),
+            guard_kl=[(0, 0.0625), (16, 0.03125), (32, 0.04), (48, 0.05)],
+            best_step=16,
+            seconds=256.0,
+        ),
+    )
+
+
+def trained_pass() -> files.PassReportFile:
+    """The report file of the imagined pass on a model of eight layers, two of which its training kept."""
+    facts = training()
+    return files.PassReportFile(
+        spec="linearize:window=256,keep=[3,7]",
+        sites=[
+            f.SiteFacts(layer=n, path=f"model.layers.{n}.self_attn", kind="attention")
+            for n in range(8)
+            if n not in (3, 7)
+        ],
+        skipped=[
+            f.SkippedFacts(
+                layer=n, kind="attention", code="kept", reason="the option keep=[3,7] leaves this layer as it is"
+            )
+            for n in (3, 7)
+        ],
+        relations=[
+            f.RelationFacts(relation="bounded", metric="kl_ratio_to_window", value=0.4, budget=1.0, passed=True)
+        ],
+        training=facts,
+        new_parameters=340_000,
+        timing=f.Timing(seconds=850.0),
+    )
+
+
 def relations() -> list[f.RelationFacts]:
     return [
         f.RelationFacts(relation="close", value=3.1e-6, budget=1e-4, noise_floor=1e-6, tokens=256, passed=True),

@@ -43,6 +43,21 @@ def changed() -> m.ReportDocument:
     return other
 
 
+def trained() -> m.ReportDocument:
+    other = report()
+    assert other.convert is not None
+    other.convert.untrained = False
+    other.passes = [d.trained_pass()]
+    return other
+
+
+def trained_longer() -> m.ReportDocument:
+    other = trained()
+    other.out = "longer"
+    other.passes[0].training = d.training(kept=(3, 6), trained=0.125)
+    return other
+
+
 VIEWS: dict[str, Callable[[], RenderableType]] = {
     "inspect": lambda: terminal.inspect_view(d.inspected()),
     "inspect-why": lambda: terminal.inspect_view(d.inspected(), layer=7, why=True),
@@ -52,6 +67,12 @@ VIEWS: dict[str, Callable[[], RenderableType]] = {
     "report-unfinished": lambda: terminal.report_view(report(finished=False)),
     "report-pass": lambda: terminal.pass_view(d.pass_file_of(), layer=7, why=True),
     "report-pass-skipped": lambda: terminal.pass_view(d.pass_file_of(), layer=29, why=True),
+    "report-trained": lambda: terminal.report_view(trained()),
+    "report-pass-trained": lambda: terminal.pass_view(d.trained_pass()),
+    "report-pass-kept": lambda: terminal.pass_view(d.trained_pass(), layer=3, why=True),
+    "report-pass-not-kept": lambda: terminal.pass_view(d.trained_pass(), layer=5, why=True),
+    "diff-trained": lambda: terminal.diff_view(diff(trained(), trained_longer())),
+    "diff-untrained": lambda: terminal.diff_view(diff(report(), trained())),
     "diff": lambda: terminal.diff_view(diff(report(), changed())),
     "diff-same": lambda: terminal.diff_view(diff(report(), report())),
     "eval": lambda: evaluation.eval_view(d.evaluated()),
@@ -91,6 +112,24 @@ def test_foreign_strings_style_nothing() -> None:
 def test_a_pass_that_matched_nothing_is_shown() -> None:
     shown = text_of(terminal.pass_view(files.PassReportFile(spec="window", sites=[])))
     assert "nothing here" in shown
+
+
+def test_a_conversion_shows_its_training_as_its_report_does() -> None:
+    document = d.converted()
+    document.passes = [terminal.pass_facts(d.trained_pass())]
+    shown = text_of(terminal.convert_view(document))
+    training = shown[shown.index("training of") : shown.index("cost ")]
+    assert training in text_of(terminal.report_view(trained()))
+    assert "3, 7 (2 of 8" in training
+
+
+def test_training_without_recovery_and_choice_is_shown() -> None:
+    item = d.trained_pass()
+    assert item.training is not None
+    item.training.choice = item.training.recovery = None
+    shown = text_of(terminal.pass_view(item, layer=5, why=True))
+    assert "training was not asked" in " ".join(shown.split())
+    assert "recovery" not in text_of(terminal.pass_view(item))
 
 
 def test_passes_describe_themselves() -> None:
