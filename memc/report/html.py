@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from html import escape
 
+from memc.report import charts, files, training
 from memc.report import facts as f
-from memc.report import files
 from memc.report import models as m
 from memc.report.terminal import form_text, shape_text
-from memc.report.text import amount, duration, layers, number, plain, ratio, size
+from memc.report.text import amount, duration, escaped, layers, number, ratio, size
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8886; --good: #1a7f37; --bad: #c8102e; }
@@ -17,7 +16,8 @@ STYLE = """
 body { font: 1rem/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
 div.wide { overflow-x: auto; } table { border-collapse: collapse; } caption { text-align: left; font-weight: 600; }
 th, td { text-align: left; padding: .25rem .75rem .25rem 0; border-bottom: 1px solid var(--line); }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; } code { overflow-wrap: anywhere; }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+td:not(.n) { min-width: 6.5rem; } h1, h2, code, td { overflow-wrap: anywhere; } h2 { font-size: 1.2rem; }
 .good { color: var(--good); font-weight: 600; } .bad { color: var(--bad); font-weight: 600; }
 """
 
@@ -30,26 +30,24 @@ def render(report: m.ReportDocument) -> str:
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-        f"<title>{_text(title)}</title><style>{STYLE}</style></head>\n<body><main>\n{body}</main></body></html>\n"
+        f"<title>{escaped(title)}</title><style>{STYLE}{charts.STYLE}</style></head>\n<body><main>\n{body}</main></body></html>\n"
     )
-
-
-def _text(value: object) -> str:
-    return escape(plain(str(value)))
 
 
 def _sections(report: m.ReportDocument) -> Iterable[str]:
     done = report.convert
     model = done.model if done else report.capture.model if report.capture else None
-    yield f"<h1>{_text(model.source if model else report.out)}</h1>\n"
+    yield f"<h1>{escaped(model.source if model else report.out)}</h1>\n"
     yield f"<p>{_verdict(report)}</p>\n"
     if model is not None:
-        facts = f"{_text(model.family)}, {amount(model.parameters)} parameters"
-        yield f"<p>{facts}, digest <code>{_text(model.digest or '-')}</code></p>\n"
+        facts = f"{escaped(model.family)}, {amount(model.parameters)} parameters"
+        yield f"<p>{facts}, digest <code>{escaped(model.digest or '-')}</code></p>\n"
     if done is not None:
-        yield f"<p>For <b>{_text(done.target)}</b> through {_text(done.backend)}, weights {_text(done.weights)}.</p>\n"
+        how = f"through {escaped(done.backend)}, weights {escaped(done.weights)}"
+        yield f"<p>For <b>{escaped(done.target)}</b> {how}.</p>\n"
         yield _costs(done)
     yield _passes(report.passes)
+    yield from (_training(item, item.training) for item in report.passes if item.training is not None)
     if report.verify is not None:
         yield _checks(report.verify.checks)
     if report.raising is not None:
@@ -59,7 +57,7 @@ def _sections(report: m.ReportDocument) -> Iterable[str]:
 
 def _verdict(report: m.ReportDocument) -> str:
     if report.error is not None:
-        return f'<span class="bad">stopped: {_text(report.error.code)} {_text(report.error.message)}</span>'
+        return f'<span class="bad">stopped: {escaped(report.error.code)} {escaped(report.error.message)}</span>'
     if not report.finished or report.convert is None:
         return '<span class="bad">unfinished</span>'
     word, kind = ("verified", "good") if report.convert.verified else ("not verified", "bad")
@@ -71,15 +69,15 @@ def _table(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> s
     """Make a table of cells that are text; a head that starts with ``>`` is a column of numbers."""
     kinds = [' class="n"' if head.startswith(">") else "" for head in heads]
     top = "".join(
-        f'<th scope="col"{kind}>{_text(head.removeprefix(">"))}</th>' for head, kind in zip(heads, kinds, strict=True)
+        f'<th scope="col"{kind}>{escaped(head.removeprefix(">"))}</th>' for head, kind in zip(heads, kinds, strict=True)
     )
     body = "".join(
-        "<tr>" + "".join(f"<td{kind}>{_text(cell)}</td>" for cell, kind in zip(row, kinds, strict=True)) + "</tr>\n"
+        "<tr>" + "".join(f"<td{kind}>{escaped(cell)}</td>" for cell, kind in zip(row, kinds, strict=True)) + "</tr>\n"
         for row in rows
     )
     return (
-        f'<section><div class="wide" tabindex="0"><table><caption>{_text(title)}</caption><thead><tr>{top}</tr></thead>'
-        f"<tbody>\n{body}</tbody></table></div></section>\n"
+        f'<section><div class="wide" tabindex="0"><table><caption>{escaped(title)}</caption>'
+        f"<thead><tr>{top}</tr></thead><tbody>\n{body}</tbody></table></div></section>\n"
     )
 
 
@@ -110,6 +108,40 @@ def _passes(passes: Sequence[files.PassReportFile]) -> str:
         left += [(item.name, str(skip.layer), skip.kind, f"{skip.code} {skip.reason}") for skip in item.skipped]
     made = _table("Passes", ["pass", "layers", ">skipped", "relation", ">value", ">budget"], rows)
     return made + (_table("Left alone", ["pass", ">layer", "block", "reason"], left) if left else "")
+
+
+def _training(item: files.PassReportFile, facts: files.TrainingFacts) -> str:
+    """Show what training a pass was like: stages, what was learned, losses over the steps, what each layer matters."""
+    parts = [
+        f"<h2>Training of {escaped(item.spec)}</h2>\n",
+        _table("Learned", ["", ""], training.fact_rows(facts)),
+        _table("Stages", training.STAGES, training.stage_rows(facts)),
+        charts.line_chart("Loss of transfer, weighted terms, mean of the layers", _lines(facts.transfer.curve)),
+    ]
+    if facts.recovery is not None:
+        looks = charts.Line("KL on held-out text", facts.recovery.guard_kl, dots=True)
+        trained = [line for line in _lines(facts.recovery.curve) if line.name == "kl"]
+        parts.append(charts.line_chart("Recovery, nats a token", [*trained, looks]))
+    if facts.choice is not None:
+        title = "What restoring one layer alone takes off the KL, nats a token (filled: kept)"
+        parts.append(charts.bar_chart(title, _bars(facts.choice)))
+    heads = [training.LAYERS[0].replace("layer", ">layer"), *training.LAYERS[1:]]
+    parts += [_table("Layers", heads, training.layer_rows(item)), f"<p>{escaped(training.LAYERS_NOTE)}.</p>\n"]
+    return "".join(parts)
+
+
+def _lines(curve: files.CurveFacts) -> list[charts.Line]:
+    return [
+        charts.Line(name.replace("_", " "), list(zip(curve.steps, values, strict=False)))
+        for name, values in curve.losses.items()
+    ]
+
+
+def _bars(choice: files.ChoiceFacts) -> list[charts.Bar]:
+    return [
+        charts.Bar(f"layer {layer}", choice.kl_nothing_restored - alone, full=layer in choice.kept)
+        for layer, alone in choice.kl_restored_alone.items()
+    ]
 
 
 def _checks(checks: Sequence[f.CheckFacts]) -> str:

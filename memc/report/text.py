@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from html import escape
 from itertools import pairwise
 
 
 def plain(text: str) -> str:
     """Make a foreign string safe to print: whatever is not printable or a line break becomes an escape."""
     return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)
+
+
+def escaped(value: object) -> str:
+    """Render a value as text of HTML, in an element or a quoted attribute."""
+    return escape(plain(str(value)))
 
 
 def size(count: float | None) -> str:

@@ -1,0 +1,144 @@
+"""Pictures of the page as inline SVG: lines over steps and bars by layer, each with a text alternative.
+
+They take their colours from the page's style, tell series apart by dashes and filling too, and grow with the page.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from memc.report.text import escaped, number
+
+STYLE = """
+:root { --s0: #0b5cad; --s1: #a04a00; --s2: #6b2fa0; --s3: #0a6e4f; }
+@media (prefers-color-scheme: dark) { :root { --s0: #6cb6ff; --s1: #ffa657; --s2: #d2a8ff; --s3: #56d364; } }
+figure { margin: 1rem 0; max-width: 32rem; } figcaption { font-weight: 600; }
+.key { font-weight: 400; display: inline-block; border-top: 3px solid; margin-right: .5rem; }
+svg { display: block; width: 100%; height: auto; } svg text { font: 11px system-ui, sans-serif; fill: currentColor; }
+svg .grid { stroke: var(--line); } .line { fill: none; stroke-width: 1.5; }
+.s0 { stroke: var(--s0); } .s1 { stroke: var(--s1); } .s2 { stroke: var(--s2); } .s3 { stroke: var(--s3); }
+.line.s1 { stroke-dasharray: 5 2; } .line.s2 { stroke-dasharray: 2 2; } .line.s3 { stroke-dasharray: 7 2 2 2; }
+.key.s0 { border-color: var(--s0); } .key.s1 { border-top-style: dashed; border-color: var(--s1); }
+.key.s2 { border-top-style: dotted; border-color: var(--s2); }
+.key.s3 { border-top-style: double; border-color: var(--s3); }
+.dot { fill: none; stroke-width: 1.5; } .bar { fill: none; stroke: var(--s0); } .bar.full { fill: var(--s0); }
+"""
+
+WIDTH, HEIGHT = 320, 190
+LEFT, RIGHT, TOP, BOTTOM = 50, 310, 10, 160
+SERIES = 4
+"""Series that have a look of their own."""
+
+ROW = 16
+"""Height of a bar with its label."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A series of points ``(step, value)``; ``dots`` draws a ring at each."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    dots: bool = False
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A value with its label; ``full`` fills the bar."""
+
+    label: str
+    value: float
+    full: bool = False
+
+
+def line_chart(title: str, series: Sequence[Line]) -> str:
+    """Draw lines over steps on a logarithmic scale; nothing when no value can be drawn.
+
+    Losses are positive and fall by orders of magnitude; what is not positive or not finite is left out.
+    """
+    drawn = [Line(s.name, [p for p in s.points if 0 < p[1] < math.inf], s.dots) for s in series[:SERIES]]
+    drawn = [line for line in drawn if line.points]
+    if not drawn:
+        return ""
+    points = [point for line in drawn for point in line.points]
+    first, last = min(p[0] for p in points), max(p[0] for p in points)
+    low, high = min(p[1] for p in points), max(p[1] for p in points)
+    if low == high:
+        low, high = low / 2, high * 2
+
+    def place(point: tuple[float, float]) -> tuple[float, float]:
+        across = (point[0] - first) / (last - first or 1)
+        up = math.log(point[1] / low) / math.log(high / low)
+        return LEFT + across * (RIGHT - LEFT), BOTTOM - up * (BOTTOM - TOP)
+
+    grid = [_rule(place((first, tick))[1], number(tick)) for tick in ticks(low, high)]
+    ends = [_label(LEFT, BOTTOM + 14, number(first), "start"), _label(RIGHT, BOTTOM + 14, number(last), "end")]
+    ends.append(_label((LEFT + RIGHT) / 2, BOTTOM + 14, "step", "middle"))
+    marks = [_line(index, [place(point) for point in line.points], line.dots) for index, line in enumerate(drawn)]
+    keys = "".join(f' <span class="key s{index}">{escaped(line.name)}</span>' for index, line in enumerate(drawn))
+    said = "; ".join(_told(line) for line in drawn)
+    return _figure(escaped(title) + ":" + keys, f"{title}. {said}", HEIGHT, [*grid, *ends, *marks])
+
+
+def bar_chart(title: str, bars: Sequence[Bar]) -> str:
+    """Draw a bar for each value, to the left of zero where it is negative; nothing when no value can be drawn."""
+    bars = [bar for bar in bars if math.isfinite(bar.value)]
+    if not bars:
+        return ""
+    low, high = min(0.0, *(bar.value for bar in bars)), max(0.0, *(bar.value for bar in bars))
+    left, right = 72, 262
+
+    def place(value: float) -> float:
+        return left + (value - low) / (high - low or 1) * (right - left)
+
+    zero, height = place(0), ROW * len(bars) + 4
+    parts = [f'<line class="grid" x1="{zero:.1f}" x2="{zero:.1f}" y1="0" y2="{height}"/>']
+    for index, bar in enumerate(bars):
+        start, end, y = min(zero, place(bar.value)), max(zero, place(bar.value)), ROW * index + 3
+        kind = "bar full" if bar.full else "bar"
+        parts.append(f'<rect class="{kind}" x="{start:.1f}" y="{y}" width="{end - start:.1f}" height="{ROW - 5}"/>')
+        parts.append(_label(0, y + 10, bar.label, "start") + _label(WIDTH, y + 10, number(bar.value), "end"))
+    said = "; ".join(f"{bar.label}: {number(bar.value)}" for bar in bars)
+    return _figure(escaped(title), f"{title}. {said}", height, parts)
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """Return two to six round values between two positive ones: by powers of ten, evenly where they are close."""
+    scales = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for steps in ((1,), (1, 3), (1, 2, 5)):
+        found = [step * 10.0**scale for scale in scales for step in steps if low <= step * 10.0**scale <= high]
+        if len(found) >= 3:
+            return found[:: math.ceil(len(found) / 6)]
+    unit = 10.0 ** math.floor(math.log10((high - low) / 3))
+    step = next(unit * factor for factor in (5, 2, 1) if unit * factor * 2 <= high - low)
+    return [index * step for index in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def _told(line: Line) -> str:
+    (start, was), (end, now) = line.points[0], line.points[-1]
+    lowest = min(value for _, value in line.points)
+    return f"{line.name}: {number(was)} at step {start:g}, {number(now)} at step {end:g}, lowest {number(lowest)}"
+
+
+def _figure(caption: str, told: str, height: float, parts: Sequence[str]) -> str:
+    """Make a figure; ``caption`` is HTML, ``told`` is text for those who do not see it."""
+    view = f'viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escaped(told)}"'
+    return f"<figure><figcaption>{caption}</figcaption>\n<svg {view}>{''.join(parts)}</svg></figure>\n"
+
+
+def _rule(y: float, label: str) -> str:
+    return f'<line class="grid" x1="{LEFT}" x2="{RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>' + _label(
+        LEFT - 5, y + 4, label, "end"
+    )
+
+
+def _label(x: float, y: float, value: str, anchor: str) -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escaped(value)}</text>'
+
+
+def _line(index: int, points: Sequence[tuple[float, float]], dots: bool) -> str:
+    joined = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    rings = "".join(f'<circle class="dot s{index}" cx="{x:.1f}" cy="{y:.1f}" r="2.5"/>' for x, y in points)
+    return f'<polyline class="line s{index}" points="{joined}"/>' + (rings if dots or len(points) == 1 else "")

@@ -1,0 +1,94 @@
+"""The page: training and its pictures, whatever the report files hold."""
+
+from __future__ import annotations
+
+import re
+from xml.etree import ElementTree
+
+import pytest
+
+from memc.report import charts
+from memc.report.html import render
+from tests.cli.test_views import report, trained
+
+
+def figures(page: str) -> list[ElementTree.Element]:
+    return [ElementTree.fromstring(found) for found in re.findall(r"<figure>.*?</figure>", page, re.DOTALL)]
+
+
+def alternative(figure: ElementTree.Element) -> str:
+    return figure.find("svg").get("aria-label")  # type: ignore[union-attr, return-value]
+
+
+def test_training_has_three_pictures_that_are_told_in_words_too() -> None:
+    transfer, recovery, bars = figures(render(trained()))
+    assert "output: 1 at step 1, 0.125 at step 8, lowest 0.125" in alternative(transfer)
+    assert "KL on held-out text: 0.0625 at step 0, 0.05 at step 48, lowest 0.03125" in alternative(recovery)
+    assert "layer 3: 0.4375" in alternative(bars)
+    assert "layer 5: -0.0625" in alternative(bars)
+    assert all(figure.find("svg").get("role") == "img" for figure in (transfer, recovery, bars))  # type: ignore[union-attr]
+
+
+def test_recovery_shows_the_guard_and_no_other_loss() -> None:
+    recovery = figures(render(trained()))[1]
+    assert "text: 3" not in alternative(recovery)
+    assert len(recovery.findall(".//circle")) == 4
+
+
+def test_a_kept_layer_has_a_full_bar_and_a_negative_score_is_left_of_zero() -> None:
+    bars = figures(render(trained()))[2]
+    rectangles = bars.findall(".//rect")
+    assert [index for index, bar in enumerate(rectangles) if "full" in bar.get("class", "")] == [3, 7]
+    zero = float(bars.find(".//line").get("x1"))  # type: ignore[union-attr, arg-type]
+    ends = [float(bar.get("x", 0)) + float(bar.get("width", 0)) for bar in rectangles]
+    assert ends[5] == pytest.approx(zero, abs=0.1)
+    assert all(end > zero for index, end in enumerate(ends) if index != 5)
+
+
+def test_names_of_losses_are_escaped() -> None:
+    page = render(trained())
+    assert "<b>mass" not in page
+    assert page.count("&lt;b&gt;mass&lt;/b&gt;") == 2
+
+
+def test_the_page_of_a_training_needs_no_network_and_no_script() -> None:
+    page = render(trained())
+    assert "http" not in page.replace("http-equiv", "")
+    assert "<script" not in page
+
+
+def test_without_training_there_is_no_picture() -> None:
+    assert not figures(render(report()))
+
+
+def test_training_of_no_step_and_one_stage_is_shown() -> None:
+    other = trained()
+    facts = other.passes[0].training
+    assert facts is not None
+    facts.choice = facts.recovery = None
+    facts.transfer.curve.steps, facts.transfer.curve.losses = [], {}
+    page = render(other)
+    assert not figures(page)
+    assert "Training of" in page
+
+
+@pytest.mark.parametrize("points", [[], [(1, 0.0)], [(1, -1.0), (2, float("inf")), (3, float("nan"))]])
+def test_what_cannot_be_drawn_is_left_out(points: list[tuple[float, float]]) -> None:
+    assert charts.line_chart("losses", [charts.Line("x", points)]) == ""
+    assert charts.bar_chart("scores", [charts.Bar("x", float("nan"))]) == ""
+
+
+def test_lines_stay_inside_the_picture() -> None:
+    points = [(step, 10.0 ** (3 - step)) for step in range(8)]
+    (figure,) = figures(charts.line_chart("losses", [charts.Line("x", points), charts.Line("one", [(3, 5.0)])]))
+    drawn = [point.split(",") for line in figure.findall(".//polyline") for point in line.get("points", "").split()]
+    assert len(drawn) == 9
+    assert all(charts.LEFT <= float(x) <= charts.RIGHT for x, _ in drawn)
+    assert all(charts.TOP <= float(y) <= charts.BOTTOM for _, y in drawn)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.001, 1000.0), (0.1, 0.9), (0.192, 0.195), (1.0, 2.0), (1e-9, 1e9)])
+def test_ticks_are_few_and_inside(low: float, high: float) -> None:
+    found = charts.ticks(low, high)
+    assert 2 <= len(found) <= 6
+    assert all(low <= tick <= high for tick in found)
