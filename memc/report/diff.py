@@ -51,8 +51,20 @@ def _facts(report: m.ReportDocument) -> Iterator[tuple[tuple[str, str], Value]]:
             yield (f"pass {index + 1}", relation.metric.replace("_", " ")), relation.value
         if item.training is not None:
             yield from _training(f"training {index + 1}", item.training)
+    if report.quality is not None:
+        yield from _quality(report.quality)
     for check in report.verify.checks if report.verify else ():
         yield ("check", check.name), check.value
+
+
+def _quality(document: m.EvalDocument) -> Iterator[tuple[tuple[str, str], Value]]:
+    for row in document.by_context:
+        yield ("quality", f"perplexity ratio at {row.context}"), row.ratio
+        yield ("quality", f"KL mean at {row.context}"), row.kl_mean
+    if document.free_running is not None:
+        yield ("quality", "free-running equal before"), document.free_running.equal_before
+    for task, share in document.sides.get("a", m.EvalSide()).tasks.items():
+        yield ("quality", task), share
 
 
 def _training(topic: str, facts: files.TrainingFacts) -> Iterator[tuple[tuple[str, str], Value]]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from rich.console import RenderableType
 
 from memc.report import models as m
-from memc.report.terminal import lines, stack, table, titled
+from memc.report.layout import lines, stack, table, titled
 from memc.report.text import number
 
 

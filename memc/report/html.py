@@ -47,6 +47,8 @@ def _sections(report: m.ReportDocument) -> Iterable[str]:
         yield f"<p>For <b>{escaped(done.target)}</b> {how}.</p>\n"
         yield _costs(done)
     yield _passes(report.passes)
+    if report.quality is not None:
+        yield _quality(report.quality)
     yield from (_training(item, item.training) for item in report.passes if item.training is not None)
     if report.verify is not None:
         yield _checks(report.verify.checks)
@@ -108,6 +110,30 @@ def _passes(passes: Sequence[files.PassReportFile]) -> str:
         left += [(item.name, str(skip.layer), skip.kind, f"{skip.code} {skip.reason}") for skip in item.skipped]
     made = _table("Passes", ["pass", "layers", ">skipped", "relation", ">value", ">budget"], rows)
     return made + (_table("Left alone", ["pass", ">layer", "block", "reason"], left) if left else "")
+
+
+def _quality(document: m.EvalDocument) -> str:
+    """Show how near the artifact is to the original on held-out text, by window, and what both recall."""
+    a, b = (document.sides.get(name, m.EvalSide()) for name in ("a", "b"))
+    perplexities = [{row.context: row.perplexity for row in side.by_context} for side in (a, b)]
+    windows = [
+        (
+            str(row.context),
+            *(number(side.get(row.context)) for side in perplexities),
+            *(number(value) for value in (row.ratio, row.kl_mean, row.kl_p99, row.top1_agreement)),
+        )
+        for row in document.by_context
+    ]
+    heads = [">window", f">perplexity {a.source}", f">{b.source}", ">ratio", ">KL mean", ">KL p99", ">same top token"]
+    made = _table("Measured on held-out text", heads, windows)
+    if (free := document.free_running) is not None:
+        said = f"{free.prompts} prompts of {free.prompt_tokens} tokens, {free.new_tokens} new ones"
+        rows = [("equal before the first difference", number(free.equal_before)), ("equal in all", number(free.equal))]
+        made += _table(f"Free-running: {said}", ["", ">share"], rows)
+    if a.tasks:
+        tasks = [(task, number(share), number(b.tasks.get(task))) for task, share in a.tasks.items()]
+        made += _table("Recall, share of right answers", ["task", f">{a.source}", f">{b.source}"], tasks)
+    return made
 
 
 def _training(item: files.PassReportFile, facts: files.TrainingFacts) -> str:

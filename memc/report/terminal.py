@@ -11,6 +11,7 @@ from rich.text import Text
 from memc.report import facts as f
 from memc.report import files, training
 from memc.report import models as m
+from memc.report.evaluation import eval_view
 from memc.report.layout import Cell, lines, stack, table, text, titled
 from memc.report.text import amount, duration, layers, number, plain, ratio, size
 
@@ -256,7 +257,12 @@ def report_view(document: m.ReportDocument) -> RenderableType:
         blocks = document.raising.blocks if document.raising else []
         made = [pass_facts(item) for item in document.passes]
         convert = document.convert.model_copy(update={"passes": made + document.convert.passes[len(made) :]})
-        return stack(state, convert_view(convert), titled("blocks", blocks_table(blocks)) if blocks else None)
+        return stack(
+            state,
+            convert_view(convert),
+            titled("measured on held-out text", eval_view(document.quality)) if document.quality else None,
+            titled("blocks", blocks_table(blocks)) if blocks else None,
+        )
     facts = document.convert.model if document.convert else document.capture.model if document.capture else None
     error = document.error
     stopped = f"{error.code} {error.message}" if error else "the conversion has not finished"

@@ -57,6 +57,15 @@ def test_the_page_of_a_training_needs_no_network_and_no_script() -> None:
     assert "<script" not in page
 
 
+def test_quality_on_held_out_text_is_shown() -> None:
+    page = render(trained())
+    assert "Measured on held-out text" in page
+    row = re.search(r"<tr><td class=\"n\">512</td>(.*?)</tr>", page)
+    assert row is not None
+    assert re.findall(r">([^<>]+)</td>", row.group(1)) == ["30", "31", "1.0667", "0.0123", "0.3", "0.93"]
+    assert "Measured on held-out text" not in render(report())
+
+
 def test_without_training_there_is_no_picture() -> None:
     assert not figures(render(report()))
 

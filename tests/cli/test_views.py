@@ -10,6 +10,8 @@ import pytest
 from rich.console import Console, RenderableType
 
 from memc.cli.passes import describe
+from memc.conversion.facts import pass_facts
+from memc.conversion.pipeline import PassRun
 from memc.report import evaluation, files, listings, terminal
 from memc.report import facts as f
 from memc.report import models as m
@@ -48,6 +50,7 @@ def trained() -> m.ReportDocument:
     assert other.convert is not None
     other.convert.untrained = False
     other.passes = [d.trained_pass()]
+    other.quality = d.evaluated()
     return other
 
 
@@ -55,6 +58,8 @@ def trained_longer() -> m.ReportDocument:
     other = trained()
     other.out = "longer"
     other.passes[0].training = d.training(kept=(3, 6), trained=0.125)
+    assert other.quality is not None
+    other.quality.by_context[1].ratio = 1.03125
     return other
 
 
@@ -116,7 +121,7 @@ def test_a_pass_that_matched_nothing_is_shown() -> None:
 
 def test_a_conversion_shows_its_training_as_its_report_does() -> None:
     document = d.converted()
-    document.passes = [terminal.pass_facts(d.trained_pass())]
+    document.passes = [pass_facts(PassRun(d.trained_pass()))]
     shown = text_of(terminal.convert_view(document))
     training = shown[shown.index("training of") : shown.index("cost ")]
     assert training in text_of(terminal.report_view(trained()))
