@@ -28,7 +28,7 @@ Refusal = tuple[str, str]
 KEEP_HELP = "layers that stay as they are: none, every:N (N-1, 2N-1, ...), first:N, last:N, or a list [0,5,7]"
 
 AUTO_HELP = (
-    KEEP_HELP + "; auto:P%, the P percent that training finds to need it most; auto is auto:25% with --data, else none"
+    KEEP_HELP + "; auto:P%, the P percent that training finds to need it most; auto is auto:25% when trained, else none"
 )
 
 AUTO_SHARE = 0.25

@@ -24,7 +24,7 @@ WEIGHTS = ("fp32", "fp16", "bf16", "int8", "int4")
 
 @declare(
     "convert",
-    "memc convert model.gguf -o out --target cpu --recipe long-context",
+    "memc convert model.gguf -o out --recipe long-context --data book.txt --tokens 200000",
     "memc convert ./my-model -o out --pass window:window=512 --weights int8",
     "memc convert ./my-model -o out --recipe streaming --dry-run",
 )
@@ -36,8 +36,13 @@ WEIGHTS = ("fp32", "fp16", "bf16", "int8", "int4")
 @click.option("--backend", help="Backend, instead of the target's own.")
 @click.option("--weights", type=click.Choice(WEIGHTS), help="Type of the lowered weights.")
 @click.option("--context", type=POSITIVE, metavar="N", help="Capacity of growing states, in tokens.")
-@click.option("--data", multiple=True, metavar="FILE", help="Text to train and verify on; repeatable.")
-@click.option("--tokens", type=NATURAL, metavar="N", help="Tokens to train on (0: only verify).")
+@click.option("--data", multiple=True, metavar="FILE", help="Text to train what passes add, and to verify; repeatable.")
+@click.option(
+    "--tokens",
+    type=NATURAL,
+    metavar="N",
+    help="Tokens to train on (0: only verify).  [default: 200000, or what there is]",
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan; write nothing.")
 @click.option("--fresh", is_flag=True, help="Start over instead of resuming.")
 @click.option("--force", is_flag=True, help="Replace an OUT that exists.")
@@ -65,8 +70,9 @@ def command(
 ) -> None:
     """Rewrite a model, lower it for a target, and verify the result.
 
-    Without recipe and passes the recipe is long-context. Run again after an interruption it goes on from the last
-    verified pass.
+    Without recipe and passes the recipe is long-context. With --data, what the passes add is trained to imitate the
+    original, and a part of the text is held out to measure on. Run again after an interruption it goes on from the
+    last verified pass, and within a training from the last checkpoint.
     """
     if tokens is not None and not data:
         raise MemcError("E200", "--tokens goes with --data, which is not given", next="add --data FILE")

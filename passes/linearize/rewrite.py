@@ -47,9 +47,10 @@ class Linearize(Pass):
     alone, whose weights phi(q).phi(k) have a rank of at most ``feature_size`` over any set of queries and keys, while
     those of softmax have full rank and turn with the distance of rotary positions. It is of no use untrained.
 
-    Parameters are new, float32 and untrained, called ``memc.linearize.layers.N.*``; the gate starts with a half-life
-    of 512 tokens. ``update=gated_delta`` (shared form) overwrites what a unit key held (Gated DeltaNet, Yang et al.
-    2025) and has no denominator of its own: its mass is the learned scale alone.
+    Parameters are new and float32, called ``memc.linearize.layers.N.*``, and untrained unless a conversion has data to
+    train them on; the gate starts with a half-life of 512 tokens. ``update=gated_delta`` (shared form) overwrites what
+    a unit key held (Gated DeltaNet, Yang et al. 2025) and has no denominator of its own: its mass is the learned scale
+    alone.
 
     Does not handle:
 

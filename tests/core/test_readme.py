@@ -13,7 +13,10 @@ import pytest
 
 from memc.cli.app import COMMANDS
 from memc.cli.app import memc as group
+from memc.cli.convert import command as convert
+from memc.conversion.training import TOKENS
 from memc.errors import Exit
+from memc.recipe import Train
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 
@@ -35,6 +38,24 @@ def coverage_table() -> str:
 
 def test_the_coverage_table_is_the_published_one() -> None:
     assert between("coverage") == coverage_table()
+
+
+def train_table() -> str:
+    lines = ["| key | default | what it is |", "|---|---|---|"]
+    for key, field in Train.model_fields.items():
+        lines.append(f"| `{key}` | {field.default:g} | {field.description} |")
+    return "\n".join(lines) + "\n"
+
+
+def test_the_table_of_training_is_the_recipe_s() -> None:
+    assert between("train") == train_table()
+
+
+def test_the_tokens_that_are_trained_on_by_default_are_said() -> None:
+    assert f"{TOKENS:,} tokens" in README
+    (option,) = [each for each in convert.params if each.name == "tokens"]
+    assert isinstance(option, click.Option) and option.help is not None
+    assert f"[default: {TOKENS}," in option.help
 
 
 def commands() -> list[str]:
@@ -71,7 +92,8 @@ def test_the_python_shown_uses_names_that_exist() -> None:
 
 
 if __name__ == "__main__":
-    # Write the coverage table anew: python -m tests.core.test_readme
-    marker = "<!-- coverage -->\n"
-    updated = README.replace(marker + between("coverage"), marker + coverage_table())
+    # Write the tables anew: python -m tests.core.test_readme
+    updated = README
+    for marker, made in (("coverage", coverage_table()), ("train", train_table())):
+        updated = updated.replace(f"<!-- {marker} -->\n{between(marker)}", f"<!-- {marker} -->\n{made}")
     (Path(__file__).parents[2] / "README.md").write_text(updated)
