@@ -61,8 +61,8 @@ def _by_context(document: m.EvalDocument) -> RenderableType | None:
         if row := apart.get(context):
             cells += [number(v) for v in (row.ratio, row.kl_mean, row.kl_p99, row.top1_agreement)]
         rows.append((str(context), *cells))
-    columns = [">window", *(f">perplexity {name}" for name in document.sides)]
-    return table(columns + ([">a over b", ">KL mean", ">p99", ">same top"] if apart else []), rows)
+    columns = [">window", *(f">ppl {name}" for name in document.sides)]
+    return table(columns + ([">a/b", ">KL mean", ">p99", ">same top"] if apart else []), rows)
 
 
 def _distance(document: m.EvalDocument) -> RenderableType | None:

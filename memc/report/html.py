@@ -133,7 +133,7 @@ def _quality(document: m.EvalDocument) -> str:
     if a.tasks:
         tasks = [(task, number(share), number(b.tasks.get(task))) for task, share in a.tasks.items()]
         made += _table("Recall, share of right answers", ["task", f">{a.source}", f">{b.source}"], tasks)
-    return made
+    return made + "".join(f"<p>{escaped(warning)}</p>\n" for warning in document.warnings)
 
 
 def _training(item: files.PassReportFile, facts: files.TrainingFacts) -> str:

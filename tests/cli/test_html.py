@@ -63,6 +63,7 @@ def test_quality_on_held_out_text_is_shown() -> None:
     row = re.search(r"<tr><td class=\"n\">512</td>(.*?)</tr>", page)
     assert row is not None
     assert re.findall(r">([^<>]+)</td>", row.group(1)) == ["30", "31", "1.0667", "0.0123", "0.3", "0.93"]
+    assert "no window of 4096 is full" in page
     assert "Measured on held-out text" not in render(report())
 
 

@@ -128,6 +128,17 @@ def test_a_conversion_shows_its_training_as_its_report_does() -> None:
     assert "3, 7 (2 of 8" in training
 
 
+def test_no_number_of_an_evaluation_is_cut_off() -> None:
+    document = d.evaluated()
+    for row in document.by_context:
+        row.ratio, row.kl_mean, row.kl_p99, row.top1_agreement = 1.0123456, 0.0012345, 0.0034528, 0.0976561
+    for side in document.sides.values():
+        side.by_context[0].perplexity = 0.0012345
+    shown = text_of(evaluation.eval_view(document))
+    assert "same top\n" in shown
+    assert "0.0012345   0.0034528   0.097656\n" in shown
+
+
 def test_training_without_recovery_and_choice_is_shown() -> None:
     item = d.trained_pass()
     assert item.training is not None
