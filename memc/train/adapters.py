@@ -48,8 +48,13 @@ def attention_projections(program: Program) -> dict[str, tuple[str, bool]]:
             for projection in block.projections.values():
                 if projection.weight:
                     found[projection.node.name] = projection.weight, projection.transposed
-    readers = Counter(str(n.target) for n in program.module.graph.find_nodes(op="get_attr") for _ in n.users)
-    return {name: (weight, turned) for name, (weight, turned) in found.items() if readers[weight] == 1}
+    reads = [node for node in program.module.graph.find_nodes(op="get_attr") for _ in node.users]
+    readers = Counter(id(get_tensor(program.module, str(node.target))) for node in reads)  # tied ones are one
+    return {
+        name: (weight, turned)
+        for name, (weight, turned) in found.items()
+        if readers[id(get_tensor(program.module, weight))] == 1
+    }
 
 
 def add_adapters(
@@ -81,23 +86,17 @@ def _insert(program: Program, node: Node, adapter: Adapter) -> None:
     graph, source = program.module.graph, linear_input(node)
     mode = mode_of(node.meta["val"])
     assert mode is not None
-    with graph.inserting_after(node):
+    with graph.inserting_before(node.next):
         down, up = graph.get_attr(adapter.down), graph.get_attr(adapter.up)
+        wide = graph.call_function(aten.to.dtype, (source, torch.float32))
+        low = graph.call_function(aten.linear.default, (wide, down))
+        high = graph.call_function(aten.linear.default, (low, up))
+        scaled = graph.call_function(aten.mul.Tensor, (high, adapter.scale))
+        total = graph.call_function(aten.add.Tensor, (node, scaled))
+        result = graph.call_function(aten.to.dtype, (total, node.meta["val"].dtype))
     for read in (down, up):
         with mode:
             read.meta["val"] = torch.empty(get_tensor(program.module, str(read.target)).shape)
-    with graph.inserting_after(up if list(graph.nodes).index(up) > list(graph.nodes).index(down) else down):
-        wide = graph.call_function(aten.to.dtype, (source, torch.float32))
-    with graph.inserting_after(wide):
-        low = graph.call_function(aten.linear.default, (wide, down))
-    with graph.inserting_after(low):
-        high = graph.call_function(aten.linear.default, (low, up))
-    with graph.inserting_after(high):
-        scaled = graph.call_function(aten.mul.Tensor, (high, adapter.scale))
-    with graph.inserting_after(scaled):
-        total = graph.call_function(aten.add.Tensor, (node, scaled))
-    with graph.inserting_after(total):
-        result = graph.call_function(aten.to.dtype, (total, node.meta["val"].dtype))
     fill_in(wide, low, high, scaled, total, result)
     node.replace_all_uses_with(result, delete_user_cb=lambda user: user is not total)
 
