@@ -12,6 +12,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from memc.objective import BlockObjective, Values
+from memc.plugins import load_kernels
 from memc.program import Program, StateSpec, get_tensor
 from memc.raising.feed_forward import LINEAR
 
@@ -95,6 +96,7 @@ class Teacher:
 
     def __post_init__(self) -> None:
         """Find what has to be run."""
+        load_kernels()
         nodes = {node.name: node for node in self.program.module.graph.nodes}
         needed: set[Node] = set()
         stack = [nodes[name] for names in self.wanted for name in names]
@@ -143,7 +145,8 @@ class Teacher:
     def _call(self, node: Node, values: Mapping[Node, Any]) -> Any:
         target: Any = node.target
         if self.products is not None and node.target in LINEAR:
-            return target(*map_arg(node.args, lambda n: self._narrow(n, values))).to(torch.float32)
+            args, kwargs = map_arg((node.args, dict(node.kwargs)), lambda n: self._narrow(n, values))
+            return target(*args, **kwargs).to(node.meta["val"].dtype)
         args, kwargs = map_arg((node.args, dict(node.kwargs)), values.__getitem__)
         return target(*args, **kwargs)
 
