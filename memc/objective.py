@@ -35,7 +35,7 @@ class BlockObjective(ABC):
     def losses(
         self, results: Sequence[Tensor], values: Values, done: float, generator: torch.Generator
     ) -> dict[str, Tensor]:
-        """Return the terms of the loss by name, weighted, each a scalar.
+        """Return the terms of the loss by name, weighted, each a scalar; the first is what progress shows.
 
         ``results`` are the values of ``self.results``, ``values`` those of ``target`` and ``reads``; ``done`` is the
         share of the training that is over, from 0 to 1. Anything random comes from ``generator``.

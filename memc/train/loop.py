@@ -55,14 +55,19 @@ def optimiser(groups: Sequence[Mapping[str, Any]]) -> torch.optim.AdamW:
     return torch.optim.AdamW([dict(group) for group in groups], betas=BETAS, eps=1e-8, weight_decay=0.0)
 
 
-def step_optimiser(made: torch.optim.AdamW, share: float) -> None:
-    """Clip the gradient and take one step at ``share`` of every group's own peak rate."""
+def step_optimiser(made: torch.optim.AdamW, share: float, where: str, step: int) -> None:
+    """Clip the gradient and take one step at ``share`` of every group's own peak rate.
+
+    Raises ``MemcError`` E403 when the gradient is not finite, or the parameters are not after the step: so no
+    checkpoint ever holds such values.
+    """
     parameters = [parameter for group in made.param_groups for parameter in group["params"]]
-    torch.nn.utils.clip_grad_norm_(parameters, CLIP)
+    require_finite("gradient", torch.nn.utils.clip_grad_norm_(parameters, CLIP), where, step)
     for group in made.param_groups:
         group["lr"] = group["peak"] * share
     made.step()
     made.zero_grad(set_to_none=True)
+    require_finite("a parameter", torch.nn.utils.get_total_norm(parameters), where, step)
 
 
 def optimiser_tensors(name: str, made: torch.optim.AdamW) -> dict[str, Tensor]:
@@ -91,9 +96,8 @@ def _states(made: torch.optim.AdamW) -> Iterable[tuple[torch.nn.Parameter, dict[
 
 @dataclass
 class Curve:
-    """Losses by name over the steps, each the mean since the point before; at most ``points`` of them are kept."""
+    """Losses by name over the steps, each the mean since the point before."""
 
-    points: int = 200
     steps: list[int] = field(default_factory=list)
     losses: dict[str, list[float]] = field(default_factory=dict)
     _sums: dict[str, float] = field(default_factory=dict)
@@ -115,13 +119,13 @@ class Curve:
         return {name: values[-1] for name, values in self.losses.items() if values}
 
     def to_json(self) -> dict[str, Any]:
-        """Return the curve as JSON values."""
-        return {"steps": self.steps, "losses": self.losses}
+        """Return the curve, and what is summed up for its next point, as JSON values."""
+        return {"steps": self.steps, "losses": self.losses, "sums": self._sums, "count": self._count}
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> Curve:
         """Read what :meth:`to_json` gave."""
-        return cls(steps=list(data["steps"]), losses={name: list(v) for name, v in data["losses"].items()})
+        return cls(list(data["steps"]), data["losses"], data.get("sums", {}), data.get("count", 0))
 
 
 class Checkpoints:
@@ -142,9 +146,12 @@ class Checkpoints:
         return time.monotonic() - self._saved > SAVE_SECONDS
 
     def save(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Write a checkpoint of the state after ``step`` steps. Raises ``MemcError`` E502 when the disk is full."""
+        """Write a checkpoint of the state after ``step`` steps. Raises ``MemcError`` E502 when the disk is full.
+
+        One that is there already is left alone: the same training comes to the same state.
+        """
         self._saved = time.monotonic()
-        if self.folder is None:
+        if self.folder is None or (final := self.folder / f"step-{step:08d}").is_dir():
             return
         partial = self.folder / "writing"
         shutil.rmtree(partial, ignore_errors=True)
@@ -152,13 +159,12 @@ class Checkpoints:
             partial.mkdir(parents=True)
             write_tensors(partial / "state.safetensors", tensors)
             (partial / "facts.json").write_text(json.dumps({"key": self.key, "step": step, **facts}) + "\n")
-            old = self._newest()
-            partial.rename(self.folder / f"step-{step:08d}")
+            partial.rename(final)
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
             reason = f"checkpoint cannot be written: {error.strerror or error}"
             raise MemcError("E502", reason, str(self.folder), "free some space; the same command goes on") from error
-        if old is not None and old != self.folder / f"step-{step:08d}":
+        for old in self._all()[:-1]:
             shutil.rmtree(old)
 
     def load(self) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
@@ -166,23 +172,24 @@ class Checkpoints:
 
         Raises ``MemcError`` E204 for one of another training.
         """
-        newest = self._newest()
-        if newest is None:
+        if not (found := self._all()):
             return None
+        newest = found[-1]
         facts = json.loads((newest / "facts.json").read_text())
-        if facts["key"] != self.key:
-            differ = [name for name in self.key if facts["key"].get(name) != self.key[name]]
-            found = ", ".join(f"{name} {facts['key'].get(name)!r}, wanted {self.key[name]!r}" for name in differ)
-            raise MemcError("E204", f"checkpoint is of another training: {found}", str(newest), "add --fresh")
+        old, new = facts["key"], self.key
+        if old != new:
+            differ = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+            both = ", ".join(f"{name} {old.get(name)!r}, wanted {new.get(name)!r}" for name in differ)
+            raise MemcError("E204", f"checkpoint is of another training: {both}", str(newest), "add --fresh")
         return facts["step"], read_tensors(newest / "state.safetensors"), facts
 
-    def _newest(self) -> Path | None:
-        found = sorted(self.folder.glob("step-*")) if self.folder is not None else []
-        return found[-1] if found else None
+    def _all(self) -> list[Path]:
+        """List the checkpoints, oldest first; a kill while old ones are removed leaves more than one."""
+        return sorted(self.folder.glob("step-*")) if self.folder is not None else []
 
 
-def require_finite(loss: Tensor, what: str, step: int) -> None:
-    """Raise ``MemcError`` E403 naming what was trained and the step when a loss is not finite."""
-    if not math.isfinite(float(loss.detach())):
-        hint = "a lower learning rate (train: in a recipe); the last good checkpoint is kept"
-        raise MemcError("E403", f"loss is not finite at step {step}", what, hint)
+def require_finite(what: str, value: Tensor, where: str, step: int) -> None:
+    """Raise ``MemcError`` E403 naming what was trained and the step when a value of it is not finite."""
+    if not math.isfinite(float(value.detach())):
+        hint = "give a lower learning rate (train: in a recipe) and --fresh; the last good checkpoint is kept"
+        raise MemcError("E403", f"{what} is not finite at step {step}", where, hint)

@@ -88,20 +88,27 @@ class _Run:
         found = logits.float().log_softmax(-1)
         real = positions >= 0
         kl = (given.exp() * (given - found)).sum(-1)[real].mean()
-        follows = real[:, 1:] & (positions[:, 1:] == positions[:, :-1] + 1)
-        text = functional.nll_loss(found[:, :-1][follows], tokens[:, 1:][follows])
+        follows = real[:, :-1] & (positions[:, 1:] == positions[:, :-1] + 1)
+        text = (
+            functional.nll_loss(found[:, :-1][follows], tokens[:, 1:][follows]) if follows.any() else kl.new_zeros(())
+        )
         return kl, text
 
     @torch.no_grad()
-    def look(self, step: int, guard: tuple[Tensor, Tensor]) -> bool:
-        """Measure the guard text, keep the parameters if they are the best so far, and tell whether to go on."""
+    def look(self, step: int, guard: tuple[Tensor, Tensor]) -> None:
+        """Measure the guard text, and keep the parameters if they are the best so far."""
         rows = [self.divergence(guard[0][i : i + 1], guard[1][i : i + 1])[0] for i in range(len(guard[0]))]
-        value = float(torch.stack(rows).mean())
-        self.guard.append((step, value))
-        lowest = min(range(len(self.guard)), key=lambda index: self.guard[index][1])
-        if lowest == len(self.guard) - 1:
+        value = torch.stack(rows).mean()
+        require_finite("KL of the guard text", value, "recovery", step)
+        self.guard.append((step, float(value)))
+        if not self.since_best:
             self.best = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
-        return len(self.guard) - 1 - lowest < PATIENCE
+
+    @property
+    def since_best(self) -> int:
+        """Looks at the guard text since the best one."""
+        lowest = min(range(len(self.guard)), key=lambda index: self.guard[index][1])
+        return len(self.guard) - 1 - lowest
 
 
 def recover(
@@ -126,16 +133,18 @@ def recover(
     with _only(named, parameters), progress.step("recover", schedule.steps) as advance:
         step = _restore(run, checkpoints)
         advance(step)
-        going = run.look(0, guard) if step == 0 else True
-        tokens, first, began = 0, step, time.perf_counter()
-        while going and step < schedule.steps:
+        if not run.guard:
+            run.look(step, guard)
+        first, began = step, time.perf_counter()
+        while run.since_best < PATIENCE and step < schedule.steps:
             tokens = _step(run, step, batches, schedule)
             step += 1
             advance(1, _summary(run, tokens * (step - first), began))
             if step % every == 0 or step == schedule.steps:
-                going = run.look(step, guard)
-            if checkpoints.due and step < schedule.steps:
+                run.look(step, guard)
+            if checkpoints.due:
                 _save(run, checkpoints, step)
+        _save(run, checkpoints, step)
     with torch.no_grad():
         for name, value in run.best.items():
             parameters[name].copy_(value)
@@ -150,12 +159,12 @@ def _step(run: _Run, step: int, batches: Batches, schedule: Schedule) -> int:
         batch = batches(step * recovery.accumulate + part)
         kl, text = run.divergence(*batch)
         loss = kl + recovery.text * text
-        require_finite(loss, "recovery", step)
+        require_finite("loss", loss, "recovery", step)
         (loss / recovery.accumulate).backward()
         sums["kl"] += float(kl.detach()) / recovery.accumulate
         sums["text"] += float(text.detach()) / recovery.accumulate
         tokens += batch[0].numel()
-    step_optimiser(run.made, schedule.rate(step) / schedule.peak)
+    step_optimiser(run.made, schedule.rate(step) / schedule.peak, "recovery", step)
     run.curve.add(step, sums, max(1, schedule.steps // POINTS))
     return tokens
 

@@ -74,7 +74,7 @@ class Transfer:
             for step in range(first, schedule.steps):
                 tokens = self._step(step, batches, schedule, seed, made, curves)
                 advance(1, _summary(curves, tokens, step + 1 - first, began))
-                if checkpoints.due and step + 1 < schedule.steps:
+                if checkpoints.due:
                     checkpoints.save(step + 1, *self._state(made, curves))
         checkpoints.save(schedule.steps, *self._state(made, curves))
         return _mean(curves)
@@ -93,12 +93,14 @@ class Transfer:
 
         def learn(index: int, values: dict[str, Tensor]) -> None:
             objective = self.blocks[index].objective
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + step * 1009 + index)
+            where = f"layer {objective.layer} {objective.path}"
+            # Of the layer's number, not its place among those that are trained, so that it learns alike without them.
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + step * 1009 + objective.layer)
             losses = objective.losses(self.blocks[index](values), values, step / schedule.steps, generator)
             total = torch.stack(list(losses.values())).sum()
-            require_finite(total, f"layer {objective.layer} {objective.path}", step)
-            total.backward()
-            step_optimiser(made[index], share)
+            require_finite("loss", total, where, step)
+            total.backward(inputs=list(self.blocks[index].parameters.values()))
+            step_optimiser(made[index], share, where, step)
             curves[index].add(step, {name: float(value.detach()) for name, value in losses.items()}, every)
 
         self.teacher.run(tokens, positions, learn)
@@ -149,8 +151,8 @@ class Transfer:
 
 def _summary(curves: Sequence[Curve], tokens: int, steps: int, began: float) -> str:
     speed = tokens * steps / (time.perf_counter() - began)
-    last = [curve.last()["output"] for curve in curves if curve.last()]
-    error = f"relative error {sum(last) / len(last):.4f}, " if last else ""
+    last = [next(iter(curve.last().values())) for curve in curves if curve.last()]
+    error = f"error {sum(last) / len(last):.4f}, " if last else ""
     return f"{error}{speed:.0f} tokens/s"
 
 
@@ -159,7 +161,10 @@ def _mean(curves: Sequence[Curve]) -> Curve:
     return Curve(
         steps=list(curves[0].steps),
         losses={
-            name: [sum(point) / len(point) for point in zip(*(c.losses[name] for c in curves), strict=True)]
+            name: [
+                sum(point) / len(point)
+                for point in zip(*(c.losses[name] for c in curves if name in c.losses), strict=True)
+            ]
             for name in names
         },
     )

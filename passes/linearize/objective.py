@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from memc.objective import BlockObjective, Values, relative_error
 from memc.passes.linearize import initial
@@ -33,7 +32,7 @@ class SharedObjective(BlockObjective):
     are those beyond ``window`` and the first ``sinks``.
 
     The output's error alone drives the mix towards the window, which is the easier half (component imbalance,
-    arXiv 2510.05901). So the share is learned too, as a Bernoulli cross-entropy less its entropy, and the window is
+    arXiv 2510.05901). So the share is learned too, by the KL of two Bernoulli distributions, and the window is
     dropped on a schedule: the output's error with the teacher's own share in place of the learned one, which blames
     the memory's reading alone, weighs 1 at first and nothing at the end.
     """
@@ -55,8 +54,8 @@ class SharedObjective(BlockObjective):
             return made
         far = self.far_share(values, rows)
         share = share[:, :, rows, 0].clamp(1e-6, 1 - 1e-6)
-        entropy = -torch.xlogy(far, far) - torch.xlogy(1 - far, 1 - far)
-        made["mass"] = MASS_WEIGHT * (functional.binary_cross_entropy(share, far) - entropy.mean())
+        off = torch.xlogy(far, far / share) + torch.xlogy(1 - far, (1 - far) / (1 - share))
+        made["mass"] = MASS_WEIGHT * off.mean()
         window = window[:, :, rows].float()
         forced = window + far.unsqueeze(-1) * (read[:, :, rows] - window)
         made["window_dropout"] = (1 - done) * relative_error(forced, target[:, :, rows], 0)
