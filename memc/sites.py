@@ -57,9 +57,8 @@ def check_keep(pass_name: str, keep: str) -> None:
 def auto_share(keep: str) -> float | None:
     """Return the share of the layers that ``keep=auto`` leaves to training to choose, None for any other form."""
     match = _AUTO.fullmatch(keep)
-    if match is None:
-        return None
-    return float(match[1]) / 100 if match[1] else AUTO_SHARE
+    share = float(match[1]) / 100 if match and match[1] else AUTO_SHARE
+    return share if match and share <= 1 else None
 
 
 def listed(layers: Iterable[int]) -> str:

@@ -30,7 +30,7 @@ from memc.conversion.folder import RECIPE, OutFolder, folder_bytes, link_folder,
 from memc.conversion.lowering import lower, verify_lowered
 from memc.conversion.pipeline import PassRun, Pipeline, plan_all
 from memc.conversion.quality import WINDOW, measure_quality
-from memc.conversion.text import verification_text
+from memc.conversion.text import keep_text, verification_text
 from memc.conversion.training import make_trainer, training_data, trains
 from memc.cost import SMALL, WORKING, predict
 from memc.data import source_digest
@@ -275,7 +275,8 @@ class _Conversion:
             data = training_data(self.request.recipe, original, self.folder.partial, progress)
             trainer = make_trainer(self.request.recipe, data, original, progress)
         with self.steps.step("text", "verification text"):
-            text = data.text if trainer else verification_text(self.request.recipe, original, self.folder.partial)
+            recipe, partial = self.request.recipe, self.folder.partial
+            text = keep_text(data.text, partial) if trainer else verification_text(recipe, original, partial)
             floor = noise_floor(original, take(text, 2, 13))
         with self.steps.step("verify_raise", "verify what was raised"):
             checks = [self._check_raising(original, text, floor)]

@@ -33,8 +33,13 @@ def verification_text(recipe: Recipe, original: Program, folder: Path) -> Verifi
     if path.is_file():
         kept = json.loads(path.read_text())
         return VerificationText(torch.tensor(kept["tokens"]), kept["origin"])
-    text = _from_data(recipe, original, folder) if recipe.data else _sampled(recipe, original)
-    path.write_text(json.dumps({"origin": text.origin, "tokens": text.tokens.tolist()}) + "\n")
+    return keep_text(_from_data(recipe, original, folder) if recipe.data else _sampled(recipe, original), folder)
+
+
+def keep_text(text: VerificationText, folder: Path) -> VerificationText:
+    """Write a text to ``report/text.json`` and return it."""
+    facts = {"origin": text.origin, "tokens": text.tokens.tolist()}
+    (folder / "report" / "text.json").write_text(json.dumps(facts) + "\n")
     return text
 
 

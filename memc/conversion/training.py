@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,18 +53,24 @@ def trains(recipe: Recipe, passes: Sequence[Pass]) -> bool:
         return True
     for pass_ in passes:
         if option := pass_.needs_training():
-            hint = "add --data FILE, or name the layers"
-            raise MemcError("E203", f"{option} is settled by training, for which there are no data", pass_.spec, hint)
+            lacks = "tokens are 0" if recipe.data else "there are no data"
+            hint = f"add {'--tokens N' if recipe.data else '--data FILE'}, or name the layers"
+            raise MemcError("E203", f"{option} is settled by training, for which {lacks}", pass_.spec, hint)
     return False
 
 
 def training_data(recipe: Recipe, original: Program, folder: Path, progress: Progress) -> TrainingData:
     """Read the recipe's data through the cache of tokens, sample from the original, and split off what is held out.
 
-    ``folder`` is ``OUT.partial``, which holds the tokenizer and keeps the samples. Raises ``MemcError``: E207 for data
-    that cannot be used or are too few for the tokens asked for, E308 when there is no tokenizer.
+    ``folder`` is ``OUT.partial``, which holds the tokenizer and keeps the samples. Raises ``MemcError``: E206 for
+    sequences longer than the model takes, E207 for data that cannot be used or are too few for the tokens asked for,
+    or tokens too few for a step, E308 when there is no tokenizer.
     """
     settings = recipe.train or Train()
+    limit = original.model.max_positions
+    if original.model.absolute_positions and limit is not None and settings.length > limit:
+        reason = f"sequences of {settings.length} tokens are past the model's {limit} positions"
+        raise MemcError("E206", reason, "train: length", f"train: {{length: {limit}}} in a recipe")
     tokenizer = Text(folder).tokenizer
     streams = [read_tokens(source, tokenizer, progress=progress) for source in recipe.data]
     vocab = token_limit(original)
@@ -75,7 +82,13 @@ def training_data(recipe: Recipe, original: Program, folder: Path, progress: Pro
     own = Corpus(streams, guard=settings.guard, block=settings.length)
     available = len(own.sequences(settings.length)) * settings.length
     tokens = recipe.tokens or min(TOKENS, available)
-    own.sequences(settings.length).require(round(tokens * (1 - settings.sampled)))
+    if tokens < (least := _least(settings)):
+        hint = "give more --tokens (0 for no training) and --data, or shorter sequences (train: length in a recipe)"
+        raise MemcError("E207", f"{tokens} tokens to train on, the first step needs {least}", own.where, hint)
+    if (needed := round(tokens * (1 - settings.sampled))) > available:
+        reason = f"{tokens} tokens are asked for, {needed} of them from the data, which give {available}"
+        hint = f"give more --data, or --tokens {int(available / (1 - settings.sampled))}"
+        raise MemcError("E207", reason, own.where, hint)
     corpus = own
     if settings.sampled:
         sampled = _sampled(recipe, original, folder, settings, tokens, progress)
@@ -100,6 +113,13 @@ def make_trainer(recipe: Recipe, data: TrainingData, original: Program, progress
     key = {"model": original.model.digest, "data": data.corpus.digest}
     products = torch.bfloat16 if multiplies_bfloat16() else None
     return Trainer(settings, data.tokens, batches, data.guard, recipe.seed, key, products, progress)
+
+
+def _least(settings: Train) -> int:
+    """Return the tokens of which the share of transfer, or else of recovery, makes one step."""
+    step = settings.batch * settings.length
+    shares = (settings.transfer, step), (1 - settings.transfer, step * settings.accumulate)
+    return min(math.ceil(size / share) for share, size in shares if share)
 
 
 def _sampled(

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from memc.analysis.layers import rank_blocks
+from memc.errors import MemcError
 from memc.pipeline import Pass, PassReport, Plan
-from memc.program import Program, get_tensor, set_tensor
+from memc.program import Program, get_tensor, named_tensors, retie, set_tensor
 from memc.progress import Progress
 from memc.recipe import Train
 from memc.report.files import ChoiceFacts, CurveFacts, RecoveryFacts, TrainingFacts, TransferFacts
@@ -73,12 +74,16 @@ class Trainer:
         """Train what ``pass_`` added to ``before`` when it was ``applied``.
 
         With a ``folder`` a killed training goes on where it was. A pass that leaves open which blocks stay is settled
-        by what restoring each one alone does. Raises ``MemcError``: E403 when a loss is not finite, E502 when the disk
-        is full, E204 for a checkpoint of another training.
+        by what restoring each one alone does. Raises ``MemcError``: E203 when the sequences are too short to teach
+        anything, E403 when a loss is not finite, E502 when the disk is full, E204 for a checkpoint of another training.
         """
+        plan, after, report = applied
+        exact = min(objective.exact for objective in report.objectives)
+        if exact >= self.settings.length:
+            reason = f"sequences of {self.settings.length} tokens teach nothing, the first {exact} are exact as it is"
+            raise MemcError("E203", reason, pass_.spec, f"train: {{length: {4 * exact}}} in a recipe")
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-        plan, after, report = applied
         facts = TrainingFacts(tokens=self.tokens, transfer=self._transfer(before, after, report, folder))
         if (share := pass_.open_share()) is not None:
             facts.choice = self._choose(before, after, report, share, folder)
@@ -165,6 +170,9 @@ class Trainer:
             floats = [n for n, p in trained.module.named_parameters() if p.is_floating_point()]
             others = [name for name in floats if name not in set(new)]
             _own(trained, others)
+            for name, source in trained.provenance.items():
+                if source.source:
+                    trained.provenance[name] = replace(source, transform="trained", invertible=False)
         _own(trained, new)
         rates = dict.fromkeys(others, settings.adapter_rate) | dict.fromkeys(new, settings.memory_rate)
         recovery = Recovery(before, trained, rates, settings.accumulate, settings.text, self.products)
@@ -228,6 +236,6 @@ def _copy_parameters(source: Program, result: Program, report: PassReport) -> No
 
 
 def _own(program: Program, names: list[str]) -> None:
-    """Give a program tensors of its own for ``names``, so that training it changes no other program."""
-    for name in names:
-        set_tensor(program.module, name, get_tensor(program.module, name).detach().clone(), trainable=True)
+    """Give a program parameters of its own for ``names``, so that training it changes no other; tied ones stay so."""
+    own = {id(value): value.detach().clone() for value in (get_tensor(program.module, name) for name in names)}
+    retie(program.module, {n: own[id(value)] for n, value in named_tensors(program.module) if id(value) in own})
