@@ -1,0 +1,205 @@
+"""A tiny Llama is converted and trained: what is reported, killed and gone on with, and what is refused."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from memc import api
+from memc.artifact import read_manifest
+from memc.conversion.training import training_data, trains
+from memc.errors import MemcError
+from memc.progress import Silent
+from memc.recipe import Recipe, Train
+from memc.report.models import ConvertDocument, PassReportFile, TrainingFacts
+from memc.train import loop
+from tests.core.test_convert import make_llama
+from tests.passes.tiny_program import tiny
+
+LENGTH, TOKENS = 32, 800
+SPEC = "linearize:window=6,sinks=2,feature_size=16,keep=auto:50%"
+SETTINGS: dict[str, Any] = {"length": LENGTH, "guard": 0.2, "sampled": 0.25, "adapters": 2, "rate": 5e-3}
+
+
+def write_text(path: Path, words: int = 2600) -> Path:
+    """Write words that a model can be trained on: a walk that comes back to what it has seen."""
+    path.write_text(" ".join(f"w{(i * i + i // 7) % 61}" for i in range(words)))
+    return path
+
+
+def convert(llama: Path, out: Path, *passes: str, **options: Any) -> ConvertDocument:
+    settings = {**SETTINGS, **options.pop("train", {})}
+    recipe = Recipe(recipe=1, train=Train(**settings))
+    data = [str(llama / "text.txt")]
+    options = {"data": data, "tokens": TOKENS, "threads": 1, **options}
+    return api.convert(llama, out, passes=passes or (SPEC,), backend="eager", recipe=recipe, **options)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_llama(tmp_path_factory.mktemp("llama"))
+    write_text(folder / "text.txt")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def training_of(out: Path) -> tuple[PassReportFile, TrainingFacts]:
+    report = PassReportFile.model_validate_json((out / "report" / "02-linearize.json").read_text())
+    assert report.training is not None
+    return report, report.training
+
+
+def test_a_trained_conversion_reports_what_it_did(llama: Path, tmp_path: Path) -> None:
+    document = convert(llama, tmp_path / "out")
+    report, training = training_of(tmp_path / "out")
+    assert document.verified and not document.untrained and not report.untrained
+    transfer, choice, recovery = training.transfer, training.choice, training.recovery
+    assert choice is not None and recovery is not None and training.tokens == TOKENS
+    assert transfer.steps == round(0.7 * TOKENS) // LENGTH and transfer.tokens == transfer.steps * LENGTH
+    assert transfer.curve.steps == list(range(1, transfer.steps + 1))
+    assert set(transfer.curve.losses) == {"output", "mass", "window_dropout"}
+    assert all(len(values) == transfer.steps for values in transfer.curve.losses.values())
+    untrained, initial, trained = (transfer.errors[stage] for stage in ("untrained", "initial", "trained"))
+    assert all(trained[layer] < untrained[layer] and initial[layer] < untrained[layer] for layer in (0, 1))
+    assert choice.kept == [min(choice.kl_restored_alone, key=choice.kl_restored_alone.__getitem__)]
+    assert report.spec == f"linearize:window=6,sinks=2,feature_size=16,keep=[{choice.kept[0]}]"
+    assert [site.layer for site in report.sites] == [1 - choice.kept[0]]
+    assert recovery.adapter_rank == 2 and recovery.tokens == recovery.steps * 2 * LENGTH
+    assert recovery.guard_kl[0][0] == 0 and recovery.best_step in dict(recovery.guard_kl)
+    relations = {relation.metric or relation.relation: relation for relation in report.relations}
+    assert set(relations) == {"max_abs_logit_difference", "perplexity_ratio", "kl_ratio_to_window"}
+    assert all(relation.passed for relation in relations.values())
+    assert (relations["kl_ratio_to_window"].value or 9) <= 1 == relations["kl_ratio_to_window"].budget
+    text = (tmp_path / "out" / "report" / "text.json").read_text()
+    assert "text.txt" in text and not list((tmp_path / "out").glob("train-*"))
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from tests.train.test_conversion import killable
+killable(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+"""
+
+
+def killable(llama: Path, out: Path, stage: str) -> ConvertDocument:
+    """Convert, with a checkpoint after every step; a ``stage`` kills the process after its second one."""
+    torch.set_num_threads(1)
+    loop.SAVE_SECONDS = -1.0
+    save, done = loop.Checkpoints.save, []
+
+    def saving(self: loop.Checkpoints, *state: Any) -> None:
+        save(self, *state)
+        done.append(self.key["stage"])
+        if done.count(stage) == 2:
+            signal.raise_signal(signal.SIGKILL)
+
+    loop.Checkpoints.save = saving  # type: ignore[method-assign]
+    try:
+        return convert(llama, out, SPEC.replace("auto:50%", "none"), tokens=400)
+    finally:
+        loop.Checkpoints.save = save  # type: ignore[method-assign]
+        loop.SAVE_SECONDS = 60.0
+
+
+def test_a_killed_training_goes_on_and_gives_the_same_bytes(tmp_path: Path) -> None:
+    llama = make_llama(tmp_path / "model", layers=1)
+    write_text(llama / "text.txt")
+    root = Path(__file__).parents[2]
+    for stage in ("transfer", "recovery"):
+        command = [sys.executable, "-c", SCRIPT, str(llama), str(tmp_path / "a"), stage]
+        killed = subprocess.run(
+            command, capture_output=True, text=True, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}
+        )
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        assert list((tmp_path / "a.partial" / "train-02" / stage).glob("step-*")) and not (tmp_path / "a").exists()
+    killable(llama, tmp_path / "a", "")
+    killable(llama, tmp_path / "b", "")
+    first, second = (read_manifest(tmp_path / name).files for name in "ab")
+    assert first == second and "program/params.safetensors" in first
+    curves = [training_of(tmp_path / name)[1] for name in "ab"]
+    assert curves[0].transfer.curve == curves[1].transfer.curve
+    assert curves[0].recovery.guard_kl == curves[1].recovery.guard_kl  # type: ignore[union-attr]
+
+
+def test_no_tokens_only_verify(llama: Path, tmp_path: Path) -> None:
+    document = convert(llama, tmp_path / "out", SPEC.replace(":50%", ""), tokens=0)
+    report = PassReportFile.model_validate_json((tmp_path / "out" / "report" / "02-linearize.json").read_text())
+    assert document.untrained and report.training is None and [site.layer for site in report.sites] == [0, 1]
+    assert "text.txt" in (tmp_path / "out" / "report" / "text.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"data": ()}, r"keep=auto:50% is settled by training, for which there are no data .*--data FILE"),
+        ({"tokens": 0}, r"keep=auto:50% is settled by training, for which tokens are 0 .*--tokens N"),
+    ],
+)
+def test_a_share_of_layers_needs_training(llama: Path, tmp_path: Path, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(MemcError, match=f"E203.*{said}"):
+        convert(llama, tmp_path / "out", **options)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_keep_auto_without_data_linearizes_every_layer() -> None:
+    recipe = Recipe(recipe=1, passes=["linearize"])
+    assert not trains(recipe, recipe.build())
+    with pytest.raises(MemcError, match=r"E203.*keep=auto:101%"):
+        Recipe(recipe=1, passes=["linearize:keep=auto:101%"]).build()
+
+
+def test_too_few_data_or_tokens_are_said_with_both_numbers(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        MemcError, match=r"E207 10000 tokens.*, 7500 of them from the data, which give 2080 .*--tokens 2773"
+    ):
+        convert(llama, tmp_path / "a", tokens=10000)
+    with pytest.raises(MemcError, match=r"E207 40 tokens to train on, the first step needs 46"):
+        convert(llama, tmp_path / "b", tokens=40)
+    assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
+
+
+def test_sequences_past_the_positions_are_refused(tmp_path: Path) -> None:
+    program = tiny()
+    program.model = replace(program.model, absolute_positions=True, max_positions=16)
+    recipe = Recipe(recipe=1, data=["x.txt"], train=Train(length=32))
+    with pytest.raises(MemcError, match=r"E206 sequences of 32 tokens are past the model's 16 positions"):
+        training_data(recipe, program, tmp_path, Silent())
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "SAVE_SECONDS", -1.0)
+    rate = loop.Schedule.rate
+    monkeypatch.setattr(loop.Schedule, "rate", lambda self, step: rate(self, step) if step < 3 else float("inf"))
+    with pytest.raises(MemcError, match=r"E403 a parameter is not finite at step 3 \[layer 0 model\.layers\.0"):
+        convert(llama, tmp_path / "out")
+    kept = tmp_path / "out.partial" / "train-02" / "transfer"
+    assert [path.name for path in kept.iterdir()] == ["step-00000003"] and not (tmp_path / "out").exists()
+    monkeypatch.setattr(loop.Schedule, "rate", rate)
+    tensors = loop.read_tensors(kept / "step-00000003" / "state.safetensors")
+    assert all(bool(value.isfinite().all()) for value in tensors.values())
+    assert convert(llama, tmp_path / "out").verified
+
+
+def test_a_full_disk_while_checkpointing_is_said(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, tensors: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(loop, "write_tensors", full)
+    with pytest.raises(MemcError, match=r"E502 checkpoint cannot be written: No space left.*goes on"):
+        convert(llama, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
