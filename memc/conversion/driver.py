@@ -275,8 +275,8 @@ class _Conversion:
             data = training_data(self.request.recipe, original, self.folder.partial, progress)
             trainer = make_trainer(self.request.recipe, data, original, progress)
         with self.steps.step("text", "verification text"):
-            recipe, partial = self.request.recipe, self.folder.partial
-            text = keep_text(data.text, partial) if trainer else verification_text(recipe, original, partial)
+            recipe, place = self.request.recipe, self.folder.partial
+            text = keep_text(data.text, place) if trainer else verification_text(recipe, original, place)
             floor = noise_floor(original, take(text, 2, 13))
         with self.steps.step("verify_raise", "verify what was raised"):
             checks = [self._check_raising(original, text, floor)]
