@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ class BlockObjective(ABC):
     program before whose value the block has to give, ``reads`` are further nodes of it that the losses look at.
     ``results`` names nodes of the program after; the first one stands for ``target``. ``exact`` is the number of
     leading tokens of a sequence that the block gets right by construction.
+
+    Where only some heads of a block were replaced, ``heads`` are those of ``target`` that the first result stands for,
+    in order, and ``whole`` is the node of the program after that stands for all of it.
     """
 
     layer: int
@@ -30,6 +33,13 @@ class BlockObjective(ABC):
     reads: tuple[str, ...]
     results: tuple[str, ...]
     exact: int
+    heads: tuple[int, ...] = field(default=(), kw_only=True)
+    whole: str = field(default="", kw_only=True)
+
+    def wanted(self, values: Values) -> Tensor:
+        """Return what the first result has to be: the value of ``target``, of ``heads`` alone if there are any."""
+        target = values[self.target]
+        return target[:, list(self.heads)] if self.heads else target
 
     @abstractmethod
     def losses(

@@ -18,11 +18,12 @@ from memc.target import Target
 
 @dataclass(frozen=True)
 class Site:
-    """One block that a pass will rewrite."""
+    """One block that a pass will rewrite, but for the key-value heads ``kept`` and the query heads that read them."""
 
     layer: int
     path: str
     kind: str
+    kept: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class PassReport:
-    """What a pass did. ``details`` holds per-site facts as JSON values, keyed by layer.
+    """What a pass did. ``details`` holds per-site facts as JSON values, keyed by layer, and what it was resolved from.
 
     ``objectives`` tells how what was added is trained, one for each site; they are of the result's own nodes.
     """
@@ -87,6 +88,14 @@ class Pass(Configurable, ABC):
         None when the options settle everything. Until it is settled such a pass rewrites every site.
         """
         return None
+
+    def resolve(self, program: Program, target: Target) -> tuple[Self, dict[str, Any]]:
+        """Settle what the weights of ``program`` settle and no data are needed for.
+
+        Returns the pass with nothing of the kind open, whose spec string says what was chosen, and what was found, for
+        the details of the report under names of its own. Until it is resolved such a pass plans as much, evenly spread.
+        """
+        return self, {}
 
     def trained_relations(self, plan: Plan) -> tuple[Relation, ...]:
         """Return what holds once training is over, instead of the plan's own relations."""

@@ -166,9 +166,14 @@ class Editor:
     def _fresh(self, spec: StateSpec, like: Node) -> Tensor:
         value: Tensor = like.meta["val"]
         mode = mode_of(value)
-        assert mode is not None and spec.grows is None
+        assert mode is not None
+        sizes = {"B": value.shape[0]}
+        if spec.grows is not None:  # as what it is like does
+            sizes["S"] = value.shape[spec.grows]
         with mode:
-            return torch.empty([value.shape[0] if size == "B" else size for size in spec.shape], dtype=spec.dtype)  # type: ignore[misc]
+            return torch.empty(
+                [sizes[size] if isinstance(size, str) else size for size in spec.shape], dtype=spec.dtype
+            )
 
 
 def result_of(node: Node, index: int) -> Node | None:

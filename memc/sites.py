@@ -17,6 +17,7 @@ from memc.blocks import (
     RelativeBias,
 )
 from memc.errors import MemcError
+from memc.head_split import HeadSplit
 from memc.pipeline import Plan, Rejection, Site
 from memc.program import Program
 from memc.raising import find_blocks
@@ -25,16 +26,24 @@ from memc.rewrite import owns_its_states
 Refusal = tuple[str, str]
 """Code and reason of a rejection."""
 
+Group = tuple[int, int]
+"""A layer, and one of its key-value heads with the query heads that read it."""
+
 KEEP_HELP = "layers that stay as they are: none, every:N (N-1, 2N-1, ...), first:N, last:N, or a list [0,5,7]"
 
 AUTO_HELP = (
     KEEP_HELP + "; auto:P%, the P percent that training finds to need it most; auto is auto:25% when trained, else none"
+    "; heads:P%, the P percent of all key-value heads whose query heads look up earlier tokens most, or heads:[3.0,3.2]"
+    " to name them as LAYER.HEAD: the other heads are rewritten"
 )
 
 AUTO_SHARE = 0.25
 
 _AUTO = re.compile(r"auto(?::([0-9]+(?:\.[0-9]+)?)%)?")
 _COUNTED = re.compile(r"(every|first|last):([1-9][0-9]*)")
+_HEADS = re.compile(
+    r"heads:(?:(?P<share>[0-9]+(?:\.[0-9]+)?)%|\[\s*(?:[0-9]+\.[0-9]+\s*(?:,\s*[0-9]+\.[0-9]+\s*)*)?\])"
+)
 _LISTED = re.compile(r"\[\s*([0-9]+\s*(,\s*[0-9]+\s*)*)?\]")
 
 
@@ -66,12 +75,63 @@ def listed(layers: Iterable[int]) -> str:
     return f"[{','.join(map(str, sorted(layers)))}]"
 
 
+def check_heads(pass_name: str, keep: str) -> bool:
+    """Tell whether ``keep`` is about heads; raises ``MemcError`` E203 when it is and not of the form."""
+    if not keep.startswith("heads"):
+        return False
+    match = _HEADS.fullmatch(keep)
+    if match is None or (match["share"] and not 0 < float(match["share"]) < 100):
+        raise MemcError(
+            "E203",
+            "option 'keep' names heads as heads:P%, P between 0 and 100, or as a list LAYER.HEAD",
+            where=f"{pass_name}:keep={keep}",
+            next=f"write {pass_name}:keep=heads:10% or {pass_name}:keep=heads:[3.0,3.2]",
+        )
+    return True
+
+
+def heads_share(keep: str) -> float | None:
+    """Return the share of key-value heads that ``keep=heads:P%`` leaves to the weights to choose, None otherwise."""
+    match = _HEADS.fullmatch(keep)
+    return float(match["share"]) / 100 if match and match["share"] else None
+
+
+def listed_groups(groups: Iterable[Group]) -> str:
+    """Write groups of heads as the option ``keep`` has them."""
+    return f"heads:[{','.join(f'{layer}.{group}' for layer, group in sorted(groups))}]"
+
+
+def kept_groups(keep: str, blocks: Iterable[AttentionBlock], open_blocks: Iterable[AttentionBlock]) -> frozenset[Group]:
+    """Return the groups of heads that ``keep`` names.
+
+    A share that is still open stands for as many groups of ``open_blocks``, evenly spread. Raises ``MemcError`` E203
+    for a group that no block has.
+    """
+    if (share := heads_share(keep)) is not None:
+        known = groups_of(open_blocks)
+        count = round(share * len(known))
+        return frozenset(known[(2 * index + 1) * len(known) // (2 * count)] for index in range(count))
+    if _HEADS.fullmatch(keep) is None:
+        return frozenset()
+    named = {(int(layer), int(group)) for layer, group in re.findall(r"([0-9]+)\.([0-9]+)", keep)}
+    if missing := sorted(named - set(groups_of(blocks))):
+        (layer, group), (last, most) = missing[0], max(groups_of(blocks), default=(-1, -1))
+        have = f"layers 0 to {last}, heads 0 to {most} in the last" if last >= 0 else "no attention layer"
+        raise MemcError("E203", f"option 'keep' names key-value head {layer}.{group}", keep, f"the model has {have}")
+    return frozenset(named)
+
+
+def groups_of(blocks: Iterable[AttentionBlock]) -> list[Group]:
+    """Return every group of heads of some blocks."""
+    return [(block.layer, group) for block in blocks for group in range(block.num_kv_heads)]
+
+
 def kept_layers(keep: str, layers: Iterable[int]) -> frozenset[int]:
     """Return the layers that ``keep`` names, out of ``layers``.
 
     Raises ``MemcError`` E203 for a list that names a layer that is not there.
     """
-    if auto_share(keep) is not None:
+    if auto_share(keep) is not None or _HEADS.fullmatch(keep):
         return frozenset()
     known = sorted(set(layers))
     if match := _COUNTED.fullmatch(keep):
@@ -90,9 +150,15 @@ def kept_layers(keep: str, layers: Iterable[int]) -> frozenset[int]:
 
 
 def choose_sites(
-    blocks: Sequence[AttentionBlock], keep: str, refuse: Callable[[AttentionBlock], Refusal | None]
+    blocks: Sequence[AttentionBlock],
+    keep: str,
+    refuse: Callable[[AttentionBlock], Refusal | None],
+    heads: frozenset[Group] = frozenset(),
 ) -> tuple[tuple[Site, ...], tuple[Rejection, ...]]:
-    """Split blocks into sites and rejections, in order; what cannot be rewritten says so even where it is kept."""
+    """Split blocks into sites and rejections, in order; what cannot be rewritten says so even where it is kept.
+
+    Groups in ``heads`` stay as they are, and so does a block of which all are in it.
+    """
     kept = kept_layers(keep, (block.layer for block in blocks))
     sites: list[Site] = []
     rejections: list[Rejection] = []
@@ -100,17 +166,24 @@ def choose_sites(
         refusal = refuse(block)
         if refusal is None and block.layer in kept:
             refusal = ("kept", f"the option keep={keep} leaves this layer as it is")
+        elif refusal is None and heads.issuperset(groups_of([block])):
+            refusal = ("kept", "the option keep leaves every head of this layer as it is")
         if refusal is None:
-            sites.append(Site(block.layer, block.path, block.kind))
+            stay = tuple(group for layer, group in groups_of([block]) if (layer, group) in heads)
+            sites.append(Site(block.layer, block.path, block.kind, stay))
         else:
             rejections.append(Rejection(block.layer, block.path, block.kind, *refusal))
     return tuple(sites), tuple(rejections)
 
 
-def planned_blocks(program: Program, plan: Plan) -> tuple[AttentionBlock, ...]:
-    """Return the blocks of a program, or of a copy of it, that a plan made for it rewrites."""
-    planned = {(site.layer, site.path) for site in plan.sites}
-    return tuple(block for block in attention_blocks(program) if (block.layer, block.path) in planned)
+def planned_blocks(program: Program, plan: Plan) -> tuple[tuple[AttentionBlock, HeadSplit], ...]:
+    """Return the blocks of a program, or of a copy of it, that a plan made for it rewrites, and which heads stay."""
+    planned = {(site.layer, site.path): site.kept for site in plan.sites}
+    return tuple(
+        (block, HeadSplit(block.num_kv_heads, block.num_heads // block.num_kv_heads, planned[block.layer, block.path]))
+        for block in attention_blocks(program)
+        if (block.layer, block.path) in planned
+    )
 
 
 def refuse_constant_state(program: Program, block: AttentionBlock) -> Refusal | None:

@@ -13,6 +13,7 @@ from torch.fx import Node
 from memc import sites
 from memc.blocks import AttentionBlock, SlidingWindow
 from memc.dialect import arguments, op_spec
+from memc.head_split import HeadSplit, attend_kept, join_heads, of_others, split_states
 from memc.pipeline import Pass, PassReport, Plan, option
 from memc.program import Program
 from memc.relation import Bounded, Close, Relation
@@ -70,26 +71,32 @@ class Window(Pass):
         """Rewrite the plan's sites."""
         editor = Editor(program)
         blocks = sites.planned_blocks(editor.program, plan)
-        details = {str(block.layer): self._rewrite(editor, block) for block in blocks}
+        details = {str(block.layer): self._rewrite(editor, block, split) for block, split in blocks}
         report = PassReport(plan.spec, plan.sites, plan.rejections, plan.relations, details=details)
         return editor.finish(), report
 
     def _is_exact(self, block: AttentionBlock) -> bool:
         return isinstance(block.mask, SlidingWindow) and block.mask.size <= self.window
 
-    def _rewrite(self, editor: Editor, block: AttentionBlock) -> dict[str, Any]:
+    def _rewrite(self, editor: Editor, block: AttentionBlock, split: HeadSplit) -> dict[str, Any]:
         window, sinks = self.window, self.sinks
         if isinstance(block.mask, SlidingWindow) and block.mask.size <= window:
             window, sinks = block.mask.size, 0
         node, row = block.attention, op_spec(torch.ops.memc.window_memory.default)
         assert row is not None
         bound = arguments(node)
-        specs = window_states(editor, node, window + sinks)
-        inputs = {name: value for name, value in bound.items() if isinstance(value, Node)}
+        inputs, kept = {name: value for name, value in bound.items() if isinstance(value, Node)}, None
+        if split.kept:
+            states, specs = split_states(editor, node, len(split.kept), window + sinks)
+            kept = attend_kept(editor, block, split)
+            inputs.update(states)
+        else:
+            specs = window_states(editor, node, window + sinks)
 
         def layer(t: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+            others = of_others(split, t)
             results = torch.ops.memc.window_memory.default(
-                *(t.get(name) for name in _TENSORS),
+                *(others.get(name) for name in _TENSORS),
                 scale=bound["scale"],
                 window=window,
                 sinks=sinks,
@@ -97,13 +104,13 @@ class Window(Pass):
             )
             return (results[0], *(results[index] for index in row.states.values()))
 
-        key = (window, sinks, bound["scale"], bound["softcap"])
+        key = (window, sinks, bound["scale"], bound["softcap"], split)
         output, *after = editor.insert(layer, inputs, node, block.path, key)
         old = result_of(node, 0)
         assert old is not None
-        old.replace_all_uses_with(output)
+        old.replace_all_uses_with(output if kept is None else join_heads(editor, block, split, kept, output))
         for name, value in zip(row.states, after, strict=True):
-            editor.set_next(bound[name], value)
+            editor.set_next(inputs[name], value)
         return {"window": window, "sinks": sinks, "state_bytes": sum(spec.bytes(0) for spec in specs)}
 
 

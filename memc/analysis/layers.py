@@ -43,7 +43,7 @@ def restored(
 
     It takes the program's inputs, then the states returned beside it. Nodes that the programs share go by one name.
     """
-    given = {objectives[index].results[0]: objectives[index].target for index in chosen}
+    given = {objectives[index].whole or objectives[index].results[0]: objectives[index].target for index in chosen}
     old = {node.name: node for node in before.module.graph.nodes}
     new = {node.name: node for node in after.module.graph.nodes}
     specs = {("new", spec.name): spec for spec in after.states} | {("old", spec.name): spec for spec in before.states}

@@ -92,7 +92,7 @@ def planned_facts(report: PassReport) -> PassFacts:
     """Render what a pass is going to do."""
     return _pass_facts(
         spec=report.spec,
-        rewritten=[SiteFacts(layer=site.layer, path=site.path, kind=site.kind) for site in report.sites],
+        rewritten=[SiteFacts(**dataclasses.asdict(site)) for site in report.sites],
         skipped=[
             SkippedFacts(layer=r.layer, path=r.path, kind=r.kind, code=r.code, reason=r.reason)
             for r in report.rejections

@@ -81,8 +81,8 @@ class Pipeline:
 
     def _run_one(self, index: int, before: Program) -> tuple[Program, PassReportFile]:
         """Run one pass and keep its result; what is returned is what was read back, as a resumed run would."""
-        pass_ = self.passes[index]
         start = time.perf_counter()
+        pass_, found = self.passes[index].resolve(before, self.target)
 
         def apply(chosen: Pass) -> tuple[Plan, Program, PassReport]:
             plan = plan_pass(chosen, before, self.target)
@@ -103,6 +103,7 @@ class Pipeline:
             for relation in report.relations
         ]
         after = changed
+        report = replace(report, details={**report.details, **found})
         timing = Timing(seconds=time.perf_counter() - start, peak_rss_bytes=peak_rss_bytes())
         document = describe_pass(report, after, results, timing).model_copy(update={"training": training})
         if self.folder is not None:
@@ -204,14 +205,14 @@ def provisional(pass_: Pass, program: Program, target: Target) -> Pass:
 
 
 def window_baseline(pass_: Pass, plan: Plan, program: Program, target: Target) -> Program:
-    """Apply the ``window`` pass with the options it shares with ``pass_``, in the layers of ``plan``."""
+    """Apply the ``window`` pass with the options it shares with ``pass_``, in the layers and heads of ``plan``."""
     window: type[Pass] = load_plugin("memc.passes", "window")
-    # Not which layers are kept: those of the plan are known, and passes name them in ways of their own.
+    # Not what is kept: the plan has its layers and heads, and passes name them in ways of their own.
     own_options, options = ({spec.name for spec in dataclasses.fields(kind)} for kind in (window, pass_))
     baseline = window(**{name: getattr(pass_, name) for name in sorted((own_options & options) - {"keep"})})
-    layers = {site.layer for site in plan.sites}
+    chosen = {(site.layer, site.path): site for site in plan.sites}
     own = baseline.plan(program, target)
-    sites = tuple(site for site in own.sites if site.layer in layers)
+    sites = tuple(chosen[site.layer, site.path] for site in own.sites if (site.layer, site.path) in chosen)
     return baseline.apply(program, replace(own, sites=sites))[0]
 
 

@@ -94,11 +94,12 @@ class NearMissFacts(Facts):
 
 
 class SiteFacts(Facts):
-    """One block that a pass rewrote."""
+    """One block that a pass rewrote, but for the key-value heads ``kept``."""
 
     layer: int
     path: str = ""
     kind: str
+    kept: list[int] = Field(default_factory=list)
 
 
 class SkippedFacts(Facts):

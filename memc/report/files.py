@@ -78,6 +78,30 @@ class TrainingFacts(Facts):
     recovery: RecoveryFacts | None = None
 
 
+class LayerHeads(Facts):
+    """Scores of one layer's query heads on repeated random tokens, and the key-value heads that a pass kept.
+
+    ``induction`` is the mean attention on tokens after an earlier occurrence, ``echo`` that on the occurrences.
+    """
+
+    layer: int
+    path: str
+    kv_heads: int
+    induction: list[float]
+    echo: list[float]
+    kept: list[int]
+
+
+class HeadFacts(Facts):
+    """Which heads look up earlier tokens, in the ``details`` of a pass that chose heads by it, called ``heads``.
+
+    ``chance`` is the sum of both scores that attending to all tokens alike would give.
+    """
+
+    chance: float
+    layers: list[LayerHeads]
+
+
 class CaptureReport(Document):
     """``report/00-capture.json``: what was read."""
 
@@ -101,8 +125,9 @@ class RaiseReport(Document):
 class PassReportFile(Document):
     """``report/NN-NAME.json``, NN from 02 in the order of the passes: what one pass did and how far the outputs moved.
 
-    ``details`` holds per-site facts keyed by layer. ``parameters`` and ``state_bytes`` are those of the result.
-    ``training`` is None for what was not trained.
+    ``details`` holds per-site facts keyed by layer, and under ``heads`` what :class:`HeadFacts` describes where a pass
+    chose heads. ``parameters`` and ``state_bytes`` are those of the result. ``training`` is None for what was not
+    trained.
     """
 
     schema_: Literal["memc.report.pass/1"] = Field(default="memc.report.pass/1", alias="schema")

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from memc.report import facts as f
-from memc.report import files, training
+from memc.report import files, heads, training
 from memc.report import models as m
 from memc.report.evaluation import eval_view
 from memc.report.layout import Cell, lines, stack, table, text, titled
@@ -310,7 +310,8 @@ def pass_view(item: files.PassReportFile, *, layer: int | None = None, why: bool
     """Show one pass, for one layer or all: what was rewritten, facts about it, and with ``why`` what was not."""
     sites = [site for site in item.sites if layer is None or site.layer == layer]
     skipped = [one for one in item.skipped if layer is None or one.layer == layer]
-    facts = item.details if layer is None else {str(layer): item.details.get(str(layer))}
+    details = {key: value for key, value in item.details.items() if key != "heads"}
+    facts = details if layer is None else {str(layer): details.get(str(layer))}
     left = table(["layer", "block", "reason"], [(str(s.layer), s.kind, f"{s.code} {s.reason}") for s in skipped])
     made = table(["layer", "block", "path"], [(str(s.layer), s.kind, s.path) for s in sites])
     summary = f"{len(item.sites)} sites, {len(item.skipped)} skipped, {amount(item.new_parameters)} new parameters"
@@ -322,6 +323,7 @@ def pass_view(item: files.PassReportFile, *, layer: int | None = None, why: bool
         text(training.why_layer(item, layer) or "") if why and layer is not None and item.training else None,
         titled("rewritten", made) if sites else None,
         titled("facts", _facts_table(facts)),
+        titled("heads", _heads(item, layer)),
         titled("left alone", left) if skipped and (why or layer is not None) else None,
         text("nothing here") if not sites and not skipped else None,
     )
@@ -330,6 +332,11 @@ def pass_view(item: files.PassReportFile, *, layer: int | None = None, why: bool
 def _trained_layers(item: files.PassReportFile, layer: int | None) -> RenderableType | None:
     rows = training.layer_rows(item, layer)
     return Group(table(training.LAYERS, rows), text(training.LAYERS_NOTE)) if rows else None
+
+
+def _heads(item: files.PassReportFile, layer: int | None) -> RenderableType | None:
+    found = heads.of_pass(item)
+    return Group(*map(text, heads.legend(found)), table(heads.COLUMNS, heads.rows(found, layer))) if found else None
 
 
 def _facts_table(details: Mapping[str, object]) -> RenderableType | None:

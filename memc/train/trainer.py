@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memc.analysis.layers import rank_blocks
+from memc.analysis import layers as analysis
 from memc.errors import MemcError
 from memc.pipeline import Pass, PassReport, Plan
 from memc.program import Program, get_tensor, named_tensors, retie, set_tensor
@@ -141,7 +141,9 @@ class Trainer:
             return ChoiceFacts.model_validate_json(path.read_text())
         began = time.perf_counter()
         tokens, positions = _sequences(self.batches, RANKED)
-        ranking = rank_blocks(before, after, report.objectives, tokens, positions, self.products, self.progress)
+        ranking = analysis.rank_blocks(
+            before, after, report.objectives, tokens, positions, self.products, self.progress
+        )
         layers = [objective.layer for objective in report.objectives]
         facts = ChoiceFacts(
             kept=sorted(layers[index] for index in ranking.blocks[: round(share * len(layers))]),

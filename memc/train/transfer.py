@@ -114,7 +114,7 @@ class Transfer:
         def measure(index: int, values: dict[str, Tensor]) -> None:
             block = self.blocks[index]
             with torch.no_grad():
-                output, target = block(values)[0], values[block.objective.target]
+                output, target = block(values)[0], block.objective.wanted(values)
                 found[block.objective.layer] = float(relative_error(output, target, block.objective.exact))
 
         self.teacher.run(tokens, positions, measure)

@@ -47,7 +47,7 @@ class SharedObjective(BlockObjective):
     ) -> dict[str, Tensor]:
         """Return ``output``, ``mass`` and ``window_dropout``."""
         output, share, read, window = results
-        target = values[self.target]
+        target = self.wanted(values)
         made = {"output": relative_error(output, target, self.exact)}
         rows = _draw(self.exact, target.shape[2], generator, ROWS).to(target.device)
         if not len(rows):
@@ -67,7 +67,7 @@ class SharedObjective(BlockObjective):
 
     def far_attention(self, values: Values, rows: Tensor) -> Tensor:
         """Return the replaced attention's weights ``[B,H,R,T]`` of queries ``rows``, but for those that are not far."""
-        query, key, positions, *sink_logits = (values[name] for name in self.reads)
+        query, key, positions, *sink_logits = self._reads(values)
         query = query[:, :, rows].float().unflatten(1, (key.shape[1], -1))
         scores = self.config.scale * torch.einsum("bghrd,bgtd->bghrt", query, key.float()).flatten(1, 2)
         if self.config.softcap:
@@ -84,6 +84,15 @@ class SharedObjective(BlockObjective):
         weights = total.softmax(-1)[..., : scores.shape[-1]]
         return weights.nan_to_num(0.0) * far.unsqueeze(1)
 
+    def _reads(self, values: Values) -> list[Tensor]:
+        """Return the values of ``reads``, of the replaced heads alone."""
+        query, key, positions, *sink_logits = (values[name] for name in self.reads)
+        if not self.heads:
+            return [query, key, positions, *sink_logits]
+        heads, size = list(self.heads), query.shape[1] // key.shape[1]
+        groups = [head // size for head in heads[::size]]
+        return [query[:, heads], key[:, groups], positions, *(logits[heads] for logits in sink_logits)]
+
     def initialise(self, values: Values, parameters: Values, run: Callable[[], Sequence[Tensor]]) -> None:
         """Set feature maps, gate and mass from the teacher's attention; see :mod:`memc.passes.linearize.initial`."""
         rows = _draw(self.exact, values[self.target].shape[2], torch.Generator().manual_seed(self.layer), ROWS_INITIAL)
@@ -92,7 +101,7 @@ class SharedObjective(BlockObjective):
             return
         attention, positions = self.far_attention(values, rows), values[self.reads[2]]
         if self.config.feature in ("softmax", "hedgehog"):
-            initial.set_maps(values[self.reads[1]], attention, parameters, self.config.scale, seed=self.layer)
+            initial.set_maps(self._reads(values)[1], attention, parameters, self.config.scale, seed=self.layer)
         if "gate_bias" in parameters:
             distance = (positions[:, rows, None] - positions[:, None, :]).float()
             initial.set_half_life(attention, distance, parameters["gate_bias"])
@@ -109,7 +118,7 @@ class LizardObjective(BlockObjective):
         self, results: Sequence[Tensor], values: Values, done: float, generator: torch.Generator
     ) -> dict[str, Tensor]:
         """Return ``output``."""
-        return {"output": relative_error(results[0], values[self.target], self.exact)}
+        return {"output": relative_error(results[0], self.wanted(values), self.exact)}
 
 
 def _draw(first: int, tokens: int, generator: torch.Generator, most: int) -> Tensor:

@@ -1,32 +1,21 @@
-"""The pass itself: options, what it takes, and the rewrite of one site."""
+"""The pass itself: its options, what it takes, and what it leaves alone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import count
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor
-from torch.fx import Node
-
 from memc import sites
+from memc.analysis.heads import head_roles
 from memc.blocks import Alibi, AttentionBlock, SlidingWindow
-from memc.dialect import arguments
 from memc.errors import MemcError
-from memc.objective import BlockObjective
-from memc.passes.linearize.layers import LayerConfig, lizard_layer, shared_layer
-from memc.passes.linearize.objective import LizardObjective, SharedObjective
-from memc.passes.linearize.parameters import New, lizard_parameters, shared_parameters
+from memc.passes.linearize.site import rewrite_site
 from memc.pipeline import Pass, PassReport, Plan, option
-from memc.program import Program, StateSpec
+from memc.program import Program
 from memc.relation import Bounded, Close, Relation
-from memc.rewrite import Editor, result_of, window_states
+from memc.rewrite import Editor
 from memc.target import Target
-
-SEED = 20250709
 
 
 @dataclass(frozen=True)
@@ -46,6 +35,10 @@ class Linearize(Pass):
     branch is v and the window branch a positive share of v, so y = v only with alpha = 0; then y is the gated branch
     alone, whose weights phi(q).phi(k) have a rank of at most ``feature_size`` over any set of queries and keys, while
     those of softmax have full rank and turn with the distance of rotary positions. It is of no use untrained.
+
+    ``keep=heads:P%`` keeps softmax, and the growing state that it needs, for the P percent of key-value heads (each
+    with the query heads that read it) whose best query head looks up earlier tokens most by the scores of
+    :mod:`memc.analysis.heads`; fewer where no more look up at all. The other heads of their layers become linear.
 
     Parameters are new and float32, called ``memc.linearize.layers.N.*``, and untrained unless a conversion has data to
     train them on; the gate starts with a half-life of 512 tokens. ``update=gated_delta`` (shared form) overwrites what
@@ -87,7 +80,7 @@ class Linearize(Pass):
     def __post_init__(self) -> None:
         """Check every option, and those that go together."""
         super().__post_init__()
-        if sites.auto_share(self.keep) is None:
+        if sites.auto_share(self.keep) is None and not sites.check_heads(self.name, self.keep):
             sites.check_keep(self.name, self.keep)
         other, unused = ("meta", self.meta) if self.form == "shared" else ("sinks", self.sinks)
         if unused != 4:
@@ -109,6 +102,15 @@ class Linearize(Pass):
         """Return the share of layers that ``keep=auto`` leaves open."""
         return sites.auto_share(self.keep)
 
+    def resolve(self, program: Program, target: Target) -> tuple[Linearize, dict[str, Any]]:
+        """Name the heads that ``keep=heads:P%`` keeps, by their scores on repeated random tokens."""
+        share, blocks = sites.heads_share(self.keep), self._open(program)
+        if share is None or not blocks or program.is_fake:
+            return self, {}
+        roles = head_roles(program)
+        kept = roles.best(share, [(block.layer, block.path) for block in blocks])
+        return replace(self, keep=sites.listed_groups(kept)), {"heads": roles.to_json(kept)}
+
     def trained_relations(self, plan: Plan) -> tuple[Relation, ...]:
         """Promise, in the ``shared`` form, to be nearer to the original than the ``window`` pass is."""
         if self.form == "lizard":
@@ -126,7 +128,8 @@ class Linearize(Pass):
     def plan(self, program: Program, target: Target) -> Plan:
         """Choose every causal attention block that ``keep`` does not name."""
         blocks = sites.attention_blocks(program)
-        chosen, rejections = sites.choose_sites(blocks, self.keep, lambda block: self._refuse(program, block))
+        heads = sites.kept_groups(self.keep, blocks, self._open(program))
+        chosen, rejections = sites.choose_sites(blocks, self.keep, lambda block: self._refuse(program, block), heads)
         relations: tuple[Relation, ...] = (Bounded("perplexity_ratio", None),)
         if self.form == "shared":
             relations = (Close(1e-4, tokens=self.window), Bounded("perplexity_ratio_to_window", 1.001))
@@ -136,8 +139,8 @@ class Linearize(Pass):
         """Rewrite the plan's sites; the memory of the ``shared`` form starts all but off."""
         editor = Editor(program)
         blocks = sites.planned_blocks(editor.program, plan)
-        made = [self._rewrite(editor, block) for block in blocks]
-        details = {str(block.layer): facts for block, (facts, _) in zip(blocks, made, strict=True)}
+        made = [rewrite_site(self, editor, block, split) for block, split in blocks]
+        details = {str(block.layer): facts for (block, _), (facts, _) in zip(blocks, made, strict=True)}
         report = PassReport(
             plan.spec,
             plan.sites,
@@ -149,6 +152,10 @@ class Linearize(Pass):
             tuple(objective for _, objective in made),
         )
         return editor.finish(), report
+
+    def _open(self, program: Program) -> list[AttentionBlock]:
+        """Return the blocks that can be rewritten."""
+        return [block for block in sites.attention_blocks(program) if self._refuse(program, block) is None]
 
     def _refuse(self, program: Program, block: AttentionBlock) -> sites.Refusal | None:
         refusal = sites.refuse_constant_state(program, block)
@@ -164,96 +171,3 @@ class Linearize(Pass):
         if block.hidden is None:
             return "hidden", "query, key and value are not projected from one tensor, which the gates read"
         return None
-
-    def _rewrite(self, editor: Editor, block: AttentionBlock) -> tuple[dict[str, Any], BlockObjective]:
-        node = block.attention
-        bound = arguments(node)
-        sinks = self.sinks if self.form == "shared" else 0
-        config = LayerConfig(
-            self.feature_map, self.gate, self.update, bound["scale"], bound["softcap"], self.window, sinks
-        )
-        specs = window_states(editor, node, self.window + sinks)
-        columns = block.value_dim + (self.update == "gated")
-        label = _free_label(editor.program, block.layer)
-        memory = StateSpec(f"layer{label}_memory", torch.float32, ("B", block.num_kv_heads, self.feature_size, columns))
-        inputs = {name: value for name, value in bound.items() if isinstance(value, Node)}
-        inputs["memory"] = editor.add_state(memory, bound["past_positions"])
-        if self.form == "lizard":
-            inputs.update(query=block.query_pre_rotary, key=block.key_pre_rotary)
-        assert block.hidden is not None
-        inputs["hidden"] = block.hidden
-        new = self._parameters(block)
-        added = _register(editor, label, block.layer, new, node)
-        inputs.update(added)
-        layer = shared_layer if self.form == "shared" else lizard_layer
-
-        def trace(t: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-            return layer(config, t)
-
-        output, *rest = editor.insert(trace, inputs, node, block.path, (self.form, config))
-        after, watched = rest[:4], rest[4:]
-        old = result_of(node, 0)
-        assert old is not None
-        old.replace_all_uses_with(output)
-        for name, value in zip(("past_key", "past_value", "past_positions"), after, strict=False):
-            editor.set_next(bound[name], value)
-        editor.set_next(inputs["memory"], after[-1])
-        facts = {
-            "window": self.window,
-            "sinks": sinks,
-            "state_bytes": sum(spec.bytes(0) for spec in (*specs, memory)),
-            "new_parameters": sum(torch.Size(item.shape).numel() for item in new.values()),
-        }
-        return facts, self._objective(block, bound, config, added, [output, *watched], old)
-
-    def _objective(
-        self,
-        block: AttentionBlock,
-        bound: Mapping[str, Any],
-        config: LayerConfig,
-        parameters: Mapping[str, Node],
-        results: Sequence[Node],
-        old: Node,
-    ) -> BlockObjective:
-        names = {name: str(node.target) for name, node in parameters.items()}
-        watched = tuple(node.name for node in results)
-        if self.form == "lizard":
-            return LizardObjective(block.layer, block.path, names, old.name, (), watched, 0)
-        assert block.hidden is not None
-        reads = [bound[name] for name in ("query", "key", "positions", "sink_logits") if bound[name] is not None]
-        return SharedObjective(
-            block.layer,
-            block.path,
-            names,
-            old.name,
-            tuple(node.name for node in reads),
-            watched,
-            self.window,
-            config,
-            block.hidden.name,
-            bound["window"],
-        )
-
-    def _parameters(self, block: AttentionBlock) -> dict[str, New]:
-        assert block.hidden is not None
-        width = int(block.hidden.meta["val"].shape[-1])
-        if self.form == "lizard":
-            return lizard_parameters(block, width, self.feature_map, self.feature_size, self.gate, self.meta)
-        return shared_parameters(block, width, self.feature_map, self.feature_size, self.gate, self.update)
-
-
-def _free_label(program: Program, layer: int) -> str:
-    """Return the layer's number, with a suffix where two towers or two runs of the pass number layers alike."""
-    taken = {name for name, _ in program.module.named_modules()}
-    labels = (str(layer) if n == 1 else f"{layer}_{n}" for n in count(1))
-    return next(label for label in labels if f"memc.linearize.layers.{label}" not in taken)
-
-
-def _register(editor: Editor, label: str, layer: int, new: Mapping[str, New], before: Node) -> dict[str, Node]:
-    """Make a layer's parameters from one seeded generator, in order, and return the nodes that read them."""
-    generator = torch.Generator().manual_seed(SEED + layer)
-    nodes = {}
-    for name, item in new.items():
-        path = f"memc.linearize.layers.{label}.{name}"
-        nodes[name] = editor.add_parameter(path, item.shape, partial(item.make, generator), "linearize", before)
-    return nodes

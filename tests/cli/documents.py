@@ -158,6 +158,39 @@ def trained_pass() -> files.PassReportFile:
     )
 
 
+def heads_file_of() -> files.PassReportFile:
+    """A pass that kept single heads, of models of few and of many heads: a layer each."""
+
+    def layer(number: int, kv_heads: int, size: int, kept: list[int], **scores: float) -> files.LayerHeads:
+        found = {kind: [0.001 * ((7 * head) % 9) for head in range(kv_heads * size)] for kind in ("induction", "echo")}
+        for name, score in scores.items():
+            kind, _, head = name.partition("_")
+            found[kind][int(head)] = score
+        path = f"model.layers.{number}.self_attn"
+        return files.LayerHeads(layer=number, path=path, kv_heads=kv_heads, kept=kept, **found)
+
+    heads = files.HeadFacts(
+        chance=0.0054,
+        layers=[
+            layer(17, 3, 3, [1], induction_3=0.7593, induction_4=0.38, echo_3=0.0049),
+            layer(18, 3, 3, [2], induction_6=0.8699, induction_7=0.64, echo_7=0.0149),
+            layer(19, 8, 4, [0, 7], induction_0=1.0, echo_31=0.3404),
+            layer(20, 1, 16, []),
+            layer(121, 12, 1, [5], induction_5=0.12),
+        ],
+    )
+    return files.PassReportFile(
+        spec="linearize:window=64,keep=heads:[17.1,18.2,19.0,19.7,121.5]",
+        sites=[f.SiteFacts(layer=17, path="model.layers.17.self_attn", kind="attention")],
+        details={
+            "17": {"window": 64, "kept_heads": [1], "state_bytes_per_token": 520},
+            "heads": heads.model_dump(mode="json"),
+        },
+        untrained=True,
+        new_parameters=80_000,
+    )
+
+
 def relations() -> list[f.RelationFacts]:
     return [
         f.RelationFacts(relation="close", value=3.1e-6, budget=1e-4, noise_floor=1e-6, tokens=256, passed=True),

@@ -78,6 +78,8 @@ VIEWS: dict[str, Callable[[], RenderableType]] = {
     "report-pass-not-kept": lambda: terminal.pass_view(d.trained_pass(), layer=5, why=True),
     "diff-trained": lambda: terminal.diff_view(diff(trained(), trained_longer())),
     "diff-untrained": lambda: terminal.diff_view(diff(report(), trained())),
+    "report-pass-heads": lambda: terminal.pass_view(d.heads_file_of()),
+    "report-pass-heads-layer": lambda: terminal.pass_view(d.heads_file_of(), layer=18),
     "diff": lambda: terminal.diff_view(diff(report(), changed())),
     "diff-same": lambda: terminal.diff_view(diff(report(), report())),
     "eval": lambda: evaluation.eval_view(d.evaluated()),

@@ -92,14 +92,20 @@ def test_a_recipe_s_budget_replaces_a_pass_s_own() -> None:
 def test_the_baseline_takes_the_layers_and_options_of_the_pass() -> None:
     from memc.pipeline import parse_spec
 
-    pass_ = parse_spec("window:window=5,sinks=1,keep=[1]")
     program = tiny_program()
-    plan = pass_.plan(program, TARGET)
-    assert [site.layer for site in plan.sites] == [0]
-    baseline = window_baseline(pass_, plan, program, TARGET)
-    nodes = baseline.module.graph.find_nodes(op="call_function", target=torch.ops.memc.window_memory.default)
-    assert [(node.kwargs["window"], node.kwargs["sinks"]) for node in nodes] == [(5, 1)]
-    assert len(baseline.module.graph.find_nodes(op="call_function", target=torch.ops.memc.attention.default)) == 1
+    for spec, layers, softmax in (
+        ("window:window=5,sinks=1,keep=[1]", [0], 1),
+        ("linearize:window=5,sinks=1", [0, 1], 0),
+        ("linearize:window=5,sinks=1,keep=heads:[0.0,0.1,1.0]", [1], 2),  # layer 0, and a head of layer 1
+    ):
+        pass_ = parse_spec(spec)
+        plan = pass_.plan(program, TARGET)
+        assert [site.layer for site in plan.sites] == layers
+        graph = window_baseline(pass_, plan, program, TARGET).module.graph
+        nodes = graph.find_nodes(op="call_function", target=torch.ops.memc.window_memory.default)
+        assert [(node.kwargs["window"], node.kwargs["sinks"]) for node in nodes] == [(5, 1)] * len(layers)
+        kept = graph.find_nodes(op="call_function", target=torch.ops.memc.attention.default)
+        assert len(kept) == softmax
 
 
 def test_a_real_pass_runs_and_keeps_its_promises(tmp_path: Path) -> None:

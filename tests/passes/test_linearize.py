@@ -191,7 +191,15 @@ def example_inputs(program: Program, batch: int, length: int, held: int) -> tupl
     return tokens, torch.arange(length).expand_as(tokens), *states
 
 
-@pytest.mark.parametrize("options", [Linearize(**SMALL, keep="[1]"), Linearize(form="lizard", window=5)], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        Linearize(**SMALL, keep="[1]"),
+        Linearize(form="lizard", window=5),
+        Linearize(**SMALL, keep="heads:[0.1,1.0]"),
+    ],
+    ids=str,
+)
 def test_one_exported_graph_serves_every_size(options: Linearize) -> None:
     result = shake(rewrite(tiny(), options)[0])
     dims = {"B": Dim("B", min=1), "T": Dim("T", min=1), "S": Dim("S", min=0)}
@@ -241,7 +249,17 @@ def test_applying_twice_gives_the_same_weights() -> None:
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("options", [Linearize(**SMALL), Window(window=5), Linearize(form="lizard")], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        Linearize(**SMALL),
+        Window(window=5),
+        Linearize(form="lizard"),
+        Linearize(**SMALL, keep="heads:[0.1]"),
+        Linearize(**SMALL, keep="heads:25%"),
+    ],
+    ids=str,
+)
 def test_rewrites_without_weights_as_with_them(options: Linearize | Window) -> None:
     real = tiny()
     fake = real.copy()

@@ -122,6 +122,21 @@ def test_a_keep_of_no_known_form_is_refused(keep: str) -> None:
             cls(keep=keep)
 
 
+@pytest.mark.parametrize(
+    "keep",
+    ["heads", "heads:", "heads:0%", "heads:0.0%", "heads:100%", "heads:5", "heads:[3]", "heads:[3.0.1]", "heads:x"],
+)
+def test_heads_of_no_known_form_are_refused(keep: str) -> None:
+    with pytest.raises(MemcError, match="E203 option 'keep' names heads as heads:P%"):
+        Linearize(keep=keep)
+
+
+def test_the_window_pass_keeps_whole_layers() -> None:
+    for keep in ("heads:25%", "heads:[0.0]"):
+        with pytest.raises(MemcError, match="E203 option 'keep' is none, every:N, first:N, last:N or a list of layers"):
+            Window(keep=keep)
+
+
 def test_keeping_a_layer_that_is_not_there_is_refused() -> None:
     with pytest.raises(MemcError, match=r"names layer 2.*layers 0 to 1"):
         Window(keep="[0,2]").plan(tiny(), TARGET)
@@ -136,6 +151,10 @@ def test_keeping_a_layer_that_is_not_there_is_refused() -> None:
         "linearize",
         "linearize:window=128,feature=elu,gate=channel,update=gated_delta,keep=[0,5]",
         "linearize:form=lizard,meta=2,keep=last:2",
+        "linearize:keep=auto:12.5%",
+        "linearize:keep=heads:7.5%",
+        "linearize:window=16,keep=heads:[3.0,3.2,7.1]",
+        "linearize:keep=heads:[]",
     ],
 )
 def test_specs_round_trip(spec: str) -> None:
@@ -153,7 +172,7 @@ def test_specs_round_trip(spec: str) -> None:
         ("window:windows=4", "did you mean 'window'"),
         ("linearize:form=shard", "one of shared, lizard"),
         ("linearize:gate=heads", "one of none, head, token, channel"),
-        ("linearize:feature_size=7", "even"),
+        ("linearize:feature=hedgehog,feature_size=7", "even"),
         ("linearize:meta=2", "form=shared has no meta"),
         ("linearize:form=lizard,sinks=0", "form=lizard has no sinks"),
         ("linearize:form=lizard,update=gated_delta", "goes with form=shared"),

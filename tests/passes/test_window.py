@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
+from memc.blocks import AttentionBlock
 from memc.passes.window import Window
 from memc.program import Program
 from memc.relation import Bounded, Close
@@ -100,3 +103,22 @@ def test_a_new_sequence_forgets_the_old_one() -> None:
     positions = torch.cat([torch.arange(9), torch.arange(11)])[None]
     both = run_pieces(result, torch.cat([first, second], 1), positions, [7, 9, 12])
     torch.testing.assert_close(both[:, 9:], result.run(second), atol=2e-5, rtol=0)
+
+
+def test_heads_that_a_plan_keeps_stay_as_they_are() -> None:
+    program = tiny(sink_logits=(0.5, -1.0, 2.0, 0.0), slopes=SLOPES)
+    options = Window(window=5, sinks=2)
+    plan = options.plan(program, TARGET)
+    kept = {0: (1,), 1: (0,)}
+    sites = tuple(replace(site, kept=kept[site.layer]) for site in plan.sites)
+    result, _ = options.apply(program, replace(plan, sites=sites))
+
+    def attention(a: dict[str, Any], block: AttentionBlock, hidden: Tensor) -> Tensor:
+        out, near = (masked_softmax(window, 2)(a, block, hidden) for window in (10**6, 5))
+        heads = slice(0, 2) if block.layer == 0 else slice(2, 4)
+        out[:, heads] = near[:, heads]
+        return out
+
+    tokens = tokens_of(2, 17)
+    expected = naive_run(program, attention, tokens)
+    torch.testing.assert_close(result.run(tokens), expected, atol=5e-5, rtol=0)

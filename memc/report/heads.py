@@ -1,0 +1,48 @@
+"""The scores of every head as short text: a picture of numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from memc.report.files import HeadFacts, LayerHeads, PassReportFile
+
+COLUMNS = (">layer", "induction", "echo")
+"""Heads of :func:`rows`."""
+
+WIDTH = 34
+"""Characters of a line of scores: two columns of them fit 80."""
+
+
+def of_pass(item: PassReportFile) -> HeadFacts | None:
+    """Return the scores that a pass chose heads by, None where it did not."""
+    return HeadFacts.model_validate(item.details["heads"]) if "heads" in item.details else None
+
+
+def legend(heads: HeadFacts) -> tuple[str, ...]:
+    """Say what the numbers of :func:`rows` are."""
+    kept, known = sum(len(one.kept) for one in heads.layers), sum(one.kv_heads for one in heads.layers)
+    return (
+        "percent of the attention of each query head on repeated random tokens",
+        "induction: on what came after a token's earlier occurrence; echo: on that",
+        f"| ends a key-value head; . rounds to 0; spread evenly both sum to {100 * heads.chance:.2g}",
+        f"* stays softmax: {kept} of {known} key-value heads",
+    )
+
+
+def rows(heads: HeadFacts, layer: int | None = None) -> Iterator[tuple[str, str, str]]:
+    """Yield a layer's number and both scores of its query heads, for one layer or all."""
+    for one in heads.layers:
+        if layer is None or one.layer == layer:
+            yield str(one.layer), _scores(one, one.induction), _scores(one, one.echo)
+
+
+def _scores(layer: LayerHeads, scores: Sequence[float]) -> str:
+    size = len(scores) // layer.kv_heads
+    cells = []
+    for head, score in enumerate(scores):
+        shown = str(round(100 * score) or ".")
+        mark = "*" if head // size in layer.kept else " "
+        cells.append(f"{shown:>2}{mark}" + ("|" if head % size == size - 1 else ""))
+    group = 3 * size + 1
+    each = WIDTH // group * size if group <= WIDTH else WIDTH // 3 - 1
+    return "\n".join("".join(cells[start : start + each]) for start in range(0, len(cells), each))
