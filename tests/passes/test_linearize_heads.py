@@ -23,7 +23,10 @@ from memc.passes.linearize import Linearize
 from memc.passes.linearize.objective import SharedObjective
 from memc.pipeline import parse_spec
 from memc.program import Program
+from memc.progress import Silent
+from memc.recipe import Train
 from memc.report.files import HeadFacts
+from memc.train import Trainer
 from memc.train.blocks import Teacher
 from memc.train.transfer import Transfer
 from memc.verify import VerificationText
@@ -256,6 +259,25 @@ def test_training_brings_the_linear_heads_nearer(form: str) -> None:
         transfer.teacher.run(tokens, positions, learn)
     errors.append(transfer.errors(tokens, positions)[0])
     assert errors[1] < 0.8 * errors[0]
+
+
+def test_a_mixed_layer_is_trained_by_every_stage(tmp_path: Path) -> None:
+    def batches(step: int) -> tuple[Tensor, Tensor]:
+        return tokens_of(1, 40, seed=step), torch.arange(40)[None]
+
+    held_out = tokens_of(2, 40, seed=999)
+    guard = held_out, torch.arange(40).expand_as(held_out)
+    trainer = Trainer(Train(length=40), 40 * 40, batches, guard, 0, {"model": "tiny"}, None, Silent())
+    passes = [Linearize(window=6, sinks=1, feature_size=12, keep=MIXED)]
+    pipeline = Pipeline(passes, TARGET, VerificationText(held_out, "random"), folder=tmp_path, trainer=trainer)
+    _, (run,) = pipeline.run(tiny())
+    training = run.report.training
+    assert training is not None and training.choice is None and training.recovery is not None
+    for layer in (0, 1):
+        errors = [training.transfer.errors[when][layer] for when in ("untrained", "initial", "trained")]
+        assert errors[0] > 1.5 * errors[1] > 1.5 * errors[2]
+    ratio = next(facts for facts in run.report.relations if facts.metric == "kl_ratio_to_window")
+    assert ratio.passed and ratio.value is not None and ratio.value < 0.8
 
 
 def test_restoring_a_mixed_layer_gives_the_original() -> None:
