@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from memc.conversion.driver import Request, convert_model
+from memc.conversion.driver import convert_model
 from memc.conversion.facts import block_facts, model_facts, near_miss_facts
+from memc.conversion.request import Request
 from memc.cost import predict
 from memc.frontend import capture_source
 from memc.plugins import load_plugin

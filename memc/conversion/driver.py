@@ -2,53 +2,43 @@
 
 from __future__ import annotations
 
-import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from memc import __version__, machine
+from memc import machine
 from memc.artifact import seal
-from memc.backend import Backend, LowerOptions
+from memc.backend import LowerOptions
 from memc.conversion.facts import (
-    block_facts,
     check_facts,
-    model_facts,
-    near_miss_facts,
-    op_counts,
     pass_facts,
-    planned_facts,
 )
-from memc.conversion.folder import RECIPE, OutFolder, folder_bytes, link_folder, require_space, resume_key
+from memc.conversion.folder import OutFolder, folder_bytes, link_folder, require_space, resume_key
 from memc.conversion.lowering import lower, verify_lowered
-from memc.conversion.pipeline import PassRun, Pipeline, plan_all
+from memc.conversion.pipeline import PassRun, Pipeline
+from memc.conversion.planning import capture_and_raise, make_plan, require_memory, write_plan
 from memc.conversion.quality import WINDOW, measure_quality
+from memc.conversion.request import Request, Steps, source_name
 from memc.conversion.text import keep_text, verification_text
 from memc.conversion.training import make_trainer, training_data, trains
-from memc.cost import SMALL, WORKING, predict
 from memc.data import source_digest
 from memc.errors import MemcError
-from memc.frontend import Captured, capture_source
-from memc.frontend.recast import recast
+from memc.frontend import Captured
 from memc.pipeline import Pass
 from memc.plugins import load_kernels
 from memc.program import Program, named_tensors, retie
 from memc.program_io import save_program
 from memc.progress import Progress, Silent
-from memc.raising import Raised, raise_program
-from memc.recipe import Recipe
+from memc.raising import Raised
 from memc.relation import Close
-from memc.report.facts import CONTEXTS, Timing
-from memc.report.files import CaptureReport, RaiseReport, VerifyReport
-from memc.report.models import ConvertDocument, EvalDocument, Measured, Predicted
-from memc.target import Target
+from memc.report.files import VerifyReport
+from memc.report.models import ConvertDocument, EvalDocument, Measured
 from memc.verify import (
     CheckResult,
     VerificationText,
@@ -56,59 +46,13 @@ from memc.verify import (
     check_text,
     finite,
     noise_floor,
-    require_well_formed,
     split_invariance,
     take,
 )
-from memc.weights import materialize, program_dtype
+from memc.weights import materialize
 
 RAISE_TOLERANCE = 1e-4
 """Most that raising may change a logit, or ten times the noise floor where that is more."""
-
-_HALF = (torch.float16, torch.bfloat16)
-
-
-@dataclass(frozen=True)
-class Request:
-    """Everything that was asked of a conversion. ``recipe`` is resolved: what the command line adds is in it."""
-
-    model: str | Path | Program
-    out: Path
-    recipe: Recipe
-    target: Target
-    backend: Backend
-    dry_run: bool = False
-    fresh: bool = False
-    force: bool = False
-    threads: int | None = None
-    remote_code: bool = False
-    contexts: tuple[int, ...] = CONTEXTS
-
-    @property
-    def weights(self) -> str:
-        """Type of the lowered weights."""
-        return self.recipe.weights or "fp32"
-
-
-@dataclass
-class Steps:
-    """The steps of a conversion: who watches, and how long each took."""
-
-    progress: Progress
-    seconds: dict[str, float] = field(default_factory=dict)
-    start: float = field(default_factory=time.perf_counter)
-
-    @contextmanager
-    def step(self, name: str, title: str) -> Iterator[None]:
-        """Time one step and show it."""
-        begun = time.perf_counter()
-        with self.progress.step(title):
-            yield
-        self.seconds[name] = time.perf_counter() - begun
-
-    def timing(self, name: str) -> Timing:
-        """Return what a step took, and the peak of memory so far."""
-        return Timing(seconds=self.seconds.get(name, 0.0), peak_rss_bytes=machine.peak_rss_bytes())
 
 
 def convert_model(request: Request, progress: Progress | None = None) -> ConvertDocument:
@@ -127,128 +71,26 @@ def convert_model(request: Request, progress: Progress | None = None) -> Convert
     passes = request.recipe.build()
     training = trains(request.recipe, passes)
     if not request.dry_run:
-        facts = {"source": _source(request.model), "target": request.target.name, "backend": request.backend.name}
+        facts = {"source": source_name(request.model), "target": request.target.name, "backend": request.backend.name}
         folder.refuse_existing(recipe, facts, force=request.force)
     load_kernels()
     if request.threads is not None:
         torch.set_num_threads(request.threads)
-    captured, program, raised = _capture_and_raise(request, steps)
-    document = _plan(request, steps, passes, captured, raised, training)
+    captured, program, raised = capture_and_raise(request, steps)
+    document = make_plan(request, steps, passes, captured, raised, training)
     if request.dry_run:
         return document
-    _require_memory(request, captured, raised.program, document.predicted.weight_bytes)
+    require_memory(request, captured, raised.program, document.predicted.weight_bytes)
     # The program once, however many passes, with what they add; and what is lowered.
     require_space(request.out, document.predicted.disk_bytes or 0)
     folder.open(_key(request, recipe, captured), fresh=request.fresh)
     try:
-        _write_plan(folder, recipe, captured, raised, document, steps)
+        write_plan(folder, recipe, captured, raised, document, steps)
         training &= any(facts.new_parameters for facts in document.passes)
         return _Conversion(request, folder, steps, passes, captured, program, raised, document, training).run()
     except MemcError as error:
         folder.write_error(error)
         raise
-
-
-def _capture_and_raise(request: Request, steps: Steps) -> tuple[Captured, Program, Raised]:
-    with steps.step("capture", f"capture {_source(request.model)}"):
-        captured = _capture(request)
-        program = captured.program
-        if program_dtype(program) in _HALF and _small(program):
-            program = recast(program, torch.float32)
-    with steps.step("raise", "raise"):
-        raised = raise_program(program)
-        require_raised(raised)
-        require_well_formed(raised.program, "after raising")
-    return captured, program, raised
-
-
-def _capture(request: Request) -> Captured:
-    if isinstance(request.model, Program):
-        return Captured(request.model, None, {})
-    return capture_source(request.model, remote_code=request.remote_code, weights=not request.dry_run)
-
-
-def require_raised(raised: Raised) -> None:
-    """Raise ``MemcError`` E306 for a decoder that does not run on tokens and positions alone, saying why."""
-    program = raised.program
-    roles = [spec.role for spec in program.inputs]
-    if program.model.decoder and roles != ["tokens", "positions"]:
-        names = ", ".join(spec.name for spec in program.inputs)
-        reason = f"conversion takes decoders of tokens at positions, this one takes {names}"
-        raise MemcError("E306", reason, program.model.source, "memc inspect MODEL shows its blocks")
-    if program.model.decoder and not program.raised:
-        near = raised.near_misses[0] if raised.near_misses else None
-        reason = f"{near.nearest}: {near.reason}" if near else "an op mixes tokens in an unknown way"
-        where = f"{near.path or near.node} {near.source}".strip() if near else program.model.source
-        raise MemcError("E306", reason, where, "memc inspect MODEL --why")
-
-
-def _plan(
-    request: Request, steps: Steps, passes: list[Pass], captured: Captured, raised: Raised, training: bool
-) -> ConvertDocument:
-    """Plan every pass on what the ones before leave, and predict what the result costs."""
-    with steps.step("plan", "plan"):
-        planned, reports = plan_all(passes, raised.program, request.target, undecided=training)
-
-        def cost(program: Program) -> Predicted:
-            return predict(program, request.target, request.contexts, weights=request.weights, threads=request.threads)
-
-        original, predicted = cost(raised.program), cost(planned)
-    return ConvertDocument(
-        out=str(request.out),
-        target=request.target.name,
-        backend=request.backend.name,
-        weights=request.weights,
-        context=request.recipe.context,
-        dry_run=request.dry_run,
-        model=model_facts(raised.program, remote_code=request.remote_code),
-        passes=[planned_facts(report) for report in reports],
-        original=original,
-        predicted=predicted,
-        untrained=any(report.untrained for report in reports),
-        versions={"memc": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        seed=request.recipe.seed,
-        threads=request.threads,
-        remote_code=request.remote_code,
-        warnings=_warnings(request, raised.program),
-        next=[f"memc convert {_source(request.model)} -o {request.out} (without --dry-run)"] if request.dry_run else [],
-    )
-
-
-def _warnings(request: Request, program: Program) -> list[str]:
-    context, limit = request.recipe.context, program.model.max_positions
-    if context is None or limit is None or context <= limit:
-        return []
-    if program.model.absolute_positions:
-        hint = f"--context {limit} or less"
-        raise MemcError(
-            "E206", f"context {context} is past the model's {limit} positions", f"--context {context}", hint
-        )
-    return [f"beyond_trained: context {context} is past the {limit} positions that the model was trained on"]
-
-
-def _write_plan(
-    folder: OutFolder, recipe: str, captured: Captured, raised: Raised, document: ConvertDocument, steps: Steps
-) -> None:
-    assert document.model is not None
-    (folder.partial / RECIPE).write_text(recipe)
-    for path in captured.tokenizer_files:
-        shutil.copyfile(path, folder.partial / path.name)
-    blocks = [block_facts(block, raised.program) for block in raised.blocks]
-    folder.write_report(
-        "00-capture.json",
-        CaptureReport(model=document.model, blocks=blocks, warnings=document.warnings, timing=steps.timing("capture")),
-    )
-    folder.write_report(
-        "01-raise.json",
-        RaiseReport(
-            blocks=blocks,
-            near_misses=near_miss_facts(raised.near_misses),
-            ops=op_counts(raised.program),
-            timing=steps.timing("raise"),
-        ),
-    )
-    folder.write_report("convert.json", document)
 
 
 @dataclass
@@ -424,44 +266,3 @@ def _key(request: Request, recipe: str, captured: Captured) -> str:
     data = [source_digest(source) for source in request.recipe.data]
     where = [request.target.name, request.backend.name, str(request.threads)]
     return resume_key(recipe, captured.program.model.digest, *where, *data)
-
-
-def _source(model: str | Path | Program) -> str:
-    return model.model.source if isinstance(model, Program) else str(model)
-
-
-def _bytes(program: Program) -> int:
-    return sum(value.numel() * value.element_size() for value in program.module.parameters())
-
-
-def _small(program: Program) -> bool:
-    return 4 * program.parameter_count < SMALL
-
-
-def _require_memory(request: Request, captured: Captured, program: Program, weight_bytes: int) -> None:
-    """Refuse what cannot be converted and checked in this machine's memory.
-
-    Parameters that are read from their file as they are used need none of their own; what the backend loads does.
-    """
-    memory = machine.memory_bytes()
-    if memory is None:
-        return
-    weights, dtype = captured.weights, program_dtype(program)
-    converted = dtype != program_dtype(captured.program)
-    held = _bytes(program) if weights is None or converted else weights.held_bytes(dtype)
-    largest = max((value.numel() for value in program.module.parameters()), default=0)
-    rest = held + WORKING * 4 * largest
-    if rest + weight_bytes <= memory:
-        return
-    bytes_of = {kind: _weight_bytes(program, request, kind) for kind in request.backend.weights}
-    fitting = [kind for kind, size in bytes_of.items() if rest + size <= memory]
-    reason = (
-        f"checking the result takes {weight_bytes / 1e9:.1f} GB of memory for its {request.weights} weights and"
-        f" {rest / 1e9:.1f} GB beside them, this machine has {memory / 1e9:.1f} GB"
-    )
-    hint = f"--weights {min(fitting, key=bytes_of.__getitem__)}" if fitting else "convert on a machine with more memory"
-    raise MemcError("E501", reason, program.model.source, hint)
-
-
-def _weight_bytes(program: Program, request: Request, kind: str) -> int:
-    return predict(program, request.target, (), weights=kind).weight_bytes

@@ -138,7 +138,7 @@ def test_a_bfloat16_checkpoint_is_verified_in_float32(tmp_path: Path) -> None:
 
 
 def test_a_model_too_large_for_float32_keeps_its_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("memc.conversion.driver.SMALL", 0)
+    monkeypatch.setattr("memc.conversion.planning.SMALL", 0)
     document = run(make_llama(tmp_path / "half", torch.bfloat16, layers=1), tmp_path / "out", "window:window=8")
     assert document.verified
 

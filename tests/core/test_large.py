@@ -33,7 +33,7 @@ from tests.core.test_convert import make_llama, run
 @pytest.fixture
 def half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A tiny bfloat16 Llama that is treated as one that does not fit."""
-    monkeypatch.setattr("memc.conversion.driver.SMALL", 0)
+    monkeypatch.setattr("memc.conversion.planning.SMALL", 0)
     return make_llama(tmp_path / "half", torch.bfloat16)
 
 

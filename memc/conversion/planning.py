@@ -1,0 +1,185 @@
+"""Everything of a conversion that needs no weights: capture, raising, the plan, and whether the machine can do it."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+
+import torch
+
+from memc import __version__, machine
+from memc.conversion.facts import (
+    block_facts,
+    model_facts,
+    near_miss_facts,
+    op_counts,
+    planned_facts,
+)
+from memc.conversion.folder import RECIPE, OutFolder
+from memc.conversion.pipeline import plan_all
+from memc.conversion.request import Request, Steps, source_name
+from memc.cost import SMALL, WORKING, predict
+from memc.errors import MemcError
+from memc.frontend import Captured, capture_source
+from memc.frontend.recast import recast
+from memc.pipeline import Pass
+from memc.program import Program
+from memc.raising import Raised, raise_program
+from memc.report.files import CaptureReport, RaiseReport
+from memc.report.models import ConvertDocument, Predicted
+from memc.verify import (
+    require_well_formed,
+)
+from memc.weights import program_dtype
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def capture_and_raise(request: Request, steps: Steps) -> tuple[Captured, Program, Raised]:
+    """Capture and raise the model: what was found, the raw program, and the raised one, well formed.
+
+    Raises ``MemcError`` as capture does, and E306 when it cannot be raised.
+    """
+    with steps.step("capture", f"capture {source_name(request.model)}"):
+        captured = _capture(request)
+        program = captured.program
+        if program_dtype(program) in _HALF and _small(program):
+            program = recast(program, torch.float32)
+    with steps.step("raise", "raise"):
+        raised = raise_program(program)
+        require_raised(raised)
+        require_well_formed(raised.program, "after raising")
+    return captured, program, raised
+
+
+def _capture(request: Request) -> Captured:
+    if isinstance(request.model, Program):
+        return Captured(request.model, None, {})
+    return capture_source(request.model, remote_code=request.remote_code, weights=not request.dry_run)
+
+
+def require_raised(raised: Raised) -> None:
+    """Raise ``MemcError`` E306 for a decoder that does not run on tokens and positions alone, saying why."""
+    program = raised.program
+    roles = [spec.role for spec in program.inputs]
+    if program.model.decoder and roles != ["tokens", "positions"]:
+        names = ", ".join(spec.name for spec in program.inputs)
+        reason = f"conversion takes decoders of tokens at positions, this one takes {names}"
+        raise MemcError("E306", reason, program.model.source, "memc inspect MODEL shows its blocks")
+    if program.model.decoder and not program.raised:
+        near = raised.near_misses[0] if raised.near_misses else None
+        reason = f"{near.nearest}: {near.reason}" if near else "an op mixes tokens in an unknown way"
+        where = f"{near.path or near.node} {near.source}".strip() if near else program.model.source
+        raise MemcError("E306", reason, where, "memc inspect MODEL --why")
+
+
+def make_plan(
+    request: Request, steps: Steps, passes: list[Pass], captured: Captured, raised: Raised, training: bool
+) -> ConvertDocument:
+    """Plan every pass on what the ones before leave, and predict what the result costs."""
+    with steps.step("plan", "plan"):
+        planned, reports = plan_all(passes, raised.program, request.target, undecided=training)
+
+        def cost(program: Program) -> Predicted:
+            return predict(program, request.target, request.contexts, weights=request.weights, threads=request.threads)
+
+        original, predicted = cost(raised.program), cost(planned)
+    return ConvertDocument(
+        out=str(request.out),
+        target=request.target.name,
+        backend=request.backend.name,
+        weights=request.weights,
+        context=request.recipe.context,
+        dry_run=request.dry_run,
+        model=model_facts(raised.program, remote_code=request.remote_code),
+        passes=[planned_facts(report) for report in reports],
+        original=original,
+        predicted=predicted,
+        untrained=any(report.untrained for report in reports),
+        versions={"memc": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        seed=request.recipe.seed,
+        threads=request.threads,
+        remote_code=request.remote_code,
+        warnings=_warnings(request, raised.program),
+        next=[f"memc convert {source_name(request.model)} -o {request.out} (without --dry-run)"]
+        if request.dry_run
+        else [],
+    )
+
+
+def _again(request: Request) -> str:
+    return f"memc convert {source_name(request.model)} -o {request.out} (without --dry-run)"
+
+
+def _warnings(request: Request, program: Program) -> list[str]:
+    context, limit = request.recipe.context, program.model.max_positions
+    if context is None or limit is None or context <= limit:
+        return []
+    if program.model.absolute_positions:
+        hint = f"--context {limit} or less"
+        raise MemcError(
+            "E206", f"context {context} is past the model's {limit} positions", f"--context {context}", hint
+        )
+    return [f"beyond_trained: context {context} is past the {limit} positions that the model was trained on"]
+
+
+def write_plan(
+    folder: OutFolder, recipe: str, captured: Captured, raised: Raised, document: ConvertDocument, steps: Steps
+) -> None:
+    """Write what is known before any weight is read: recipe, tokenizer, reports of capture, raising and plan."""
+    assert document.model is not None
+    (folder.partial / RECIPE).write_text(recipe)
+    for path in captured.tokenizer_files:
+        shutil.copyfile(path, folder.partial / path.name)
+    blocks = [block_facts(block, raised.program) for block in raised.blocks]
+    folder.write_report(
+        "00-capture.json",
+        CaptureReport(model=document.model, blocks=blocks, warnings=document.warnings, timing=steps.timing("capture")),
+    )
+    folder.write_report(
+        "01-raise.json",
+        RaiseReport(
+            blocks=blocks,
+            near_misses=near_miss_facts(raised.near_misses),
+            ops=op_counts(raised.program),
+            timing=steps.timing("raise"),
+        ),
+    )
+    folder.write_report("convert.json", document)
+
+
+def _bytes(program: Program) -> int:
+    return sum(value.numel() * value.element_size() for value in program.module.parameters())
+
+
+def _small(program: Program) -> bool:
+    return 4 * program.parameter_count < SMALL
+
+
+def require_memory(request: Request, captured: Captured, program: Program, weight_bytes: int) -> None:
+    """Refuse what cannot be converted and checked in this machine's memory.
+
+    Parameters that are read from their file as they are used need none of their own; what the backend loads does.
+    """
+    memory = machine.memory_bytes()
+    if memory is None:
+        return
+    weights, dtype = captured.weights, program_dtype(program)
+    converted = dtype != program_dtype(captured.program)
+    held = _bytes(program) if weights is None or converted else weights.held_bytes(dtype)
+    largest = max((value.numel() for value in program.module.parameters()), default=0)
+    rest = held + WORKING * 4 * largest
+    if rest + weight_bytes <= memory:
+        return
+    bytes_of = {kind: _weight_bytes(program, request, kind) for kind in request.backend.weights}
+    fitting = [kind for kind, size in bytes_of.items() if rest + size <= memory]
+    reason = (
+        f"checking the result takes {weight_bytes / 1e9:.1f} GB of memory for its {request.weights} weights and"
+        f" {rest / 1e9:.1f} GB beside them, this machine has {memory / 1e9:.1f} GB"
+    )
+    hint = f"--weights {min(fitting, key=bytes_of.__getitem__)}" if fitting else "convert on a machine with more memory"
+    raise MemcError("E501", reason, program.model.source, hint)
+
+
+def _weight_bytes(program: Program, request: Request, kind: str) -> int:
+    return predict(program, request.target, (), weights=kind).weight_bytes
