@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,9 +50,20 @@ def run_all(
 
 
 def whole_all(program: Program, texts: Sequence[Tensor], precision: torch.dtype = torch.float32) -> list[Tensor]:
-    """Return what :func:`whole` does for each of several ``tokens [B, T]``, run side by side."""
-    cases = [(*inputs_of(program, tokens), *program.new_state(tokens.shape[0], tokens.device)) for tokens in texts]
-    return [outputs[0].to(precision) for outputs in run_all(program, cases, precision)]
+    """Return what :func:`whole` does for each of several ``tokens [B, T]``, run side by side.
+
+    Where parameters are converted as they are used, a layer's states are made when it is reached and gone after it.
+    """
+    if _computes_in(program, precision):
+        return [
+            program(*inputs_of(program, tokens), *program.new_state(tokens.shape[0], tokens.device))[0].to(precision)
+            for tokens in texts
+        ]
+    cases: list[tuple[Any, ...]] = [
+        (*inputs_of(program, tokens), *(partial(spec.empty, tokens.shape[0], tokens.device) for spec in program.states))
+        for tokens in texts
+    ]
+    return [results[0].to(precision) for results in _run_nodes(program, cases, precision, outputs=1)]
 
 
 def whole(program: Program, tokens: Tensor, precision: torch.dtype = torch.float32) -> Tensor:
@@ -59,8 +71,7 @@ def whole(program: Program, tokens: Tensor, precision: torch.dtype = torch.float
 
     What else the program takes is that of :func:`memc.verify.inputs.inputs_of`.
     """
-    state = program.new_state(tokens.shape[0], tokens.device)
-    return run(program, inputs_of(program, tokens), state, precision)[0].to(precision)
+    return whole_all(program, [tokens], precision)[0]
 
 
 def rows(tokens: Tensor) -> list[Tensor]:
@@ -115,16 +126,22 @@ def run_nodes(
 
 def _run_nodes(
     program: Program,
-    cases: Sequence[Sequence[Tensor]],
+    cases: Sequence[Sequence[Tensor | Callable[[], Tensor]]],
     precision: torch.dtype | None,
     visit: Callable[[Node, list[Any]], None] | None = None,
+    outputs: int | None = None,
 ) -> list[tuple[Tensor, ...]]:
-    """Run several inputs side by side, so that a parameter is converted once for all of them."""
+    """Run several inputs side by side, so that a parameter is converted once for all of them.
+
+    An input may be a function that makes it, called where it is used. ``outputs`` keeps that many of the first alone.
+    """
     feeds = [iter(inputs) for inputs in cases]
     last: dict[Node, Node] = {}
     nodes = list(program.module.graph.nodes)
+    results: Any = program.module.graph.output_node().args[0]
+    kept = tuple(results[:outputs])
     for node in nodes:
-        for source in node.all_input_nodes:
+        for source in node.all_input_nodes if node.op != "output" else kept:
             last[source] = node
     values: dict[Node, list[Any]] = {}
 
@@ -139,14 +156,14 @@ def _run_nodes(
             # As it is stored: every parameter may stand before the first use of any.
             values[node] = [get_tensor(program.module, str(node.target))] * len(cases)
         elif node.op == "output":
-            return [map_arg(node.args[0], lambda source: convert(values[source][case])) for case in range(len(cases))]  # noqa: B023
+            return [map_arg(kept, lambda source: convert(values[source][case])) for case in range(len(cases))]  # noqa: B023
         else:
             values[node] = _call(node, values, len(cases), precision, convert)
         if visit is not None:
             visit(node, values[node])
-        for source in node.all_input_nodes:
-            if last[source] is node:
-                del values[source]
+        for source in (node, *node.all_input_nodes):
+            if last.get(source, node) is node:
+                values.pop(source, None)
     raise ValueError("the graph has no output")
 
 
@@ -166,12 +183,16 @@ def _call(
     convert: Callable[[Any], Any],
 ) -> list[Any]:
     """Call a node's op for each case; parameters are converted for this call alone, of a table only what it gives."""
+
+    def made(value: Any) -> Any:
+        return convert(value()) if callable(value) else value
+
     target: Any = node.target
     table = target is torch.ops.aten.embedding.default
     stored = {} if table else {s: convert(values[s][0]) for s in node.all_input_nodes if s.op == "get_attr"}
     results = []
     for case in range(cases):
-        known = {source: stored.get(source, values[source][case]) for source in node.all_input_nodes}
+        known = {s: stored[s] if s in stored else made(values[s][case]) for s in node.all_input_nodes}
         args, kwargs = map_arg((node.args, dict(node.kwargs)), known.__getitem__)
         if precision is not None:
             args, kwargs = _replace_dtype(args, precision), _replace_dtype(kwargs, precision)

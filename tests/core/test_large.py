@@ -106,11 +106,11 @@ def test_a_pass_writes_the_model_once(half: Path, tmp_path: Path, monkeypatch: p
 def test_what_does_not_fit_is_refused_before_anything_is_written(
     half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from memc.conversion import driver
+    from memc.conversion import planning
 
     captured = capture_source(half, remote_code=False, weights=True)
     largest = max(value.numel() for value in captured.program.module.parameters())
-    room = driver.WORKING * 4 * largest
+    room = planning.WORKING * 4 * largest
     monkeypatch.setattr("memc.machine.memory_bytes", lambda: room + captured.program.parameter_count * 4 - 1)
     options = {"passes": ["window:window=8"], "recipe": Recipe(recipe=1)}
     with pytest.raises(MemcError, match=r"E501 .*GB of memory for its fp32 weights.*this machine has") as refused:

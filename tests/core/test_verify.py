@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from torch.fx import Node
 from memc.conversion.text import verification_text
 from memc.errors import MemcError
 from memc.plugins import load_kernels
-from memc.program import Program
+from memc.program import Program, StateSpec
 from memc.recipe import Recipe
 from memc.relation import Bounded, Close, Exact
 from memc.verify import (
@@ -31,6 +33,7 @@ from memc.verify import (
     take,
     well_formed,
 )
+from memc.verify.execute import run, whole_all
 from tests.core.tiny import TinyConfig, tiny_program
 from tests.core.toy import TARGET, Toy
 
@@ -312,3 +315,29 @@ def test_the_text_is_checked_in_one_run_as_in_several() -> None:
 def test_the_text_starts_over_at_its_end() -> None:
     taken = take(VerificationText(torch.arange(6).reshape(2, 3), ""), 2, 5)
     assert taken.tolist() == [[0, 1, 2, 3, 4], [5, 0, 1, 2, 3]]
+
+
+@torch.no_grad()
+def test_a_run_that_converts_parameters_holds_the_states_of_one_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """States are made where they are used, and next ones dropped: side by side they could outweigh the model."""
+    half = tiny_program()
+    half = dataclasses.replace(half, module=copy.deepcopy(half.module).to(torch.bfloat16))
+    texts = [torch.zeros(1, 3, dtype=torch.long), torch.ones(2, 5, dtype=torch.long)]
+    inputs = [(text, torch.arange(text.shape[1]).expand_as(text)) for text in texts]
+    expected = [run(half, given, half.new_state(len(given[0])))[0] for given in inputs]
+    made: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+    empty = StateSpec.empty
+
+    def watched(spec: StateSpec, batch: int, device: torch.device | str = "cpu") -> torch.Tensor:
+        alive.append(sum(reference() is not None for reference in made))
+        state = empty(spec, batch, device)
+        made.append(weakref.ref(state))
+        return state
+
+    monkeypatch.setattr(StateSpec, "empty", watched)
+    found = whole_all(half, texts)
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    layers = len(half.states) // 3
+    assert layers > 1 and len(made) == len(texts) * len(half.states)
+    assert max(alive) < len(made) // layers, "the states of more than one layer at a time"
