@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import (
@@ -137,11 +138,15 @@ def infer(program: Program) -> None:
 
 
 def call_fake(mode: FakeTensorMode, node: Node, values: dict[Node, Any]) -> Any:
-    """Run one node's op on fake values."""
+    """Run one node's op on fake values.
+
+    Through the Python dispatcher: before torch 2.13 some composite kernels in C++, ``matmul`` among them, turn a
+    symbolic size into a number.
+    """
     args = map_arg(node.args, values.__getitem__)
     kwargs = map_arg(node.kwargs, values.__getitem__)
     assert callable(node.target)
-    with mode, torch.no_grad():
+    with mode, enable_python_dispatcher(), torch.no_grad():
         return node.target(*args, **kwargs)
 
 

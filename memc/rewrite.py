@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -153,7 +154,7 @@ class Editor:
             def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
                 return function(dict(zip(values, tensors, strict=True)))
 
-            with mode, torch.no_grad():
+            with mode, enable_python_dispatcher(), torch.no_grad():
                 # Nodes that are alike share one fake value, and a tracer tells its inputs apart by identity.
                 traced = make_fx(flat, pre_dispatch=True)(*(value.detach() for value in values.values()))
             assert not traced.graph.find_nodes(op="get_attr"), "constants of a traced function have no name"
