@@ -283,7 +283,8 @@ def _together(program: Program, sequences: list[list[tuple[Tensor, Tensor]]]) ->
         running = [index for index, parts in enumerate(sequences) if step < len(parts)]
         cases = [(*sequences[index][step], *states[index]) for index in running]
         for index, outputs in zip(running, run_all(program, cases), strict=True):
-            states[index] = outputs[len(program.outputs) :]
+            # A sequence that is over needs no state: side by side they can outweigh the model.
+            states[index] = outputs[len(program.outputs) :] if step + 1 < len(sequences[index]) else ()
             found[index].append(outputs[0].float())
     return [torch.cat(parts, 1) for parts in found]
 
