@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,6 +50,19 @@ def logits_node(program: Program) -> Node:
     return results[0]
 
 
+def leading_to(results: Iterable[Node], given: Callable[[Node], bool] = lambda node: False) -> set[Node]:
+    """Return the nodes that ``results`` are computed from, themselves included, down to those that are ``given``."""
+    needed: set[Node] = set()
+    stack = list(results)
+    while stack:
+        node = stack.pop()
+        if node not in needed:
+            needed.add(node)
+            if not given(node):
+                stack += node.all_input_nodes
+    return needed
+
+
 def cut_out(before: Program, after: Program, objective: BlockObjective) -> StudentBlock:
     """Cut a rewritten block out of ``after``, down to the nodes that it shares with ``before``.
 
@@ -58,14 +71,9 @@ def cut_out(before: Program, after: Program, objective: BlockObjective) -> Stude
     shared = {node.name for node in before.module.graph.nodes if node.op != "get_attr"}
     specs = {spec.name: spec for spec in after.states}
     nodes = {node.name: node for node in after.module.graph.nodes}
-    needed: set[Node] = set()
-    stack = [nodes[name] for name in objective.results]
-    while stack:
-        node = stack.pop()
-        if node not in needed:
-            needed.add(node)
-            if node.name in specs or node.name not in shared:
-                stack += node.all_input_nodes
+    needed = leading_to(
+        [nodes[name] for name in objective.results], lambda node: node.name in shared and node.name not in specs
+    )
     inputs = [n for n in after.module.graph.nodes if n in needed and n.name in shared and n.name not in specs]
     states = [n for n in after.module.graph.nodes if n in needed and n.name in specs]
     graph, mapping = Graph(), dict[Node, Node]()
@@ -98,13 +106,7 @@ class Teacher:
         """Find what has to be run."""
         load_kernels()
         nodes = {node.name: node for node in self.program.module.graph.nodes}
-        needed: set[Node] = set()
-        stack = [nodes[name] for names in self.wanted for name in names]
-        while stack:
-            node = stack.pop()
-            if node not in needed:
-                needed.add(node)
-                stack += node.all_input_nodes
+        needed = leading_to([nodes[name] for names in self.wanted for name in names])
         self._order = [node for node in self.program.module.graph.nodes if node in needed]
         self._last: dict[Node, Node] = {}
         for node in self._order:

@@ -18,7 +18,6 @@ MASS_WEIGHT = 0.3
 ROWS = 128
 """Queries, drawn anew each step, whose share of far attention is computed: scores of all would be ``[H,T,T]``."""
 
-
 ROWS_INITIAL = 256
 """Queries of each sequence that first values are computed from."""
 
