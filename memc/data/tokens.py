@@ -40,7 +40,7 @@ def tokenize(files: Sequence[str | Path], tokenizer: Tokenizer, *, limit: int | 
 
 def token_pieces(source: str | Path, tokenizer: Tokenizer) -> Iterator[tuple[Ids, bool]]:
     """Yield the token ids of a source piece by piece, and whether a document starts with the piece."""
-    before, after = _ends(tokenizer)
+    before, after = ends(tokenizer)
     starts = False
     for batch in _batches(_marked(read_pieces(source))):
         encoded = tokenizer.encode_batch_fast([piece.text for piece in batch], add_special_tokens=False)
@@ -58,12 +58,12 @@ class _Piece(NamedTuple):
     last: bool
 
 
-def _ends(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+def ends(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """Return the special tokens that a text starts and ends with: they must not come again at every cut."""
-    ends = tokenizer.encode("").ids
+    marks = tokenizer.encode("").ids
     mask = tokenizer.encode("a").special_tokens_mask
     before = next((n for n, mark in enumerate(mask) if not mark), 0)
-    return ends[:before], ends[before:]
+    return marks[:before], marks[before:]
 
 
 def _marked(documents: Iterable[Iterator[str]]) -> Iterator[_Piece]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from memc.data.tokens import ends
 from memc.errors import MemcError
 from memc.evaluate.tasks import Sample, Task, Words
 from memc.progress import Progress, Silent
@@ -49,10 +50,9 @@ def words_of(session: Session) -> Words:
     tokenizer = session.text.tokenizer
     # What stands in no tokenizer was never trained on: some models round their vocabulary up.
     unknown = set(range(vocab)) - set(tokenizer.get_vocab().values())
-    marked = tokenizer.encode("a")
-    first = next((n for n, mark in enumerate(marked.special_tokens_mask) if not mark), 0)
+    before, _ = ends(tokenizer)
     added = tokenizer.get_added_tokens_decoder()
-    return Words(vocab, frozenset(unknown | added.keys()), tuple(marked.ids[:first]), tokenizer)
+    return Words(vocab, frozenset(unknown | added.keys()), tuple(before), tokenizer)
 
 
 def run_tasks(
