@@ -28,6 +28,11 @@ _GUARD = re.compile(r"Not all values of (\w+) = .*?satisfy the generated guard (
 _SIMPLE = re.compile(r"L\['args'\]\[\d+\]\.size\(\)\[\d+\] (<=|<|!=) (\d+)$")
 
 
+_SIZE = re.compile(r"L\['args'\]\[\d+\]\.size\(\)\[\d+\]")
+_ARITHMETIC = re.compile(r"(?:n|min|max|\d+|[-+*/%(),<>=!\s])+")
+_TRIED = (*range(1, 257), *(2**power for power in range(9, 24)))
+
+
 @dataclass(frozen=True)
 class Port:
     """One input of a module to trace: ``shape`` holds numbers and the symbols ``B``, ``T``, ``U``."""
@@ -126,18 +131,30 @@ def export(wrapper: nn.Module, ports: Sequence[Port], info: ModelInfo) -> tuple[
     wrapper.eval()
     bounds: dict[str, int | None] = dict.fromkeys(EXAMPLE)
     longest: int | None = None
+    deferred = False
     while True:
         dims = {name: Dim(name, min=1, max=bound) for name, bound in bounds.items()}
         shapes = tuple({i: dims[s] for i, s in enumerate(port.shape) if isinstance(s, str)} for port in ports)
         try:
             with torch.no_grad():
-                return torch.export.export(wrapper, examples, dynamic_shapes=(shapes,), strict=False), longest
+                exported = torch.export.export(
+                    wrapper,
+                    examples,
+                    dynamic_shapes=(shapes,),
+                    strict=False,
+                    prefer_deferred_runtime_asserts_over_guards=deferred,
+                )
+                return exported, longest
         except Exception as error:
             found = _tighter_bounds(str(error), bounds)
-            if not found:
+            if found:
+                longest = min(longest or found[1], found[1])
+                bounds = found[0]
+            elif not deferred and (guards := _GUARD.findall(str(error))) and all(_is_fact(g) for _, g in guards):
+                # Then nothing is lost when guards become asserts of the graph, which are dropped.
+                deferred = True
+            else:
                 raise capture_failure(error, info.source) from error
-            longest = min(longest or found[1], found[1])
-            bounds = found[0]
 
 
 def _tighter_bounds(message: str, bounds: dict[str, int | None]) -> tuple[dict[str, int | None], int] | None:
@@ -150,7 +167,7 @@ def _tighter_bounds(message: str, bounds: dict[str, int | None]) -> tuple[dict[s
     for name, guard in _GUARD.findall(message):
         simple = _SIMPLE.search(guard)
         numbers = [int(n) for n in re.findall(r"\b\d+\b", guard)]
-        if name not in bounds or not numbers:
+        if name not in bounds or not numbers or _is_fact(guard):
             continue
         operator, limit = (simple[1], int(simple[2])) if simple else ("<=", max(numbers))
         bound = bounds[name]
@@ -160,6 +177,20 @@ def _tighter_bounds(message: str, bounds: dict[str, int | None]) -> tuple[dict[s
         if tried >= EXAMPLE[name] and (bound is None or tried < bound):
             return {**bounds, name: tried}, limit if operator == "!=" else tried
     return None
+
+
+def _is_fact(guard: str) -> bool:
+    """Tell whether a guard holds for every size, though torch could not prove it.
+
+    torch 2.11 asks for ``min(10*T, 20*T) == 10*T`` where keys are repeated for the heads that share them.
+    """
+    expression = _SIZE.sub("n", guard)
+    if len(set(_SIZE.findall(guard))) != 1 or not _ARITHMETIC.fullmatch(expression):
+        return False
+    numbers = [int(n) for n in re.findall(r"\b[1-9]\d*\b", expression)]
+    tried = {*_TRIED, *(a // b + more for a in numbers for b in (1, *numbers) for more in (0, 1))} - {0}
+    # Nothing but arithmetic on n is left to evaluate.
+    return all(eval(expression, {"__builtins__": {}}, {"n": n, "min": min, "max": max}) for n in tried)
 
 
 _TRACE_HINT = "make that line independent of tensor values and of the example's sizes; see memc doctor --coverage"
