@@ -114,6 +114,7 @@ class Bench:
             save_program(trained.transferred, folder / "transferred")
             save_program(trained.program, folder / "program")
             times = {"seconds": self.seconds[name], "cpu": self.cpu[name]}
+            assert trained.facts is not None
             facts.write_text(
                 json.dumps({"spec": trained.pass_.spec, **times, **trained.facts.model_dump(mode="json")}) + "\n"
             )

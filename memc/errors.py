@@ -43,6 +43,7 @@ CODES: dict[str, tuple[Exit, str]] = {
     "E403": (Exit.VERIFICATION, "non-finite values"),
     "E501": (Exit.RESOURCE, "out of memory"),
     "E502": (Exit.RESOURCE, "out of disk"),
+    "E503": (Exit.RESOURCE, "a process of the training is gone"),
     "E601": (Exit.BACKEND, "backend cannot lower this program"),
     "E602": (Exit.BACKEND, "backend or tool missing or of the wrong version"),
 }

@@ -89,6 +89,7 @@ def command(
 
     from memc import api
     from memc.report.terminal import convert_view
+    from memc.train.parallel import launched
 
     document = api.convert(
         model,
@@ -108,4 +109,5 @@ def command(
         remote_code=remote_code,
         progress=console,
     )
-    console.show(document, lambda: convert_view(document))
+    if launched().leads:
+        console.show(document, lambda: convert_view(document))

@@ -26,7 +26,7 @@ from memc.conversion.planning import capture_and_raise, make_plan, require_memor
 from memc.conversion.quality import WINDOW, measure_quality
 from memc.conversion.request import Request, Steps, source_name
 from memc.conversion.text import keep_text, verification_text
-from memc.conversion.training import make_trainer, training_data, trains
+from memc.conversion.training import make_trainer, require_shareable, training_data, trains
 from memc.data import source_digest
 from memc.errors import MemcError
 from memc.frontend import Captured
@@ -39,6 +39,7 @@ from memc.raising import Raised
 from memc.relation import Close
 from memc.report.files import VerifyReport
 from memc.report.models import ConvertDocument, EvalDocument, Measured
+from memc.train.parallel import Processes, joined
 from memc.verify import (
     CheckResult,
     VerificationText,
@@ -58,10 +59,16 @@ RAISE_TOLERANCE = 1e-4
 def convert_model(request: Request, progress: Progress | None = None) -> ConvertDocument:
     """Convert a model as asked and return the document that says what was done; ``OUT`` is whole or not there.
 
-    Raises ``MemcError``: what capture raises, E204 an output is in the way, E306 the model cannot be raised, E307 a
-    pass matches nothing, E401 or E403 a check fails, E501 or E502 too little memory or disk, E601 the backend refuses.
+    Where ``torchrun`` has started several processes they share the training, and the first does all the rest; the
+    others return what was planned. Raises ``MemcError``: what capture raises, E204 an output is in the way, E306 the
+    model cannot be raised, E307 a pass matches nothing, E401 or E403 a check fails, E501 or E502 too little memory or
+    disk, E503 another process is gone, E601 the backend refuses.
     """
-    steps = Steps(progress or Silent())
+    with joined() as processes:
+        return _convert(request, Steps((progress if processes.leads else None) or Silent()), processes)
+
+
+def _convert(request: Request, steps: Steps, processes: Processes) -> ConvertDocument:
     folder = OutFolder(request.out)
     recipe = request.recipe.to_yaml()
     if refusal := request.backend.refuses_weights(request.weights, request.target):
@@ -70,7 +77,7 @@ def convert_model(request: Request, progress: Progress | None = None) -> Convert
         )
     passes = request.recipe.build()
     training = trains(request.recipe, passes)
-    if not request.dry_run:
+    if not request.dry_run and processes.leads:
         facts = {"source": source_name(request.model), "target": request.target.name, "backend": request.backend.name}
         folder.refuse_existing(recipe, facts, force=request.force)
     load_kernels()
@@ -80,14 +87,19 @@ def convert_model(request: Request, progress: Progress | None = None) -> Convert
     document = make_plan(request, steps, passes, captured, raised, training)
     if request.dry_run:
         return document
+    training &= any(facts.new_parameters for facts in document.passes)
+    require_shareable(request.recipe, training, processes)
+    make = partial(_Conversion, request, folder, steps, passes, captured, program, raised, document, processes)
+    if not processes.leads:
+        make(training).follow()
+        return document
     require_memory(request, captured, raised.program, document.predicted.weight_bytes)
     # The program once, however many passes, with what they add; and what is lowered.
     require_space(request.out, document.predicted.disk_bytes or 0)
     folder.open(_key(request, recipe, captured), fresh=request.fresh)
     try:
         write_plan(folder, recipe, captured, raised, document, steps)
-        training &= any(facts.new_parameters for facts in document.passes)
-        return _Conversion(request, folder, steps, passes, captured, program, raised, document, training).run()
+        return make(training).run()
     except MemcError as error:
         folder.write_error(error)
         raise
@@ -105,6 +117,7 @@ class _Conversion:
     raw: Program
     raised: Raised
     document: ConvertDocument
+    processes: Processes
     training: bool
     quality: Callable[..., EvalDocument] | None = None
 
@@ -115,7 +128,8 @@ class _Conversion:
         progress, trainer = self.steps.progress, None
         if self.training:
             data = training_data(self.request.recipe, original, self.folder.partial, progress)
-            trainer = make_trainer(self.request.recipe, data, original, progress)
+            trainer = make_trainer(self.request.recipe, data, original, progress, self.processes)
+            self.processes.wait()
         with self.steps.step("text", "verification text"):
             recipe, place = self.request.recipe, self.folder.partial
             text = keep_text(data.text, place) if trainer else verification_text(recipe, original, place)
@@ -142,6 +156,15 @@ class _Conversion:
             self.quality = partial(measure_quality, original, corpus=data.corpus, window=max(windows, default=WINDOW))
         del original
         return self._lower(program, pipeline.last_stage, runs, checks, text, floor)
+
+    def follow(self) -> None:
+        """Take part in the training of what the leading process converts."""
+        original = self._load(self.raised.program)
+        self.processes.wait()  # for the tokenizer, and what was sampled from the original
+        place, progress = self.folder.partial, self.steps.progress
+        data = training_data(self.request.recipe, original, place, progress)
+        trainer = make_trainer(self.request.recipe, data, original, progress, self.processes)
+        Pipeline(self.passes, self.request.target, data.text, folder=place, trainer=trainer).follow(original)
 
     def _load(self, program: Program) -> Program:
         return materialize(program, self.captured.weights) if self.captured.weights is not None else program

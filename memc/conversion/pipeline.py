@@ -23,7 +23,8 @@ from memc.relation import Bounded, Close, Exact, Relation
 from memc.report.facts import CONTEXTS, RelationFacts, SiteFacts, SkippedFacts, Timing
 from memc.report.files import PassReportFile
 from memc.target import Target
-from memc.train import Trainer
+from memc.train import Applied, Rewritten, Trainer
+from memc.train.parallel import ALONE, Processes
 from memc.verify import CheckResult, VerificationText, check_relation, require_well_formed
 
 FIRST = 2
@@ -62,7 +63,7 @@ class Pipeline:
         Raises ``MemcError``: E307 when a pass matches nothing, E401 when a result is not well formed or not related to
         what the pass was given as declared, E403 when its outputs are not finite.
         """
-        done = self._verified()
+        done = self._processes.from_leader(self._verified)
         runs = [PassRun(self._read_report(index), resumed=True) for index in range(done)]
         if done:
             assert self.folder is not None
@@ -72,7 +73,21 @@ class Pipeline:
             with self.progress.step(f"pass {self.passes[index].spec}"):
                 program, report = self._run_one(index, program)
             runs.append(PassRun(report))
+            self._processes.wait()
         return program, runs
+
+    def follow(self, program: Program) -> None:
+        """Take part in the training of every pass that another process runs on the same program, and write nothing."""
+        done = self._processes.from_leader(self._verified)
+        for index in range(done, len(self.passes)):
+            if index:
+                program = load_program(self._stage(index - 1))
+            self._rewrite(index, program)
+            self._processes.wait()  # for the leader to have verified and kept it
+
+    @property
+    def _processes(self) -> Processes:
+        return self.trainer.processes if self.trainer is not None else ALONE
 
     @property
     def last_stage(self) -> Path | None:
@@ -82,47 +97,49 @@ class Pipeline:
     def _run_one(self, index: int, before: Program) -> tuple[Program, PassReportFile]:
         """Run one pass and keep its result; what is returned is what was read back, as a resumed run would."""
         start = time.perf_counter()
+        done = self._rewrite(index, before)
+        results = [
+            # What a pass makes exact it makes so by construction, which changed weights are no part of.
+            self._check(done, relation, before, done.program if isinstance(relation, Bounded) else done.transferred)
+            for relation in done.report.relations
+        ]
+        timing = Timing(seconds=time.perf_counter() - start, peak_rss_bytes=peak_rss_bytes())
+        document = describe_pass(done.report, done.program, results, timing)
+        document = document.model_copy(update={"training": done.facts})
+        if self.folder is not None:
+            self._write_report(index, document)
+        for (relation, result), facts in zip(results, document.relations, strict=True):
+            if not result.passed:
+                raise _failure(done.pass_, relation, result, facts)
+        if self.folder is None:
+            return done.program, document
+        return self._keep(index, before, done.program), document
+
+    def _rewrite(self, index: int, before: Program) -> Rewritten:
+        """Apply a pass, and train what it adds where there is something to train on."""
         pass_, found = self.passes[index].resolve(before, self.target)
 
-        def apply(chosen: Pass) -> tuple[Plan, Program, PassReport]:
+        def apply(chosen: Pass) -> Applied:
             plan = plan_pass(chosen, before, self.target)
             after, report = chosen.apply(before, plan)
             require_well_formed(after, f"after {chosen.spec}")
             return plan, after, report
 
         plan, after, report = applied = apply(pass_)
-        changed, training = after, None
+        done = Rewritten(pass_, plan, after, report, after, None)
         if self.trainer is not None and report.objectives:
-            trained = self.trainer.train(pass_, before, applied, apply, self._training(index))
-            pass_, plan, report, training = trained.pass_, trained.plan, trained.report, trained.facts
-            after, changed = trained.transferred, trained.program
-            require_well_formed(changed, f"after training {pass_.spec}")
-        results = [
-            # What a pass makes exact it makes so by construction, which changed weights are no part of.
-            self._check(pass_, plan, relation, before, changed if isinstance(relation, Bounded) else after)
-            for relation in report.relations
-        ]
-        after = changed
-        report = replace(report, details={**report.details, **found})
-        timing = Timing(seconds=time.perf_counter() - start, peak_rss_bytes=peak_rss_bytes())
-        document = describe_pass(report, after, results, timing).model_copy(update={"training": training})
-        if self.folder is not None:
-            self._write_report(index, document)
-        for (relation, result), facts in zip(results, document.relations, strict=True):
-            if not result.passed:
-                raise _failure(pass_, relation, result, facts)
-        if self.folder is None:
-            return after, document
-        return self._keep(index, before, after), document
+            done = self.trainer.train(pass_, before, applied, apply, self._training(index))
+            require_well_formed(done.program, f"after training {done.pass_.spec}")
+        return replace(done, report=replace(done.report, details={**done.report.details, **found}))
 
     def _check(
-        self, pass_: Pass, plan: Plan, relation: Relation, before: Program, after: Program
+        self, done: Rewritten, relation: Relation, before: Program, after: Program
     ) -> tuple[Relation, CheckResult]:
         if isinstance(relation, Bounded) and relation.metric in self.budgets:
             relation = Bounded(relation.metric, self.budgets[relation.metric])
 
         def baseline() -> Program:
-            return window_baseline(pass_, plan, before, self.target)
+            return window_baseline(done.pass_, done.plan, before, self.target)
 
         result = check_relation(before, after, relation, self.text, floor=self.floor, baseline=baseline)
         return relation, result

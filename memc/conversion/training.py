@@ -20,6 +20,7 @@ from memc.recipe import Recipe, Train
 from memc.runtime.text import Text
 from memc.tensor_file import read_tensors, write_tensors
 from memc.train import Trainer
+from memc.train.parallel import ALONE, Processes
 from memc.verify import VerificationText, sample_text
 from memc.verify.inputs import token_limit
 
@@ -57,6 +58,14 @@ def trains(recipe: Recipe, passes: Sequence[Pass]) -> bool:
             hint = f"add {'--tokens N' if recipe.data else '--data FILE'}, or name the layers"
             raise MemcError("E203", f"{option} is settled by training, for which {lacks}", pass_.spec, hint)
     return False
+
+
+def require_shareable(recipe: Recipe, training: bool, processes: Processes) -> None:
+    """Raise ``MemcError`` E200 when several processes have nothing to share, or a batch that they cannot."""
+    if processes.count > 1 and not training:
+        reason = f"{processes.count} processes share the training, and there is none"
+        raise MemcError("E200", reason, next="start memc without torchrun, or add --data FILE")
+    processes.require_even((recipe.train or Train()).batch)
 
 
 def training_data(recipe: Recipe, original: Program, folder: Path, progress: Progress) -> TrainingData:
@@ -102,7 +111,9 @@ def training_data(recipe: Recipe, original: Program, folder: Path, progress: Pro
     return TrainingData(corpus, corpus.sequences(settings.length, recipe.seed), guard, text, tokens)
 
 
-def make_trainer(recipe: Recipe, data: TrainingData, original: Program, progress: Progress) -> Trainer:
+def make_trainer(
+    recipe: Recipe, data: TrainingData, original: Program, progress: Progress, processes: Processes = ALONE
+) -> Trainer:
     """Return what trains the passes of a conversion."""
     settings = recipe.train or Train()
 
@@ -112,7 +123,7 @@ def make_trainer(recipe: Recipe, data: TrainingData, original: Program, progress
 
     key = {"model": original.model.digest, "data": data.corpus.digest}
     products = torch.bfloat16 if multiplies_bfloat16() else None
-    return Trainer(settings, data.tokens, batches, data.guard, recipe.seed, key, products, progress)
+    return Trainer(settings, data.tokens, batches, data.guard, recipe.seed, key, products, progress, processes)
 
 
 def _least(settings: Train) -> int:

@@ -175,17 +175,9 @@ class Sequences:
         """Yield the sequences of one epoch, one at a time."""
         return (self.batch(index, 1) for index in range(len(self)))
 
-    def batch(self, step: int, size: int, rank: int = 0, world: int = 1) -> Batch:
-        """Return batch ``step`` of ``size`` sequences, or the share of one of ``world`` processes.
-
-        The shares of all ranks, one after the other, are the batch of one process. Raises ``MemcError`` E200 when the
-        processes cannot share it evenly.
-        """
-        if size % world:
-            hint = f"take a batch that {world} divides"
-            raise MemcError("E200", f"a batch of {size} cannot be shared by {world} processes", next=hint)
-        first = step * size + rank * (size // world)
-        return _stack([self._at(index) for index in range(first, first + size // world)])
+    def batch(self, step: int, size: int) -> Batch:
+        """Return batch ``step`` of ``size`` sequences."""
+        return _stack([self._at(index) for index in range(step * size, (step + 1) * size)])
 
     def require(self, tokens: int) -> None:
         """Raise ``MemcError`` E207 when one epoch has fewer than ``tokens`` tokens."""

@@ -31,10 +31,13 @@ class StudentBlock:
 
     def __call__(self, values: Values) -> tuple[Tensor, ...]:
         """Return the values of the objective's ``results`` on the original's ``values``, from an empty state."""
-        feed = [values[name] for name in self.inputs]
-        batch, device = feed[0].shape[0], feed[0].device
-        results: tuple[Tensor, ...] = self.module(*feed, *(spec.empty(batch, device) for spec in self.states))
+        results: tuple[Tensor, ...] = self.module(*self.arguments(values))
         return results
+
+    def arguments(self, values: Values) -> tuple[Tensor, ...]:
+        """Return what the module takes: the original's ``values`` and empty states."""
+        feed = [values[name] for name in self.inputs]
+        return (*feed, *(spec.empty(feed[0].shape[0], feed[0].device) for spec in self.states))
 
     @property
     def parameters(self) -> dict[str, torch.nn.Parameter]:

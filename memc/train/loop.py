@@ -6,7 +6,8 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -131,12 +132,14 @@ class Curve:
 class Checkpoints:
     """Checkpoints of one stage in one folder: each whole or not there, the newest alone is kept.
 
-    ``key`` tells what the training is of; a checkpoint of another key is refused with both names.
+    ``key`` tells what the training is of; a checkpoint of another key is refused with both names. Of several processes
+    one ``writes`` and all read.
     """
 
-    def __init__(self, folder: Path | None, key: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path | None, key: Mapping[str, Any], *, writes: bool = True) -> None:
         """Note the folder (None keeps nothing) and what is trained."""
         self.folder = folder
+        self.writes = writes
         self.key = dict(key)
         self._saved = time.monotonic()
 
@@ -151,7 +154,7 @@ class Checkpoints:
         One that is there already is left alone: the same training comes to the same state.
         """
         self._saved = time.monotonic()
-        if self.folder is None or (final := self.folder / f"step-{step:08d}").is_dir():
+        if self.folder is None or not self.writes or (final := self.folder / f"step-{step:08d}").is_dir():
             return
         partial = self.folder / "writing"
         shutil.rmtree(partial, ignore_errors=True)
@@ -193,3 +196,17 @@ def require_finite(what: str, value: Tensor, where: str, step: int) -> None:
     if not math.isfinite(float(value.detach())):
         hint = "give a lower learning rate (train: in a recipe) and --fresh; the last good checkpoint is kept"
         raise MemcError("E403", f"{what} is not finite at step {step}", where, hint)
+
+
+@contextmanager
+def only(named: Mapping[str, torch.nn.Parameter], chosen: Collection[str]) -> Iterator[None]:
+    """Let only the chosen of these parameters have gradients, which are gone at the end."""
+    had = {name: parameter.requires_grad for name, parameter in named.items()}
+    try:
+        for name, parameter in named.items():
+            parameter.requires_grad_(name in chosen)
+        yield
+    finally:
+        for name, parameter in named.items():
+            parameter.requires_grad_(had[name])
+            parameter.grad = None

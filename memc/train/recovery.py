@@ -7,13 +7,11 @@ since a model that adapts to a text gets better at it without getting closer to 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from memc.program import Program
@@ -24,12 +22,14 @@ from memc.train.loop import (
     Checkpoints,
     Curve,
     Schedule,
+    only,
     optimiser,
     optimiser_tensors,
     require_finite,
     restore_optimiser,
     step_optimiser,
 )
+from memc.train.parallel import ALONE, Processes
 
 POINTS = 100
 GUARDS = 8
@@ -43,7 +43,8 @@ PATIENCE = 2
 class Recovery:
     """What recovery trains and how. ``rates`` maps parameters (qualified name) to their peak learning rate.
 
-    ``text`` weighs cross-entropy on the text against the KL; ``accumulate`` batches make one step.
+    ``text`` weighs cross-entropy on the text against the KL; ``accumulate`` batches make one step. Every one of
+    ``processes`` trains on its share of each batch.
     """
 
     before: Program
@@ -52,6 +53,7 @@ class Recovery:
     accumulate: int = 1
     text: float = 0.0
     products: torch.dtype | None = None
+    processes: Processes = ALONE
 
 
 @dataclass
@@ -72,6 +74,7 @@ class _Run:
     teacher: Teacher
     parameters: dict[str, torch.nn.Parameter]
     made: torch.optim.AdamW
+    student: nn.Module
     curve: Curve = field(default_factory=Curve)
     guard: list[tuple[int, float]] = field(default_factory=list)
     best: dict[str, Tensor] = field(default_factory=dict)
@@ -81,9 +84,8 @@ class _Run:
         name = self.teacher.wanted[0][0]
         expected: dict[str, Tensor] = {}
         self.teacher.run(tokens, positions, lambda _, values: expected.update(values))
-        program = self.recovery.after
-        state = program.new_state(tokens.shape[0], tokens.device)
-        logits = program.module(tokens, positions, *state)[0]
+        state = self.recovery.after.new_state(tokens.shape[0], tokens.device)
+        logits = self.student(tokens, positions, *state)[0]
         given = expected[name].float().log_softmax(-1)
         found = logits.float().log_softmax(-1)
         real = positions >= 0
@@ -97,10 +99,11 @@ class _Run:
     @torch.no_grad()
     def look(self, step: int, guard: tuple[Tensor, Tensor]) -> None:
         """Measure the guard text, and keep the parameters if they are the best so far."""
-        rows = [self.divergence(guard[0][i : i + 1], guard[1][i : i + 1])[0] for i in range(len(guard[0]))]
-        value = torch.stack(rows).mean()
-        require_finite("KL of the guard text", value, "recovery", step)
-        self.guard.append((step, float(value)))
+        tokens, positions = self.recovery.processes.share(*guard)
+        total = sum(float(self.divergence(tokens[i : i + 1], positions[i : i + 1])[0]) for i in range(len(tokens)))
+        value = self.recovery.processes.mean([total])[0] * self.recovery.processes.count / len(guard[0])
+        require_finite("KL of the guard text", torch.tensor(value), "recovery", step)
+        self.guard.append((step, value))
         if not self.since_best:
             self.best = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
 
@@ -128,10 +131,11 @@ def recover(
     parameters = {name: named[name] for name in recovery.rates}
     groups = [{"params": [parameters[name]], "peak": rate} for name, rate in recovery.rates.items()]
     teacher = Teacher(recovery.before, [(logits_node(recovery.before).name,)], recovery.products)
-    run = _Run(recovery, teacher, parameters, optimiser(groups))
     every = max(1, schedule.steps // GUARDS)
-    with _only(named, parameters), progress.step("recover", schedule.steps) as advance:
+    with only(named, parameters), progress.step("recover", schedule.steps) as advance:
+        run = _Run(recovery, teacher, parameters, optimiser(groups), recovery.processes.wrap(recovery.after.module))
         step = _restore(run, checkpoints)
+        recovery.processes.wait()  # nobody reads a checkpoint any more that the leader may remove
         advance(step)
         if not run.guard:
             run.look(step, guard)
@@ -157,14 +161,16 @@ def _step(run: _Run, step: int, batches: Batches, schedule: Schedule) -> int:
     sums = {"kl": 0.0, "text": 0.0}
     for part in range(recovery.accumulate):
         batch = batches(step * recovery.accumulate + part)
-        kl, text = run.divergence(*batch)
-        loss = kl + recovery.text * text
-        require_finite("loss", loss, "recovery", step)
-        (loss / recovery.accumulate).backward()
+        with recovery.processes.gathering(run.student, part + 1 == recovery.accumulate):
+            kl, text = run.divergence(*recovery.processes.share(*batch))
+            loss = kl + recovery.text * text
+            require_finite("loss", loss, "recovery", step)
+            (loss / recovery.accumulate).backward()
         sums["kl"] += float(kl.detach()) / recovery.accumulate
         sums["text"] += float(text.detach()) / recovery.accumulate
         tokens += batch[0].numel()
     step_optimiser(run.made, schedule.rate(step) / schedule.peak, "recovery", step)
+    sums = dict(zip(sums, recovery.processes.mean(list(sums.values())), strict=True))
     run.curve.add(step, sums, max(1, schedule.steps // POINTS))
     return tokens
 
@@ -173,20 +179,6 @@ def _summary(run: _Run, tokens: int, began: float) -> str:
     last = run.curve.last()
     kl = f"KL {last['kl']:.4f}, " if last else ""
     return f"{kl}guard {run.guard[-1][1]:.4f}, {tokens / (time.perf_counter() - began):.0f} tokens/s"
-
-
-@contextmanager
-def _only(named: Mapping[str, torch.nn.Parameter], chosen: Mapping[str, Any]) -> Iterator[None]:
-    """Let only the chosen parameters have gradients."""
-    had = {name: parameter.requires_grad for name, parameter in named.items()}
-    try:
-        for name, parameter in named.items():
-            parameter.requires_grad_(name in chosen)
-        yield
-    finally:
-        for name, parameter in named.items():
-            parameter.requires_grad_(had[name])
-            parameter.grad = None
 
 
 def _save(run: _Run, checkpoints: Checkpoints, step: int) -> None:

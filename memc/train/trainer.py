@@ -21,6 +21,7 @@ from memc.recipe import Train
 from memc.report.files import ChoiceFacts, CurveFacts, RecoveryFacts, TrainingFacts, TransferFacts
 from memc.train.adapters import Adapter, add_adapters, attention_projections, fold_adapters
 from memc.train.loop import Batches, Checkpoints, Curve, Schedule
+from memc.train.parallel import ALONE, Processes
 from memc.train.recovery import Recovery, RecoveryResult, recover
 from memc.train.transfer import Transfer
 
@@ -39,8 +40,8 @@ Apply = Callable[[Pass], Applied]
 
 
 @dataclass(frozen=True)
-class Trained:
-    """A trained program, the pass as it was resolved with what it reports, and what training was like.
+class Rewritten:
+    """A rewritten program, the pass as it was resolved with what it reports, and what training was like, if any was.
 
     ``transferred`` is the program before recovery, whose own weights are still the original's.
     """
@@ -50,7 +51,7 @@ class Trained:
     program: Program
     report: PassReport
     transferred: Program
-    facts: TrainingFacts
+    facts: TrainingFacts | None
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Trainer:
 
     ``tokens`` are shared between transfer and recovery as ``settings`` say. ``batches`` of ``settings.batch``
     sequences; ``guard`` are held-out tokens and positions ``[N,T]``. ``key`` tells what the data and the model are.
+    Of several ``processes`` all call :meth:`train` alike, and the one that leads writes.
     """
 
     settings: Train
@@ -69,8 +71,9 @@ class Trainer:
     key: Mapping[str, Any]
     products: torch.dtype | None
     progress: Progress
+    processes: Processes = ALONE
 
-    def train(self, pass_: Pass, before: Program, applied: Applied, apply: Apply, folder: Path | None) -> Trained:
+    def train(self, pass_: Pass, before: Program, applied: Applied, apply: Apply, folder: Path | None) -> Rewritten:
         """Train what ``pass_`` added to ``before`` when it was ``applied``.
 
         With a ``folder`` a killed training goes on where it was. A pass that leaves open which blocks stay is settled
@@ -95,7 +98,7 @@ class Trainer:
         if self.recovery_steps:
             after, facts.recovery = self._recover(before, after, report, folder)
         settled = replace(report, untrained=False, relations=pass_.trained_relations(plan))
-        return Trained(pass_, plan, after, settled, transferred, facts)
+        return Rewritten(pass_, plan, after, settled, transferred, facts)
 
     @property
     def transfer_steps(self) -> int:
@@ -110,10 +113,11 @@ class Trainer:
 
     def _transfer(self, before: Program, after: Program, report: PassReport, folder: Path | None) -> TransferFacts:
         began = time.perf_counter()
-        transfer = Transfer(before, after, report.objectives, self.products)
+        transfer = Transfer(before, after, report.objectives, self.products, self.processes)
         checkpoints = self._checkpoints(folder, "transfer")
         path = folder / "transfer.json" if folder is not None else None
-        if path is not None and path.is_file():
+        begun = self.processes.from_leader(lambda: path is not None and path.is_file())
+        if path is not None and begun:
             facts = TransferFacts.model_validate_json(path.read_text())
         else:
             facts = TransferFacts(steps=self.transfer_steps, tokens=0)
@@ -122,9 +126,10 @@ class Trainer:
             with self.progress.step("first values in closed form"):
                 transfer.initialise(*_sequences(self.batches, sequences))
             facts.errors["initial"] = transfer.errors(*self.guard)
-        if path is not None and not path.is_file():
+        if path is not None and not begun and self.processes.leads:
             checkpoints.save(0, *transfer.start())
             _write(path, facts.model_dump_json())
+        self.processes.wait()
         schedule = Schedule(self.transfer_steps, self.settings.rate)
         facts.curve = _curve(transfer.train(self.batches, schedule, self.seed, checkpoints, self.progress))
         facts.errors["trained"] = transfer.errors(*self.guard)
@@ -135,7 +140,12 @@ class Trainer:
     def _choose(
         self, before: Program, after: Program, report: PassReport, share: float, folder: Path | None
     ) -> ChoiceFacts:
-        """Choose the layers that stay; kept in ``folder`` so that it is done once."""
+        """Choose the layers that stay; kept in ``folder`` so that it is done once, and by the leader alone."""
+        return self.processes.from_leader(lambda: self._ranked(before, after, report, share, folder))
+
+    def _ranked(
+        self, before: Program, after: Program, report: PassReport, share: float, folder: Path | None
+    ) -> ChoiceFacts:
         path = folder / "choice.json" if folder is not None else None
         if path is not None and path.is_file():
             return ChoiceFacts.model_validate_json(path.read_text())
@@ -177,7 +187,7 @@ class Trainer:
                     trained.provenance[name] = replace(source, transform="trained", invertible=False)
         _own(trained, new)
         rates = dict.fromkeys(others, settings.adapter_rate) | dict.fromkeys(new, settings.memory_rate)
-        recovery = Recovery(before, trained, rates, settings.accumulate, settings.text, self.products)
+        recovery = Recovery(before, trained, rates, settings.accumulate, settings.text, self.products, self.processes)
         first = self.transfer_steps
 
         def later(step: int) -> tuple[Tensor, Tensor]:
@@ -193,7 +203,7 @@ class Trainer:
 
     def _checkpoints(self, folder: Path | None, stage: str) -> Checkpoints:
         key = {**self.key, "stage": stage, "tokens": self.tokens, "seed": self.seed, **self.settings.model_dump()}
-        return Checkpoints(folder / stage if folder is not None else None, key)
+        return Checkpoints(folder / stage if folder is not None else None, key, writes=self.processes.leads)
 
 
 def _recovery_facts(result: RecoveryResult, settings: Train, seconds: float) -> RecoveryFacts:

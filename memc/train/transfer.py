@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from memc.objective import BlockObjective, relative_error
 from memc.program import Program
@@ -22,19 +22,24 @@ from memc.train.loop import (
     Checkpoints,
     Curve,
     Schedule,
+    only,
     optimiser,
     optimiser_tensors,
     require_finite,
     restore_optimiser,
     step_optimiser,
 )
+from memc.train.parallel import ALONE, Processes
 
 POINTS = 100
 """Points of a loss curve."""
 
 
 class Transfer:
-    """The transfer of some blocks of a program; ``products`` is the type of the teacher's matrix products."""
+    """The transfer of some blocks of a program; ``products`` is the type of the teacher's matrix products.
+
+    Every one of ``processes`` trains on its share of each batch.
+    """
 
     def __init__(
         self,
@@ -42,8 +47,11 @@ class Transfer:
         after: Program,
         objectives: Sequence[BlockObjective],
         products: torch.dtype | None = None,
+        processes: Processes = ALONE,
     ) -> None:
         """Cut the blocks out of ``after``, whose parameters are what is trained."""
+        self.processes = processes
+        self._named = dict(after.module.named_parameters())
         self.blocks = [cut_out(before, after, objective) for objective in objectives]
         wanted = [tuple(dict.fromkeys((*b.inputs, b.objective.target, *b.objective.reads))) for b in self.blocks]
         self.teacher = Teacher(before, wanted, products)
@@ -57,6 +65,7 @@ class Transfer:
                 block.objective.initialise(values, block.parameters, lambda: block(values))
 
         self.teacher.run(tokens, positions, learn)
+        self.processes.align(value.data for block in self.blocks for value in block.parameters.values())
 
     def train(
         self, batches: Batches, schedule: Schedule, seed: int, checkpoints: Checkpoints, progress: Progress
@@ -68,11 +77,14 @@ class Transfer:
         made = [self._optimiser(block, schedule.peak) for block in self.blocks]
         curves = [Curve() for _ in self.blocks]
         first = self._restore(checkpoints, made, curves)
+        self.processes.wait()  # nobody reads a checkpoint any more that the leader may remove
         tokens, began = 0, time.perf_counter()
-        with progress.step("transfer", schedule.steps) as advance:
+        new = {name for block in self.blocks for name in block.objective.parameters.values()}
+        with only(self._named, new), progress.step("transfer", schedule.steps) as advance:
+            modules = [self.processes.wrap(block.module) for block in self.blocks]
             advance(first)
             for step in range(first, schedule.steps):
-                tokens = self._step(step, batches, schedule, seed, made, curves)
+                tokens = self._step(step, batches, schedule, seed, modules, made, curves)
                 advance(1, _summary(curves, tokens, step + 1 - first, began))
                 if checkpoints.due:
                     checkpoints.save(step + 1, *self._state(made, curves))
@@ -85,25 +97,32 @@ class Transfer:
         batches: Batches,
         schedule: Schedule,
         seed: int,
+        modules: Sequence[nn.Module],
         made: Sequence[torch.optim.AdamW],
         curves: Sequence[Curve],
     ) -> int:
         tokens, positions = batches(step)
-        share, every = schedule.rate(step) / schedule.peak, max(1, schedule.steps // POINTS)
+        rate = schedule.rate(step) / schedule.peak
+        found: list[dict[str, float]] = [{} for _ in self.blocks]
 
         def learn(index: int, values: dict[str, Tensor]) -> None:
-            objective = self.blocks[index].objective
+            block, objective = self.blocks[index], self.blocks[index].objective
             where = f"layer {objective.layer} {objective.path}"
             # Of the layer's number, not its place among those that are trained, so that it learns alike without them.
             generator = torch.Generator().manual_seed(seed * 1_000_003 + step * 1009 + objective.layer)
-            losses = objective.losses(self.blocks[index](values), values, step / schedule.steps, generator)
+            losses = objective.losses(
+                modules[index](*block.arguments(values)), values, step / schedule.steps, generator
+            )
             total = torch.stack(list(losses.values())).sum()
             require_finite("loss", total, where, step)
-            total.backward(inputs=list(self.blocks[index].parameters.values()))
-            step_optimiser(made[index], share, where, step)
-            curves[index].add(step, {name: float(value.detach()) for name, value in losses.items()}, every)
+            total.backward()
+            step_optimiser(made[index], rate, where, step)
+            found[index] = {name: float(value.detach()) for name, value in losses.items()}
 
-        self.teacher.run(tokens, positions, learn)
+        self.teacher.run(*self.processes.share(tokens, positions), learn)
+        means = iter(self.processes.mean([value for losses in found for value in losses.values()]))
+        for curve, losses in zip(curves, found, strict=True):
+            curve.add(step, {name: next(means) for name in losses}, max(1, schedule.steps // POINTS))
         return tokens.numel()
 
     @torch.no_grad()

@@ -80,17 +80,6 @@ def test_positions_count_from_the_start_of_a_document(made, length):
             assert position == 0 or token == tokens[index - 1] + 1
 
 
-@given(streams(), st.integers(1, 6), st.sampled_from([1, 2, 3, 4]), st.integers(0, 20))
-def test_shares_of_processes_are_the_batch(made, length, world, step):
-    if (corpus := ready(made, length)) is None:
-        return
-    sequences = corpus.sequences(length, seed=1)
-    whole = sequences.batch(step, 12)
-    shares = [corpus.sequences(length, seed=1).batch(step, 12, rank, world) for rank in range(world)]
-    assert np.array_equal(np.concatenate([share.tokens for share in shares]), whole.tokens)
-    assert np.array_equal(np.concatenate([share.positions for share in shares]), whole.positions)
-
-
 def test_a_resumed_run_goes_on_as_if_it_had_not_stopped():
     made = long_streams(100, 300)
     run = Corpus(made, [1, 2]).sequences(7, seed=5)
@@ -174,8 +163,6 @@ def test_too_little_data():
         corpus.guard(10)
     with pytest.raises(MemcError, match=r"E207 .*5 tokens.*text 100\]"):
         Corpus(long_streams(100, 5), [1, 1]).sequences(10)
-    with pytest.raises(MemcError, match="E200"):
-        sequences.batch(0, 3, 0, 2)
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ killable(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
 """
 
 
-def killable(llama: Path, out: Path, stage: str) -> ConvertDocument:
+def killable(llama: Path, out: Path, stage: str, batch: int = 1) -> ConvertDocument:
     """Convert, with a checkpoint after every step; a ``stage`` kills the process after its second one."""
     torch.set_num_threads(1)
     loop.SAVE_SECONDS = -1.0
@@ -108,7 +108,7 @@ def killable(llama: Path, out: Path, stage: str) -> ConvertDocument:
 
     loop.Checkpoints.save = saving  # type: ignore[method-assign]
     try:
-        return convert(llama, out, SPEC.replace("auto:50%", "none"), tokens=400)
+        return convert(llama, out, SPEC.replace("auto:50%", "none"), tokens=900 * batch, train={"batch": batch})
     finally:
         loop.Checkpoints.save = save  # type: ignore[method-assign]
         loop.SAVE_SECONDS = 60.0

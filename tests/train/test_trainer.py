@@ -14,7 +14,7 @@ from memc.pipeline import Pass
 from memc.program import Program, get_tensor
 from memc.progress import Silent
 from memc.recipe import Train
-from memc.train import Trained, Trainer, loop
+from memc.train import Rewritten, Trainer, loop
 from tests.passes.tiny_program import TARGET, tiny
 from tests.train.tiny_training import LENGTH, SMALL, changed, linearized, packed, tensors_of
 
@@ -46,7 +46,7 @@ class Batches:
 
 def train(
     before: Program, keep: str, folder: Path | None = None, give: loop.Batches | None = None, **changes: Any
-) -> Trained:
+) -> Rewritten:
     tokens = round(STEPS * 2 * LENGTH / 0.6)
     seed = changes.pop("seed", 0)
     trainer = Trainer(
@@ -61,7 +61,7 @@ def train(
     return trainer.train(pass_, before, apply(pass_), apply, folder)
 
 
-def facts_of(trained: Trained) -> Any:
+def facts_of(trained: Rewritten) -> Any:
     """Everything in the facts but how long it took."""
 
     def clean(value: Any) -> Any:

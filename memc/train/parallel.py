@@ -1,0 +1,132 @@
+"""Training in several processes that ``torchrun`` has started: each takes its share of every batch.
+
+The processes hold the same parameters all the time, so that what is trained does not depend on how many there are.
+The first one leads: it alone converts, checks and writes, and the others follow through the training. All of them read
+the folder that it writes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from memc.errors import MemcError
+
+Value = TypeVar("Value")
+
+PATIENCE = timedelta(days=7)
+"""How long a process waits for another: one that is gone is noticed at once, verification can take hours."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of one training: ``rank`` of this one, 0 for the one that leads, among ``count``."""
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process is the one that converts and writes."""
+        return self.rank == 0
+
+    def require_even(self, batch: int) -> None:
+        """Raise ``MemcError`` E200 when a batch of sequences cannot be shared evenly."""
+        if batch % self.count:
+            hint = f"train: {{batch: {-(-batch // self.count) * self.count}}} in a recipe, or other processes"
+            reason = f"a batch of {batch} sequences cannot be shared by {self.count} processes"
+            raise MemcError("E200", reason, "train: batch", hint)
+
+    def share(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return this process's rows of ``tokens`` and ``positions [B,T]``: the shares in order are the whole."""
+        return tokens.tensor_split(self.count)[self.rank], positions.tensor_split(self.count)[self.rank]
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """Return a module of which every backward averages the gradients over the processes.
+
+        Those of its parameters that ask for one now; every one of them has to take part in every forward.
+        """
+        if self.count == 1:
+            return module
+        # Buffers are constants of the graph. To say that they need no broadcast has two names in two versions of torch.
+        constants = [name for name, _ in module.named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, constants)
+        return DistributedDataParallel(module, init_sync=False)
+
+    def gathering(self, module: nn.Module, last: bool) -> Any:
+        """Return a context in which gradients only add up, unless this is the last backward of a step."""
+        return nullcontext() if last or not isinstance(module, DistributedDataParallel) else module.no_sync()
+
+    def mean(self, values: Sequence[float]) -> list[float]:
+        """Return the mean of each value over the processes, the same in all of them."""
+        if self.count == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total)
+        return (total / self.count).tolist()
+
+    @torch.no_grad()
+    def align(self, tensors: Iterable[Tensor]) -> None:
+        """Give every process the leader's values, in place."""
+        if self.count > 1:
+            for value in tensors:
+                dist.broadcast(value, 0)
+
+    def from_leader(self, make: Callable[[], Value]) -> Value:
+        """Return what the leader makes, to all processes; the others wait for it."""
+        if self.count == 1:
+            return make()
+        held: list[Any] = [make() if self.leads else None]
+        dist.broadcast_object_list(held, 0)
+        return held[0]  # type: ignore[no-any-return]
+
+    def wait(self) -> None:
+        """Return when every process has come here."""
+        if self.count > 1:
+            dist.barrier()
+
+
+ALONE = Processes()
+
+
+def launched() -> Processes:
+    """Return this process's place as ``torchrun`` has written it into the environment; alone without it."""
+    return Processes(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+
+
+@contextmanager
+def joined() -> Iterator[Processes]:
+    """Join the processes that ``torchrun`` has started, for as long as this lasts.
+
+    Raises ``MemcError`` E503 when another of them is gone.
+    """
+    processes = launched()
+    if processes.count == 1:
+        yield processes
+        return
+    try:
+        dist.init_process_group("gloo", timeout=PATIENCE)
+        yield processes
+    except (dist.DistError, RuntimeError) as error:
+        if not _is_of_another(error):
+            raise
+        reason = f"another process of the training is gone, noticed by process {processes.rank} of {processes.count}"
+        raise MemcError("E503", reason, next="the same command goes on from the last checkpoint") from error
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _is_of_another(error: BaseException) -> bool:
+    """Tell whether an error is that of a lost connection: gloo raises a ``RuntimeError`` of its own text."""
+    text = str(error)
+    return isinstance(error, dist.DistError) or "gloo" in text or "Connection " in text
