@@ -131,7 +131,9 @@ def convert(model: Path, out: Path, weights: str, recipe: str, threads: int) -> 
         print(line, end="", file=sys.stderr, flush=True)
         if found := re.match(r"(.*?) \.\.\. ([\d.]+) s$", line.strip()):
             now, cpu = time.perf_counter(), watch.cpu()
-            steps.append({"step": found[1], "wall": now - last, "cpu": cpu - used, **watch.take()})
+            steps.append(
+                {"step": found[1].replace(str(model), "MODEL"), "wall": now - last, "cpu": cpu - used, **watch.take()}
+            )
             last, used = now, cpu
     if process.wait():
         raise SystemExit(f"the conversion ended with {process.returncode}: {said.read_text()}")
@@ -142,21 +144,21 @@ def convert(model: Path, out: Path, weights: str, recipe: str, threads: int) -> 
     return {"weights": weights, "wall": time.perf_counter() - began, "cpu": used, "steps": steps, **kept}
 
 
-def page(document: dict[str, Any]) -> str:
+def page(document: dict[str, Any], remarks: str) -> str:
     """Write the page of a run."""
     versions = ", ".join(f"{name} {number}" for name, number in document["versions"].items())
     sizes = ", ".join(f"{name} {size}" for name, size in document["sizes"].items())
     parts = [
         "# A model that does not fit in float32",
         f"{document['cpu']}, {document['cores']} cores, {document['memory_bytes'] / 2**30:.0f} GiB,"
-        f" {document['threads']} threads, load {document['load_before']:.1f} before the start; {versions};"
+        f" {document['threads']} thread(s), load {document['load_before']:.1f} before the start; {versions};"
         f" memc at {document['commit']}. A random Llama in bfloat16 ({sizes}), recipe `{document['recipe']}`. Memory is"
         f" `RssAnon` and `RssFile` of `/proc/PID/status`, every {1000 * TICK:.0f} ms: the first is what the machine has"
         " to have, the second are pages of files that it can drop. See [README](../README.md).",
     ]
     for run in document["runs"]:
         parts += [f"## {run['weights']}", table(run), checks(run)]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join([*parts, *([remarks.strip()] if remarks.strip() else [])]) + "\n"
 
 
 def table(run: dict[str, Any]) -> str:
@@ -225,7 +227,8 @@ def main() -> None:
         document["runs"].append(convert(model, out, weights, arguments.recipe, arguments.threads))
         results = arguments.out / f"large-{datetime.date.today().isoformat()}.json"
         results.write_text(json.dumps(document, indent=1) + "\n")
-        results.with_suffix(".md").write_text(page(document))
+        remarks = results.with_suffix(".remarks.txt")
+        results.with_suffix(".md").write_text(page(document, remarks.read_text() if remarks.is_file() else ""))
     shutil.rmtree(out, ignore_errors=True)
 
 
