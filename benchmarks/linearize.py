@@ -141,7 +141,7 @@ class Bench:
                 recovery = Recovery(
                     self.original, adapted, rates, settings.accumulate, settings.text, self.trainer.products
                 )
-                schedule = Schedule(self.trainer.recovery_steps, settings.adapter_rate)
+                schedule = Schedule(self.trainer.recovery_steps)
                 first = self.trainer.transfer_steps
                 checkpoints = Checkpoints(self.work / name / "window-training", {"side": "window"})
                 recover(

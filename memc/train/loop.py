@@ -37,18 +37,17 @@ SAVE_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Schedule:
-    """A number of steps, and a learning rate that rises linearly and then falls as a cosine."""
+    """A number of steps, over which learning rates rise linearly and then fall as a cosine."""
 
     steps: int
-    peak: float
 
-    def rate(self, step: int) -> float:
-        """Return the learning rate of one step, the first being 0."""
+    def share(self, step: int) -> float:
+        """Return the share of its peak that a learning rate has at one step, the first being 0."""
         warm = max(1, round(WARM_UP * self.steps))
         if step < warm:
-            return self.peak * (step + 1) / warm
+            return (step + 1) / warm
         over = (step - warm) / max(1, self.steps - warm)
-        return self.peak * (FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * over)))
+        return FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * over))
 
 
 def optimiser(groups: Sequence[Mapping[str, Any]]) -> torch.optim.AdamW:

@@ -169,7 +169,7 @@ def _step(run: _Run, step: int, batches: Batches, schedule: Schedule) -> int:
         sums["kl"] += float(kl.detach()) / recovery.accumulate
         sums["text"] += float(text.detach()) / recovery.accumulate
         tokens += batch[0].numel()
-    step_optimiser(run.made, schedule.rate(step) / schedule.peak, "recovery", step)
+    step_optimiser(run.made, schedule.share(step), "recovery", step)
     sums = dict(zip(sums, recovery.processes.mean(list(sums.values())), strict=True))
     run.curve.add(step, sums, max(1, schedule.steps // POINTS))
     return tokens

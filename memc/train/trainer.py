@@ -130,8 +130,10 @@ class Trainer:
             checkpoints.save(0, *transfer.start())
             _write(path, facts.model_dump_json())
         self.processes.wait()
-        schedule = Schedule(self.transfer_steps, self.settings.rate)
-        facts.curve = _curve(transfer.train(self.batches, schedule, self.seed, checkpoints, self.progress))
+        schedule = Schedule(self.transfer_steps)
+        facts.curve = _curve(
+            transfer.train(self.batches, schedule, self.settings.rate, self.seed, checkpoints, self.progress)
+        )
         facts.errors["trained"] = transfer.errors(*self.guard)
         facts.tokens = self.transfer_steps * self.settings.batch * self.settings.length
         facts.seconds = time.perf_counter() - began
@@ -193,7 +195,7 @@ class Trainer:
         def later(step: int) -> tuple[Tensor, Tensor]:
             return self.batches(first + step)
 
-        schedule = Schedule(self.recovery_steps, max(settings.adapter_rate, settings.memory_rate))
+        schedule = Schedule(self.recovery_steps)
         checkpoints = self._checkpoints(folder, "recovery")
         result = recover(recovery, later, self.guard, schedule, checkpoints, self.progress)
         folded = fold_adapters(after, trained, adapters) if adapters else trained

@@ -68,13 +68,20 @@ class Transfer:
         self.processes.align(value.data for block in self.blocks for value in block.parameters.values())
 
     def train(
-        self, batches: Batches, schedule: Schedule, seed: int, checkpoints: Checkpoints, progress: Progress
+        self,
+        batches: Batches,
+        schedule: Schedule,
+        rate: float,
+        seed: int,
+        checkpoints: Checkpoints,
+        progress: Progress,
     ) -> Curve:
         """Train for the schedule's steps, going on from the newest checkpoint, and return the mean of the losses.
 
+        ``rate`` is the learning rate at its peak.
         Raises ``MemcError``: E403 naming layer and step when a loss is not finite, E502 when the disk is full.
         """
-        made = [self._optimiser(block, schedule.peak) for block in self.blocks]
+        made = [self._optimiser(block, rate) for block in self.blocks]
         curves = [Curve() for _ in self.blocks]
         first = self._restore(checkpoints, made, curves)
         self.processes.wait()  # nobody reads a checkpoint any more that the leader may remove
@@ -102,7 +109,6 @@ class Transfer:
         curves: Sequence[Curve],
     ) -> int:
         tokens, positions = batches(step)
-        rate = schedule.rate(step) / schedule.peak
         found: list[dict[str, float]] = [{} for _ in self.blocks]
 
         def learn(index: int, values: dict[str, Tensor]) -> None:
@@ -116,7 +122,7 @@ class Transfer:
             total = torch.stack(list(losses.values())).sum()
             require_finite("loss", total, where, step)
             total.backward()
-            step_optimiser(made[index], rate, where, step)
+            step_optimiser(made[index], schedule.share(step), where, step)
             found[index] = {name: float(value.detach()) for name, value in losses.items()}
 
         self.teacher.run(*self.processes.share(tokens, positions), learn)
@@ -128,15 +134,17 @@ class Transfer:
     @torch.no_grad()
     def errors(self, tokens: Tensor, positions: Tensor) -> dict[int, float]:
         """Return each layer's relative squared error on ``tokens [N,T]``, past what is exact by construction."""
-        found: dict[int, float] = {}
+        found = dict.fromkeys((block.objective.layer for block in self.blocks), 0.0)
 
         def measure(index: int, values: dict[str, Tensor]) -> None:
             block = self.blocks[index]
             with torch.no_grad():
                 output, target = block(values)[0], block.objective.wanted(values)
-                found[block.objective.layer] = float(relative_error(output, target, block.objective.exact))
+                error = relative_error(output, target, block.objective.exact)
+                found[block.objective.layer] += float(error) / len(tokens)
 
-        self.teacher.run(tokens, positions, measure)
+        for row in range(len(tokens)):
+            self.teacher.run(tokens[row : row + 1], positions[row : row + 1], measure)
         return found
 
     def start(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -183,8 +183,8 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loop, "SAVE_SECONDS", -1.0)
-    rate = loop.Schedule.rate
-    monkeypatch.setattr(loop.Schedule, "rate", lambda self, step: rate(self, step) if step < 3 else float("inf"))
+    share = loop.Schedule.share
+    monkeypatch.setattr(loop.Schedule, "share", lambda self, step: share(self, step) if step < 3 else float("inf"))
     with pytest.raises(MemcError, match=r"E403 a parameter is not finite at step 3 \[layer 0 model\.layers\.0"):
         convert(llama, tmp_path / "out")
     kept = tmp_path / "out.partial" / "train-02" / "transfer"

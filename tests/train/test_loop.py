@@ -16,10 +16,10 @@ STATE = {"x": torch.arange(3.0)}
 
 
 def test_the_rate_rises_and_falls() -> None:
-    rates = [Schedule(100, 2.0).rate(step) for step in range(100)]
-    assert rates[9] == 2.0 and rates[0] == pytest.approx(0.2)
+    rates = [Schedule(100).share(step) for step in range(100)]
+    assert rates[9] == 1.0 and rates[0] == pytest.approx(0.1)
     assert rates[:10] == sorted(rates[:10]) and rates[9:] == sorted(rates[9:], reverse=True)
-    assert rates[-1] == pytest.approx(0.2, rel=0.01) and Schedule(1, 2.0).rate(0) == 2.0
+    assert rates[-1] == pytest.approx(0.1, rel=0.01) and Schedule(1).share(0) == 1.0
 
 
 def test_a_curve_that_was_kept_goes_on_within_a_point() -> None:

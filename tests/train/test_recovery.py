@@ -35,7 +35,7 @@ def with_adapters(rate: float = 1e-2) -> Recovery:
 
 
 def run(recovery: Recovery, steps: int, give: object = batches) -> RecoveryResult:
-    schedule = Schedule(steps, max(recovery.rates.values()))
+    schedule = Schedule(steps)
     return recover(recovery, give, GUARD, schedule, Checkpoints(None, {}), Silent())  # type: ignore[arg-type]
 
 

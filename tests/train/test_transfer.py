@@ -52,11 +52,11 @@ def test_a_block_learns_the_same_alone() -> None:
     alone, report = linearized(before)
     made = Transfer(before, alone, report.objectives[1:2])
     made.initialise(*packed(4, 7))
-    made.train(batches, Schedule(3, 1e-2), 0, Checkpoints(None, {}), Silent())
+    made.train(batches, Schedule(3), 1e-2, 0, Checkpoints(None, {}), Silent())
     names = list(report.objectives[1].parameters.values())
     assert not changed(tensors_of(together), tensors_of(alone), names)
     other, report = linearized(before)
-    Transfer(before, other, report.objectives).train(batches, Schedule(3, 1e-2), 1, Checkpoints(None, {}), Silent())
+    Transfer(before, other, report.objectives).train(batches, Schedule(3), 1e-2, 1, Checkpoints(None, {}), Silent())
     assert changed(tensors_of(together), tensors_of(other), names)
 
 
@@ -82,7 +82,7 @@ def test_gradients_are_finite_with_strong_gates(bias: float, update: str) -> Non
             generator=torch.Generator().manual_seed(0)
         )
         get_tensor(after.module, objective.parameters["mass_bias"]).fill_(3.0)
-    curve = made.train(batches, Schedule(5, 1e-2), 0, Checkpoints(None, {}), Silent())
+    curve = made.train(batches, Schedule(5), 1e-2, 0, Checkpoints(None, {}), Silent())
     assert curve.steps == [1, 2, 3, 4, 5] and set(curve.losses) == {"output", "mass", "window_dropout"}
 
 
@@ -96,4 +96,4 @@ def test_a_loss_that_breaks_names_layer_and_step(rate: float, said: str) -> None
             get_tensor(after.module, report.objectives[1].parameters["mass_bias"])[0] = float("nan")
     layer = 1 if said == "loss" else 0
     with pytest.raises(MemcError, match=f"E403.*{said} is not finite at step 0 \\[layer {layer} model.layers.{layer}"):
-        made.train(batches, Schedule(5, rate), 0, Checkpoints(None, {}), Silent())
+        made.train(batches, Schedule(5), rate, 0, Checkpoints(None, {}), Silent())

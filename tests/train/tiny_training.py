@@ -82,5 +82,5 @@ def transfer(
     """Initialise every block and train it for some steps."""
     made = Transfer(program, after, report.objectives)
     made.initialise(*packed(4, 7))
-    made.train(batches, Schedule(steps, rate), 0, checkpoints or Checkpoints(None, {}), Silent())
+    made.train(batches, Schedule(steps), rate, 0, checkpoints or Checkpoints(None, {}), Silent())
     return made
