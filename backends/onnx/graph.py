@@ -66,6 +66,7 @@ class _Rewriter:
     plans: dict[tuple[Any, ...], Node] = field(default_factory=dict)
     rings: dict[tuple[Any, ...], Node] = field(default_factory=dict)
     buffers: set[str] = field(default_factory=set)
+    sample: Node | None = None
     in_place: set[str] = field(default_factory=set)
     dropped: set[str] = field(default_factory=set)
 
@@ -153,7 +154,9 @@ class _Rewriter:
         self.in_place |= {a["past_key"].target, a["past_value"].target}
         self._drop(a["past_positions"])
         plan_of = attend.attention_plan(s, a["window"], a["chunk"], a["prefix"])
-        plan = self.parts(self.plan(calls.attention_plan, plan_of, a["positions"], a["past_key"]), 5)
+        # A plan reads nothing of a buffer but its capacity, which is that of all of them.
+        self.sample = self.sample or a["past_key"]
+        plan = self.parts(self.plan(calls.attention_plan, plan_of, a["positions"], self.sample), 5)
         form = attend.attention(s, plain_reason(s) is None and not self.portable)
         out = self.call(calls.attention, form, *_qkv(a), *plan, *_extra(a))
         return [*self.parts(out, 3), a["past_positions"]]
