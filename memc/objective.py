@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,7 +25,16 @@ class BlockObjective(ABC):
 
     Where only some heads of a block were replaced, ``heads`` are those of ``target`` that the first result stands for,
     in order, and ``whole`` is the node of the program after that stands for all of it.
+
+    ``branches`` names the parts that the first result is put together from, what the pass added first. Each can be
+    left out (:meth:`without`), which shows what a model owes to it. ``stands_for`` says what of the replaced block the
+    first of them has to stand for, in a few words. ``no_share`` says why no share of a mass is known for it; where that
+    is empty, :meth:`carried` and :meth:`due` tell.
     """
+
+    branches: ClassVar[tuple[str, ...]] = ()
+    stands_for: ClassVar[str] = ""
+    no_share: ClassVar[str] = ""
 
     layer: int
     path: str
@@ -58,6 +68,25 @@ class BlockObjective(ABC):
         the parameters as they are. A pass that has no such values leaves this as it is.
         """
         return
+
+    def without(self, branch: str, results: Sequence[Tensor]) -> Tensor:
+        """Return what the first result would be if one of ``branches`` gave nothing and the others stood alone.
+
+        ``results`` are the values of ``self.results``, which the program computes no later than the first.
+        """
+        raise ValueError(f"layer {self.layer} {self.path} has no branch {branch!r}")
+
+    def carried(self, results: Sequence[Tensor]) -> Tensor:
+        """Return the share ``[B,H,T]`` of the mass behind the first result that its first branch holds."""
+        raise ValueError(f"layer {self.layer} {self.path} has no share of a mass")
+
+    def due(self, values: Values) -> tuple[Tensor, Tensor]:
+        """Return the share ``[B,H,T]`` that the replaced block gave to what the first branch stands for.
+
+        And the tokens ``[B,T]`` for which there is anything of the kind: no other counts. ``values`` are those of
+        ``reads``.
+        """
+        raise ValueError(f"layer {self.layer} {self.path} has no share of a mass")
 
 
 def relative_error(output: Tensor, target: Tensor, exact: int) -> Tensor:

@@ -24,13 +24,15 @@ if TYPE_CHECKING:
 )
 @click.argument("arguments", nargs=-1, required=True, metavar="OUT | diff OUT1 OUT2")
 @click.option("--html", is_flag=False, flag_value="", metavar="[FILE]", help="Write a page (OUT/report/report.html).")
-@click.option("--pass", "pass_name", metavar="NAME", help="Show one pass.")
+@click.option("--pass", "pass_name", metavar="NAME", help="Show one pass: its layers, and the share of each branch.")
 @click.option("--layer", type=NATURAL, help="Show one layer of that pass.")
 @click.option("--why", is_flag=True, help="Say why blocks were left alone.")
 def command(
     console: Console, arguments: tuple[str, ...], html: str | None, pass_name: str | None, layer: int | None, why: bool
 ) -> None:
     """Show what a conversion changed, what it cost and how far the outputs moved; or compare two.
+
+    Of a trained pass it shows the distance from the original with each branch (memory, window) off.
 
     Reads the report files alone. When OUT is missing, OUT.partial shows how far a conversion came.
     """

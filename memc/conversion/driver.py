@@ -16,6 +16,7 @@ from memc import machine
 from memc.artifact import seal
 from memc.backend import LowerOptions
 from memc.conversion.facts import (
+    ablations,
     check_facts,
     pass_facts,
 )
@@ -222,6 +223,7 @@ class _Conversion:
             with self.steps.step("quality", "measure quality"):
                 progress = self.steps.progress
                 found = self.quality(manifest, runner, folder=place, seed=request.recipe.seed, progress=progress)
+                found.ablations = ablations(runs)
                 self.folder.write_report("quality.json", found)
         del runner
         self.folder.clean()

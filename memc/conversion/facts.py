@@ -27,6 +27,7 @@ from memc.dialect import op_spec
 from memc.pipeline import PassReport
 from memc.program import Program
 from memc.report.facts import BlockFacts, CheckFacts, ModelFacts, NearMissFacts, RelationFacts, SiteFacts, SkippedFacts
+from memc.report.files import AblationFacts
 from memc.report.models import PassFacts
 from memc.verify import CheckResult
 
@@ -117,6 +118,13 @@ def pass_facts(run: PassRun) -> PassFacts:
         seconds=report.timing.seconds,
         resumed=run.resumed,
     )
+
+
+def ablations(runs: Iterable[PassRun]) -> dict[str, AblationFacts]:
+    """Return what was measured of the branches of trained passes, by spec."""
+    trained = [(run.report.spec, run.report.training) for run in runs]
+    branches = {spec: facts.branches for spec, facts in trained if facts is not None}
+    return {spec: facts.ablation for spec, facts in branches.items() if facts is not None and facts.ablation}
 
 
 def _pass_facts(rewritten: list[SiteFacts], relations: list[RelationFacts], **rest: Any) -> PassFacts:

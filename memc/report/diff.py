@@ -80,6 +80,9 @@ def _training(topic: str, facts: files.TrainingFacts) -> Iterator[tuple[tuple[st
         if looks := training.held_out_kl(facts.recovery):
             yield (topic, "held-out KL before recovery"), looks[0]
             yield (topic, "held-out KL after recovery"), looks[1]
+    if facts.branches is not None and (found := facts.branches.ablation) is not None:
+        for branch, distance in found.without.items():
+            yield (topic, f"held-out KL, {branch} off"), distance.kl_mean
 
 
 def _costs(done: m.ConvertDocument) -> Iterator[tuple[tuple[str, str], Value]]:

@@ -69,13 +69,61 @@ class RecoveryFacts(Facts):
     seconds: float = 0.0
 
 
+class BranchDistance(Facts):
+    """How far a model is from the original: ratio of the perplexities, mean KL in nats a token."""
+
+    perplexity_ratio: float | None
+    kl_mean: float | None
+
+
+class AblationFacts(Facts):
+    """How far a trained model is from the original, as it is and with a branch left out of every rewritten block.
+
+    ``without`` goes by the names that the pass gives the branches. ``tokens`` of held-out text were measured: those
+    past what every block gets right by construction.
+    """
+
+    tokens: int
+    as_it_is: BranchDistance
+    without: dict[str, BranchDistance]
+
+
+class LayerShare(Facts):
+    """Means over ``tokens`` by query head, None for heads that were not rewritten.
+
+    ``carried`` is the share of the mass behind the block's output that its first branch holds in the trained model,
+    ``due`` the share that the original gives to what the branch stands for. ``tokens`` are those that have any of it.
+    """
+
+    layer: int
+    path: str
+    tokens: int
+    carried: list[float | None]
+    due: list[float | None]
+
+
+class BranchFacts(Facts):
+    """What a trained model owes to the ``branches`` of its rewritten blocks; ``shares`` are those of the first one.
+
+    ``stands_for`` says for what of the original. ``notes`` say what could not be told, and why.
+    """
+
+    branches: list[str]
+    stands_for: str = ""
+    ablation: AblationFacts | None = None
+    shares: list[LayerShare] = Field(default_factory=list)
+    notes: list[str] = Field(default_factory=list)
+    seconds: float = 0.0
+
+
 class TrainingFacts(Facts):
-    """What training a pass was like. ``tokens`` were asked for."""
+    """What training a pass was like. ``tokens`` were asked for; ``branches`` is None where there are none."""
 
     tokens: int
     transfer: TransferFacts
     choice: ChoiceFacts | None = None
     recovery: RecoveryFacts | None = None
+    branches: BranchFacts | None = None
 
 
 class LayerHeads(Facts):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from memc.report import charts, files, training
+from memc.report import branches, charts, files, training
 from memc.report import facts as f
 from memc.report import models as m
 from memc.report.terminal import form_text, shape_text
@@ -151,9 +151,29 @@ def _training(item: files.PassReportFile, facts: files.TrainingFacts) -> str:
     if facts.choice is not None:
         title = "What restoring one layer alone takes off the KL, nats a token (filled: kept)"
         parts.append(charts.bar_chart(title, _bars(facts.choice)))
+    if facts.branches is not None:
+        parts += _branches(facts.branches)
     heads = [training.LAYERS[0].replace("layer", ">layer"), *training.LAYERS[1:]]
     parts += [_table("Layers", heads, training.layer_rows(item)), f"<p>{escaped(training.LAYERS_NOTE)}.</p>\n"]
     return "".join(parts)
+
+
+def _branches(facts: files.BranchFacts) -> Iterable[str]:
+    """Show the model without each branch, and what the first one carries beside what the original gives to it."""
+    if facts.ablation is not None:
+        title = f"Branches, {facts.ablation.tokens} held-out tokens past what is exact"
+        yield _table(title, branches.ABLATION, branches.ablation_rows(facts.ablation))
+        yield f"<p>{escaped(branches.ABLATION_NOTE)}.</p>\n"
+    if facts.shares:
+        title = f"Percent of the mass: the {facts.branches[0]} carries (filled), the original gives to it (open)"
+        bars = [
+            charts.Bar(label, 100 * branches.mean(side), full=not index)
+            for one in facts.shares
+            for index, (label, side) in enumerate([(f"layer {one.layer}", one.carried), ("original", one.due)])
+        ]
+        yield charts.bar_chart(title, bars)
+        yield _table("Share of the mass by layer", branches.columns(facts), branches.share_rows(facts))
+        yield f"<p>{escaped(branches.legend(facts))}.</p>\n"
 
 
 def _lines(curve: files.CurveFacts) -> list[charts.Line]:

@@ -18,7 +18,7 @@ from memc.report.facts import (
     SiteFacts,
     SkippedFacts,
 )
-from memc.report.files import CaptureReport, PassReportFile, RaiseReport, TrainingFacts, VerifyReport
+from memc.report.files import AblationFacts, CaptureReport, PassReportFile, RaiseReport, TrainingFacts, VerifyReport
 
 
 class Predicted(Facts):
@@ -212,7 +212,7 @@ class EvalDocument(Document):
     """``memc eval``. ``ratio`` is the perplexity of a over that of b; divergences are of a from b, nats per token.
 
     What stands outside of ``by_context`` is of the longest window, ``window``. ``samples`` and ``seed`` are of the
-    tasks.
+    tasks. ``ablations``, by the spec of a trained pass, are of the program before it was lowered.
     """
 
     schema_: Literal["memc.eval/1"] = Field(default="memc.eval/1", alias="schema")
@@ -225,6 +225,7 @@ class EvalDocument(Document):
     ratio: float | None = None
     by_context: list[Divergence] = Field(default_factory=list)
     free_running: FreeRunningFacts | None = None
+    ablations: dict[str, AblationFacts] = Field(default_factory=dict)
     samples: int | None = None
     seed: int | None = None
     warnings: list[str] = Field(default_factory=list)

@@ -8,8 +8,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from memc.report import branches, files, heads, training
 from memc.report import facts as f
-from memc.report import files, heads, training
 from memc.report import models as m
 from memc.report.evaluation import eval_view
 from memc.report.layout import Cell, lines, stack, table, text, titled
@@ -180,7 +180,17 @@ def training_view(spec: str, facts: files.TrainingFacts | None) -> RenderableTyp
     if facts is None:
         return None
     stages = table(training.STAGES, training.stage_rows(facts))
-    return Group(text(f"training of {spec}", "bold"), stages, text(""), _pairs(training.fact_rows(facts)))
+    shown = Group(text(f"training of {spec}", "bold"), stages, text(""), _pairs(training.fact_rows(facts)))
+    return stack(shown, _ablation(facts))
+
+
+def _ablation(facts: files.TrainingFacts) -> RenderableType | None:
+    found = facts.branches.ablation if facts.branches else None
+    if found is None:
+        return None
+    made = table(branches.ABLATION, branches.ablation_rows(found))
+    title = f"branches, {found.tokens} held-out tokens past what is exact"
+    return titled(title, Group(made, text(branches.ABLATION_NOTE)))
 
 
 def _pairs(rows: Sequence[tuple[str, str]]) -> Table:
@@ -320,6 +330,7 @@ def pass_view(item: files.PassReportFile, *, layer: int | None = None, why: bool
         passes_table([pass_facts(item)]),
         training_view(item.spec, item.training) if layer is None else None,
         titled("training by layer", _trained_layers(item, layer)),
+        titled("share of the mass by layer", _shares(item, layer)),
         text(training.why_layer(item, layer) or "") if why and layer is not None and item.training else None,
         titled("rewritten", made) if sites else None,
         titled("facts", _facts_table(facts)),
@@ -332,6 +343,12 @@ def pass_view(item: files.PassReportFile, *, layer: int | None = None, why: bool
 def _trained_layers(item: files.PassReportFile, layer: int | None) -> RenderableType | None:
     rows = training.layer_rows(item, layer)
     return Group(table(training.LAYERS, rows), text(training.LAYERS_NOTE)) if rows else None
+
+
+def _shares(item: files.PassReportFile, layer: int | None) -> RenderableType | None:
+    found = item.training.branches if item.training else None
+    rows = list(branches.share_rows(found, layer)) if found else []
+    return Group(text(branches.legend(found)), table(branches.columns(found), rows)) if found and rows else None
 
 
 def _heads(item: files.PassReportFile, layer: int | None) -> RenderableType | None:

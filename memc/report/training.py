@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from statistics import fmean
 
+from memc.report import branches
 from memc.report.files import ChoiceFacts, PassReportFile, RecoveryFacts, TrainingFacts
 from memc.report.text import amount, duration, layers, number
 
@@ -48,6 +49,8 @@ def stage_rows(training: TrainingFacts) -> list[tuple[str, str, str, str, str]]:
         rows.append(("choice of layers", "", "", duration(training.choice.seconds), ""))
     if training.recovery:
         rows.append(_stage("recovery", training.recovery.steps, training.recovery.tokens, training.recovery.seconds))
+    if training.branches:
+        rows.append(("branches left out", "", "", duration(training.branches.seconds), ""))
     return rows
 
 
@@ -67,6 +70,8 @@ def fact_rows(training: TrainingFacts) -> list[tuple[str, str]]:
         rows += _choice_rows(training.choice)
     if training.recovery:
         rows += _recovery_rows(training.recovery)
+    if training.branches:
+        rows += branches.fact_rows(training.branches)
     return rows
 
 

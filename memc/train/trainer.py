@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memc.analysis import branches
 from memc.analysis import layers as analysis
 from memc.errors import MemcError
 from memc.pipeline import Pass, PassReport, Plan
@@ -97,6 +98,7 @@ class Trainer:
         transferred = after
         if self.recovery_steps:
             after, facts.recovery = self._recover(before, after, report, folder)
+        facts.branches = branches.measure_branches(before, after, report.objectives, *self.guard, self.progress)
         settled = replace(report, untrained=False, relations=pass_.trained_relations(plan))
         return Rewritten(pass_, plan, after, settled, transferred, facts)
 

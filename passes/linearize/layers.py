@@ -115,7 +115,7 @@ def shared_layer(config: LayerConfig, t: Mapping[str, Tensor]) -> tuple[Tensor, 
         holds = gone
     share = torch.where(holds, torch.sigmoid(mass - lse), 0.0).unsqueeze(-1)
     window = out.float()
-    return ((window + share * (read - window)).to(out.dtype), *states, memory, share, read, window)
+    return ((window + share * (read - window)).to(out.dtype), *states, memory, share, read, window, holds)
 
 
 def lizard_layer(config: LayerConfig, t: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
@@ -136,8 +136,8 @@ def lizard_layer(config: LayerConfig, t: Mapping[str, Tensor]) -> tuple[Tensor, 
         t["memory"],
     )
     read, _, holds = divide(read)
-    gated = torch.where(holds.unsqueeze(-1), read, 0.0)
-    return ((gated + t["alpha"] * out.float()).to(out.dtype), *states, memory)
+    gated, anchored = torch.where(holds.unsqueeze(-1), read, 0.0), t["alpha"] * out.float()
+    return ((gated + anchored).to(out.dtype), *states, memory, gated, anchored)
 
 
 def windowed(config: LayerConfig, t: Mapping[str, Tensor], sink_logits: Tensor | None, sinks: int) -> list[Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,15 +27,18 @@ ROWS_INITIAL = 256
 class SharedObjective(BlockObjective):
     """Learn the output, the share of attention on far tokens, and what the far tokens alone would give.
 
-    ``results`` are the layer's output ``[B,H,T,E]``, the memory's share ``[B,H,T,1]``, what it reads ``[B,H,T,E]``
-    and the window's output; ``reads`` are query, key, positions and, where the block has them, sink logits. Far tokens
-    are those beyond ``window`` and the first ``sinks``.
+    ``results`` are the layer's output ``[B,H,T,E]``, the memory's share ``[B,H,T,1]``, what it reads ``[B,H,T,E]``,
+    the window's output and whether the memory holds anything ``[B,H or 1,T]``; ``reads`` are query, key, positions
+    and, where the block has them, sink logits. Far tokens are those beyond ``window`` and the first ``sinks``.
 
     The output's error alone drives the mix towards the window, which is the easier half (component imbalance,
     arXiv 2510.05901). So the share is learned too, by the KL of two Bernoulli distributions, and the window is
     dropped on a schedule: the output's error with the teacher's own share in place of the learned one, which blames
     the memory's reading alone, weighs 1 at first and nothing at the end.
     """
+
+    branches: ClassVar[tuple[str, ...]] = ("memory", "window")
+    stands_for: ClassVar[str] = "tokens that left the window"
 
     config: LayerConfig
     hidden: str
@@ -45,7 +49,7 @@ class SharedObjective(BlockObjective):
         self, results: Sequence[Tensor], values: Values, done: float, generator: torch.Generator
     ) -> dict[str, Tensor]:
         """Return ``output``, ``mass`` and ``window_dropout``."""
-        output, share, read, window = results
+        output, share, read, window, *_ = results
         target = self.wanted(values)
         made = {"output": relative_error(output, target, self.exact)}
         rows = _draw(self.exact, target.shape[2], generator, ROWS).to(target.device)
@@ -60,6 +64,25 @@ class SharedObjective(BlockObjective):
         made["window_dropout"] = (1 - done) * relative_error(forced, target[:, :, rows], 0)
         return made
 
+    def without(self, branch: str, results: Sequence[Tensor]) -> Tensor:
+        """Return the window alone, or the memory alone where it holds anything; either is a mean of its own tokens.
+
+        While the memory is empty there is nothing but the window to read.
+        """
+        output, _, read, window, holds = results
+        return (window if branch == "memory" else torch.where(holds.unsqueeze(-1), read, window)).to(output.dtype)
+
+    def carried(self, results: Sequence[Tensor]) -> Tensor:
+        """Return the memory's share of the denominator."""
+        return results[1][..., 0]
+
+    def due(self, values: Values) -> tuple[Tensor, Tensor]:
+        """Return the share of the replaced attention's mass that is on far tokens, and which queries have any."""
+        positions = values[self.reads[2]]
+        parts = torch.arange(positions.shape[1], device=positions.device).split(ROWS)
+        far = torch.cat([self._seen(positions, rows)[1].any(-1) for rows in parts], 1)
+        return torch.cat([self.far_share(values, rows) for rows in parts], 2), far
+
     def far_share(self, values: Values, rows: Tensor) -> Tensor:
         """Return the share of the replaced attention's mass that is on far tokens, ``[B,H,R]``, for some queries."""
         return self.far_attention(values, rows).sum(-1).clamp(max=1.0)
@@ -71,17 +94,21 @@ class SharedObjective(BlockObjective):
         scores = self.config.scale * torch.einsum("bghrd,bgtd->bghrt", query, key.float()).flatten(1, 2)
         if self.config.softcap:
             scores = self.config.softcap * torch.tanh(scores / self.config.softcap)
-        segment = (positions == 0).cumsum(1)
-        here, there = positions[:, rows, None], positions[:, None, :]
-        seen = (segment[:, rows, None] == segment[:, None, :]) & (there >= 0) & (there <= here)
-        if self.reach:
-            seen &= here - there < self.reach
-        far = seen & (here - there >= self.config.window) & (there >= self.config.sinks)
+        seen, far = self._seen(positions, rows)
         total = scores.masked_fill(~seen.unsqueeze(1), -torch.inf)
         if sink_logits:
             total = torch.cat([total, sink_logits[0].float()[None, :, None, None].expand(*total.shape[:3], 1)], -1)
         weights = total.softmax(-1)[..., : scores.shape[-1]]
         return weights.nan_to_num(0.0) * far.unsqueeze(1)
+
+    def _seen(self, positions: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return which tokens the replaced attention's queries ``rows`` read, ``[B,R,T]``, and which are far."""
+        segment = (positions == 0).cumsum(1)
+        here, there = positions[:, rows, None], positions[:, None, :]
+        seen = (segment[:, rows, None] == segment[:, None, :]) & (there >= 0) & (there <= here)
+        if self.reach:
+            seen &= here - there < self.reach
+        return seen, seen & (here - there >= self.config.window) & (there >= self.config.sinks)
 
     def _reads(self, values: Values) -> list[Tensor]:
         """Return the values of ``reads``, of the replaced heads alone."""
@@ -111,13 +138,24 @@ class SharedObjective(BlockObjective):
 
 @dataclass(frozen=True)
 class LizardObjective(BlockObjective):
-    """Learn the output alone, as the paper does (Lizard, section 3.3)."""
+    """Learn the output alone, as the paper does (Lizard, section 3.3).
+
+    ``results`` are the layer's output and its two terms: what the gated memory reads, and alpha times the window.
+    """
+
+    branches: ClassVar[tuple[str, ...]] = ("memory", "window")
+    no_share: ClassVar[str] = "form=lizard adds its branches, each with a denominator of its own: no mass is shared"
 
     def losses(
         self, results: Sequence[Tensor], values: Values, done: float, generator: torch.Generator
     ) -> dict[str, Tensor]:
         """Return ``output``."""
         return {"output": relative_error(results[0], self.wanted(values), self.exact)}
+
+    def without(self, branch: str, results: Sequence[Tensor]) -> Tensor:
+        """Return the other term of the sum, which has no denominator in common with the one that is gone."""
+        output, memory, window = results
+        return (window if branch == "memory" else memory).to(output.dtype)
 
 
 def _draw(first: int, tokens: int, generator: torch.Generator, most: int) -> Tensor:

@@ -130,6 +130,32 @@ def training(*, kept: tuple[int, ...] = (3, 7), trained: float = 0.25) -> files.
             best_step=16,
             seconds=256.0,
         ),
+        branches=branches(),
+    )
+
+
+def branches() -> files.BranchFacts:
+    """A memory that carries about half of its due, in layers of few and of many heads and one with heads kept."""
+
+    def layer(number: int, heads: int, kept: tuple[int, ...] = ()) -> files.LayerShare:
+        due = [None if head in kept else (0.004, 0.25, 0.125, 1.0)[head % 4] for head in range(heads)]
+        carried = [share and share / 2 for share in due]
+        path = f"model.layers.{number}.self_attn"
+        return files.LayerShare(layer=number, path=path, tokens=3552, carried=carried, due=due)
+
+    return files.BranchFacts(
+        branches=["memory", "window"],
+        stands_for="tokens that left the window",
+        ablation=files.AblationFacts(
+            tokens=3584,
+            as_it_is=files.BranchDistance(perplexity_ratio=1.0151, kl_mean=0.03125),
+            without={
+                "memory": files.BranchDistance(perplexity_ratio=1.0625, kl_mean=0.0771),
+                "window": files.BranchDistance(perplexity_ratio=212.5, kl_mean=5.25),
+            },
+        ),
+        shares=[layer(0, 9), layer(5, 9, kept=(0, 1, 2)), layer(121, 32)],
+        seconds=81.5,
     )
 
 

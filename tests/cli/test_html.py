@@ -20,13 +20,15 @@ def alternative(figure: ElementTree.Element) -> str:
     return figure.find("svg").get("aria-label")  # type: ignore[union-attr, return-value]
 
 
-def test_training_has_three_pictures_that_are_told_in_words_too() -> None:
-    transfer, recovery, bars = figures(render(trained()))
+def test_training_has_four_pictures_that_are_told_in_words_too() -> None:
+    transfer, recovery, bars, shares = figures(render(trained()))
     assert "output: 1 at step 1, 0.125 at step 8, lowest 0.125" in alternative(transfer)
     assert "KL on held-out text: 0.0625 at step 0, 0.05 at step 48, lowest 0.03125" in alternative(recovery)
     assert "layer 3: 0.4375" in alternative(bars)
     assert "layer 5: -0.0625" in alternative(bars)
-    assert all(figure.find("svg").get("role") == "img" for figure in (transfer, recovery, bars))  # type: ignore[union-attr]
+    assert "layer 5: 19.858; original: 39.717; layer 121" in alternative(shares)
+    pictures = (transfer, recovery, bars, shares)
+    assert all(figure.find("svg").get("role") == "img" for figure in pictures)  # type: ignore[union-attr]
 
 
 def test_recovery_shows_the_guard_and_no_other_loss() -> None:
@@ -43,6 +45,23 @@ def test_a_kept_layer_has_a_full_bar_and_a_negative_score_is_left_of_zero() -> N
     ends = [float(bar.get("x", 0)) + float(bar.get("width", 0)) for bar in rectangles]
     assert ends[5] == pytest.approx(zero, abs=0.1)
     assert all(end > zero for index, end in enumerate(ends) if index != 5)
+
+
+def test_branches_are_shown_beside_the_errors_of_the_layers() -> None:
+    page = render(trained())
+    rows = re.findall(r"<tr><td>(as it is|\w+ off)</td><td class=\"n\">(.*?)</td><td class=\"n\">(.*?)</td>", page)
+    assert rows == [
+        ("as it is", "1.0151", "0.03125"),
+        ("memory off", "1.0625", "0.0771"),
+        ("window off", "212.5", "5.25"),
+    ]
+    assert page.index("Share of the mass by layer") < page.index("<caption>Layers</caption>")
+    bars = figures(page)[3].findall(".//rect")
+    assert ["full" in bar.get("class", "") for bar in bars] == [True, False] * 3
+    widths = [float(bar.get("width", 0)) for bar in bars]
+    assert all(
+        carried == pytest.approx(due / 2, abs=0.1) for carried, due in zip(widths[::2], widths[1::2], strict=True)
+    )
 
 
 def test_names_of_losses_are_escaped() -> None:
@@ -75,7 +94,7 @@ def test_training_of_no_step_and_one_stage_is_shown() -> None:
     other = trained()
     facts = other.passes[0].training
     assert facts is not None
-    facts.choice = facts.recovery = None
+    facts.choice = facts.recovery = facts.branches = None
     facts.transfer.curve.steps, facts.transfer.curve.losses = [], {}
     page = render(other)
     assert not figures(page)

@@ -19,7 +19,7 @@ from memc.conversion.training import training_data, trains
 from memc.errors import MemcError
 from memc.progress import Silent
 from memc.recipe import Recipe, Train
-from memc.report.models import ConvertDocument, PassReportFile, TrainingFacts
+from memc.report.models import ConvertDocument, EvalDocument, PassReportFile, TrainingFacts
 from memc.train import loop
 from tests.core.test_convert import make_llama
 from tests.passes.tiny_program import tiny
@@ -78,6 +78,12 @@ def test_a_trained_conversion_reports_what_it_did(llama: Path, tmp_path: Path) -
     assert [site.layer for site in report.sites] == [1 - choice.kept[0]]
     assert recovery.adapter_rank == 2 and recovery.tokens == recovery.steps * 2 * LENGTH
     assert recovery.guard_kl[0][0] == 0 and recovery.best_step in dict(recovery.guard_kl)
+    branches = training.branches
+    assert branches is not None and branches.ablation is not None and branches.ablation.tokens == 8 * (LENGTH - 6)
+    assert list(branches.ablation.without) == branches.branches == ["memory", "window"]
+    assert [share.layer for share in branches.shares] == [site.layer for site in report.sites]
+    quality = EvalDocument.model_validate_json((tmp_path / "out" / "report" / "quality.json").read_text())
+    assert quality.ablations == {report.spec: branches.ablation}
     relations = {relation.metric or relation.relation: relation for relation in report.relations}
     assert set(relations) == {"max_abs_logit_difference", "perplexity_ratio", "kl_ratio_to_window"}
     assert all(relation.passed for relation in relations.values())

@@ -82,6 +82,17 @@ def test_far_attention_is_that_of_the_rows_one_by_one(choice: dict[str, Any]) ->
     assert float(expected.sum(-1).max()) > 0.2
 
 
+def test_what_is_due_counts_the_queries_that_have_far_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("memc.passes.linearize.objective.ROWS", 5)
+    positions = packed(3, seed=0)[1]
+    positions[2, :3], positions[2, 3:] = -1, torch.arange(LENGTH - 3)
+    values, objective = random_values(positions), objective_of(reach=9)
+    expected = naive_far(values, objective, torch.arange(LENGTH))
+    share, far = objective.due(values)
+    torch.testing.assert_close(share.double(), expected.sum(-1), atol=1e-6, rtol=0)
+    assert torch.equal(far, (expected > 0).any(-1)[:, 0]) and torch.equal(far, positions >= 4 + 2)
+
+
 def perfect(values: dict[str, Tensor], objective: SharedObjective) -> list[Tensor]:
     """Return results of a student that equals the teacher."""
     share = objective.far_share(values, torch.arange(LENGTH)).unsqueeze(-1)
