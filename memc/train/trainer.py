@@ -98,7 +98,8 @@ class Trainer:
         transferred = after
         if self.recovery_steps:
             after, facts.recovery = self._recover(before, after, report, folder)
-        facts.branches = branches.measure_branches(before, after, report.objectives, *self.guard, self.progress)
+        if self.processes.leads:
+            facts.branches = branches.measure_branches(before, after, report.objectives, *self.guard, self.progress)
         settled = replace(report, untrained=False, relations=pass_.trained_relations(plan))
         return Rewritten(pass_, plan, after, settled, transferred, facts)
 
