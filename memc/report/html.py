@@ -165,7 +165,8 @@ def _branches(facts: files.BranchFacts) -> Iterable[str]:
         yield _table(title, branches.ABLATION, branches.ablation_rows(facts.ablation))
         yield f"<p>{escaped(branches.ABLATION_NOTE)}.</p>\n"
     if facts.shares:
-        title = f"Percent of the mass: the {facts.branches[0]} carries (filled), the original gives to it (open)"
+        due = f"the original gives to {facts.stands_for} (open)"
+        title = f"Percent of the mass: the {facts.branches[0]} carries (filled), {due}"
         bars = [
             charts.Bar(label, 100 * branches.mean(side), full=not index)
             for one in facts.shares
