@@ -32,6 +32,9 @@ INITIAL = 4096
 RANKED = 2
 """Sequences that layers are ranked on."""
 
+SILENCED = 4
+"""Held-out sequences that branches are left out on: four runs of each."""
+
 ADAPTER_SCALE = 2.0
 
 Applied = tuple[Plan, Program, PassReport]
@@ -99,7 +102,8 @@ class Trainer:
         if self.recovery_steps:
             after, facts.recovery = self._recover(before, after, report, folder)
         if self.processes.leads:
-            facts.branches = branches.measure_branches(before, after, report.objectives, *self.guard, self.progress)
+            rows = (part[:SILENCED] for part in self.guard)
+            facts.branches = branches.measure_branches(before, after, report.objectives, *rows, self.progress)
         settled = replace(report, untrained=False, relations=pass_.trained_relations(plan))
         return Rewritten(pass_, plan, after, settled, transferred, facts)
 
