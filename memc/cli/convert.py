@@ -36,7 +36,12 @@ WEIGHTS = ("fp32", "fp16", "bf16", "int8", "int4")
 @click.option("--backend", help="Backend, instead of the target's own.")
 @click.option("--weights", type=click.Choice(WEIGHTS), help="Type of the lowered weights.")
 @click.option("--context", type=POSITIVE, metavar="N", help="Capacity of growing states, in tokens.")
-@click.option("--data", multiple=True, metavar="FILE", help="Text to train what passes add, and to verify; repeatable.")
+@click.option(
+    "--data",
+    multiple=True,
+    metavar="FILE",
+    help="Text, or .npy of token ids, to train what passes add, and to verify; repeatable.",
+)
 @click.option(
     "--tokens",
     type=NATURAL,

@@ -25,7 +25,9 @@ CONTEXT = 512
     "memc eval out --text notes.jsonl --against ./my-model --json",
 )
 @out_argument
-@click.option("--text", metavar="FILE", help="Predict a text file, or .jsonl with a text on each line.")
+@click.option(
+    "--text", metavar="FILE", help="Predict a text file, .jsonl with a text on each line, or .npy of token ids."
+)
 @click.option("--context", type=POSITIVE, metavar="N", help=f"Tokens of each window of the text.  [default: {CONTEXT}]")
 @click.option("--contexts", type=Numbers(), help="Several windows in one go.")
 @click.option("--tokens", type=POSITIVE, metavar="N", help="Most tokens of the text to use.")
@@ -61,7 +63,7 @@ def command(
     Tasks need no data: mqar, joint_recall, copy, passkey, needle_single, needle_multikey, needle_multivalue,
     needle_multiquery, variable_tracking, common_words, frequent_words.
     """
-    from memc.data import read_documents, tokenize
+    from memc.data import holds_ids, read_documents, read_ids, tokenize
     from memc.evaluate.measure import measure_tasks, measure_text
     from memc.evaluate.tasks import parse_tasks
     from memc.report.evaluation import eval_view
@@ -71,8 +73,9 @@ def command(
         raise MemcError("E200", "there is nothing to measure", next="give --text FILE, --task NAME, or both")
     windows = _windows(context, contexts)
     tasks = [] if task is None else parse_tasks(task)
-    if text is not None:
-        next(iter(read_documents(text)))  # an unusable text is told before a model is loaded
+    ids_given = text is not None and holds_ids(text)
+    if text is not None:  # what cannot be used is told before a model is loaded
+        next(iter(read_ids(text) if ids_given else read_documents(text)))
     with ExitStack() as stack:
         sources = {"a": out} if against is None else {"a": out, "b": against}
         sides = open_sessions(sources, console, stack, threads=threads)
@@ -80,10 +83,10 @@ def command(
             side.require_decoder()
         document = EvalDocument(sides={name: EvalSide(source=source) for name, source in sources.items()})
         if against is not None:
-            _check_tokenizers(sides["a"], sides["b"], against, needed=text is not None)
+            _check_tokenizers(sides["a"], sides["b"], against, needed=text is not None and not ids_given)
         if text is not None:
             document.text = text
-            ids = tokenize([text], sides["a"].text.tokenizer, limit=tokens)
+            ids = tokenize([text], None if ids_given else sides["a"].text.tokenizer, limit=tokens)
             measure_text(document, sides, ids, windows, free_run, console)
         if tasks:
             measure_tasks(document, sides, tasks, lengths, samples, seed or 0, console)

@@ -125,7 +125,7 @@ def _rewrite_reports(
         "original": None,
         "measured": None,
         "checks": kept + checks,
-        "next": next_commands(document.out, program),
+        "next": next_commands(document.out, program, folder.partial),
     }
     folder.write_report("convert.json", report.convert.model_copy(update=changes))
     folder.write_report("verify.json", report.verify.model_copy(update={"checks": kept + checks}))

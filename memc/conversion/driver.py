@@ -252,14 +252,15 @@ class _Conversion:
             "checks": verified.checks,
             "verified": verified.passed,
             "forms": forms,
-            "next": next_commands(out, program),
+            "next": next_commands(out, program, self.folder.partial),
         }
         return self.document.model_copy(update=changes)
 
 
-def next_commands(out: str | Path, program: Program) -> list[str]:
-    """Return what to type next: only a decoder generates."""
-    return [*([f"memc generate {out} --prompt TEXT"] if program.model.decoder else []), f"memc report {out}"]
+def next_commands(out: str | Path, program: Program, folder: Path) -> list[str]:
+    """Return what to type next: only a decoder generates, and from a text where ``folder`` has a tokenizer."""
+    generates = program.model.decoder and (folder / "tokenizer.json").is_file()
+    return [*([f"memc generate {out} --prompt TEXT"] if generates else []), f"memc report {out}"]
 
 
 def require_passed(checks: list[CheckResult]) -> None:

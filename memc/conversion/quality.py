@@ -34,6 +34,9 @@ LONGEST = 2048
 TOKENS = 2048
 NEW_TOKENS = 64
 TASKS = "passkey,copy"
+TASKS_OF_IDS = "copy"
+"""What a model without a tokenizer is asked."""
+
 SAMPLES = 2
 
 
@@ -70,8 +73,9 @@ def measure_quality(
         )
         measure_text(document, sides, ids, [n for n in windows if n <= len(ids)], NEW_TOKENS, progress)
         length = min(8 * window, *limits) // 2
+        tasks = TASKS if (folder / "tokenizer.json").is_file() else TASKS_OF_IDS
         try:
-            measure_tasks(document, sides, parse_tasks(TASKS), [length], SAMPLES, seed, progress)
+            measure_tasks(document, sides, parse_tasks(tasks), [length], SAMPLES, seed, progress)
         except MemcError as error:  # a vocabulary or a capacity too small to be asked
             document.warnings.append(f"recall is not measured: {error.message}")
     finally:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from memc.data import tokenize
+from memc.data import holds_ids, tokenize
 from memc.errors import MemcError
 from memc.program import Program
 from memc.recipe import Recipe
@@ -15,6 +17,9 @@ from memc.runtime.text import Text
 from memc.verify import VerificationText, sample_text, token_limit
 from memc.verify.text import SEQUENCES
 from memc.weights import program_dtype
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 ROW = 384
 """Tokens of a row: long enough to go past the windows in use."""
@@ -27,7 +32,8 @@ def verification_text(recipe: Recipe, original: Program, folder: Path) -> Verifi
     """Return the text of ``report/text.json`` if there is one, else make it and write it there.
 
     ``folder`` holds the tokenizer. Sampled sequences are joined into one row, so that windows shorter than it
-    are gone past. Raises ``MemcError``: E207 for data that is no text or too short, E308 when it has no tokenizer.
+    are gone past. Raises ``MemcError``: E207 for data that is no text or too short, E308 when it has no
+    tokenizer for text.
     """
     path = folder / "report" / "text.json"
     if path.is_file():
@@ -43,6 +49,11 @@ def keep_text(text: VerificationText, folder: Path) -> VerificationText:
     return text
 
 
+def tokenizer_for(data: Sequence[str], folder: Path) -> Tokenizer | None:
+    """Return the tokenizer of ``folder``, None where all data are token ids. Raises ``MemcError`` E308: it has none."""
+    return None if all(map(holds_ids, data)) else Text(folder).tokenizer
+
+
 def _sampled(recipe: Recipe, original: Program) -> VerificationText:
     # Where parameters are converted for each run, a token costs: half of the sequences still go past a window of 256.
     halved = SEQUENCES // 2 if program_dtype(original) in (torch.float16, torch.bfloat16) else SEQUENCES
@@ -52,7 +63,7 @@ def _sampled(recipe: Recipe, original: Program) -> VerificationText:
 
 
 def _from_data(recipe: Recipe, original: Program, folder: Path) -> VerificationText:
-    ids = torch.from_numpy(tokenize(recipe.data, Text(folder).tokenizer, limit=TOKENS))
+    ids = torch.from_numpy(tokenize(recipe.data, tokenizer_for(recipe.data, folder), limit=TOKENS))
     vocab = token_limit(original)
     if ids.numel() < 16 or int(ids.max()) >= vocab:
         reason = "fewer than 16 tokens" if ids.numel() < 16 else "a token that the model does not know"

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from memc.conversion.text import tokenizer_for
 from memc.data import Corpus, Sequences, TokenStream, read_tokens
 from memc.errors import MemcError
 from memc.machine import multiplies_bfloat16
@@ -17,7 +18,6 @@ from memc.pipeline import Pass
 from memc.program import Program
 from memc.progress import Progress
 from memc.recipe import Recipe, Train
-from memc.runtime.text import Text
 from memc.tensor_file import read_tensors, write_tensors
 from memc.train import Trainer
 from memc.train.parallel import ALONE, Processes
@@ -73,21 +73,20 @@ def training_data(recipe: Recipe, original: Program, folder: Path, progress: Pro
 
     ``folder`` is ``OUT.partial``, which holds the tokenizer and keeps the samples. Raises ``MemcError``: E206 for
     sequences longer than the model takes, E207 for data that cannot be used or are too few for the tokens asked for,
-    or tokens too few for a step, E308 when there is no tokenizer.
+    or tokens too few for a step, E308 when there is no tokenizer for text.
     """
     settings = recipe.train or Train()
     limit = original.model.max_positions
     if original.model.absolute_positions and limit is not None and settings.length > limit:
         reason = f"sequences of {settings.length} tokens are past the model's {limit} positions"
         raise MemcError("E206", reason, "train: length", f"train: {{length: {limit}}} in a recipe")
-    tokenizer = Text(folder).tokenizer
+    tokenizer = tokenizer_for(recipe.data, folder)
     streams = [read_tokens(source, tokenizer, progress=progress) for source in recipe.data]
     vocab = token_limit(original)
     for stream in streams:
         if len(stream) and int(stream.ids.max()) >= vocab:
-            raise MemcError(
-                "E207", "data hold a token that the model does not know", stream.name, "check the tokenizer"
-            )
+            hint = f"check the tokenizer, or the ids: the model takes those below {vocab}"
+            raise MemcError("E207", "data hold a token that the model does not know", stream.name, hint)
     own = Corpus(streams, guard=settings.guard, block=settings.length)
     available = len(own.sequences(settings.length)) * settings.length
     tokens = recipe.tokens or min(TOKENS, available)

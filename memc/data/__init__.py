@@ -2,8 +2,20 @@
 
 from memc.data.cache import read_tokens
 from memc.data.corpus import Batch, Corpus, Sequences
+from memc.data.ids import holds_ids, read_ids
 from memc.data.sources import read_documents, source_digest
 from memc.data.stream import TokenStream
 from memc.data.tokens import tokenize
 
-__all__ = ["Batch", "Corpus", "Sequences", "TokenStream", "read_documents", "read_tokens", "source_digest", "tokenize"]
+__all__ = [
+    "Batch",
+    "Corpus",
+    "Sequences",
+    "TokenStream",
+    "holds_ids",
+    "read_documents",
+    "read_ids",
+    "read_tokens",
+    "source_digest",
+    "tokenize",
+]

@@ -22,6 +22,7 @@ import numpy as np
 import tokenizers
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from memc.data.ids import holds_ids, id_stream
 from memc.data.sources import PIECE, digest_of, require_limit, source_digest
 from memc.data.stream import TokenStream
 from memc.data.tokens import token_pieces
@@ -64,7 +65,7 @@ def token_cache() -> Path:
 
 def read_tokens(
     source: str | Path,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     *,
     limit: int | None = None,
     folder: Path | None = None,
@@ -74,8 +75,12 @@ def read_tokens(
 
     Entries are keyed by the content of the source, the tokenizer and the limit. Where the folder cannot be written,
     the tokens go into a temporary file that ends with the process. Sources: see ``read_pieces``; one of the hub needs
-    a limit. Raises ``MemcError``: E207 and E602 as ``read_pieces``, E502 when the disk is full.
+    a limit. Files of token ids need neither tokenizer nor cache. Raises ``MemcError``: E207 and E602 as
+    ``read_pieces`` and ``read_ids``, E502 when the disk is full.
     """
+    if holds_ids(source):
+        return id_stream(source, limit)
+    assert tokenizer is not None, "text needs a tokenizer"
     folder, progress = folder or token_cache(), progress or Silent()
     require_limit(source, limit)
     key = _key(source, tokenizer, limit)

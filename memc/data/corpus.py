@@ -102,7 +102,7 @@ class Corpus:
     def read(
         cls,
         sources: Sequence[str | Path],
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         weights: Sequence[float] | None = None,
         *,
         limit: int | None = None,

@@ -54,9 +54,9 @@ def read_pieces(source: str | Path) -> Iterator[Iterator[str]]:
 
 
 def kind(path: Path) -> str:
-    """Return how a file is read: jsonl, parquet or text."""
+    """Return how a file is read: jsonl, parquet, npy (see ``memc.data.ids``) or text."""
     suffix = path.suffix.lower().removeprefix(".")
-    return suffix if suffix in ("jsonl", "parquet") else "text"
+    return suffix if suffix in ("jsonl", "parquet", "npy") else "text"
 
 
 def is_hub(source: str | Path) -> bool:
@@ -83,7 +83,7 @@ def source_digest(source: str | Path) -> str:
     try:
         return digest_of([kind(path), sha256(path)])
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
 
 
 def digest_of(facts: object) -> str:
@@ -142,7 +142,7 @@ def _parquet(path: Path) -> Iterator[str]:
                 for text in batch.column(0).to_pylist():
                     yield _string(text, COLUMN, str(path))
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     except pyarrow.ArrowException as error:
         raise MemcError("E207", f"parquet file is damaged: {error}", str(path), "write or fetch it again") from error
 
@@ -248,9 +248,10 @@ def _blocks(path: Path) -> Iterator[bytes]:
                 yield block
             yield b""
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
 
 
-def _unreadable(path: Path, error: OSError) -> MemcError:
+def unreadable(path: Path, error: OSError) -> MemcError:
+    """Return the error of a file that the system does not give."""
     reason = error.strerror or str(error)
     return MemcError("E207", f"data file cannot be read: {reason}", str(path), "check the path")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from memc.data.ids import holds_ids, read_ids
 from memc.data.sources import PIECE, read_pieces, require_limit
 
 if TYPE_CHECKING:
@@ -20,11 +21,12 @@ BATCH = 8 * PIECE
 """Characters after which a batch is tokenised."""
 
 
-def tokenize(files: Sequence[str | Path], tokenizer: Tokenizer, *, limit: int | None = None) -> Ids:
+def tokenize(files: Sequence[str | Path], tokenizer: Tokenizer | None, *, limit: int | None = None) -> Ids:
     """Return the token ids ``[N]`` of the documents of some files, one after the other, at most ``limit`` of them.
 
     Each document starts (and ends) with the special tokens that the tokenizer adds to a text. A document longer than
-    ``PIECE`` characters is tokenised in pieces cut after a line end. Raises ``MemcError`` as ``read_pieces``.
+    ``PIECE`` characters is tokenised in pieces cut after a line end. Files of token ids are taken as they are, and
+    need no tokenizer. Raises ``MemcError`` as ``read_pieces`` and ``read_ids``.
     """
     for file in files:
         require_limit(file, limit)
@@ -38,8 +40,12 @@ def tokenize(files: Sequence[str | Path], tokenizer: Tokenizer, *, limit: int | 
     return np.concatenate(pieces)[:limit] if pieces else np.zeros(0, np.int64)
 
 
-def token_pieces(source: str | Path, tokenizer: Tokenizer) -> Iterator[tuple[Ids, bool]]:
+def token_pieces(source: str | Path, tokenizer: Tokenizer | None) -> Iterator[tuple[Ids, bool]]:
     """Yield the token ids of a source piece by piece, and whether a document starts with the piece."""
+    if holds_ids(source):
+        yield from ((row.astype(np.int64), True) for row in read_ids(source))
+        return
+    assert tokenizer is not None, "text needs a tokenizer"
     before, after = ends(tokenizer)
     starts = False
     for batch in _batches(_marked(read_pieces(source))):

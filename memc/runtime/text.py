@@ -38,7 +38,7 @@ class Text:
         """The tokenizer. Raises ``MemcError``: E308 without ``tokenizer.json``, E302 when it does not parse."""
         path = self.folder / "tokenizer.json"
         if not path.is_file():
-            hint = "give token ids, or convert again from a source that has a tokenizer.json"
+            hint = "give token ids (as data a .npy file), or convert again from a source that has a tokenizer.json"
             raise MemcError("E308", "artifact has no tokenizer.json", str(self.folder), hint)
         try:
             tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))

@@ -6,6 +6,7 @@ import json
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from memc import api, plugins, runtime
@@ -72,6 +73,22 @@ def test_eval_alone_and_against(out: str, text: str, tmp_path: Path, capsys: Cap
     assert (both.ratio, both.top1_agreement) == (1.0, 1.0)
     assert main(["eval", out, "--text", text, "--context", "16", "--against", other]) == 0
     assert "perplexity ratio" in capsys.readouterr().out
+
+
+def test_eval_of_token_ids_needs_no_tokenizer(text: str, tmp_path: Path, capsys: Capture) -> None:
+    tokenizer = byte_tokenizer()
+    ids = tokenizer.encode(Path(text).read_text()).ids
+    np.save(tmp_path / "ids.npy", ids)
+    bare, named = str(make_artifact(tmp_path / "bare")), str(make_artifact(tmp_path / "named", tokenizer=tokenizer))
+    found = []
+    for out, source in ((bare, str(tmp_path / "ids.npy")), (named, text)):
+        assert main(["eval", out, "--text", source, "--context", "16", "--json", "-q"]) == 0
+        found.append(m.EvalDocument.model_validate_json(capsys.readouterr().out).sides["a"].perplexity)
+    assert found[0] == found[1] and found[0]
+    assert main(["eval", bare, "--text", str(tmp_path / "ids.npy"), "--against", bare, "--context", "16", "-q"]) == 0
+    np.save(tmp_path / "ids.npy", [0.5])
+    assert main(["eval", bare, "--text", str(tmp_path / "ids.npy"), "-q"]) == 2
+    assert "no token ids" in capsys.readouterr().err
 
 
 def test_eval_refuses_different_tokenizers(out: str, text: str, tmp_path: Path, capsys: Capture) -> None:

@@ -70,6 +70,65 @@ def test_tokenize(tmp_path):
     assert data.tokenize([], TOKENIZER).shape == (0,)
 
 
+@pytest.mark.parametrize("dtype", ["<u2", ">i4", "int64"])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_token_ids_are_taken_as_they_are(tmp_path, dtype, order):
+    rows = np.asarray(np.arange(12).reshape(3, 4) % 7, dtype, order)
+    np.save(tmp_path / "rows.npy", rows)
+    with (tmp_path / "one.NPY").open("wb") as stream:
+        np.save(stream, rows[0])
+    flat = rows.reshape(-1).tolist()
+    text = write(tmp_path / "a.txt", "the dog\n")
+    assert data.tokenize([tmp_path / "rows.npy"], None).tolist() == flat
+    words = data.tokenize([text], TOKENIZER).tolist()
+    both = data.tokenize([text, tmp_path / "rows.npy"], TOKENIZER, limit=len(words) + 6)
+    assert both.dtype == np.int64 and both.tolist() == words + flat[:6]
+    stream = data.read_tokens(tmp_path / "rows.npy", None, folder=tmp_path / "cache")
+    assert [document.tolist() for document in stream.documents()] == rows.tolist()
+    assert not (tmp_path / "cache").exists()
+    one = data.read_tokens(tmp_path / "one.NPY", None)
+    short = data.read_tokens(tmp_path / "rows.npy", None, limit=6)
+    assert [document.tolist() for document in one.documents()] == [flat[:4]]
+    assert [document.tolist() for document in short.documents()] == [flat[:4], flat[4:6]]
+    assert len({stream.digest, one.digest, short.digest}) == 3
+    again = data.read_tokens(tmp_path / "rows.npy", None)
+    assert again.digest == stream.digest and data.holds_ids(tmp_path / "rows.npy") and not data.holds_ids(text)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "No such file"),
+        (b"", "no array"),
+        (b"the dog", "no array"),
+        (np.array([{"a": 1}]), "no array"),
+        (np.array([0.5]), "float64"),
+        (np.array([True]), "bool"),
+        (np.zeros((2, 2, 2), int), "[2, 2, 2]"),
+        (np.array(3), "int64 []"),
+        (np.zeros((0, 4), int), "[0, 4]"),
+        (np.array([3, -1]), "-1 is negative"),
+    ],
+)
+def test_arrays_that_are_no_token_ids(tmp_path, content, words):
+    path = tmp_path / "a.npy"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        np.save(path, content, allow_pickle=True)
+    for read in (data.read_ids, lambda path: data.read_tokens(path, None), lambda path: data.tokenize([path], None)):
+        with pytest.raises(MemcError) as caught:
+            read(path)
+        assert caught.value.code == "E207" and words in str(caught.value) and "a.npy" in str(caught.value)
+
+
+def test_token_ids_cut_short(tmp_path):
+    np.save(tmp_path / "a.npy", np.arange(99))
+    (tmp_path / "a.npy").write_bytes((tmp_path / "a.npy").read_bytes()[:-8])
+    with pytest.raises(MemcError, match=r"E207 file is no array"):
+        data.read_ids(tmp_path / "a.npy")
+
+
 def test_long_documents_go_in_pieces(tmp_path, monkeypatch):
     monkeypatch.setattr("memc.data.sources.PIECE", 50)
     tokenizer = byte_tokenizer()

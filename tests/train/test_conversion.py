@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -118,6 +121,45 @@ def killable(llama: Path, out: Path, stage: str, batch: int = 1) -> ConvertDocum
     finally:
         loop.Checkpoints.save = save  # type: ignore[method-assign]
         loop.SAVE_SECONDS = 60.0
+
+
+def test_a_model_without_a_tokenizer_is_trained_on_token_ids(llama: Path, tmp_path: Path) -> None:
+    words = (llama / "text.txt").read_text().split()
+    np.save(tmp_path / "ids.npy", [int(word[1:]) for word in words])
+    bare, spec = tmp_path / "bare", SPEC.replace("auto:50%", "none")
+    shutil.copytree(llama, bare, ignore=shutil.ignore_patterns("tokenizer*", "text.txt"))
+    convert(llama, tmp_path / "a", spec, tokens=400)
+    document = convert(bare, tmp_path / "b", spec, tokens=400, data=[str(tmp_path / "ids.npy")])
+    assert document.verified and not document.untrained
+    assert document.next == [f"memc report {tmp_path / 'b'}"]  # no text to generate from without a tokenizer
+    first, second = (read_manifest(tmp_path / name).files["program/params.safetensors"] for name in "ab")
+    assert first == second
+    quality = EvalDocument.model_validate_json((tmp_path / "b" / "report" / "quality.json").read_text())
+    # What is made of text is not asked; a window of 6 is too short for the rest.
+    assert quality.sides["a"].perplexity and quality.warnings == [
+        "recall is not measured: task copy needs 66 tokens, not 24"
+    ]
+
+
+def test_data_that_a_model_without_a_tokenizer_cannot_take(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("the dog")
+    np.save(tmp_path / "ids.npy", [0, 10_000])
+    recipe = Recipe(recipe=1, data=[str(tmp_path / "ids.npy")])
+    with pytest.raises(MemcError, match=r"E207 data hold a token that the model does not know .*ids: .* below \d+"):
+        training_data(recipe, tiny(), tmp_path, Silent())
+    recipe.data.append(str(tmp_path / "a.txt"))
+    with pytest.raises(MemcError, match=r"E308 .* give token ids \(as data a \.npy file\)"):
+        training_data(recipe, tiny(), tmp_path, Silent())
+
+
+def test_token_ids_alone_verify(llama: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "ids.npy", np.arange(800).reshape(20, 40) % 67)
+    bare = tmp_path / "bare"
+    shutil.copytree(llama, bare, ignore=shutil.ignore_patterns("tokenizer*", "text.txt"))
+    document = convert(bare, tmp_path / "out", "window:window=6", tokens=0, data=[str(tmp_path / "ids.npy")])
+    assert document.verified
+    kept = json.loads((tmp_path / "out" / "report" / "text.json").read_text())
+    assert kept["tokens"][0][:40] == list(range(40)) and "ids.npy" in kept["origin"]
 
 
 def test_a_killed_training_goes_on_and_gives_the_same_bytes(tmp_path: Path) -> None:
