@@ -1,4 +1,4 @@
-"""Pictures of the page as inline SVG: lines over steps and bars by layer, each with a text alternative.
+"""Pictures of the page as inline SVG: lines over steps, bars and heads by layer, each with a text alternative.
 
 They take their colours from the page's style, tell series apart by dashes and filling too, and grow with the page.
 """
@@ -6,7 +6,7 @@ They take their colours from the page's style, tell series apart by dashes and f
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from memc.report.text import escaped, number
@@ -24,6 +24,7 @@ svg .grid { stroke: var(--line); } .line { fill: none; stroke-width: 1.5; }
 .key.s2 { border-top-style: dotted; border-color: var(--s2); }
 .key.s3 { border-top-style: double; border-color: var(--s3); }
 .dot { fill: none; stroke-width: 1.5; } .bar { fill: none; stroke: var(--s0); } .bar.full { fill: var(--s0); }
+.cell { fill: var(--s0); stroke: var(--line); } .cell.kept { stroke: currentColor; stroke-width: 1.5; }
 """
 
 WIDTH, HEIGHT = 320, 190
@@ -51,6 +52,15 @@ class Bar:
     label: str
     value: float
     full: bool = False
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Shares from 0 to 1 by head of one layer, None where there is none; ``kept`` heads get a frame."""
+
+    label: str
+    values: Sequence[float | None]
+    kept: Collection[int] = ()
 
 
 def line_chart(title: str, series: Sequence[Line]) -> str:
@@ -102,6 +112,28 @@ def bar_chart(title: str, bars: Sequence[Bar]) -> str:
         parts.append(_label(0, y + 10, bar.label, "start") + _label(WIDTH, y + 10, number(bar.value), "end"))
     said = "; ".join(f"{bar.label}: {number(bar.value)}" for bar in bars)
     return _figure(escaped(title), f"{title}. {said}", height, parts)
+
+
+def head_map(title: str, layers: Sequence[Heads]) -> str:
+    """Draw a square for each head of each layer, the fuller the larger its share; nothing without layers."""
+    if not layers:
+        return ""
+    left = 60
+    side = min(ROW, (WIDTH - left) / max(len(layer.values) for layer in layers))
+    parts, said = [], []
+    for row, layer in enumerate(layers):
+        y = side * row + 1
+        parts.append(_label(0, y + side / 2 + 4, layer.label, "start") if side >= 11 or not row % 2 else "")
+        for head, value in enumerate(layer.values):
+            kind = "cell kept" if head in layer.kept else "cell"
+            told = f"{layer.label}, head {head}: {'as it was' if value is None else number(value)}"
+            parts.append(
+                f'<rect class="{kind}" x="{left + side * head:.1f}" y="{y:.1f}" width="{side - 2:.1f}"'
+                f' height="{side - 2:.1f}" fill-opacity="{value or 0:.2f}"><title>{escaped(told)}</title></rect>'
+            )
+        known = [(value, head) for head, value in enumerate(layer.values) if value is not None]
+        said += [f"{layer.label}: most {number(max(known)[0])}, head {max(known)[1]}"] if known else []
+    return _figure(escaped(title), f"{title}. {'; '.join(said)}", side * len(layers) + 2, parts)
 
 
 def ticks(low: float, high: float) -> list[float]:

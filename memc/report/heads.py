@@ -20,12 +20,22 @@ def of_pass(item: PassReportFile) -> HeadFacts | None:
 
 def legend(heads: HeadFacts) -> tuple[str, ...]:
     """Say what the numbers of :func:`rows` are."""
+    first, second, last = meaning(heads)
+    return (
+        f"percent of {first}",
+        second,
+        f"| ends a key-value head; . rounds to 0; spread evenly both sum to {100 * heads.chance:.2g}",
+        f"* stays softmax: {last}",
+    )
+
+
+def meaning(heads: HeadFacts) -> tuple[str, str, str]:
+    """Say what was measured of each head, what the two scores are, and how many heads stay."""
     kept, known = sum(len(one.kept) for one in heads.layers), sum(one.kv_heads for one in heads.layers)
     return (
-        "percent of the attention of each query head on repeated random tokens",
+        "the attention of each query head on repeated random tokens",
         "induction: on what came after a token's earlier occurrence; echo: on that",
-        f"| ends a key-value head; . rounds to 0; spread evenly both sum to {100 * heads.chance:.2g}",
-        f"* stays softmax: {kept} of {known} key-value heads",
+        f"{kept} of {known} key-value heads",
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from memc.report import branches, charts, files, training
+from memc.report import branches, charts, files, heads, training
 from memc.report import facts as f
 from memc.report import models as m
 from memc.report.terminal import form_text, shape_text
@@ -50,6 +50,7 @@ def _sections(report: m.ReportDocument) -> Iterable[str]:
     if report.quality is not None:
         yield _quality(report.quality)
     yield from (_training(item, item.training) for item in report.passes if item.training is not None)
+    yield from (_heads(item.spec, found) for item in report.passes if (found := heads.of_pass(item)) is not None)
     if report.verify is not None:
         yield _checks(report.verify.checks)
     if report.raising is not None:
@@ -67,12 +68,11 @@ def _verdict(report: m.ReportDocument) -> str:
     return f'<span class="{kind}">{word}</span>{untrained}'
 
 
-def _table(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Make a table of cells that are text; a head that starts with ``>`` is a column of numbers."""
-    kinds = [' class="n"' if head.startswith(">") else "" for head in heads]
-    top = "".join(
-        f'<th scope="col"{kind}>{escaped(head.removeprefix(">"))}</th>' for head, kind in zip(heads, kinds, strict=True)
-    )
+def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Make a table of cells that are text; a column whose name starts with ``>`` is of numbers."""
+    kinds = [' class="n"' if column.startswith(">") else "" for column in columns]
+    named = zip((escaped(column.removeprefix(">")) for column in columns), kinds, strict=True)
+    top = "".join(f'<th scope="col"{kind}>{name}</th>' for name, kind in named)
     body = "".join(
         "<tr>" + "".join(f"<td{kind}>{escaped(cell)}</td>" for cell, kind in zip(row, kinds, strict=True)) + "</tr>\n"
         for row in rows
@@ -124,8 +124,8 @@ def _quality(document: m.EvalDocument) -> str:
         )
         for row in document.by_context
     ]
-    heads = [">window", f">perplexity {a.source}", f">{b.source}", ">ratio", ">KL mean", ">KL p99", ">same top token"]
-    made = _table("Measured on held-out text", heads, windows)
+    columns = [">window", f">perplexity {a.source}", f">{b.source}", ">ratio", ">KL mean", ">KL p99", ">same top token"]
+    made = _table("Measured on held-out text", columns, windows)
     if (free := document.free_running) is not None:
         said = f"{free.prompts} prompts of {free.prompt_tokens} tokens, {free.new_tokens} new ones"
         rows = [("equal before the first difference", number(free.equal_before)), ("equal in all", number(free.equal))]
@@ -153,8 +153,8 @@ def _training(item: files.PassReportFile, facts: files.TrainingFacts) -> str:
         parts.append(charts.bar_chart(title, _bars(facts.choice)))
     if facts.branches is not None:
         parts += _branches(facts.branches)
-    heads = [training.LAYERS[0].replace("layer", ">layer"), *training.LAYERS[1:]]
-    parts += [_table("Layers", heads, training.layer_rows(item)), f"<p>{escaped(training.LAYERS_NOTE)}.</p>\n"]
+    columns = [training.LAYERS[0].replace("layer", ">layer"), *training.LAYERS[1:]]
+    parts += [_table("Layers", columns, training.layer_rows(item)), f"<p>{escaped(training.LAYERS_NOTE)}.</p>\n"]
     return "".join(parts)
 
 
@@ -173,8 +173,22 @@ def _branches(facts: files.BranchFacts) -> Iterable[str]:
             for index, (label, side) in enumerate([(f"layer {one.layer}", one.carried), ("original", one.due)])
         ]
         yield charts.bar_chart(title, bars)
-        yield _table("Share of the mass by layer", branches.columns(facts), branches.share_rows(facts))
-        yield f"<p>{escaped(branches.legend(facts))}.</p>\n"
+        for said, side in (f"{facts.branches[0]} carries", "carried"), ("original gives", "due"):
+            rows = [charts.Heads(f"layer {one.layer}", getattr(one, side)) for one in facts.shares]
+            yield charts.head_map(f"Share of the mass by query head: what the {said}", rows)
+
+
+def _heads(spec: str, found: files.HeadFacts) -> str:
+    """Show the scores by which heads were chosen."""
+    parts = [f"<h2>Heads of {escaped(spec)}</h2>\n<p>{escaped('; '.join(heads.meaning(found)))}.</p>\n"]
+    for name in ("induction", "echo"):
+        rows = []
+        for one in found.layers:
+            size = len(one.induction) // one.kv_heads
+            kept = [group * size + head for group in one.kept for head in range(size)]
+            rows.append(charts.Heads(f"layer {one.layer}", getattr(one, name), kept))
+        parts.append(charts.head_map(f"Share of attention, {name} (framed: stays softmax)", rows))
+    return "".join(parts)
 
 
 def _lines(curve: files.CurveFacts) -> list[charts.Line]:

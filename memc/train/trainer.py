@@ -29,8 +29,8 @@ from memc.train.transfer import Transfer
 INITIAL = 4096
 """Tokens that first values are computed from."""
 
-RANKED = 2
-"""Sequences that layers are ranked on."""
+RANKED = 1024
+"""Tokens that layers are ranked on."""
 
 SILENCED = 4
 """Held-out sequences that branches are left out on: four runs of each."""
@@ -102,8 +102,10 @@ class Trainer:
         if self.recovery_steps:
             after, facts.recovery = self._recover(before, after, report, folder)
         if self.processes.leads:
-            rows = (part[:SILENCED] for part in self.guard)
-            facts.branches = branches.measure_branches(before, after, report.objectives, *rows, self.progress)
+            tokens, positions = (part[:SILENCED] for part in self.guard)
+            facts.branches = branches.measure_branches(
+                before, after, report.objectives, tokens, positions, self.progress
+            )
         settled = replace(report, untrained=False, relations=pass_.trained_relations(plan))
         return Rewritten(pass_, plan, after, settled, transferred, facts)
 
@@ -159,7 +161,7 @@ class Trainer:
         if path is not None and path.is_file():
             return ChoiceFacts.model_validate_json(path.read_text())
         began = time.perf_counter()
-        tokens, positions = _sequences(self.batches, RANKED)
+        tokens, positions = _sequences(self.batches, math.ceil(RANKED / self.settings.length))
         ranking = analysis.rank_blocks(
             before, after, report.objectives, tokens, positions, self.products, self.progress
         )

@@ -8,7 +8,9 @@ from xml.etree import ElementTree
 import pytest
 
 from memc.report import charts
+from memc.report.files import HeadFacts
 from memc.report.html import render
+from tests.cli.documents import heads_file_of
 from tests.cli.test_views import report, trained
 
 
@@ -20,14 +22,16 @@ def alternative(figure: ElementTree.Element) -> str:
     return figure.find("svg").get("aria-label")  # type: ignore[union-attr, return-value]
 
 
-def test_training_has_four_pictures_that_are_told_in_words_too() -> None:
-    transfer, recovery, bars, shares = figures(render(trained()))
+def test_training_has_six_pictures_that_are_told_in_words_too() -> None:
+    transfer, recovery, bars, shares, carried, due = figures(render(trained()))
     assert "output: 1 at step 1, 0.125 at step 8, lowest 0.125" in alternative(transfer)
     assert "KL on held-out text: 0.0625 at step 0, 0.05 at step 48, lowest 0.03125" in alternative(recovery)
     assert "layer 3: 0.4375" in alternative(bars)
     assert "layer 5: -0.0625" in alternative(bars)
     assert "layer 5: 19.858; original: 39.717; layer 121" in alternative(shares)
-    pictures = (transfer, recovery, bars, shares)
+    assert "what the memory carries. layer 0: most 0.5, head 7" in alternative(carried)
+    assert "what the original gives. layer 0: most 1, head 7" in alternative(due)
+    pictures = (transfer, recovery, bars, shares, carried, due)
     assert all(figure.find("svg").get("role") == "img" for figure in pictures)  # type: ignore[union-attr]
 
 
@@ -55,13 +59,30 @@ def test_branches_are_shown_beside_the_errors_of_the_layers() -> None:
         ("memory off", "1.0625", "0.0771"),
         ("window off", "212.5", "5.25"),
     ]
-    assert page.index("Share of the mass by layer") < page.index("<caption>Layers</caption>")
+    assert page.index("Share of the mass by query head") < page.index("<caption>Layers</caption>")
     bars = figures(page)[3].findall(".//rect")
     assert ["full" in bar.get("class", "") for bar in bars] == [True, False] * 3
     widths = [float(bar.get("width", 0)) for bar in bars]
     assert all(
         carried == pytest.approx(due / 2, abs=0.1) for carried, due in zip(widths[::2], widths[1::2], strict=True)
     )
+
+
+def test_heads_are_as_full_as_their_scores_and_framed_where_they_stay() -> None:
+    made = report()
+    made.passes = [heads_file_of()]
+    induction, echo = figures(render(made))
+    scores = HeadFacts.model_validate(made.passes[0].details["heads"])
+    cells = induction.findall(".//rect")
+    assert [float(cell.get("fill-opacity", -1)) for cell in cells] == [
+        pytest.approx(value, abs=0.005) for layer in scores.layers for value in layer.induction
+    ]
+    kept = sum(len(layer.kept) * len(layer.induction) // layer.kv_heads for layer in scores.layers)
+    assert sum("kept" in cell.get("class", "") for cell in cells) == kept > 0
+    assert len(echo.findall(".//rect")) == len(cells)
+    ends = [float(cell.get("x", 0)) + float(cell.get("width", 0)) for cell in cells]
+    assert max(ends) <= charts.WIDTH
+    assert cells[3].find("title").text == "layer 17, head 3: 0.7593"  # type: ignore[union-attr]
 
 
 def test_names_of_losses_are_escaped() -> None:

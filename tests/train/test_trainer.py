@@ -25,6 +25,7 @@ SETTINGS: dict[str, Any] = {"length": LENGTH, "batch": 2, "transfer": 0.6, "adap
 @pytest.fixture(autouse=True)
 def _few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("memc.train.trainer.INITIAL", 4 * LENGTH)
+    monkeypatch.setattr("memc.train.trainer.RANKED", 2 * LENGTH)
 
 
 class KilledError(Exception):
