@@ -82,7 +82,7 @@ def test_a_trained_conversion_reports_what_it_did(llama: Path, tmp_path: Path) -
     assert recovery.adapter_rank == 2 and recovery.tokens == recovery.steps * 2 * LENGTH
     assert recovery.guard_kl[0][0] == 0 and recovery.best_step in dict(recovery.guard_kl)
     branches = training.branches
-    assert branches is not None and branches.ablation is not None and branches.ablation.tokens == 8 * (LENGTH - 6)
+    assert branches is not None and branches.ablation is not None and branches.ablation.tokens == 4 * (LENGTH - 6)
     assert list(branches.ablation.without) == branches.branches == ["memory", "window"]
     assert [share.layer for share in branches.shares] == [site.layer for site in report.sites]
     quality = EvalDocument.model_validate_json((tmp_path / "out" / "report" / "quality.json").read_text())
