@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -42,6 +42,18 @@ class State(BaseModel):
     init: float = 0.0
     update: Literal["swap", "alias"] = "swap"
     grows: int | None = None
+
+
+def held(size: int | str, tokens: Any) -> Any:
+    """Return a fixed size as it is, and ``S`` or ``S/n`` at ``tokens`` held ones: their number, or that of their pages.
+
+    ``tokens`` may be symbolic.
+    """
+    if isinstance(size, int):
+        return size
+    symbol, _, page = size.partition("/")
+    assert symbol == "S", f"{size} is no size of a state"
+    return (tokens + int(page) - 1) // int(page) if page else tokens
 
 
 class Manifest(BaseModel):

@@ -19,6 +19,7 @@ from torch.fx.experimental.symbolic_shapes import (
 )
 from torch.fx.node import map_arg
 
+from memc.artifact import held
 from memc.program import Dim, InputSpec, Program, StateSpec, get_tensor
 
 # Distinct and at least 2, so that no size is taken for another or for a constant.
@@ -37,6 +38,8 @@ class Symbols:
         """Return the size, or the symbolic integer that stands for its name."""
         if isinstance(size, int):
             return size
+        if "/" in size:
+            return held(size, self("S"))
         if size not in self._known:
             example = torch.empty(EXAMPLE_SIZES.get(size, 13 + len(self._known)))
             context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from memc.artifact import held
 from memc.plugins import load_kernels
 
 Dim = int | str
-"""A fixed size, or the name of a symbolic one: ``B`` batch, ``T`` new tokens, ``S`` tokens held by a growing state."""
+"""A fixed size, or the name of a symbolic one: ``B`` batch, ``T`` new tokens, ``S`` tokens held by a growing state, and
+``S/n`` the pages of n tokens that those fill, the last one perhaps in part (:func:`memc.artifact.held`)."""
 
 InputRole = Literal["tokens", "positions", "fetched", "other"]
 
@@ -41,7 +43,8 @@ class OutputSpec:
 class StateSpec:
     """One tensor that a token-mixing op takes and returns.
 
-    ``shape`` starts with ``B``. ``grows`` names the axis of size ``S`` that gets longer with every token, or is None.
+    ``shape`` starts with ``B``. ``grows`` names the axis of size ``S`` or ``S/n`` that gets longer with the tokens, or
+    is None.
     ``init`` fills a fresh state: 0 for contents, -1 for positions (no token held).
     """
 
@@ -60,12 +63,12 @@ class StateSpec:
         """Bytes that the state holds after ``context`` tokens."""
         count = 1
         for size in self.shape:
-            count *= batch if size == "B" else context if size == "S" else int(size)
+            count *= batch if size == "B" else held(size, context)
         return count * self.dtype.itemsize
 
     def empty(self, batch: int, device: torch.device | str = "cpu") -> Tensor:
         """Allocate the state of ``batch`` sequences that have seen nothing."""
-        sizes = [batch if size == "B" else 0 if size == "S" else int(size) for size in self.shape]
+        sizes = [batch if size == "B" else held(size, 0) for size in self.shape]
         return torch.full(sizes, self.init, dtype=self.dtype, device=device)
 
 

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from memc.artifact import held
 from memc.dialect import arguments, op_spec
 from memc.infer import infer, mode_of
 from memc.program import Program, Provenance, StateSpec, named_tensors, set_tensor
@@ -168,12 +169,14 @@ class Editor:
         value: Tensor = like.meta["val"]
         mode = mode_of(value)
         assert mode is not None
-        sizes = {"B": value.shape[0]}
+        tokens = None
         if spec.grows is not None:  # as what it is like does
-            sizes["S"] = value.shape[spec.grows]
+            grows = self._state(like).spec.grows
+            assert grows is not None
+            tokens = value.shape[grows]
         with mode:
             return torch.empty(
-                [sizes[size] if isinstance(size, str) else size for size in spec.shape], dtype=spec.dtype
+                [value.shape[0] if size == "B" else held(size, tokens) for size in spec.shape], dtype=spec.dtype
             )
 
 

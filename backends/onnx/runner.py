@@ -11,7 +11,7 @@ import numpy.typing as npt
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
-from memc.artifact import Manifest
+from memc.artifact import Manifest, held
 from memc.backend import Runner, RunState
 from memc.errors import MemcError
 
@@ -67,7 +67,9 @@ class OnnxState(RunState):
     def arrays(self) -> dict[str, Array]:
         """Return a copy of every state, growing ones cut to the tokens of the longest sequence."""
         return {
-            state.input: (array if state.grows is None else _cut(array, state.grows, self.held)).copy()
+            state.input: (
+                array if state.grows is None else _cut(array, state.grows, held(state.shape[state.grows], self.held))
+            ).copy()
             for state in self._runner.manifest.states
             for array in (self.current[state.input],)
         }
@@ -134,7 +136,7 @@ class OnnxRunner(Runner):
         slots = self._capacity(capacity) + 1
         arrays: dict[str, Array] = {}
         for state in self.manifest.states:
-            sizes = [batch if n == "B" else slots if n == "S" else int(n) for n in state.shape]
+            sizes = [batch if n == "B" else held(n, slots) for n in state.shape]
             filled = np.zeros(sizes, state.dtype)
             if state.init:
                 filled.fill(state.init)
@@ -153,10 +155,11 @@ class OnnxRunner(Runner):
         for state in self.manifest.states:
             source, target = arrays[state.input], fresh.current[state.input]
             if state.grows is not None:
-                held = source.shape[state.grows]
-                self._check_capacity(held, target.shape[state.grows] - 1)
-                fresh.lengths = np.full(fresh.batch, held, np.int64)
-                target = _cut(target, state.grows, held)
+                size = source.shape[state.grows]
+                if state.shape[state.grows] == "S":
+                    self._check_capacity(size, target.shape[state.grows] - 1)
+                    fresh.lengths = np.full(fresh.batch, size, np.int64)
+                target = _cut(target, state.grows, size)
             if source.shape != target.shape or source.dtype != target.dtype:
                 raise MemcError("E208", f"the saved state {state.input} has shape {source.shape}, not {target.shape}")
             target[...] = source
@@ -245,7 +248,7 @@ class OnnxRunner(Runner):
             if self.manifest.capacity is not None:
                 self._check_capacity(int(positions.max()) + 1, self.manifest.capacity)
             return
-        grown = next(s for s in self.manifest.states if s.grows is not None)
+        grown = next(s for s in self.manifest.states if "S" in s.shape)
         slots = state.current[grown.input].shape[grown.grows or 0]
         self._check_capacity(int(positions.max()) + 1, slots - 1)
 

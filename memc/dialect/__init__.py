@@ -15,10 +15,12 @@ from memc.dialect.full_attention import full_attention
 from memc.dialect.linear_memory import linear_memory
 from memc.dialect.norm import norm
 from memc.dialect.rotary import rotary
+from memc.dialect.sparse_attention import sparse_attention
 from memc.dialect.window_memory import window_memory
 
 OPS: dict[str, OpSpec] = {
-    spec.name: spec for spec in (attention, full_attention, rotary, norm, window_memory, linear_memory)
+    spec.name: spec
+    for spec in (attention, full_attention, rotary, norm, window_memory, linear_memory, sparse_attention)
 }
 
 _BY_OVERLOAD = {spec.overload: spec for spec in OPS.values()}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from memc.artifact import held
 from memc.dialect import op_spec
 from memc.errors import MemcError
 from memc.infer import EXAMPLE_SIZES, Propagation, Symbols
@@ -122,7 +123,7 @@ def _output_problems(program: Program, values: Mapping[Node, Any], symbols: Symb
 def _expected_shape(spec: InputSpec | OutputSpec | StateSpec, symbols: Symbols) -> list[Any]:
     sizes: list[Any] = [symbols(size) for size in spec.shape]
     if isinstance(spec, StateSpec) and spec.grows is not None:
-        sizes[spec.grows] = sizes[spec.grows] + symbols("T")
+        sizes[spec.grows] = held(spec.shape[spec.grows], symbols("S") + symbols("T"))
     return sizes
 
 

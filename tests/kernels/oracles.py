@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -129,3 +131,66 @@ def linear_memory(
             states.append(s)
     out = torch.stack(outs).view(batch, groups, tokens, heads // groups, -1).transpose(2, 3).flatten(1, 2)
     return out, torch.stack(states).view(state.shape)
+
+
+def page_score(query: Tensor, keys: Tensor, method: str) -> float:
+    """Return the score of one page of ``keys [page, D]``, channel by channel."""
+    total = 0.0
+    for channel, q in enumerate(query.tolist()):
+        column = keys[:, channel].tolist()
+        if method == "bounds":
+            total += max(q * x for x in column)
+        else:
+            mean = sum(column) / len(column)
+            total += q * mean + q * q / 2 * sum((x - mean) ** 2 for x in column) / len(column)
+    return total
+
+
+def best(scored: list[tuple[float, int]], count: int) -> list[int]:
+    """Return the indices of the ``count`` highest scores, lower indices first among equals."""
+    return [index for _, index in sorted((-score, index) for score, index in scored)[:count]]
+
+
+def sparse_choice(query: Tensor, own: list[Token], p: int, group: int, o: Mapping[str, Any]) -> list[int]:
+    """Return the positions that the heads ``query [R,D]`` of one key-value head read at position ``p``."""
+    page, sinks, window, seen = o["page"], o["sinks"], o["window"], {x.position: x.key[group] for x in own}
+    scaled, positions = query * o["scale"], range(p + 1)
+    if p < o.get("dense_below", 0):
+        return list(positions)
+    must = {j for j in positions if j < sinks or p - j < window}
+    pages = []
+    for number in range(p // page + 1):
+        inside = range(number * page, (number + 1) * page)
+        if must & set(inside):
+            pages.append((math.inf, number))
+        else:
+            keys = torch.stack([seen[j] for j in inside])
+            pages.append((max(page_score(q, keys, o["method"]) for q in scaled), number))
+    taken = best(pages, o.get("rerank", 1) * o["budget"] // page)
+    tokens = [j for number in taken for j in range(number * page, (number + 1) * page) if j <= p]
+    ranked = [(math.inf if j in must else max(float(q @ seen[j]) for q in scaled), j) for j in tokens]
+    return sorted(best(ranked, o["budget"]))
+
+
+def sparse_attention(query: Tensor, key: Tensor, value: Tensor, positions: Tensor, **o: Any) -> Result:
+    """``memc::sparse_attention`` from an empty state; ``left`` is unused."""
+    batch, heads, tokens, _ = query.shape
+    per_group = heads // key.shape[1]
+    shape = (batch, heads, tokens)
+    result = Result(torch.zeros(*shape, value.shape[3]).double(), torch.zeros(shape).double())
+    for b in range(batch):
+        own: list[Token] = []
+        for t in range(tokens):
+            p = int(positions[b, t])
+            if p < 0:
+                continue
+            own = [*([] if p == 0 else own), Token(p, key[b, :, t].double(), value[b, :, t].double())]
+            for group in range(key.shape[1]):
+                mine = range(group * per_group, (group + 1) * per_group)
+                chosen = set(sparse_choice(query[b, mine, t].double(), own, p, group, o))
+                read = [x for x in own if x.position in chosen]
+                for h in mine:
+                    row = softmax_row(query[b, h, t].double(), read, h, group, p, o)
+                    result.out[b, h, t], result.lse[b, h, t] = row
+        result.held.append(own)
+    return result

@@ -41,6 +41,18 @@ def softmax_case(op: str, held: list[list[int]], bias: bool, **options: Any) -> 
     return make
 
 
+def sparse_case(held: int, bias: bool, **options: Any) -> Callable[[], Case]:
+    def make() -> Case:
+        past = torch.arange(held).expand(B, held).contiguous()
+        positions = torch.stack([torch.arange(held, held + T), torch.tensor([held, -1, 0, 1, 2, 3, 4])])
+        state = (real(B, G, held, D), real(B, G, held, E), past, real(B, G, -(-held // 2), 2 * D))
+        extra = (real(H),) if bias else ()
+        args = (real(B, H, T, D), real(B, G, T, D), real(B, G, T, E), positions, *state, *extra)
+        return Case("sparse_attention", args, {"scale": 0.4, "page": 2, "sinks": 1, "window": 1, **options})
+
+    return make
+
+
 def memory_case(channels: int, update: str, tokens: int = T) -> Callable[[], Case]:
     def make() -> Case:
         gate = -2 * torch.rand(B, G, tokens, channels, dtype=torch.float64)
@@ -61,6 +73,9 @@ CASES: dict[str, Callable[[], Case]] = {
     "attention-prefix": softmax_case("attention", [[], []], False, scale=0.4, prefix=2),
     "window": softmax_case("window_memory", [[0, 1, 2], [0, 3, 4]], True, scale=0.4, window=2, sinks=1, softcap=2.0),
     "window-long": softmax_case("window_memory", [[2, 0, 1, -1], [4, 1, 2, 3]], False, scale=0.4, window=4),
+    "sparse": sparse_case(5, True, method="bounds", budget=4, softcap=2.0),
+    "sparse-again": sparse_case(5, False, method="moments", budget=4, rerank=2, dense_below=3),
+    "sparse-empty": sparse_case(0, False, method="moments", budget=4),
     "full": lambda: Case(
         "full_attention",
         (real(B, H, T, D), real(B, G, 4, D), real(B, G, 4, E), KEYS, real(H, 1, 4), real(H)),
@@ -90,6 +105,11 @@ def is_real(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
+def is_index(case: Case, index: int) -> bool:
+    """Whether an argument chooses what is read and has no gradient."""
+    return case.op == "sparse_attention" and index == 7
+
+
 def test_every_op_has_a_case() -> None:
     assert {make().op for make in CASES.values()} == set(OPS)
 
@@ -102,7 +122,8 @@ def test_gradients_equal_finite_differences(name: str) -> None:
     def function(*values: Tensor) -> tuple[Tensor, ...]:
         given = iter(values)
         args = tuple(next(given) if is_real(x) else x for x in case.args)
-        return tuple(y for y in call(case, args) if is_real(y))
+        results = call(case, args)
+        return tuple(y for y in (results[:4] if case.op == "sparse_attention" else results) if is_real(y))
 
     assert torch.autograd.gradcheck(function, leaves)
 
@@ -132,8 +153,10 @@ def test_gradients_take_the_type_of_their_inputs(name: str) -> None:
     )
     results = call(case, args)
     sum((y.float().sum() for y in results if is_real(y)), torch.zeros(())).backward()
-    for x in args:
-        if is_real(x):
+    for index, x in enumerate(args):
+        if is_index(case, index):
+            assert x.grad is None
+        elif is_real(x):
             assert x.grad is not None
             assert x.grad.dtype == x.dtype
             assert torch.isfinite(x.grad).all()

@@ -1,0 +1,218 @@
+"""``memc::sparse_attention`` in torch: blocks of queries, each with a mask of what it has chosen.
+
+Reads every key, since it is the oracle: what is saved is what the lowered forms do not read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from memc.kernels.common import accumulation_type, cast_like, put, segments, take
+from memc.kernels.softmax import attend, attend_backward
+from memc.kernels.sparse_attention.choose import Rule, chosen, describe
+
+# Most scores that one block of queries makes at once: 4 MB in float32.
+BLOCK_SCORES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One sequence of every row of a call.
+
+    ``mine [B,T]`` are its tokens in the call, ``place [B,L]`` where the token at each position is in the state with the
+    call appended, -1 for none, and ``held``, ``reached [B]`` its tokens before and after the call.
+    """
+
+    mine: Tensor
+    place: Tensor
+    held: Tensor
+    reached: Tensor
+
+
+@dataclass(frozen=True)
+class Call:
+    """What forward and backward start from: keys and values with the call appended, and its sequences."""
+
+    key: Tensor
+    value: Tensor
+    positions: Tensor
+    sequences: tuple[Sequence, ...]
+
+
+def lay_out(
+    key: Tensor,
+    value: Tensor,
+    positions: Tensor,
+    past_key: Tensor,
+    past_value: Tensor,
+    past_positions: Tensor,
+    page: int,
+) -> Call:
+    """Append the call to the state and find the place of each token of each sequence."""
+    number = segments(positions)
+    numbers = torch.cat([torch.zeros_like(past_positions), number], 1)
+    everything = torch.cat([past_positions, positions], 1)
+    length = -(-everything.shape[1] // page) * page
+    index = torch.arange(everything.shape[1], device=positions.device).expand_as(everything)
+    sequences = []
+    for one in range(int(number.max()) + 1):
+        there = (numbers == one) & (everything >= 0)
+        # Tokens of other sequences are put one place too far, which is then cut off.
+        place = torch.full((positions.shape[0], length + 1), -1, device=positions.device)
+        place = place.scatter(1, torch.where(there, everything, length), torch.where(there, index, -1))[:, :length]
+        held = past_positions.amax(1) + 1 if one == 0 and past_positions.shape[1] else torch.zeros_like(positions[:, 0])
+        reached = torch.where(there, everything, -1).amax(1) + 1
+        sequences.append(Sequence((number == one) & (positions >= 0), place, held, reached))
+    return Call(torch.cat([past_key, key], 2), torch.cat([past_value, value], 2), everything, tuple(sequences))
+
+
+def describe_pages(keys: Tensor, past_pages: Tensor, sequence: Sequence, method: str, page: int) -> Tensor:
+    """Return the descriptions ``[B,G,P,2D]`` of a sequence's pages: those held, those completed now, 0 for the rest."""
+    count = keys.shape[2] // page
+    number = torch.arange(count, device=keys.device)
+    before, complete = (number < whole[:, None] // page for whole in (sequence.held, sequence.reached))
+    pages = keys.new_zeros(*keys.shape[:2], count, 2 * keys.shape[3])
+    pages[:, :, : past_pages.shape[2]] = past_pages.to(keys.dtype)
+    first = int(sequence.held.min()) // page
+    fresh = describe(keys[:, :, first * page :].unflatten(2, (count - first, page)), method)
+    # As the state will hold them, so that a page's score does not depend on when it was completed.
+    pages[:, :, first:] = torch.where(before[:, None, first:, None], pages[:, :, first:], fresh.to(past_pages.dtype))
+    return pages.masked_fill(~complete[:, None, :, None], 0)
+
+
+def blocks(heads: int, call: Call, sequence: Sequence) -> Iterator[slice]:
+    """Cut the columns of a call that hold tokens of a sequence into blocks whose scores fit ``BLOCK_SCORES``."""
+    columns = sequence.mine.any(0).nonzero()[:, 0]
+    if not len(columns):
+        return
+    size = max(1, BLOCK_SCORES // max(1, sequence.mine.shape[0] * heads * sequence.place.shape[1]))
+    first, last = int(columns[0]), int(columns[-1]) + 1
+    for start in range(first, last, size):
+        yield slice(start, min(start + size, last))
+
+
+def readable(
+    query: Tensor, keys: Tensor, pages: Tensor, positions: Tensor, sequence: Sequence, rows: slice, rule: Rule
+) -> Tensor:
+    """Return the mask ``[B,G,1,T,L]`` of what a block of queries ``[B,H,T,D]`` reads of a sequence's keys."""
+    mine = sequence.mine[:, rows]
+    tokens = chosen(query, keys, pages, torch.where(mine, positions[:, rows], -1), rule)
+    return (tokens & mine[:, None, :, None] & (sequence.place >= 0)[:, None, None])[:, :, None]
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    positions: Tensor,
+    past_key: Tensor,
+    past_value: Tensor,
+    past_positions: Tensor,
+    past_pages: Tensor,
+    sink_logits: Tensor | None = None,
+    *,
+    scale: float,
+    method: str,
+    page: int,
+    budget: int,
+    sinks: int,
+    window: int,
+    rerank: int = 1,
+    dense_below: int = 0,
+    softcap: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Run ``memc::sparse_attention``; arguments and results as its dialect page has them."""
+    rule = Rule(scale, method, page, budget, sinks, window, rerank, dense_below)
+    call = lay_out(key, value, positions, past_key, past_value, past_positions, page)
+    kind = accumulation_type(query)
+    q = query.to(kind)
+    out, lse = query.new_zeros(*query.shape[:3], value.shape[3]), q.new_zeros(query.shape[:3])
+    count = -(-call.key.shape[2] // page)
+    next_pages = torch.zeros(*key.shape[:2], count, 2 * key.shape[3], dtype=past_pages.dtype, device=key.device)
+    current = segments(positions)[:, -1]
+    for number, sequence in enumerate(call.sequences):
+        keys, values = (take(x, sequence.place).to(kind) for x in (call.key, call.value))
+        past = past_pages if number == 0 else past_pages[:, :, :0]
+        pages = describe_pages(keys, past, sequence, method, page)
+        next_pages = torch.where((current == number)[:, None, None, None], pages.to(past_pages.dtype), next_pages)
+        for rows in blocks(query.shape[1], call, sequence):
+            mask = readable(q[:, :, rows], keys, pages, positions, sequence, rows, rule)
+            part, part_lse = attend(q[:, :, rows], keys, values, mask, None, sink_logits, scale, softcap)
+            mine = sequence.mine[:, None, rows]
+            out[:, :, rows] = torch.where(mine[..., None], part.to(out.dtype), out[:, :, rows])
+            lse[:, :, rows] = torch.where(mine, part_lse, lse[:, :, rows])
+    kept = torch.cat([torch.zeros_like(past_positions), segments(positions)], 1) == current[:, None]
+    return out, lse, call.key, call.value, call.positions.masked_fill(~kept, -1), next_pages
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    grad_next_key: Tensor,
+    grad_next_value: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    positions: Tensor,
+    past_key: Tensor,
+    past_value: Tensor,
+    past_positions: Tensor,
+    past_pages: Tensor,
+    sink_logits: Tensor | None = None,
+    *,
+    scale: float,
+    method: str,
+    page: int,
+    budget: int,
+    sinks: int,
+    window: int,
+    rerank: int = 1,
+    dense_below: int = 0,
+    softcap: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of query, key, value, past_key, past_value and sink_logits for the tokens chosen."""
+    rule = Rule(scale, method, page, budget, sinks, window, rerank, dense_below)
+    call = lay_out(key, value, positions, past_key, past_value, past_positions, page)
+    kind, past_tokens, size = accumulation_type(query), past_key.shape[2], call.key.shape[2]
+    q, grad = query.to(kind), grad_out.to(kind)
+    grad_q = torch.zeros_like(q)
+    grad_k, grad_v = grad_next_key.to(kind, copy=True), grad_next_value.to(kind, copy=True)
+    grad_sinks = q.new_zeros(q.shape[1])
+    for number, sequence in enumerate(call.sequences):
+        keys, values = (take(x, sequence.place).to(kind) for x in (call.key, call.value))
+        pages = describe_pages(keys, past_pages if number == 0 else past_pages[:, :, :0], sequence, method, page)
+        placed_k, placed_v = torch.zeros_like(keys), torch.zeros_like(values)
+        for rows in blocks(query.shape[1], call, sequence):
+            mask = readable(q[:, :, rows], keys, pages, positions, sequence, rows, rule)
+            mine = sequence.mine[:, None, rows]
+            g = attend_backward(
+                grad[:, :, rows] * mine[..., None],
+                grad_lse[:, :, rows].to(kind) * mine,
+                q[:, :, rows],
+                keys,
+                values,
+                mask,
+                None,
+                sink_logits,
+                scale,
+                softcap,
+            )
+            grad_q[:, :, rows] += g.query
+            placed_k += g.key
+            placed_v += g.value
+            if g.sink_logits is not None:
+                grad_sinks += g.sink_logits
+        grad_k += put(placed_k, sequence.place, size)
+        grad_v += put(placed_v, sequence.place, size)
+    return (
+        cast_like(grad_q, query),
+        cast_like(grad_k[:, :, past_tokens:], key),
+        cast_like(grad_v[:, :, past_tokens:], value),
+        cast_like(grad_k[:, :, :past_tokens], past_key),
+        cast_like(grad_v[:, :, :past_tokens], past_value),
+        cast_like(grad_sinks, sink_logits),
+    )

@@ -1,0 +1,113 @@
+"""``memc::sparse_attention``: softmax attention that holds every key and reads few of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memc.dialect.base import Cost, check, check_heads, define
+
+METHODS = ("bounds", "moments")
+"""How a page is described; the description of a page of keys ``[page, D]`` has 2 D channels."""
+
+
+def pages_of(tokens: Any, page: int) -> Any:
+    """Return how many pages ``tokens`` (a number, symbolic or not) fill, the last one perhaps in part."""
+    return (tokens + page - 1) // page
+
+
+def forced_pages(page: int, sinks: int, window: int) -> int:
+    """Return the most pages that the sink tokens and the window lie on."""
+    return int(pages_of(sinks, page) + pages_of(window - 1, page) + 1)
+
+
+def _cost(a: Mapping[str, Any], context: int) -> Cost:
+    query, key, value = a["query"], a["key"], a["value"]
+    held, pages = context, 0
+    scored = context
+    if context > a["dense_below"]:
+        pages = pages_of(context, a["page"])
+        held, scored = min(context, a["budget"]), min(context, a["rerank"] * a["budget"])
+    channels = 2 * pages * key.shape[3] + scored * key.shape[3] + held * value.shape[3]
+    return Cost(2.0 * query.shape[1] * channels, float(channels * key.shape[1] * key.dtype.itemsize))
+
+
+@define(
+    "sparse_attention",
+    "(Tensor query, Tensor key, Tensor value, Tensor positions,"
+    " Tensor past_key, Tensor past_value, Tensor past_positions, Tensor past_pages, Tensor? sink_logits=None, *,"
+    " float scale, str method, int page, int budget, int sinks, int window, int rerank=1, int dense_below=0,"
+    " float softcap=0.0) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    states={"past_key": 2, "past_value": 3, "past_positions": 4, "past_pages": 5},
+    cost=_cost,
+)
+def sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    positions: Tensor,
+    past_key: Tensor,
+    past_value: Tensor,
+    past_positions: Tensor,
+    past_pages: Tensor,
+    sink_logits: Tensor | None = None,
+    *,
+    scale: float,
+    method: str,
+    page: int,
+    budget: int,
+    sinks: int,
+    window: int,
+    rerank: int = 1,
+    dense_below: int = 0,
+    softcap: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Attend causally to at most ``budget`` tokens, chosen for each query token and each key-value head.
+
+    Arguments as in ``memc::attention``, and ``past_pages [B,G,ceil(S/page),2D]``: one description of each page, that is
+    of the keys at positions ``page`` n to ``page`` (n + 1) - 1; 0 until the last of them is held. ``method`` says what:
+
+    - ``bounds``: the largest and the smallest value of each channel; the score of a page is the least upper bound of
+      q.k that they give (Quest, Tang et al. 2024);
+    - ``moments``: mean and variance of each channel; the score is q.mean + q^2.variance / 2, the logarithm of the mean
+      exponential of q.k for normal keys of independent channels.
+
+    A query at position p < ``dense_below`` reads all earlier tokens. Any other
+
+    1. takes the ``rerank budget / page`` pages of the highest scores (the highest over the heads that share a key-value
+       head), among which are always those of the first ``sinks`` tokens and of the last ``window``, p itself included;
+    2. with ``rerank`` over 1, takes of their tokens the ``budget`` of the highest q.k (likewise), among which are
+       always the sinks and the window.
+
+    Of equal scores the lower index goes first. Up to position ``budget`` - 1 that is every token. Soft-cap and sink
+    logits join the softmax over the chosen tokens and choose nothing; there are no slopes, since a page has no one
+    distance. Each sequence is held from position 0 on, and its positions rise by one from token to token. Returns
+
+    0. the output ``[B,H,T,E]``, 0 for padding,
+    1. the log-sum-exp of each row's scores ``[B,H,T]`` (sink logits included; 0 for padding) in float32, or in float64
+       when the query is, so that attention to disjoint sets of keys can be joined,
+    2. to 5. the next state: keys, values and positions as in ``memc::attention``, and ``ceil((S + T) / page)`` pages.
+
+    One op and not one each for describing, scoring, choosing and attending: what goes from step to step has an entry
+    for each pair of a query and a page, or of a query and a candidate token, and stays in a block of queries this way.
+    Choosing has no gradient, and neither have the descriptions.
+    """
+    check_heads(query, key, value)
+    check(method in METHODS, "method is bounds or moments")
+    check(page >= 1 and sinks >= 0 and window >= 1 and rerank >= 1, "page, window and rerank are at least 1, sinks 0")
+    check(budget % page == 0, "the budget is whole pages")
+    check(forced_pages(page, sinks, window) * page <= budget, "sinks and window fit the budget")
+    batch, heads, tokens, _ = query.shape
+    held = past_key.shape[2] + tokens
+    described = pages_of(held, page)
+    return (
+        query.new_empty(batch, heads, tokens, value.shape[3]),
+        torch.empty(batch, heads, tokens, dtype=torch.promote_types(query.dtype, torch.float32), device=query.device),
+        torch.empty(batch, key.shape[1], held, key.shape[3], dtype=key.dtype, device=key.device),
+        torch.empty(batch, value.shape[1], held, value.shape[3], dtype=value.dtype, device=value.device),
+        positions.new_empty(batch, held),
+        torch.empty(batch, key.shape[1], described, 2 * key.shape[3], dtype=key.dtype, device=key.device),
+    )

@@ -1,0 +1,221 @@
+"""Kernel law, state law and the choice of ``memc::sparse_attention``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import memc.kernels  # noqa: F401
+from memc.kernels.sparse_attention.choose import Rule, best_of_group, chosen, describe, features, first
+from tests.kernels import oracles
+from tests.kernels.cases import F64, Shape, cut, shapes, walk
+
+OP = torch.ops.memc.sparse_attention
+
+# page, budget, sinks, window
+SIZES = st.sampled_from([(1, 3, 1, 2), (2, 6, 1, 2), (3, 9, 2, 1), (3, 12, 0, 4), (4, 8, 0, 2), (4, 64, 3, 5)])
+options = st.fixed_dictionaries(
+    {
+        "method": st.sampled_from(["bounds", "moments"]),
+        "rerank": st.sampled_from([1, 2, 3]),
+        "dense_below": st.sampled_from([0, 7]),
+        "softcap": st.sampled_from([0.0, 1.5]),
+    }
+)
+
+
+def run(call: dict[str, Any], parts: list[slice], **fixed: Any) -> list[Tensor]:
+    """Run the op in several calls; output and log-sum-exp joined, then the state."""
+    q, k, v, positions = (call[x] for x in ("query", "key", "value", "positions"))
+    batch, groups, _, size = k.shape
+    state = [k.new_zeros(batch, groups, 0, size), v.new_zeros(batch, groups, 0, v.shape[3])]
+    state += [positions.new_zeros(batch, 0), k.new_zeros(batch, groups, 0, 2 * size)]
+    outputs = []
+    for part in parts:
+        results = OP(
+            q[:, :, part], k[:, :, part], v[:, :, part], positions[:, part], *state, call["sink_logits"], **fixed
+        )
+        outputs.append(results[:2])
+        state = list(results[2:])
+    return [torch.cat(pieces, 2) for pieces in zip(*outputs, strict=True)] + state
+
+
+def make(shape: Shape, sink_logits: bool, dtype: torch.dtype = F64, **walking: float) -> tuple[dict[str, Any], Any]:
+    generator = shape.generator()
+    q, k, v = shape.qkv(generator, dtype)
+    call: dict[str, Any] = {"query": q, "key": k, "value": v, "positions": walk(shape, generator, **walking)}
+    call["sink_logits"] = torch.rand(shape.heads, dtype=F64, generator=generator).to(dtype) if sink_logits else None
+    return call, generator
+
+
+def sized(sizes: tuple[int, int, int, int]) -> dict[str, int]:
+    return dict(zip(("page", "budget", "sinks", "window"), sizes, strict=True))
+
+
+@given(shapes(40), options, SIZES, st.booleans())
+def test_sparse_attention_equals_oracle(
+    shape: Shape, extra: dict[str, Any], sizes: tuple[int, int, int, int], sink_logits: bool
+) -> None:
+    call, generator = make(shape, sink_logits)
+    fixed = {"scale": 0.7, **sized(sizes), **extra}
+    expected = oracles.sparse_attention(**call, **fixed)
+    whole = run(call, [slice(None)], **fixed)
+    torch.testing.assert_close(whole[0], expected.out)
+    torch.testing.assert_close(whole[1], expected.lse)
+    for b, held in enumerate(expected.held):
+        assert sorted(p for p in whole[4][b].tolist() if p >= 0) == [token.position for token in held]
+        page = fixed["page"]
+        for number in range(whole[5].shape[2]):
+            keys = [x.key for x in held if x.position // page == number]
+            wanted = describe(torch.stack(keys, 1), fixed["method"]) if len(keys) == page else torch.zeros(()).double()
+            torch.testing.assert_close(whole[5][b, :, number], wanted.expand_as(whole[5][b, :, number]))
+    for one, other in zip(whole, run(call, cut(shape.tokens, generator), **fixed), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@settings(max_examples=10, deadline=None)
+@given(shapes(30), options, SIZES)
+def test_one_token_at_a_time_equals_one_call(
+    shape: Shape, extra: dict[str, Any], sizes: tuple[int, int, int, int]
+) -> None:
+    call, _ = make(shape, True)
+    fixed = {"scale": 0.7, **sized(sizes), **extra}
+    single = run(call, [slice(t, t + 1) for t in range(shape.tokens)], **fixed)
+    for one, other in zip(run(call, [slice(None)], **fixed), single, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@given(shapes(20), options)
+def test_a_batch_of_mixed_lengths_equals_one_at_a_time(shape: Shape, extra: dict[str, Any]) -> None:
+    call, _ = make(shape, True, restart=0.0)
+    fixed = {"scale": 0.5, **sized((2, 6, 1, 2)), **extra}
+    together = run(call, [slice(None)], **fixed)[0]
+    for b in range(shape.batch):
+        kept = call["positions"][b] >= 0
+        if kept.any():
+            row = {x: call[x][b : b + 1, :, kept] for x in ("query", "key", "value")}
+            row |= {"positions": call["positions"][b : b + 1, kept], "sink_logits": call["sink_logits"]}
+            torch.testing.assert_close(together[b, :, kept], run(row, [slice(None)], **fixed)[0][0])
+        assert not together[b, :, ~kept].any()
+
+
+@pytest.mark.parametrize("method", ["bounds", "moments"])
+@pytest.mark.parametrize("size", [64, 80, 96, 128])
+@pytest.mark.parametrize("rerank", [1, 4])
+def test_a_budget_that_holds_everything_is_dense(method: str, size: int, rerank: int) -> None:
+    shape = Shape(batch=2, groups=2, per_group=3, tokens=75, key_size=size, value_size=size, seed=size)
+    call, _ = make(shape, True, torch.float32, padding=0.1, restart=0.0)
+    fixed = {"scale": size**-0.5, "method": method, "rerank": rerank, **sized((16, 80, 4, 20))}
+    dense = torch.ops.memc.attention(
+        *(call[x] for x in ("query", "key", "value", "positions")),
+        call["key"][:, :, :0], call["value"][:, :, :0], call["positions"][:, :0], None, call["sink_logits"],
+        scale=size**-0.5,
+    )  # fmt: skip
+    torch.testing.assert_close(run(call, [slice(0, 33), slice(33, 75)], **fixed)[0], dense[0], atol=1e-5, rtol=0)
+    less = run(call, [slice(None)], **{**fixed, **sized((16, 48, 4, 8))})[0]
+    assert (less - dense[0]).abs().max() > 1e-3, "a smaller budget is another function"
+
+
+@given(shapes(30), st.integers(1, 7))
+def test_bounds_are_upper_bounds(shape: Shape, page: int) -> None:
+    q, k, _ = shape.qkv(shape.generator())
+    whole = k[:, :, : shape.tokens // page * page]
+    if not whole.shape[2]:
+        return
+    bound = best_of_group(features(q, "bounds"), describe(whole.unflatten(2, (-1, page)), "bounds"))
+    true = best_of_group(q, whole).unflatten(3, (-1, page)).amax(-1)
+    assert bool((bound >= true - 1e-12).all())
+    mean = best_of_group(q, whole.unflatten(2, (-1, page)).mean(3))
+    if page > 1 and shape.key_size > 1:
+        assert bool((mean < true).any()), "the mean of a page is no bound"
+
+
+@given(shapes(40), options, SIZES)
+def test_choices_are_causal_within_the_budget_and_hold_what_is_forced(
+    shape: Shape, extra: dict[str, Any], sizes: tuple[int, int, int, int]
+) -> None:
+    extra = {**extra, "dense_below": 0}
+    extra.pop("softcap")
+    rule = Rule(scale=0.7, **sized(sizes), **extra)
+    q, k, _ = shape.qkv(shape.generator())
+    pages = -(-shape.tokens // rule.page)
+    keys = torch.nn.functional.pad(k, (0, 0, 0, pages * rule.page - shape.tokens))
+    at = torch.arange(shape.tokens).expand(shape.batch, -1)
+    mask = chosen(q, keys, describe(keys.unflatten(2, (pages, rule.page)), rule.method), at, rule)
+    p, j = torch.arange(shape.tokens)[:, None], torch.arange(pages * rule.page)
+    assert not bool((mask & (j > p)).any())
+    forced = (j <= p) & ((j < rule.sinks) | (p - j < rule.window))
+    assert bool(mask[..., forced].all())
+    count = mask.sum(-1)
+    assert int(count.max()) <= rule.budget
+    full = (p[:, 0] + 1 <= rule.budget).nonzero()[:, 0]
+    assert bool((count[:, :, full] == full + 1).all())
+
+
+def test_equal_scores_are_taken_by_the_lower_index() -> None:
+    rank = torch.tensor([1.0, 3.0, 2.0, 2.0, 2.0, -torch.inf])
+    assert first(rank, 3).tolist() == [False, True, True, True, False, False]
+    assert first(torch.zeros(4), 2).tolist() == [True, True, False, False]
+    assert first(rank, 9).all()
+
+
+def test_bounds_find_a_needle_that_means_lose(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One token in keys that resemble their neighbours; describing pages by their mean is the planted weak selector."""
+    generator = torch.Generator().manual_seed(5)
+    size, tokens = 64, 1024
+    rule = Rule(size**-0.5, "bounds", page=16, budget=128, sinks=4, window=20, rerank=1, dense_below=0)
+    at, found = torch.tensor([[tokens - 1]]), {"bounds": 0, "mean": 0}
+    for where in range(100, 900, 40):
+        noise = torch.randn(1, 1, tokens, size, generator=generator)
+        keys = noise.clone()
+        for t in range(1, tokens):
+            keys[:, :, t] = 0.9 * keys[:, :, t - 1] + 0.19**0.5 * noise[:, :, t]
+        query = torch.randn(1, 1, 1, size, generator=generator)
+        keys[:, :, where] += query[:, :, 0]
+        pages = keys.unflatten(2, (-1, 16))
+        found["bounds"] += bool(chosen(query, keys, describe(pages, "bounds"), at, rule)[0, 0, 0, where])
+        with monkeypatch.context() as patch:
+            patch.setattr("memc.kernels.sparse_attention.choose.features", lambda q, _: q)
+            found["mean"] += bool(chosen(query, keys, pages.mean(3), at, rule)[0, 0, 0, where])
+    assert found["bounds"] >= 19 and found["mean"] <= 10, found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_half_types_are_as_near_as_they_can_be(dtype: torch.dtype) -> None:
+    shape = Shape(batch=2, groups=2, per_group=2, tokens=30, key_size=4, value_size=3, seed=3)
+    call, _ = make(shape, True, dtype)
+    exact = {x: y.double() if isinstance(y, Tensor) and y.is_floating_point() else y for x, y in call.items()}
+    fixed: dict[str, Any] = {"scale": 0.5, "method": "bounds", **sized((2, 6, 1, 2))}
+    out = run(call, [slice(0, 11), slice(11, 30)], **fixed)[0]
+    assert out.dtype == dtype
+    near = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
+    torch.testing.assert_close(out.double(), run(exact, [slice(None)], **fixed)[0], rtol=near, atol=near)
+
+
+@pytest.mark.parametrize("fault", [{"budget": 4}, {"window": 2}, {"sinks": 0}, {"rerank": 3}, {"method": "moments"}])
+def test_the_oracle_sees_a_fault(fault: dict[str, Any]) -> None:
+    shape = Shape(batch=2, groups=2, per_group=2, tokens=40, key_size=4, value_size=3, seed=7)
+    call, _ = make(shape, False, padding=0.0, restart=0.0)
+    fixed: dict[str, Any] = {"scale": 0.7, "method": "bounds", "page": 1, "budget": 6, "sinks": 2, "window": 1}
+    fixed |= {"page": 2} if "rerank" in fault or "method" in fault else {}
+    expected = oracles.sparse_attention(**call, **fixed)
+    torch.testing.assert_close(run(call, [slice(None)], **fixed)[0], expected.out)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(run(call, [slice(None)], **{**fixed, **fault})[0], expected.out)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [({"budget": 7}, "whole pages"), ({"window": 6}, "fit the budget"), ({"method": "x"}, "bounds or moments")],
+)
+def test_arguments_that_do_not_fit_are_refused(wrong: dict[str, Any], reason: str) -> None:
+    shape = Shape(batch=1, groups=1, per_group=1, tokens=5, key_size=2, value_size=2, seed=1)
+    call, _ = make(shape, False)
+    fixed: dict[str, Any] = {"scale": 0.5, "method": "bounds", **sized((2, 6, 1, 2)), **wrong}
+    with pytest.raises(RuntimeError, match=reason), torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        run(call, [slice(None)], **fixed)
