@@ -78,11 +78,11 @@ def predict(
     kinds = _parameter_kinds(program)
     weight_bytes = sum(_stored(tensor, kinds.get(name, set()), weights) for name, tensor in _parameters(program))
     read = sum(_read(tensor, kinds.get(name, set()), weights) for name, tensor in _parameters(program))
-    work = {context: _work(program, context) for context in contexts}
-    bytes_read = {context: read + done.state_bytes_read for context, done in work.items()}
+    done = {context: work(program, context) for context in contexts}
+    bytes_read = {context: read + one.state_bytes_read for context, one in done.items()}
     source_bytes = sum(tensor.numel() * tensor.element_size() for _, tensor in _parameters(program))
-    decode = {c: _decode_ms(work[c], bytes_read[c], target, weights, threads) for c in decoded}
-    flops = {context: done.flops for context, done in work.items()}
+    decode = {c: _decode_ms(done[c], bytes_read[c], target, weights, threads) for c in decoded}
+    flops = {context: one.flops for context, one in done.items()}
     return Predicted(
         parameters=program.parameter_count,
         flops_per_token=flops[min(flops)] if flops else 0.0,
@@ -150,7 +150,8 @@ def _read(tensor: Tensor, kinds: set[str], weights: str) -> float:
     return stored / max(tensor.shape[0], 1) if kinds == {"gather"} else stored
 
 
-def _work(program: Program, context: int) -> Work:
+def work(program: Program, context: int) -> Work:
+    """Return the work of one token at a context; every node must have ``meta['val']``."""
     rows = _rows(program)
     flops, state, kernels = 0.0, 0.0, 0
     for node in program.module.graph.nodes:

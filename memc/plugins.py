@@ -13,7 +13,11 @@ from memc.errors import MemcError
 
 # What this package itself provides, so that an uninstalled checkout works as an installed one does.
 BUILTIN = {
-    "memc.passes": {"window": "memc.passes.window:Window", "linearize": "memc.passes.linearize:Linearize"},
+    "memc.passes": {
+        "window": "memc.passes.window:Window",
+        "sparsify": "memc.passes.sparsify:Sparsify",
+        "linearize": "memc.passes.linearize:Linearize",
+    },
     "memc.backends": {"eager": "memc.backends.eager:EagerBackend", "onnx": "memc.backends.onnx:OnnxBackend"},
 }
 

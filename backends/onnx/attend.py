@@ -37,7 +37,7 @@ class Scores:
         return [n for n, on in (("slopes", self.slopes), ("sink_logits", self.sink_logits)) if on]
 
 
-def attend(s: Scores, key: str, value: str) -> str:
+def attend(s: Scores, key: str, value: str, query: str = "query") -> str:
     """Write attention of ``query [B,H,T,D]`` over ``key [B,G,S,D]`` and ``value [B,G,S,E]`` with MatMul and Softmax.
 
     Uses ``shape`` = [0,H,T,-1], ``mask [B,1,T,S]`` and, for slopes, ``distance [B,1,T,S]`` = j - p. Heads that share a
@@ -46,20 +46,34 @@ def attend(s: Scores, key: str, value: str) -> str:
     """
     lines = [
         ints("grouped", 0, s.groups, -1, s.key_dim),
-        "rows = Reshape(query, grouped)",
+        f"rows = Reshape({query}, grouped)",
         f"turned = Transpose<perm = [0, 1, 3, 2]>({key})",
         "product = MatMul(rows, turned)",
         float_("scale", s.scale),
         "scaled = Mul(product, scale)",
         "score0 = Reshape(scaled, shape)",
+        weigh(s, (1, s.heads, 1, 1)),
+        ints("weight_rows", 0, s.groups, -1, 0),
+        "weights = Reshape(weight, weight_rows)",
+        f"sums = MatMul(weights, {value})",
+        "out = Reshape(sums, shape)",
     ]
+    return "\n".join(lines)
+
+
+def weigh(s: Scores, per_head: tuple[int, ...]) -> str:
+    """Write the softmax of ``score0`` over its last axis: ``weight``, ``none`` and, as in :func:`attend`, ``log``.
+
+    ``per_head`` is the shape that puts ``[H]`` along the heads of ``score0``.
+    """
+    lines: list[str] = []
     score = "score0"
     if s.softcap:
         lines += [float_("cap", s.softcap), f"cap0 = Div({score}, cap)", "cap1 = Tanh(cap0)", "cap2 = Mul(cap1, cap)"]
         score = "cap2"
     if s.slopes:
         lines += [
-            ints("per_head", 1, s.heads, 1, 1),
+            ints("per_head", *per_head),
             "slope = Reshape(slopes, per_head)",
             "tilt = Mul(slope, distance)",
             f"tilted = Add({score}, tilt)",
@@ -77,7 +91,7 @@ def attend(s: Scores, key: str, value: str) -> str:
         joined = score
         if s.sink_logits:
             lines += [
-                ints("per_head_", 1, s.heads, 1, 1),
+                ints("per_head_", *per_head),
                 "sink = Reshape(sink_logits, per_head_)",
                 f"first = ReduceMax({score}, last)",
                 "zeros = Sub(first, first)",
@@ -93,12 +107,6 @@ def attend(s: Scores, key: str, value: str) -> str:
         ]
     else:
         lines += [f"weight = Softmax({score})", f"top = ReduceMax({score}, last)", "none = Less(top, nothing)"]
-    lines += [
-        ints("weight_rows", 0, s.groups, -1, 0),
-        "weights = Reshape(weight, weight_rows)",
-        f"sums = MatMul(weights, {value})",
-        "out = Reshape(sums, shape)",
-    ]
     return "\n".join(lines)
 
 
@@ -235,22 +243,25 @@ def attention(s: Scores, kernel: bool) -> Function:
     return function("Attention", ", ".join(names), "output, next_key, next_value", body)
 
 
-def by_group(groups: int) -> str:
-    """Write ``row``, ``group`` and ``nought [B,G,T,1]``: the numbers of the row and of the group, and zeros."""
+def by_group(groups: int, source: str = "positions", tag: str = "") -> str:
+    """Write ``row``, ``group`` and ``nought [B,G,T,1]``: the numbers of the row and of the group, and zeros.
+
+    ``source [B,T]`` has the sizes; ``tag`` ends the names.
+    """
     return f"""
-    group0 = Constant<value = int64[{groups}] {{{", ".join(map(str, range(groups)))}}}>()
-    {ints("group_axes", 0, 2, 3)}
-    group1 = Unsqueeze(group0, group_axes)
-    batch = Shape<start = 0, end = 1>(positions)
-    batch0 = Squeeze(batch)
-    row0 = Range(zero, batch0, one)
-    {ints("row_axes", 1, 2, 3)}
-    row1 = Unsqueeze(row0, row_axes)
-    {ints("new_axes", 1, 3)}
-    new = Unsqueeze(positions, new_axes)
-    sums = Mul(new, zero)
-    nought0 = Mul(group1, zero)
-    nought = Add(sums, nought0)
-    group = Add(nought, group1)
-    row = Add(nought, row1)
+    group0{tag} = Constant<value = int64[{groups}] {{{", ".join(map(str, range(groups)))}}}>()
+    {ints(f"group_axes{tag}", 0, 2, 3)}
+    group1{tag} = Unsqueeze(group0{tag}, group_axes{tag})
+    batch{tag} = Shape<start = 0, end = 1>({source})
+    batch0{tag} = Squeeze(batch{tag})
+    row0{tag} = Range(zero, batch0{tag}, one)
+    {ints(f"row_axes{tag}", 1, 2, 3)}
+    row1{tag} = Unsqueeze(row0{tag}, row_axes{tag})
+    {ints(f"new_axes{tag}", 1, 3)}
+    new{tag} = Unsqueeze({source}, new_axes{tag})
+    sums{tag} = Mul(new{tag}, zero)
+    nought0{tag} = Mul(group1{tag}, zero)
+    nought{tag} = Add(sums{tag}, nought0{tag})
+    group{tag} = Add(nought{tag}, group1{tag})
+    row{tag} = Add(nought{tag}, row1{tag})
     """

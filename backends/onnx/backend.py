@@ -56,13 +56,15 @@ def lower(program: Program, target: Target, folder: Path, options: LowerOptions,
     capacity = _capacity(program, prepared, options)
     inputs, outputs, states = _ports(program, prepared)
     used = {size for shapes in (inputs, outputs, states) for port in shapes for size in port.shape}
+    symbols = {symbol: meaning for symbol, meaning in SYMBOLS.items() if symbol in used}
+    symbols |= {size: f"pages: ceil(S {size[1:]})" for size in sorted(map(str, used)) if size.startswith("S/")}
     return Lowered(
         str(FILE),
         inputs,
         outputs,
         states,
         capacity,
-        {symbol: meaning for symbol, meaning in SYMBOLS.items() if symbol in used},
+        symbols,
         how_to_run(str(FILE), inputs, states),
         {**forms, "weights": weights.summary},
     )

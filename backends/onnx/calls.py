@@ -66,6 +66,29 @@ def attention(
     return _call(name, inputs, (torch.float32, out), (torch.float32, past_key.shape), (torch.float32, past_value.shape))
 
 
+def sparse_plan(name: str, positions: Tensor, buffer: Tensor, pages: Tensor) -> list[Tensor]:
+    """Index, used, touched, page index, described, dense to, sparse from; counts are known at run time only."""
+    batch, tokens = positions.shape
+    groups, one = buffer.shape[1], (torch.int64, [1])
+    index = (torch.int64, [batch, groups, tokens, 3])
+    return _call(
+        name, [positions, buffer, pages], index, one, (torch.int64, [batch, groups, tokens, 1]), index, one, one, one
+    )
+
+
+def sparse_attention(
+    name: str, lse: bool, query: Tensor, key: Tensor, value: Tensor, past: Sequence[Tensor], *plan: Tensor
+) -> list[Tensor]:
+    """Output ``[B,H,T,E]``, the log-sum-exp ``[B,H,T]`` when asked for, and the buffers: keys, values, pages."""
+    return _call(
+        name,
+        [query, key, value, *past, *plan],
+        (torch.float32, [*query.shape[:3], value.shape[3]]),
+        *([(torch.float32, query.shape[:3])] if lse else []),
+        *((torch.float32, buffer.shape) for buffer in past),
+    )
+
+
 def window_plan(name: str, positions: Tensor, past: Tensor, groups: int) -> list[Tensor]:
     """Mask, index, source, next held positions, shape, distance, live."""
     batch, tokens = positions.shape

@@ -63,9 +63,12 @@ def _export(program: Program, module: GraphModule, specs: Mapping[str, _Spec]) -
     inputs = [specs[str(node.target)] for node in module.graph.find_nodes(op="placeholder")]
     names = {symbol for _, shape in inputs for symbol in shape if isinstance(symbol, str)}
     longest = _longest(program)
-    dims = {name: Dim(name, min=1, max=longest if name in ("T", "U") else None) for name in sorted(names)}
+    # The pages of a state have a size of their own here: what ties it to the tokens' is arithmetic that no op checks.
+    dims = {
+        name: Dim(name.replace("/", "_"), min=1, max=longest if name in ("T", "U") else None) for name in sorted(names)
+    }
     example = tuple(
-        torch.zeros([EXAMPLE[size] if isinstance(size, str) else size for size in shape], dtype=dtype)
+        torch.zeros([_example(size) if isinstance(size, str) else size for size in shape], dtype=dtype)
         for dtype, shape in inputs
     )
     dynamic = tuple({i: dims[s] for i, s in enumerate(shape) if isinstance(s, str)} for _, shape in inputs)
@@ -74,6 +77,12 @@ def _export(program: Program, module: GraphModule, specs: Mapping[str, _Spec]) -
         onnx_program = torch.onnx.export(exported, (), dynamo=True, opset_version=OPSET, verbose=False)
     assert onnx_program is not None
     return onnx_program.model
+
+
+def _example(symbol: str) -> int:
+    """Return an example of a size; pages get one for each page size."""
+    _, _, page = symbol.partition("/")
+    return max(EXAMPLE.values()) + 2 + int(page) if page else EXAMPLE[symbol]
 
 
 def _input_specs(program: Program, prepared: Prepared) -> dict[str, _Spec]:

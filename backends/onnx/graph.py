@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate
 
-from memc.backends.onnx import attend, calls, functions, window
+from memc.backends.onnx import attend, calls, functions, sparse, window
 from memc.backends.onnx.capability import has_kernel
 from memc.backends.onnx.functions import Function
 from memc.backends.onnx.simplify import simplify
@@ -65,6 +65,7 @@ class _Rewriter:
     functions: dict[str, Function] = field(default_factory=dict)
     plans: dict[tuple[Any, ...], Node] = field(default_factory=dict)
     rings: dict[tuple[Any, ...], Node] = field(default_factory=dict)
+    sizes: dict[tuple[Any, ...], tuple[Node, Node]] = field(default_factory=dict)
     buffers: set[str] = field(default_factory=set)
     sample: Node | None = None
     in_place: set[str] = field(default_factory=set)
@@ -93,6 +94,7 @@ class _Rewriter:
             "norm": self.norm,
             "full_attention": self.full_attention,
             "attention": self.attention,
+            "sparse_attention": self.sparse_attention,
             "window_memory": self.window_memory,
             "linear_memory": self.linear_memory,
         }
@@ -160,6 +162,24 @@ class _Rewriter:
         form = attend.attention(s, plain_reason(s) is None and not self.portable)
         out = self.call(calls.attention, form, *_qkv(a), *plan, *_extra(a))
         return [*self.parts(out, 3), a["past_positions"]]
+
+    def sparse_attention(self, node: Node, a: Mapping[str, Any]) -> list[Node | None]:
+        s, c = scores(node, a), sparse.Choice(*(a[field.name] for field in fields(sparse.Choice)))
+        for name, index in (("past_key", 2), ("past_value", 3), ("past_positions", 4), ("past_pages", 5)):
+            self._direct(node, a[name], index)
+        past = [a[name] for name in ("past_key", "past_value", "past_pages")]
+        self.buffers |= {str(state.target) for state in past}
+        self.in_place |= {str(state.target) for state in past}
+        self._drop(a["past_positions"])
+        # Buffers of one kind are equally long: the first serves for all.
+        plan_of = sparse.sparse_plan(s.groups, c.page, c.dense_below)
+        sizes = self.sizes.setdefault((plan_of.name, a["positions"]), (past[0], past[2]))
+        plan = self.parts(self.plan(calls.sparse_plan, plan_of, a["positions"], *sizes), 7)
+        form = sparse.sparse_attention(s, c, plain_reason(s) is None and not self.portable)
+        qkv = [a[name] for name in ("query", "key", "value")]
+        made = self.call(calls.sparse_attention, form, s.lse, *qkv, past, a["positions"], *plan, *_extra(a))
+        output, *lse, next_key, next_value, next_pages = self.parts(made, 5 if s.lse else 4)
+        return [output, lse[0] if lse else None, next_key, next_value, a["past_positions"], next_pages]
 
     def window_memory(self, node: Node, a: Mapping[str, Any]) -> list[Node | None]:
         s = scores(node, a)
@@ -236,7 +256,7 @@ def _qkv(a: Mapping[str, Any]) -> list[Node]:
 
 
 def _extra(a: Mapping[str, Any]) -> list[Node]:
-    return [a[name] for name in ("slopes", "sink_logits") if a[name] is not None]
+    return [a[name] for name in ("slopes", "sink_logits") if a.get(name) is not None]
 
 
 def source_of(node: Node) -> str:

@@ -16,6 +16,8 @@ from memc.dialect import arguments, op_spec
 
 MICROSOFT = "com.microsoft"
 
+_WITH_LSE = ("window_memory", "sparse_attention")
+
 
 def shape(node: Node) -> tuple[Any, ...]:
     """Return the recorded shape of a node's tensor."""
@@ -41,7 +43,7 @@ def scores(node: Node, a: Mapping[str, Any]) -> Scores:
         sink_logits=a["sink_logits"] is not None,
         bias=a.get("bias") is not None,
         mask="key_positions" not in a or a["key_positions"] is not None,
-        lse=op_spec(node.target).name == "window_memory" and 1 in used_outputs(node),  # type: ignore[union-attr]
+        lse=op_spec(node.target).name in _WITH_LSE and 1 in used_outputs(node),  # type: ignore[union-attr]
     )
 
 
@@ -90,6 +92,11 @@ def form(node: Node) -> Yes | No:
                 f"ScatterND in place (slot = position), {product}: GroupQueryAttention takes no batch of several new"
                 " tokens on a held context"
             )
+        case "sparse_attention":
+            reason = plain_reason(scores(node, a))
+            product = "Attention-24" if reason is None else f"MatMul, Softmax ({reason})"
+            below = f", {product} below {a['dense_below']} tokens" if a["dense_below"] else ""
+            return Yes(f"ScatterND in place (slot = position), TopK of pages and tokens, GatherND, Scan{below}")
         case "linear_memory":
             if not has_kernel("LinearAttention", MICROSOFT):
                 return Yes("Scan, one step a token: this runtime has no kernel for LinearAttention")

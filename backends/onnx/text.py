@@ -22,9 +22,9 @@ _KEEP = "keep [K] int64 lists the columns of tokens whose logits are wanted: [T 
 
 _GROWS = (
     'States with "grows" are buffers of S slots, S = capacity + 1: slot p holds the token at position p, the last slot '
-    "takes padding. Allocate them once; S must be the same in all. Bound (io_binding) to one buffer as input and "
-    "output they are updated in place; with plain run() they are copied. Positions must stay below capacity, and a "
-    "position 0 may only be the first token of its row in a call."
+    "takes padding; a size S/n is S divided by n, rounded up. Allocate them once; S must be the same in all. Bound "
+    "(io_binding) to one buffer as input and output they are updated in place; with plain run() they are copied. "
+    "Positions must stay below capacity, and a position 0 may only be the first token of its row in a call."
 )
 
 

@@ -14,6 +14,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 import memc.dialect  # noqa: F401  defines the ops
+from memc.artifact import held
 from memc.program import InputSpec, ModelInfo, OutputSpec, Program, StateSpec
 
 VOCAB = 37
@@ -48,7 +49,7 @@ class Builder:
         return self.graph.get_attr(name)
 
     def state(self, name: str, *shape: int | str, dtype: torch.dtype | None = None, init: float = 0.0) -> Node:
-        grows = shape.index("S") if "S" in shape else None
+        grows = next((axis for axis, size in enumerate(shape) if str(size).startswith("S")), None)
         self.states.append(StateSpec(name, dtype or self.dtype, shape, init, grows))
         with self.graph.inserting_after(self._last_input):
             self._last_input = self.graph.placeholder(name)
@@ -100,10 +101,10 @@ class Builder:
 def record_shapes(program: Program) -> None:
     """Record every node's fake value in ``meta["val"]``."""
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    sizes = {"B": 3, "T": 5, "S": 7}
+    sizes = {"B": 3, "T": 5}
     with mode:
         fakes = [
-            torch.zeros([sizes.get(str(n), n) for n in spec.shape], dtype=spec.dtype)  # type: ignore[misc]
+            torch.zeros([sizes[n] if n in sizes else held(n, 7) for n in spec.shape], dtype=spec.dtype)  # type: ignore[index]
             for spec in (*program.inputs, *program.states)
         ]
     FakeTensorProp(program.module, mode).propagate_dont_convert_inputs(*fakes)
@@ -125,6 +126,11 @@ def growing(b: Builder, tag: str, groups: int, key: int, value: int) -> list[Nod
         b.state(f"past_value{tag}", "B", groups, "S", value),
         b.state(f"past_positions{tag}", "B", "S", dtype=torch.int64, init=-1),
     ]
+
+
+def paged(b: Builder, tag: str, groups: int, key: int, value: int, page: int) -> list[Node]:
+    """The states of ``sparse_attention``."""
+    return [*growing(b, tag, groups, key, value), b.state(f"past_pages{tag}", "B", groups, f"S/{page}", 2 * key)]
 
 
 def _start(b: Builder, heads: int, groups: int, key: int, value: int, width: int) -> tuple[Node, list[Node]]:
@@ -205,6 +211,42 @@ def window_memory(
         place = b.call(aten.mul.Tensor, b.call(aten.unsqueeze.default, place, -1), 0.1)
         logits = b.call(aten.add.Tensor, logits, place)
     return b.finish(logits)
+
+
+def sparse_attention(
+    heads: int = 6,
+    groups: int = 2,
+    key: int = 8,
+    value: int = 10,
+    *,
+    method: str = "bounds",
+    page: int = 2,
+    budget: int = 6,
+    sinks: int = 1,
+    window: int = 2,
+    sink_logits: bool = False,
+    lse: bool = False,
+    layers: int = 1,
+    **options: Any,
+) -> Program:
+    """Tokens to query, key and value, ``memc::sparse_attention``, logits that read the log-sum-exp where asked."""
+    b = Builder()
+    x, qkv = _start(b, heads, groups, key, value, 24)
+    sizes = {"method": method, "page": page, "budget": budget, "sinks": sinks, "window": window, **options}
+    for layer in range(layers):
+        states = paged(b, str(layer), groups, key, value, page)
+        extra = [b.parameter("sink", heads, scale=1.0) if sink_logits else None]
+        out = b.call(torch.ops.memc.sparse_attention.default, *qkv, b.positions, *states, *extra, scale=0.7, **sizes)
+        b.next += [b.item(out, i) for i in (2, 3, 4, 5)]
+        x = b.linear(b.merge(b.item(out, 0)), "out", 24, heads * value)
+        if lse:
+            per_token = b.call(aten.transpose.int, b.item(out, 1), 1, 2)
+            x = b.call(aten.add.Tensor, x, b.linear(per_token, "lse", 24, heads))
+        qkv = [
+            b.heads(x, name, n, d, 24)
+            for name, n, d in zip(("query", "key", "value"), (heads, groups, groups), (key, key, value), strict=True)
+        ]
+    return b.finish(b.linear(x, "logits", VOCAB, 24, bias=True))
 
 
 def linear_memory(

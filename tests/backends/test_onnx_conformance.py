@@ -31,6 +31,12 @@ CASES: dict[str, Callable[[], Program]] = {
     "attention": lambda: ops.attention(layers=2, window=4),
     "attention, every option": lambda: ops.attention(slopes=True, sink_logits=True, softcap=2.0),
     "attention, chunk": lambda: ops.attention(chunk=4),
+    "sparse": lambda: ops.sparse_attention(layers=2),
+    "sparse, moments, guarded": lambda: ops.sparse_attention(method="moments", dense_below=7, groups=6),
+    "sparse, ranked again": lambda: ops.sparse_attention(rerank=2, groups=1, page=3, budget=6, sinks=0),
+    "sparse, every option": lambda: ops.sparse_attention(
+        rerank=3, dense_below=4, sink_logits=True, lse=True, softcap=2.0, layers=2, page=1, budget=4
+    ),
     "gated": ops.linear_memory,
     "gated, strong": lambda: ops.linear_memory(strength=50.0, per_channel=False, groups=6),
     "gated, shut": lambda: ops.linear_memory(strength=float("inf")),

@@ -1,4 +1,4 @@
-"""What both passes leave alone, and why; options and spec strings."""
+"""What the passes leave alone, and why; options and spec strings."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from memc.blocks import (
 )
 from memc.errors import MemcError
 from memc.passes.linearize import Linearize
+from memc.passes.sparsify import Sparsify
 from memc.passes.window import Window
 from memc.pipeline import Pass, parse_spec
 from memc.program import Program
@@ -30,6 +31,7 @@ PASSES = {
     "window": Window(window=5),
     "shared": Linearize(window=5, feature_size=12),
     "lizard": Linearize(form="lizard", window=5, feature_size=12),
+    "sparsify": Sparsify(budget=64, page=4, window=5),
 }
 
 CHANGES: dict[str, dict[str, Any]] = {
@@ -66,8 +68,8 @@ def test_refuses_a_block_with_its_reason(code: str, name: str, monkeypatch: pyte
     program = tiny()
     assert codes(PASSES[name], program) == []
     monkeypatch.setattr(sites, "attention_blocks", second_is_odd)
-    taken_by_window = name == "window" and code in ("hidden", "sliding_window")
-    assert codes(PASSES[name], program) == ([] if taken_by_window else [code])
+    taken = {"window": ("hidden", "sliding_window"), "sparsify": ("hidden",)}.get(name, ())
+    assert codes(PASSES[name], program) == ([] if code in taken else [code])
 
 
 @pytest.mark.parametrize("name", PASSES)
@@ -91,7 +93,7 @@ def test_refuses_a_state_that_another_layer_reads(name: str) -> None:
 
 
 def test_zero_sites_is_a_plan_with_reasons() -> None:
-    for rewrite in (Window(keep="every:1"), Linearize(keep="[0, 1]")):
+    for rewrite in (Window(keep="every:1"), Linearize(keep="[0, 1]"), Sparsify(keep="first:2")):
         plan = rewrite.plan(tiny(), TARGET)
         assert (plan.sites, [r.code for r in plan.rejections]) == ((), ["kept", "kept"])
 
@@ -110,14 +112,14 @@ def test_zero_sites_is_a_plan_with_reasons() -> None:
     ],
 )
 def test_keep(keep: str, kept: list[int]) -> None:
-    for cls in (Window, Linearize):
+    for cls in (Window, Linearize, Sparsify):
         assert cls(keep=keep).keep == keep
     assert sorted(sites.kept_layers(keep, range(12))) == kept
 
 
 @pytest.mark.parametrize("keep", ["all", "every:0", "every:", "every:-1", "[1;2]", "[1,]", "[-1]", "3", "first:x", ""])
 def test_a_keep_of_no_known_form_is_refused(keep: str) -> None:
-    for cls in (Window, Linearize):
+    for cls in (Window, Linearize, Sparsify):
         with pytest.raises(MemcError, match="E203 option 'keep'"):
             cls(keep=keep)
 
@@ -131,10 +133,11 @@ def test_heads_of_no_known_form_are_refused(keep: str) -> None:
         Linearize(keep=keep)
 
 
-def test_the_window_pass_keeps_whole_layers() -> None:
+@pytest.mark.parametrize("cls", [Window, Sparsify])
+def test_some_passes_keep_whole_layers(cls: type[Window | Sparsify]) -> None:
     for keep in ("heads:25%", "heads:[0.0]"):
         with pytest.raises(MemcError, match="E203 option 'keep' is none, every:N, first:N, last:N or a list of layers"):
-            Window(keep=keep)
+            cls(keep=keep)
 
 
 def test_keeping_a_layer_that_is_not_there_is_refused() -> None:
@@ -148,6 +151,8 @@ def test_keeping_a_layer_that_is_not_there_is_refused() -> None:
         "window",
         "window:window=64,sinks=0,keep=[0,5]",
         "window:keep=every:4",
+        "sparsify",
+        "sparsify:method=moments,budget=96,page=8,sinks=0,window=9,rerank=1,dense_below=0,keep=first:2",
         "linearize",
         "linearize:window=128,feature=elu,gate=channel,update=gated_delta,keep=[0,5]",
         "linearize:form=lizard,meta=2,keep=last:2",
@@ -170,6 +175,11 @@ def test_specs_round_trip(spec: str) -> None:
         ("window:sinks=-1", "at least 0"),
         ("window:window=many", "takes int"),
         ("window:windows=4", "did you mean 'window'"),
+        ("sparsify:method=mean", "one of bounds, moments"),
+        ("sparsify:rerank=0", "at least 1"),
+        ("sparsify:budget=100", "not whole pages of 16.* Next: write sparsify:budget=112"),
+        ("sparsify:budget=64,window=60", "may hold 96 tokens, the budget 64.* Next: write sparsify:budget=96"),
+        ("sparsify:budget=64,sinks=20", "may hold 96 tokens, the budget 64"),
         ("linearize:form=shard", "one of shared, lizard"),
         ("linearize:gate=heads", "one of none, head, token, channel"),
         ("linearize:feature=hedgehog,feature_size=7", "even"),
@@ -186,6 +196,10 @@ def test_bad_options_are_refused(spec: str, message: str) -> None:
 
 def test_every_refusal_is_documented() -> None:
     shared = {"encoder", "kept", *CHANGES} - {"hidden", "sliding_window"}
-    for cls, more in ((Window, set()), (Linearize, {"alibi", "sink_logits", "hidden", "sliding_window"})):
+    for cls, more in (
+        (Window, set()),
+        (Linearize, {"alibi", "sink_logits", "hidden", "sliding_window"}),
+        (Sparsify, {"alibi", "sliding_window"}),
+    ):
         text = (cls.__doc__ or "").partition("Does not handle:")[2]
         assert all(f"``{code}``" in text for code in shared | more)

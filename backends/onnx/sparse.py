@@ -1,0 +1,377 @@
+"""The lowered forms of ``memc::sparse_attention``, as ONNX functions; letters as in ``functions``, P pages in use.
+
+Descriptions are made by ReduceMax and the like, pages and tokens chosen by TopK, keys and values fetched by GatherND. A
+call's tokens that choose go one after the other through a Scan, so that nothing has an entry for each pair of tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from memc.backends.onnx.attend import Scores, attend, by_group, shape_of, weigh
+from memc.backends.onnx.functions import Function, float_, function, int_, ints
+
+FORCED, UNSEEN = 1e30, -1e30
+"""Ranks of what is always taken and of what is not there."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a node chooses; fields as the op's arguments."""
+
+    method: str
+    page: int
+    budget: int
+    sinks: int
+    window: int
+    rerank: int
+    dense_below: int
+
+
+def sparse_plan(groups: int, page: int, dense_below: int) -> Function:
+    """Where the new tokens go, which pages they touch, and which columns of the call choose.
+
+    ``positions [B,T]``, a buffer ``[B,G,C,D]`` whose slot is the position (the last one takes padding) and ``pages
+    [B,G,M,2D]`` give ``index [B,G,T,3]`` of the slots written, ``used [1]``; ``touched [B,G,n page,1]``, the slots of n
+    pages that hold every new token, ``page_index [B,G,n,3]``, and ``described [1]``, the pages in use; ``dense_to``
+    and ``sparse_from [1]``, the end of the columns that read everything and the start of those that choose. A page that
+    is touched is described anew from what the buffer holds, so that one that is named twice, or in vain, does no harm.
+    """
+    body = f"""
+    {int_("zero", 0)}
+    {int_("one", 1)}
+    {ints("ones", 1)}
+    {int_("page", page)}
+    {ints("time", 1)}
+    {ints("first_axis", 0)}
+    {ints("last_axis", 2)}
+    highest = ReduceMax<keepdims = 0>(positions)
+    length0 = Add(highest, one)
+    length = Max(length0, one)
+    used = Reshape(length, ones)
+    {int_("round", page - 1)}
+    rounded = Add(used, round)
+    described = Div(rounded, page)
+    capacity = Shape<start = 2, end = 3>(buffer)
+    spare = Sub(capacity, ones)
+    padding = Less(positions, zero)
+    slot0 = Where(padding, spare, positions)
+    {ints("slot_axes", 1, 3)}
+    slot1 = Unsqueeze(slot0, slot_axes)
+    {by_group(groups)}
+    slot = Add(slot1, nought)
+    index = Concat<axis = -1>(row, group, slot)
+    tokens = Shape<start = 1, end = 2>(positions)
+    {int_("round_less", page - 2)}
+    spread = Add(tokens, round_less)
+    further = Div(spread, page)
+    count = Add(further, one)
+    count0 = Squeeze(count)
+    ahead = Range(zero, count0, one)
+    first_token = ReduceMin(slot0, time)
+    first_page = Div(first_token, page)
+    page0 = Add(first_page, ahead)
+    pages_held = Shape<start = 2, end = 3>(pages)
+    last_page = Sub(pages_held, ones)
+    page1 = Min(page0, last_page)
+    {by_group(groups, "page1", "_page")}
+    page2 = Unsqueeze(page1, slot_axes)
+    page3 = Add(page2, nought_page)
+    page_index = Concat<axis = -1>(row_page, group_page, page3)
+    start = Mul(page3, page)
+    inside = Range(zero, page, one)
+    each0 = Add(start, inside)
+    each = Min(each0, spare)
+    {ints("flat", 0, 0, -1, 1)}
+    touched = Reshape(each, flat)
+    {int_("dense_below", dense_below)}
+    chooses = GreaterOrEqual(positions, dense_below)
+    reads_all0 = Less(positions, dense_below)
+    held = GreaterOrEqual(positions, zero)
+    reads_all = And(reads_all0, held)
+    tokens0 = Squeeze(tokens)
+    columns = Range(zero, tokens0, one)
+    ends = Add(columns, one)
+    from0 = Where(chooses, columns, tokens)
+    from1 = ReduceMin<keepdims = 0>(from0)
+    sparse_from = Reshape(from1, ones)
+    to0 = Where(reads_all, ends, zero)
+    to1 = ReduceMax<keepdims = 0>(to0)
+    dense_to = Reshape(to1, ones)
+    """
+    outputs = "index, used, touched, page_index, described, dense_to, sparse_from"
+    return function("SparsePlan", "positions, buffer, pages", outputs, body)
+
+
+def sparse_attention(s: Scores, c: Choice, kernel: bool) -> Function:
+    """Write keys, values and the descriptions of the pages they touch into the state, then attend.
+
+    The columns before ``dense_to`` read the first ``dense_below`` tokens, those from ``sparse_from`` on choose; each of
+    the two is left out of a call that has no such column.
+    """
+    made = ("output", *(["lse"] if s.lse else []))
+    names = ["query", "key", "value", "past_key", "past_value", "past_pages", "positions"]
+    names += ["index", "used", "touched", "page_index", "described", "dense_to", "sparse_from", *s.extra]
+    sizes = [("output", s.value_dim), *([("lse", 1)] if s.lse else [])]
+    body = f"""
+    {ints("ones", 1)}
+    {ints("origin", 0)}
+    {int_("zero", 0)}
+    {int_("one", 1)}
+    {ints("time", 1)}
+    {ints("along", 2)}
+    {ints("last_axis", 3)}
+    {ints("outer", 1, 3)}
+    {float_("absent", 0.0)}
+    next_key = ScatterND(past_key, index, key)
+    next_value = ScatterND(past_value, index, value)
+    {_describe(s, c)}
+    batch = Shape<start = 0, end = 1>(query)
+    {ints("heads", s.heads)}
+    tokens = Shape<start = 2, end = 3>(query)
+    after_dense = Sub(tokens, dense_to)
+    {ints("output_size", s.value_dim)}
+    {ints("lse_size", 1)}
+    some_dense = Greater(dense_to, origin)
+    is_dense = Squeeze(some_dense)
+    some_sparse = Less(sparse_from, tokens)
+    is_sparse = Squeeze(some_sparse)
+    {_branch("dense", "is_dense", sizes, s.heads, _dense(s, c, kernel))}
+    {_branch("sparse", "is_sparse", sizes, s.heads, _sparse(s, c))}
+    {int_("dense_below", c.dense_below)}
+    choosing0 = GreaterOrEqual(positions, dense_below)
+    choosing = Unsqueeze(choosing0, outer)
+    alive0 = GreaterOrEqual(positions, zero)
+    alive = Unsqueeze(alive0, outer)
+    """
+    for name in made:
+        whole = "output" if name == "output" else "lse4"
+        body += f"""
+        {name}_mixed = Where(choosing, sparse_{name}, dense_{name})
+        {whole} = Where(alive, {name}_mixed, absent)
+        """
+    if s.lse:
+        body += "lse = Squeeze(lse4, last_axis)"
+    results = [*made, "next_key", "next_value", "next_pages"]
+    return function("SparseAttention", ", ".join(names), ", ".join(results), body)
+
+
+def _describe(s: Scores, c: Choice) -> str:
+    if c.method == "bounds":
+        describe = """
+        half0 = ReduceMax<keepdims = 0>(by_page, last_axis)
+        half1 = ReduceMin<keepdims = 0>(by_page, last_axis)
+        """
+    else:
+        describe = """
+        mean = ReduceMean(by_page, last_axis)
+        half0 = Squeeze(mean, last_axis)
+        away = Sub(by_page, mean)
+        square = Mul(away, away)
+        half1 = ReduceMean<keepdims = 0>(square, last_axis)
+        """
+    return f"""
+    fresh = GatherND<batch_dims = 2>(next_key, touched)
+    {ints("paged", 0, 0, -1, c.page, s.key_dim)}
+    by_page = Reshape(fresh, paged)
+    {describe}
+    description = Concat<axis = -1>(half0, half1)
+    next_pages = ScatterND(past_pages, page_index, description)
+    """
+
+
+def _branch(name: str, condition: str, sizes: list[tuple[str, int]], heads: int, body: str) -> str:
+    """Write an If whose results are ``NAME_output`` and the like, zeros where it does not run."""
+    zeros = [
+        line
+        for what, _ in sizes
+        for line in (
+            f"{name}_{what}_shape = Concat<axis = 0>(batch, heads, tokens, {what}_size)",
+            f"{name}_{what}_not = ConstantOfShape({name}_{what}_shape)",
+        )
+    ]
+
+    def results(end: str) -> str:
+        return ", ".join(f"float[B,{heads},T,{size}] {name}_{what}_{end}" for what, size in sizes)
+
+    then = f"{name}_then () => ({results('yes')}) {{ {_joined(body)} }}"
+    other = f"{name}_else () => ({results('not')}) {{ {' '.join(zeros)} }}"
+    made = ", ".join(f"{name}_{what}" for what, _ in sizes)
+    return f"{made} = If<then_branch = {then}, else_branch = {other}>({condition})"
+
+
+def _joined(body: str) -> str:
+    return " ".join(line.strip() for line in body.splitlines() if line.strip())
+
+
+def _dense(s: Scores, c: Choice, kernel: bool) -> str:
+    """Write attention of the first columns over the first ``dense_below`` tokens, zeros for the other columns."""
+    inner = Scores(**{**s.__dict__, "mask": True})
+    if kernel and s.plain and not s.lse:
+        attended = f"dense_part = Attention<scale = {s.scale!r}>(dense_query, held_key, held_value, mask)"
+    else:
+        attended = f"""
+        {shape_of(s.heads, "dense_query", 2).replace("tokens", "dense_tokens")}
+        {attend(inner, "held_key", "held_value", "dense_query")}
+        dense_part = Identity(out)
+        """
+    log = """
+    lse_rest_shape = Concat<axis = 0>(batch, heads, after_dense, lse_size)
+    lse_rest = ConstantOfShape(lse_rest_shape)
+    dense_lse_yes = Concat<axis = 2>(log, lse_rest)
+    """
+    return f"""
+    dense_query = Slice(query, origin, dense_to, along)
+    dense_at = Slice(positions, origin, dense_to, time)
+    {ints("bound", c.dense_below)}
+    reach = Min(used, bound)
+    held_key = Slice(next_key, origin, reach, along)
+    held_value = Slice(next_value, origin, reach, along)
+    reach0 = Squeeze(reach)
+    slots = Range(zero, reach0, one)
+    dense_p = Unsqueeze(dense_at, outer)
+    mask = LessOrEqual(slots, dense_p)
+    {attended}
+    rest_shape = Concat<axis = 0>(batch, heads, after_dense, output_size)
+    rest = ConstantOfShape(rest_shape)
+    dense_output_yes = Concat<axis = 2>(dense_part, rest)
+    {log if s.lse else ""}
+    """
+
+
+def _sparse(s: Scores, c: Choice) -> str:
+    """Write a Scan over the last columns, zeros for those before."""
+    outputs = [f"float[B,{s.heads},{s.value_dim}] o", *([f"float[B,{s.heads},1] l"] if s.lse else [])]
+    inputs = f"float[B,{s.heads},{s.key_dim}] q, int64[B] at"
+    step = f"step ({inputs}) => ({', '.join(outputs)}) {{ {_joined(_step(s, c))} }}"
+    axes = f"scan_input_axes = [2, 1], scan_output_axes = [{', '.join('2' for _ in outputs)}]"
+    scanned = ["sparse_part", *(["sparse_log"] if s.lse else [])]
+    lines = [
+        "sparse_query = Slice(query, sparse_from, tokens, along)",
+        "sparse_at = Slice(positions, sparse_from, tokens, time)",
+        "in_use = Slice(next_pages, origin, described, along)",
+        "described0 = Squeeze(described)",
+        "numbers = Range(zero, described0, one)",
+        f"{', '.join(scanned)} = Scan<num_scan_inputs = 2, {axes}, body = {step}>(sparse_query, sparse_at)",
+    ]
+    for what, part in zip(("output", "lse"), scanned, strict=False):
+        lines += [
+            f"{what}_before_shape = Concat<axis = 0>(batch, heads, sparse_from, {what}_size)",
+            f"{what}_before = ConstantOfShape({what}_before_shape)",
+            f"sparse_{what}_yes = Concat<axis = 2>({what}_before, {part})",
+        ]
+    return "\n".join(lines)
+
+
+def _step(s: Scores, c: Choice) -> str:
+    """Write the choice and the attention of one token: ``q [B,H,D]`` at ``at [B]`` gives ``o [B,H,E]``.
+
+    Products have the held side on the left, whose rows are many, so that only the query is transposed.
+    """
+    return f"""
+    {ints("grouped", 0, s.groups, s.heads // s.groups, s.key_dim)}
+    q_rows = Reshape(q, grouped)
+    {float_("factor", s.scale)}
+    q_scaled = Mul(q_rows, factor)
+    q_columns = Transpose<perm = [0, 1, 3, 2]>(q_scaled)
+    {ints("at_axes", 1, 2)}
+    p = Unsqueeze(at, at_axes)
+    {float_("forced_rank", FORCED)}
+    {float_("unseen_rank", UNSEEN)}
+    {int_("sinks", c.sinks)}
+    {int_("window", c.window)}
+    {_pages(c)}
+    {_tokens(c)}
+    scores1 = Transpose<perm = [0, 1, 3, 2]>(scores0)
+    score0 = Identity(scores1)
+    mask = Unsqueeze(live, along)
+    {weigh(s, (1, s.groups, s.heads // s.groups, 1))}
+    value_index = Unsqueeze(chosen, last_axis)
+    values = GatherND<batch_dims = 2>(next_value, value_index)
+    sums = MatMul(weight, values)
+    {ints("joined_heads", 0, s.heads, s.value_dim)}
+    o = Reshape(sums, joined_heads)
+    {_log(s)}
+    """
+
+
+def _log(s: Scores) -> str:
+    return f"{ints('log_shape', 0, s.heads, 1)}\nl = Reshape(log, log_shape)" if s.lse else ""
+
+
+def _pages(c: Choice) -> str:
+    """Write ``candidates [B,G,N]``, the slots of the pages chosen, in order."""
+    if c.method == "bounds":
+        features = """
+        feature0 = Max(q_columns, absent)
+        feature1 = Min(q_columns, absent)
+        """
+    else:
+        features = f"""
+        feature0 = Identity(q_columns)
+        squared = Mul(q_columns, q_columns)
+        {float_("half", 0.5)}
+        feature1 = Mul(squared, half)
+        """
+    return f"""
+    {features}
+    features = Concat<axis = 2>(feature0, feature1)
+    estimates = MatMul(in_use, features)
+    estimate = ReduceMax<keepdims = 0>(estimates, last_axis)
+    {int_("page", c.page)}
+    own = Div(p, page)
+    {int_("back", c.window - 1)}
+    edge0 = Sub(p, back)
+    edge1 = Max(edge0, zero)
+    edge = Div(edge1, page)
+    {int_("sink_pages", -(-c.sinks // c.page))}
+    seen = LessOrEqual(numbers, own)
+    near = GreaterOrEqual(numbers, edge)
+    sunk = Less(numbers, sink_pages)
+    taken = Or(near, sunk)
+    rank0 = Where(taken, forced_rank, estimate)
+    rank1 = Where(seen, rank0, unseen_rank)
+    {ints("page_budget", c.rerank * c.budget // c.page)}
+    page_count = Min(described, page_budget)
+    page_ranks, picked0 = TopK<axis = 2, sorted = 0>(rank1, page_count)
+    picked, picked_order = TopK<axis = 2, largest = 0>(picked0, page_count)
+    picked_start = Mul(picked, page)
+    picked1 = Unsqueeze(picked_start, last_axis)
+    inside = Range(zero, page, one)
+    each0 = Add(picked1, inside)
+    {ints("flat", 0, 0, -1)}
+    each1 = Reshape(each0, flat)
+    slots_held = Shape<start = 2, end = 3>(next_key)
+    spare = Sub(slots_held, ones)
+    candidates = Min(each1, spare)
+    """
+
+
+def _tokens(c: Choice) -> str:
+    """Write ``chosen [B,G,M]``, the slots that are read, ``live`` of them, and their products ``scores0 [B,G,M,R]``."""
+    body = """
+    key_index = Unsqueeze(candidates, last_axis)
+    keys = GatherND<batch_dims = 2>(next_key, key_index)
+    products = MatMul(keys, q_columns)
+    live0 = LessOrEqual(candidates, p)
+    """
+    if c.rerank == 1:
+        return body + "chosen = Identity(candidates)\nlive = Identity(live0)\nscores0 = Identity(products)"
+    return f"""
+    {body}
+    best = ReduceMax<keepdims = 0>(products, last_axis)
+    apart = Sub(p, candidates)
+    token_near = Less(apart, window)
+    token_sunk = Less(candidates, sinks)
+    token_taken = Or(token_near, token_sunk)
+    token_rank0 = Where(token_taken, forced_rank, best)
+    token_rank = Where(live0, token_rank0, unseen_rank)
+    {ints("budget", c.budget)}
+    found = Shape<start = 2, end = 3>(candidates)
+    token_count = Min(found, budget)
+    token_ranks, kept = TopK<axis = 2, sorted = 0>(token_rank, token_count)
+    chosen = GatherElements<axis = 2>(candidates, kept)
+    live = GatherElements<axis = 2>(live0, kept)
+    kept_index = Unsqueeze(kept, last_axis)
+    scores0 = GatherND<batch_dims = 2>(products, kept_index)
+    """

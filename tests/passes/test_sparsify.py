@@ -1,0 +1,141 @@
+"""The sparsify pass: identity, an attention with the oracle's choices, state law, states, cost."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from memc.blocks import AttentionBlock
+from memc.cost import predict
+from memc.passes.sparsify import Sparsify
+from memc.program import Program
+from memc.program_io import load_program, save_program
+from memc.relation import Bounded, Close
+from memc.verify import well_formed
+from tests.kernels.oracles import Token, sparse_choice
+from tests.passes.tiny_program import TARGET, Attention, naive_run, run_pieces, scores, tiny, tokens_of
+
+SMALL: dict[str, Any] = {"budget": 12, "page": 3, "sinks": 1, "window": 4, "rerank": 1, "dense_below": 0}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "softcap": {"softcap": 2.0},
+    "sink_logits": {"sink_logits": (0.5, -1.0, 2.0, 0.0)},
+}
+
+
+def rewrite(program: Program, **options: Any) -> Program:
+    sparsify = Sparsify(**options)
+    return sparsify.apply(program, sparsify.plan(program, TARGET))[0]
+
+
+def chosen_softmax(**options: Any) -> Attention:
+    """Attention under an explicit mask of what the oracle chooses."""
+
+    def attention(a: dict[str, Any], block: AttentionBlock, hidden: Tensor) -> Tensor:
+        s = scores(a)
+        per_group = block.num_heads // block.num_kv_heads
+        seen = torch.zeros(s.shape, dtype=torch.bool)
+        for row in range(s.shape[0]):
+            own = [Token(t, a["key"][row, :, t], a["value"][row, :, t]) for t in range(s.shape[2])]
+            for t in range(s.shape[2]):
+                for group in range(block.num_kv_heads):
+                    heads = slice(group * per_group, (group + 1) * per_group)
+                    query, o = a["query"][row, heads, t].detach(), {"scale": a["scale"], **options}
+                    seen[row, heads, t, sparse_choice(query, own, t, group, o)] = True
+        weight = s.masked_fill(~seen, -torch.inf).exp()
+        total = weight.sum(-1, keepdim=True)
+        if a["sink_logits"] is not None:
+            total = total + a["sink_logits"].exp()[:, None, None]
+        out: Tensor = (weight / total) @ a["value"].repeat_interleave(per_group, 1)
+        return out
+
+    return attention
+
+
+@settings(max_examples=6, deadline=None)
+@given(pages=st.integers(3, 6), dense_below=st.sampled_from([0, 20]), rerank=st.integers(1, 3), batch=st.integers(1, 3))
+def test_short_prompts_give_the_original_logits(pages: int, dense_below: int, rerank: int, batch: int) -> None:
+    program = tiny(layers=1)
+    options = {**SMALL, "budget": 4 * pages, "page": 4, "dense_below": dense_below, "rerank": rerank}
+    sparsify = Sparsify(**options)
+    tokens = tokens_of(batch, sparsify.exact_to, seed=pages)
+    assert sparsify.exact_to == max(4 * pages, dense_below)
+    result = rewrite(program, **options)
+    torch.testing.assert_close(result.run(tokens), program.run(tokens), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("choice", [{"method": "bounds"}, {"method": "moments", "rerank": 2, "dense_below": 17}])
+def test_long_prompts_equal_a_softmax_over_what_the_oracle_chooses(variant: str, choice: dict[str, Any]) -> None:
+    program = tiny(**VARIANTS[variant])
+    tokens, options = tokens_of(2, 30), {**SMALL, **choice}
+    result = rewrite(program, **options).run(tokens)
+    torch.testing.assert_close(result, naive_run(program, chosen_softmax(**options), tokens), atol=1e-5, rtol=0)
+    other = {**options, "budget": 15}
+    assert (result - naive_run(program, chosen_softmax(**other), tokens)).abs().max() > 1e-3
+
+
+@settings(max_examples=4, deadline=None)
+@given(cuts=st.lists(st.integers(1, 29), max_size=4), method=st.sampled_from(["bounds", "moments"]))
+def test_any_split_equals_one_run(cuts: list[int], method: str) -> None:
+    result = rewrite(tiny(layers=1), **SMALL, method=method)
+    tokens = tokens_of(2, 30)
+    positions = torch.arange(30).expand_as(tokens)
+    torch.testing.assert_close(run_pieces(result, tokens, positions, cuts), result.run(tokens), atol=2e-5, rtol=0)
+
+
+def test_a_new_sequence_forgets_the_old_one() -> None:
+    result = rewrite(tiny(layers=1), **SMALL)
+    first, second = tokens_of(1, 19, 1), tokens_of(1, 21, 2)
+    positions = torch.cat([torch.arange(19), torch.arange(21)])[None]
+    both = run_pieces(result, torch.cat([first, second], 1), positions, [17, 19, 22])
+    torch.testing.assert_close(both[:, 19:], result.run(second), atol=2e-5, rtol=0)
+
+
+def test_states_grow_with_the_pages_and_survive_the_disk(tmp_path: Path) -> None:
+    program = tiny()
+    result = rewrite(program, **SMALL, keep="[1]")
+    assert well_formed(result) == []
+    names = [spec.name for spec in program.states]
+    assert [spec.name for spec in result.states] == [*names[:3], "layer0_pages", *names[3:]]
+    pages = result.states[3]
+    assert (pages.shape, pages.grows, pages.init) == (("B", 2, "S/3", 20), 2, 0)
+    assert [pages.bytes(n) for n in (0, 1, 3, 4, 30)] == [n * 2 * 20 * 4 for n in (0, 1, 1, 2, 10)]
+    assert result.state_bytes(30) == program.state_bytes(30) + pages.bytes(30)
+    held = result(tokens_of(2, 7), torch.arange(7).expand(2, 7), *result.new_state(2))[1:]
+    assert [tuple(h.shape) for h in held[:4]] == [(2, 2, 7, 10), (2, 2, 7, 10), (2, 7), (2, 2, 3, 20)]
+    save_program(result, tmp_path)
+    loaded, tokens = load_program(tmp_path), tokens_of(2, 40)
+    assert loaded.states == result.states
+    assert torch.equal(loaded.run(tokens), result.run(tokens))
+
+
+def test_a_state_of_the_wrong_page_is_not_well_formed() -> None:
+    result = rewrite(tiny(layers=1), **SMALL)
+    wrong = tuple(replace(s, shape=("B", 2, "S/4", 20)) if s.name == "layer0_pages" else s for s in result.states)
+    assert well_formed(result.with_states(wrong))
+
+
+def test_what_is_promised() -> None:
+    plan = Sparsify(budget=64, window=8, dense_below=100).plan(tiny(), TARGET)
+    assert plan.relations == (Close(1e-4, tokens=100), Bounded("perplexity_ratio", None))
+    assert Sparsify(budget=64, window=8, dense_below=0).plan(tiny(), TARGET).relations[0] == Close(1e-4, tokens=64)
+
+
+@pytest.mark.parametrize(("rerank", "keys"), [(1, 64), (4, 256)])
+def test_bytes_read_are_those_of_pages_keys_and_values(rerank: int, keys: int) -> None:
+    program = tiny()
+    result = rewrite(program, budget=64, page=16, window=8, rerank=rerank, dense_below=128)
+    contexts = (100, 128, 4096)
+    before, after = (predict(p, TARGET, contexts).bytes_read_per_token for p in (program, result))
+    weights = before[100] - 2 * 2 * 2 * 10 * 4 * 100
+    channels = {100: 2 * 100, 128: 2 * 128, 4096: 2 * 4096 // 16 + keys + 64}
+    for context in contexts:
+        assert after[context] == weights + 2 * 2 * 10 * 4 * channels[context]
