@@ -33,6 +33,7 @@ def inspect(model: str | Path, *, remote_code: bool = False, contexts: Sequence[
         blocks=[block_facts(block, raised.program) for block in raised.blocks],
         near_misses=near_miss_facts(raised.near_misses),
         state_bytes=cost.state_bytes,
+        bytes_read_per_token=cost.bytes_read_per_token,
         flops_per_token=cost.flops_per_token,
         flops_by_context=cost.flops_by_context,
     )

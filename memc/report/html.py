@@ -89,6 +89,9 @@ def _costs(done: m.ConvertDocument) -> str:
     for context, new in sorted(after.state_bytes.items()):
         old = before.state_bytes.get(context)
         rows.append((f"state at {context} tokens", size(old), size(new), ratio(new, old)))
+    for context, read in sorted(after.bytes_read_per_token.items()):
+        before_read = before.bytes_read_per_token.get(context)
+        rows.append((f"read for a token at {context} tokens", size(before_read), size(read), ratio(read, before_read)))
     for context, ms in sorted(after.decode_ms.items()):
         was = before.decode_ms.get(context)
         rows.append((f"milliseconds a token at {context}, predicted", number(was), number(ms), ratio(ms, was)))

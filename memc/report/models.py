@@ -82,6 +82,7 @@ class InspectDocument(Document):
     blocks: list[BlockFacts]
     near_misses: list[NearMissFacts] = Field(default_factory=list)
     state_bytes: dict[int, int] = Field(default_factory=dict)
+    bytes_read_per_token: dict[int, float] = Field(default_factory=dict)
     flops_per_token: float = 0.0
     flops_by_context: dict[int, float] = Field(default_factory=dict)
     warnings: list[str] = Field(default_factory=list)

@@ -109,6 +109,8 @@ def cost_lines(document: m.InspectDocument) -> RenderableType:
     rows = [[label, *(amount(flops.get(context), "FLOP") for context in contexts)]]
     if document.state_bytes:
         rows.insert(0, ["state of a sequence", *(size(document.state_bytes[context]) for context in contexts)])
+    if read := document.bytes_read_per_token:
+        rows.insert(1, ["read for a token", *(size(read.get(context)) for context in contexts)])
     return table(["at a context of", *(f">{context}" for context in contexts)], rows)
 
 
@@ -211,6 +213,10 @@ def costs_table(document: m.ConvertDocument) -> RenderableType:
         old = before.state_bytes.get(context) if before else None
         new = after.state_bytes[context]
         rows.append((f"state at {context}", size(old), size(new), ratio(new, old)))
+    for context in sorted(after.bytes_read_per_token):
+        was = before.bytes_read_per_token.get(context) if before else None
+        now = after.bytes_read_per_token[context]
+        rows.append((f"read for a token at {context}", size(was), size(now), ratio(now, was)))
     for context in sorted(after.decode_ms):
         old_ms = before.decode_ms.get(context) if before else None
         new_ms = after.decode_ms[context]

@@ -75,6 +75,7 @@ def inspected() -> m.InspectDocument:
         blocks=blocks(),
         near_misses=near_misses(),
         state_bytes={512: 23_592_960, 4096: 188_743_680, 32768: 1_509_949_440},
+        bytes_read_per_token={512: 5.61e8, 4096: 7.26e8, 32768: 2.05e9},
         flops_per_token=2.9e8,
         flops_by_context={512: 2.9e8, 4096: 4.1e8, 32768: 1.4e9},
         warnings=["8 positions are beyond what the model was trained on"],
