@@ -61,7 +61,7 @@ class Sparsify(Pass):
     page: int = option(16, "keys that share a description; divides the budget", unit="tokens", min=1)
     sinks: int = option(4, "first tokens of the sequence that every token reads", unit="tokens", min=0)
     window: int = option(48, "most recent tokens that a token reads, itself included", unit="tokens", min=1)
-    rerank: int = option(4, "budgets' worth of pages whose tokens are ranked one by one; 1 for none", unit="", min=1)
+    rerank: int = option(2, "budgets' worth of pages whose tokens are ranked one by one; 1 for none", unit="", min=1)
     dense_below: int = option(1024, "position from which on the choice is made", unit="tokens", min=0)
     keep: str = option("none", sites.KEEP_HELP)
 

@@ -57,7 +57,7 @@ def lower(program: Program, target: Target, folder: Path, options: LowerOptions,
     inputs, outputs, states = _ports(program, prepared)
     used = {size for shapes in (inputs, outputs, states) for port in shapes for size in port.shape}
     symbols = {symbol: meaning for symbol, meaning in SYMBOLS.items() if symbol in used}
-    symbols |= {size: f"pages: ceil(S {size[1:]})" for size in sorted(map(str, used)) if size.startswith("S/")}
+    symbols |= {size: f"pages: ceil(S / {size[2:]})" for size in sorted(map(str, used)) if size.startswith("S/")}
     return Lowered(
         str(FILE),
         inputs,

@@ -21,7 +21,7 @@ from memc.conversion.facts import (
     pass_facts,
 )
 from memc.conversion.folder import OutFolder, folder_bytes, link_folder, require_space, resume_key
-from memc.conversion.lowering import lower, verify_lowered
+from memc.conversion.lowering import chooses_from, lower, verify_lowered
 from memc.conversion.pipeline import PassRun, Pipeline
 from memc.conversion.planning import capture_and_raise, make_plan, require_memory, write_plan
 from memc.conversion.quality import WINDOW, measure_quality
@@ -48,6 +48,7 @@ from memc.verify import (
     check_text,
     finite,
     noise_floor,
+    past,
     split_invariance,
     take,
 )
@@ -186,7 +187,8 @@ class _Conversion:
         checks = [split_invariance(program, take(text, 3, 11), floor)]
         if self.passes:
             budgets = {str(metric): budget for metric, budget in self.request.recipe.verify.budgets.items()}
-            checks += check_text(original, program, text, budgets)
+            most = program.model.max_positions if program.model.absolute_positions else None
+            checks += check_text(original, program, past(text, chooses_from(program), most), budgets)
         return checks
 
     def _lower(

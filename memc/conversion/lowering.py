@@ -13,14 +13,22 @@ from torch.nn import functional as F
 from memc import __version__
 from memc.artifact import Manifest
 from memc.backend import Backend, Lowered, LowerOptions, Runner
+from memc.dialect import arguments, op_spec
 from memc.program import Program
 from memc.target import Target
-from memc.verify import CheckResult, VerificationText, inputs_of, perplexity, streams, take, whole
+from memc.verify import CheckResult, VerificationText, inputs_of, perplexity, pieces, streams, take, whole
+from memc.verify.execute import PIECE
 
 TOLERANCE = 1e-3
 """Most that the logits of a lowered program with unquantised weights may differ, whatever the backend."""
 
 EXACT_WEIGHTS = ("fp32",)
+
+CHOICES = 12
+"""Tokens past the first choice that are run at once, and one at a time."""
+
+CHOICE_KL = 1e-4
+"""Most nats a token that a lowered choice may move the predictions: a wrong one moves them by hundredths."""
 
 
 def lower(
@@ -79,6 +87,7 @@ def verify_lowered(
     budget = max(TOLERANCE, 10 * (floor or 0.0)) if exact else None
     passed = values[worst] <= budget if budget is not None else math.isfinite(values[worst])
     checks = [CheckResult("lowered_logits", values[worst], budget, floor, passed, f"largest: {worst}")]
+    checks += _check_choice(runner, program, text, exact)
     if exact or not program.model.decoder:
         return checks
     before, after = perplexity(program, text.tokens), lowered_perplexity(runner, text.tokens)
@@ -86,6 +95,37 @@ def verify_lowered(
     ratio = after / before
     checks.append(CheckResult("weights_perplexity_ratio", ratio, None, None, math.isfinite(ratio), detail))
     return checks
+
+
+def _check_choice(runner: Runner, program: Program, text: VerificationText, exact: bool) -> list[CheckResult]:
+    """Compare a lowered program that chooses what it reads with the program, where it begins to choose.
+
+    In nats a token, since a choice between two tokens that score alike to the last digit is either's.
+    """
+    length = chooses_from(program)
+    capacity = runner.manifest.capacity
+    if length is None or (capacity is not None and capacity < length + 2 * CHOICES):
+        return []
+    tokens = take(text, 1, length + 2 * CHOICES)
+    *_, expected = pieces(program, tokens, _sizes(length, 2 * CHOICES))
+    found = _run(runner, tokens, [length + CHOICES, *[1] * CHOICES], last=2 * CHOICES)
+    before, after = F.log_softmax(expected, -1), F.log_softmax(found, -1)
+    value = float((before.exp() * (before - after)).sum()) / found.shape[1]
+    detail = f"nats a token, tokens {length} to {tokens.shape[1]}, half of them at once and half one at a time"
+    passed = value <= CHOICE_KL if exact else math.isfinite(value)
+    return [CheckResult("lowered_choice", value, CHOICE_KL if exact else None, None, passed, detail)]
+
+
+def _sizes(length: int, last: int) -> list[int]:
+    return [*(min(PIECE, length - start) for start in range(0, length, PIECE)), last]
+
+
+def chooses_from(program: Program) -> int | None:
+    """Return from how many tokens of a sequence on the program chooses what it reads, None when it never does."""
+    nodes = (node for node in program.module.graph.nodes if node.op == "call_function")
+    specs = ((node, spec) for node in nodes if (spec := op_spec(node.target)) is not None)
+    lengths = [spec.reads_all_to(arguments(node)) for node, spec in specs if spec.reads_all_to is not None]
+    return max(lengths, default=None)
 
 
 def lowered_perplexity(runner: Runner, tokens: Tensor, piece: int = 128) -> float:
@@ -100,16 +140,19 @@ def lowered_perplexity(runner: Runner, tokens: Tensor, piece: int = 128) -> floa
     return math.exp(min(total / max(count, 1), 700.0)) if not math.isnan(total) else math.nan
 
 
-def _run(runner: Runner, tokens: Tensor, sizes: list[int]) -> Tensor:
+def _run(runner: Runner, tokens: Tensor, sizes: list[int], last: int | None = None) -> Tensor:
+    """Run tokens in calls of these sizes and return the logits, of the ``last`` columns where that is given."""
     state = runner.new_state(tokens.shape[0], sum(sizes))
     positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int64), tuple(tokens.shape))
     parts, start = [], 0
     for size in sizes:
         part = slice(start, start + size)
         ids = np.ascontiguousarray(tokens[:, part].numpy())
-        parts.append(torch.from_numpy(np.array(runner.run(ids, np.ascontiguousarray(positions[:, part]), state))))
+        keep = None if last is None else np.arange(min(max(tokens.shape[1] - last - start, 0), size - 1), size)
+        found = runner.run(ids, np.ascontiguousarray(positions[:, part]), state, keep)
+        parts.append(torch.from_numpy(np.array(found)))
         start += size
-    return torch.cat(parts, 1)
+    return torch.cat(parts, 1)[:, -last if last else 0 :]
 
 
 def _run_inputs(runner: Runner, program: Program, tokens: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from memc.report.files import PassReportFile
 from memc.target import Target
 from memc.train import Applied, Rewritten, Trainer
 from memc.train.parallel import ALONE, Processes
-from memc.verify import CheckResult, VerificationText, check_relation, require_well_formed
+from memc.verify import CheckResult, VerificationText, check_relation, past, require_well_formed
 
 FIRST = 2
 """Number of the first pass's report and stage: 00 is capture, 01 raising."""
@@ -141,7 +141,12 @@ class Pipeline:
         def baseline() -> Program:
             return window_baseline(done.pass_, done.plan, before, self.target)
 
-        result = check_relation(before, after, relation, self.text, floor=self.floor, baseline=baseline)
+        text = self.text
+        if isinstance(relation, Bounded):
+            exact = [each.tokens for each in done.report.relations if isinstance(each, Close) and each.tokens]
+            most = before.model.max_positions if before.model.absolute_positions else None
+            text = past(text, max(exact, default=None), most)
+        result = check_relation(before, after, relation, text, floor=self.floor, baseline=baseline)
         return relation, result
 
     def _stage(self, index: int) -> Path:

@@ -27,6 +27,8 @@ class OpSpec:
     ``states`` pairs each state argument with the index of the output that carries its next value.
     ``split_invariant``: any way to cut a sequence into calls gives the same outputs; otherwise ``depends_on`` says on
     what the result depends.
+    ``reads_all_to`` takes the arguments by name and tells from how many tokens of a sequence on the op chooses what it
+    reads, so that shorter ones cannot show whether it chooses right; None where it does not choose.
     ``cost`` takes the node's argument tensors (fake or real) by name, the other arguments, and the context length.
     """
 
@@ -37,6 +39,7 @@ class OpSpec:
     mixes_tokens: bool
     cost: Callable[[Mapping[str, Any], int], Cost]
     depends_on: str = ""
+    reads_all_to: Callable[[Mapping[str, Any]], int] | None = None
 
     @property
     def overload(self) -> torch._ops.OpOverload:
@@ -66,13 +69,14 @@ def define(
     mixes_tokens: bool = True,
     cost: Callable[[Mapping[str, Any], int], Cost],
     depends_on: str = "",
+    reads_all_to: Callable[[Mapping[str, Any]], int] | None = None,
 ) -> Callable[[Callable[..., Any]], OpSpec]:
     """Define ``memc::name`` and take the decorated function as its fake kernel."""
 
     def decorate(fake: Callable[..., Any]) -> OpSpec:
         LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"memc::{name}", fake)
-        return OpSpec(name, schema, dict(states or {}), split_invariant, mixes_tokens, cost, depends_on)
+        return OpSpec(name, schema, dict(states or {}), split_invariant, mixes_tokens, cost, depends_on, reads_all_to)
 
     return decorate
 

@@ -43,6 +43,7 @@ def _cost(a: Mapping[str, Any], context: int) -> Cost:
     " float softcap=0.0) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     states={"past_key": 2, "past_value": 3, "past_positions": 4, "past_pages": 5},
     cost=_cost,
+    reads_all_to=lambda a: max(int(a["budget"]), int(a["dense_below"])),
 )
 def sparse_attention(
     query: Tensor,

@@ -14,7 +14,7 @@ from memc.verify.relations import (
 )
 from memc.verify.sites import BadSite, first_bad_site
 from memc.verify.structure import Problem, require_well_formed, well_formed
-from memc.verify.text import VerificationText, sample_text, take
+from memc.verify.text import VerificationText, past, sample_text, take
 
 __all__ = [
     "BadSite",
@@ -30,6 +30,7 @@ __all__ = [
     "layer_of",
     "logits",
     "noise_floor",
+    "past",
     "perplexity",
     "pieces",
     "require_well_formed",

@@ -16,6 +16,9 @@ from memc.weights import program_dtype
 SEQUENCES = 16
 LENGTH = 40
 
+BEYOND = 256
+"""Tokens by which a text goes past a length up to which nothing can differ."""
+
 
 @dataclass(frozen=True)
 class VerificationText:
@@ -57,6 +60,17 @@ def sample_text(program: Program, seed: int, *, sequences: int = SEQUENCES, leng
         text.append(tokens)
     origin = f"{sequences} sequences of {length} tokens sampled from the original, seed {seed}"
     return VerificationText(torch.cat(text, 1), origin)
+
+
+def past(text: VerificationText, length: int | None, most: int | None) -> VerificationText:
+    """Return a text whose rows go past ``length`` tokens: as it is if they do, else repeated into one row.
+
+    ``most`` is the longest row that the model takes. What a pass does only beyond ``length`` would go unseen otherwise.
+    """
+    wanted = min((length or 0) + BEYOND, most or (length or 0) + BEYOND)
+    if length is None or text.tokens.shape[1] > length or wanted <= length:
+        return text
+    return VerificationText(take(text, 1, wanted), f"{text.origin}, repeated to {wanted} tokens")
 
 
 def take(text: VerificationText, batch: int, length: int) -> Tensor:

@@ -21,7 +21,11 @@ from tests.core.test_families import DECODERS, QUICK, every, raised
 from tests.families import FAMILIES, inputs_of, raw_program
 
 TOLERANCE = 1e-4
-PASSES = ("window:window=4,sinks=2", "linearize:window=4,sinks=2,feature_size=12")
+PASSES = (
+    "window:window=4,sinks=2",
+    "linearize:window=4,sinks=2,feature_size=12",
+    "sparsify:budget=6,page=2,sinks=1,window=2,dense_below=3",
+)
 
 
 def rewrite(name: str, spec: str) -> Program | None:

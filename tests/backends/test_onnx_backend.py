@@ -35,6 +35,11 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> OnnxRunner:
 
 
 @pytest.fixture(scope="module")
+def sparse(tmp_path_factory: pytest.TempPathFactory) -> OnnxRunner:
+    return build(ops.sparse_attention(layers=2, dense_below=3), tmp_path_factory.mktemp("sparse"))
+
+
+@pytest.fixture(scope="module")
 def window(tmp_path_factory: pytest.TempPathFactory) -> OnnxRunner:
     return build(ops.window_memory(), tmp_path_factory.mktemp("window"))
 
@@ -78,6 +83,12 @@ def test_layers_share_what_depends_on_positions_alone(decoder: Path) -> None:
     assert sum(state.dtype == "int64" for state in read_manifest(decoder).states) == 1
 
 
+def test_sparse_layers_share_their_plan(sparse: OnnxRunner) -> None:
+    kinds = [n.op_type.partition("_")[0] for n in onnx.load(sparse.folder / FILE, load_external_data=False).graph.node]
+    assert (kinds.count("SparsePlan"), kinds.count("SparseAttention")) == (1, 2)
+    assert sparse.manifest.symbols["S/2"] == "pages: ceil(S / 2)"
+
+
 def test_kept_columns_are_selected_before_the_last_linear(decoder: Path) -> None:
     kinds = [node.op_type for node in onnx.load(decoder / FILE, load_external_data=False).graph.node]
     assert kinds.index("Gather", 1) < len(kinds) - 1 - kinds[::-1].index("FusedMatMul")
@@ -95,8 +106,9 @@ manifest = json.load(open(sys.argv[1] + "/memc.json"))
 options = ort.SessionOptions()
 options.log_severity_level = 3
 session = ort.InferenceSession(sys.argv[1] + "/" + manifest["lowered"], options, providers=["CPUExecutionProvider"])
-sizes = {"B": 2, "S": (manifest["capacity"] or 0) + 1}
-states = {s["input"]: np.full([sizes.get(n, n) for n in s["shape"]], s["init"], s["dtype"]) for s in manifest["states"]}
+slots = (manifest["capacity"] or 0) + 1
+size = lambda n: n if isinstance(n, int) else 2 if n == "B" else -(-slots // int(n[2:] or 1))
+states = {s["input"]: np.full([size(n) for n in s["shape"]], s["init"], s["dtype"]) for s in manifest["states"]}
 logits = []
 for positions in ([[0, 1, 2, -1], [-1, 0, 1, 2]], [[3], [3]], [[4, 5], [-1, -1]]):
     positions = np.array(positions)
@@ -109,11 +121,15 @@ np.savez(sys.argv[2], *logits)
 """
 
 
-@pytest.mark.parametrize("kind", ["swapped states", "growing states"])
+@pytest.mark.parametrize("kind", ["swapped states", "growing states", "pages"])
 def test_file_runs_in_plain_onnxruntime_from_the_manifest(
-    kind: str, decoder: Path, dense: OnnxRunner, tmp_path: Path
+    kind: str, decoder: Path, dense: OnnxRunner, sparse: OnnxRunner, tmp_path: Path
 ) -> None:
-    program, folder = (ops.llama(softcap=3.0), decoder) if kind == "swapped states" else (ops.attention(), dense.folder)
+    program, folder = {
+        "swapped states": (ops.llama(softcap=3.0), decoder),
+        "growing states": (ops.attention(), dense.folder),
+        "pages": (ops.sparse_attention(layers=2, dense_below=3), sparse.folder),
+    }[kind]
     assert "positions" in json.loads((folder / "memc.json").read_text())["how_to_run"]
     command = [sys.executable, "-c", PLAIN, str(folder), str(tmp_path / "got.npz")]
     subprocess.run(command, check=True, cwd=tmp_path)
@@ -212,6 +228,7 @@ def test_every_dialect_op_is_supported() -> None:
         ops.full_attention(),
         ops.window_memory(),
         ops.attention(),
+        ops.sparse_attention(),
         ops.linear_memory(),
     )
     seen = {}
@@ -267,7 +284,7 @@ def test_missing_or_broken_file_is_reported(tmp_path: Path) -> None:
 # ---- states
 
 
-@pytest.mark.parametrize("kind", ["dense", "window"])
+@pytest.mark.parametrize("kind", ["dense", "sparse", "window"])
 def test_state_copy_select_save_and_restore(kind: str, request: pytest.FixtureRequest) -> None:
     runner: OnnxRunner = request.getfixturevalue(kind)
     state = runner.new_state(2)
@@ -290,6 +307,20 @@ def test_growing_state_is_one_buffer_and_is_cut_when_saved(dense: OnnxRunner) ->
     assert state.current["past_key0"].ctypes.data == before
     assert state.arrays()["past_key0"].shape == (1, 2, 6, 8)
     assert dense.new_state(1, capacity=50).current["past_key0"].shape[2] == 51
+
+
+def test_pages_are_one_buffer_and_are_cut_when_saved(sparse: OnnxRunner) -> None:
+    state = sparse.new_state(1)
+    assert state.current["past_pages0"].shape == (1, 2, 13, 16)
+    before = state.current["past_pages0"].ctypes.data
+    feed(sparse, state, span(0, 5))
+    feed(sparse, state, [5])
+    assert state.current["past_pages0"].ctypes.data == before
+    assert state.arrays()["past_pages0"].shape == (1, 2, 3, 16)
+    feed(sparse, state, [6])
+    assert state.arrays()["past_pages0"].shape == (1, 2, 4, 16)
+    with pytest.raises(MemcError, match="E206"):
+        sparse.restore(state.arrays(), capacity=6)
 
 
 def test_swapped_states_take_turns_and_a_window_stays(window: OnnxRunner) -> None:

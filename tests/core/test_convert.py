@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+import memc
 from memc import api, plugins
 from memc.artifact import read_manifest
 from memc.errors import MemcError
@@ -22,6 +23,7 @@ from memc.program import Program
 from memc.recipe import Recipe
 from memc.report.files import CaptureReport, PassReportFile, RaiseReport, VerifyReport
 from memc.report.models import ConvertDocument
+from memc.verify import VerificationText, past
 from tests.core.toy import Toy
 
 
@@ -306,3 +308,37 @@ def test_a_killed_conversion_goes_on_and_gives_the_same_bytes(tmp_path: Path) ->
     killable(llama, tmp_path / "b", str(trigger))
     first, second = (read_manifest(tmp_path / name).files for name in "ab")
     assert first == second and Toy.name in (tmp_path / "a" / "recipe.yaml").read_text()
+
+
+SPARSE = "sparsify:budget=16,page=4,sinks=1,window=5,dense_below=24"
+
+
+@pytest.mark.parametrize("backend", ["eager", "onnx"])
+def test_a_sparse_artifact_is_checked_where_it_chooses(llama: Path, tmp_path: Path, backend: str) -> None:
+    recipe = Recipe(recipe=1)
+    document = api.convert(llama, tmp_path / "out", passes=[SPARSE], backend=backend, recipe=recipe, context=100)
+    assert document.verified
+    checks = {check.name: check for check in document.checks}
+    assert {"split_invariance", "lowered_logits", "lowered_choice"} <= set(checks)
+    close, ratio = document.passes[0].relations
+    assert (close.tokens, close.passed) == (24, True)
+    assert ratio.value is not None and ratio.value != 1.0, "measured past what is read whole"
+    page_bytes = 2 * 2 * 2 * 10 * 4
+    assert document.original is not None
+    for context, held in document.predicted.state_bytes.items():
+        assert held - document.original.state_bytes[context] == -(-context // 4) * page_bytes
+        less = document.original.bytes_read_per_token[context] - document.predicted.bytes_read_per_token[context]
+        assert less == 2 * 2 * 10 * 4 * (2 * context - 2 * -(-context // 4) - 2 * 16 - 16)
+    session = memc.load(tmp_path / "out")
+    assert session.generate("w1 w2 w3", max_new_tokens=40, seed=1).ids
+
+
+def test_a_relation_is_measured_past_what_is_exact() -> None:
+    tokens = torch.arange(80).reshape(2, 40)
+    text = VerificationText(tokens, "made")
+    assert past(text, None, None) is text and past(text, 39, None) is text
+    longer = past(text, 100, None)
+    assert longer.tokens.shape == (1, 356) and torch.equal(longer.tokens[0, :160], torch.arange(80).repeat(2))
+    assert longer.origin == "made, repeated to 356 tokens"
+    assert past(text, 100, 128).tokens.shape == (1, 128)
+    assert past(text, 100, 90) is text

@@ -1,0 +1,78 @@
+"""``memc::sparse_attention`` in ONNX: long calls, ties, and what an artifact is checked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import op_programs as ops
+import pytest
+import torch
+from onnx_support import build, compare, span
+
+from memc.conversion.lowering import CHOICE_KL, chooses_from, verify_lowered
+from memc.program import Program
+from memc.verify import VerificationText
+
+OPTIONS: dict[str, Any] = {"page": 4, "budget": 24, "sinks": 2, "window": 9}
+
+
+@pytest.mark.parametrize("rerank", [1, 2])
+@pytest.mark.parametrize("method", ["bounds", "moments"])
+def test_long_calls_equal_the_reference(method: str, rerank: int, tmp_path: Path) -> None:
+    program = ops.sparse_attention(method=method, rerank=rerank, dense_below=30, **OPTIONS)
+    runner = build(program, tmp_path, context=160)
+    calls = [([span(0, 100), span(0, 20, right=80)], [99]), ([span(100, 7), span(20, 7)], None)]
+    calls += [([[107 + i], [27 + i]], None) for i in range(12)]
+    assert compare(program, runner, calls) < 1e-4
+
+
+def of_equal_keys(**options: Any) -> Program:
+    """Make every key the same, so that all scores are equal, and every value another."""
+    program = ops.sparse_attention(**OPTIONS, **options)
+    with torch.no_grad():
+        program.module.key_weight.zero_()  # type: ignore[union-attr, operator]
+    return program
+
+
+@pytest.mark.parametrize("rerank", [1, 2])
+def test_equal_scores_choose_equally(rerank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from memc.kernels.sparse_attention import choose
+
+    program = of_equal_keys(rerank=rerank)
+    runner = build(program, tmp_path, context=120)
+    calls = [([span(0, 100)], None), ([[100]], None), ([[101]], None)]
+    assert compare(program, runner, calls) < 1e-5
+    right = choose.first
+    monkeypatch.setattr(choose, "first", lambda rank, count: right(rank.flip(-1), count).flip(-1))
+    assert compare(program, runner, calls) > 1e-3, "the higher index of equals is another function"
+
+
+def test_no_tensor_has_an_entry_for_each_pair_of_tokens(tmp_path: Path) -> None:
+    import resource
+
+    program = ops.sparse_attention(heads=6, groups=2, **OPTIONS)
+    runner = build(program, tmp_path, context=6000)
+    state, at = runner.new_state(1), np.arange(6000)[None]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    out = runner.run(at % 37, at, state, np.array([5999]))
+    grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    assert np.isfinite(out).all()
+    assert grown < 6000 * 6000, "not even a mask of all pairs fits"
+
+
+def test_a_lowered_choice_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = ops.sparse_attention(rerank=2, dense_below=40, **OPTIONS)
+    runner = build(program, tmp_path, context=80)
+    tokens = torch.randint(37, (4, 40), generator=torch.Generator().manual_seed(1))
+    text = VerificationText(tokens, "drawn")
+    assert chooses_from(program) == 40 and chooses_from(ops.attention()) is None
+    checks = {check.name: check for check in verify_lowered(runner, program, text, "fp32", None)}
+    assert all(check.passed for check in checks.values())
+    assert checks["lowered_choice"].value <= CHOICE_KL
+    other = ops.sparse_attention(rerank=2, dense_below=40, **{**OPTIONS, "budget": 32})
+    checks = {check.name: check for check in verify_lowered(runner, other, text, "fp32", None)}
+    assert checks["lowered_logits"].passed and not checks["lowered_choice"].passed
+    short = build(program, tmp_path / "short", context=50)
+    assert [check.name for check in verify_lowered(short, program, text, "fp32", None)] == ["lowered_logits"]
