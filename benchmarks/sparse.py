@@ -252,11 +252,17 @@ def main() -> None:
         document["fidelity"].append(found)
         print(json.dumps(found), flush=True)
         path.write_text(json.dumps(document, indent=1) + "\n")
-    path.with_suffix(".md").write_text(page(document))
+    write(path, document)
 
 
-def page(document: dict[str, Any]) -> str:
-    """Write the page of a run."""
+def write(path: Path, document: dict[str, Any]) -> None:
+    """Write the page beside the results, with the remarks in ``NAME.remarks.txt`` if somebody wrote them."""
+    remarks = path.with_suffix(".remarks.txt")
+    path.with_suffix(".md").write_text(page(document, remarks.read_text() if remarks.exists() else ""))
+
+
+def page(document: dict[str, Any], remarks: str) -> str:
+    """Write the page of a run; ``remarks`` say what tables cannot."""
     oracles = {choice["choice"].rpartition("=")[2]: choice["kl"] for choice in document["fidelity"] if _oracle(choice)}
     lines = [
         [
@@ -294,7 +300,7 @@ def page(document: dict[str, Any]) -> str:
             " contiguous already.",
             grid(["context", *sides, "dense / last", "by bytes"], table),
         ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join([*parts, *([remarks.strip()] if remarks.strip() else [])]) + "\n"
 
 
 def _oracle(choice: dict[str, Any]) -> bool:
