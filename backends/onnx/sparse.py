@@ -128,13 +128,13 @@ def sparse_attention(s: Scores, c: Choice, kernel: bool) -> Function:
     {_describe(s, c)}
     batch = Shape<start = 0, end = 1>(query)
     {ints("heads", s.heads)}
-    tokens = Shape<start = 2, end = 3>(query)
-    after_dense = Sub(tokens, dense_to)
+    width = Shape<start = 2, end = 3>(query)
+    after_dense = Sub(width, dense_to)
     {ints("output_size", s.value_dim)}
     {ints("lse_size", 1)}
     some_dense = Greater(dense_to, origin)
     is_dense = Squeeze(some_dense)
-    some_sparse = Less(sparse_from, tokens)
+    some_sparse = Less(sparse_from, width)
     is_sparse = Squeeze(some_sparse)
     {_branch("dense", "is_dense", sizes, s.heads, _dense(s, c, kernel))}
     {_branch("sparse", "is_sparse", sizes, s.heads, _sparse(s, c))}
@@ -186,7 +186,7 @@ def _branch(name: str, condition: str, sizes: list[tuple[str, int]], heads: int,
         line
         for what, _ in sizes
         for line in (
-            f"{name}_{what}_shape = Concat<axis = 0>(batch, heads, tokens, {what}_size)",
+            f"{name}_{what}_shape = Concat<axis = 0>(batch, heads, width, {what}_size)",
             f"{name}_{what}_not = ConstantOfShape({name}_{what}_shape)",
         )
     ]
@@ -206,14 +206,12 @@ def _joined(body: str) -> str:
 
 def _dense(s: Scores, c: Choice, kernel: bool) -> str:
     """Write attention of the first columns over the first ``dense_below`` tokens, zeros for the other columns."""
-    inner = Scores(**{**s.__dict__, "mask": True})
     if kernel and s.plain and not s.lse:
-        attended = f"dense_part = Attention<scale = {s.scale!r}>(dense_query, held_key, held_value, mask)"
+        attended = f"out = Attention<scale = {s.scale!r}>(dense_query, held_key, held_value, mask)"
     else:
         attended = f"""
-        {shape_of(s.heads, "dense_query", 2).replace("tokens", "dense_tokens")}
-        {attend(inner, "held_key", "held_value", "dense_query")}
-        dense_part = Identity(out)
+        {shape_of(s.heads, "dense_query", 2)}
+        {attend(s, "held_key", "held_value", "dense_query")}
         """
     log = """
     lse_rest_shape = Concat<axis = 0>(batch, heads, after_dense, lse_size)
@@ -234,7 +232,7 @@ def _dense(s: Scores, c: Choice, kernel: bool) -> str:
     {attended}
     rest_shape = Concat<axis = 0>(batch, heads, after_dense, output_size)
     rest = ConstantOfShape(rest_shape)
-    dense_output_yes = Concat<axis = 2>(dense_part, rest)
+    dense_output_yes = Concat<axis = 2>(out, rest)
     {log if s.lse else ""}
     """
 
@@ -247,8 +245,8 @@ def _sparse(s: Scores, c: Choice) -> str:
     axes = f"scan_input_axes = [2, 1], scan_output_axes = [{', '.join('2' for _ in outputs)}]"
     scanned = ["sparse_part", *(["sparse_log"] if s.lse else [])]
     lines = [
-        "sparse_query = Slice(query, sparse_from, tokens, along)",
-        "sparse_at = Slice(positions, sparse_from, tokens, time)",
+        "sparse_query = Slice(query, sparse_from, width, along)",
+        "sparse_at = Slice(positions, sparse_from, width, time)",
         "in_use = Slice(next_pages, origin, described, along)",
         "described0 = Squeeze(described)",
         "numbers = Range(zero, described0, one)",
@@ -282,8 +280,7 @@ def _step(s: Scores, c: Choice) -> str:
     {int_("window", c.window)}
     {_pages(c)}
     {_tokens(c)}
-    scores1 = Transpose<perm = [0, 1, 3, 2]>(scores0)
-    score0 = Identity(scores1)
+    score0 = Transpose<perm = [0, 1, 3, 2]>(scores)
     mask = Unsqueeze(live, along)
     {weigh(s, (1, s.groups, s.heads // s.groups, 1))}
     value_index = Unsqueeze(chosen, last_axis)
@@ -348,7 +345,7 @@ def _pages(c: Choice) -> str:
 
 
 def _tokens(c: Choice) -> str:
-    """Write ``chosen [B,G,M]``, the slots that are read, ``live`` of them, and their products ``scores0 [B,G,M,R]``."""
+    """Write ``chosen [B,G,M]``, the slots that are read, ``live`` of them, and their products ``scores [B,G,M,R]``."""
     body = """
     key_index = Unsqueeze(candidates, last_axis)
     keys = GatherND<batch_dims = 2>(next_key, key_index)
@@ -356,7 +353,7 @@ def _tokens(c: Choice) -> str:
     live0 = LessOrEqual(candidates, p)
     """
     if c.rerank == 1:
-        return body + "chosen = Identity(candidates)\nlive = Identity(live0)\nscores0 = Identity(products)"
+        return body + "chosen = Identity(candidates)\nlive = Identity(live0)\nscores = Identity(products)"
     return f"""
     {body}
     best = ReduceMax<keepdims = 0>(products, last_axis)
@@ -373,5 +370,5 @@ def _tokens(c: Choice) -> str:
     chosen = GatherElements<axis = 2>(candidates, kept)
     live = GatherElements<axis = 2>(live0, kept)
     kept_index = Unsqueeze(kept, last_axis)
-    scores0 = GatherND<batch_dims = 2>(products, kept_index)
+    scores = GatherND<batch_dims = 2>(products, kept_index)
     """
