@@ -67,13 +67,16 @@ def attention(
 
 
 def sparse_plan(name: str, positions: Tensor, buffer: Tensor, pages: Tensor) -> list[Tensor]:
-    """Index, used, touched, page index, described, dense to, sparse from; counts are known at run time only."""
+    """What ``sparse.PLAN`` names; counts are known at run time only."""
     batch, tokens = positions.shape
-    groups, one = buffer.shape[1], (torch.int64, [1])
+    groups, capacity = buffer.shape[1], buffer.shape[2]
+    scalar: list[int] = []
+    one, flag, column = (torch.int64, [1]), (torch.bool, scalar), (torch.bool, [batch, 1, tokens, 1])
     index = (torch.int64, [batch, groups, tokens, 3])
-    return _call(
-        name, [positions, buffer, pages], index, one, (torch.int64, [batch, groups, tokens, 1]), index, one, one, one
-    )
+    slots = (torch.int64, [batch, groups, tokens, 1])
+    mask = (torch.bool, [batch, 1, tokens, capacity])
+    outputs = (index, slots, index, one, one, one, flag, flag, one, mask, column, column)
+    return _call(name, [positions, buffer, pages], *outputs)
 
 
 def sparse_attention(

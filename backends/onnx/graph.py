@@ -174,7 +174,7 @@ class _Rewriter:
         # Buffers of one kind are equally long: the first serves for all.
         plan_of = sparse.sparse_plan(s.groups, c.page, c.dense_below)
         sizes = self.sizes.setdefault((plan_of.name, a["positions"]), (past[0], past[2]))
-        plan = self.parts(self.plan(calls.sparse_plan, plan_of, a["positions"], *sizes), 7)
+        plan = self.parts(self.plan(calls.sparse_plan, plan_of, a["positions"], *sizes), len(sparse.PLAN))
         form = sparse.sparse_attention(s, c, plain_reason(s) is None and not self.portable)
         qkv = [a[name] for name in ("query", "key", "value")]
         made = self.call(calls.sparse_attention, form, s.lse, *qkv, past, a["positions"], *plan, *_extra(a))

@@ -15,6 +15,13 @@ FORCED, UNSEEN = 1e30, -1e30
 """Ranks of what is always taken and of what is not there."""
 
 
+PLAN = (
+    *("index", "touched", "page_index", "described", "dense_to", "sparse_from"),
+    *("is_dense", "is_sparse", "reach", "dense_mask", "choosing", "alive"),
+)
+"""What :func:`sparse_plan` gives and :func:`sparse_attention` takes."""
+
+
 @dataclass(frozen=True)
 class Choice:
     """How a node chooses; fields as the op's arguments."""
@@ -32,10 +39,12 @@ def sparse_plan(groups: int, page: int, dense_below: int) -> Function:
     """Where the new tokens go, which pages they touch, and which columns of the call choose.
 
     ``positions [B,T]``, a buffer ``[B,G,C,D]`` whose slot is the position (the last one takes padding) and ``pages
-    [B,G,M,2D]`` give ``index [B,G,T,3]`` of the slots written, ``used [1]``; ``touched [B,G,n page,1]``, the slots of n
-    pages that hold every new token, ``page_index [B,G,n,3]``, and ``described [1]``, the pages in use; ``dense_to``
-    and ``sparse_from [1]``, the end of the columns that read everything and the start of those that choose. A page that
-    is touched is described anew from what the buffer holds, so that one that is named twice, or in vain, does no harm.
+    [B,G,M,2D]`` give ``index [B,G,T,3]`` of the slots written; ``touched [B,G,n page,1]``, the slots of n pages that
+    hold every new token, ``page_index [B,G,n,3]``, and ``described [1]``, the pages in use; ``dense_to`` and
+    ``sparse_from [1]``, the end of the columns that read everything and the start of those that choose, with
+    ``is_dense`` and ``is_sparse``, whether there are any; ``reach [1]`` and ``dense_mask [B,1,dense_to,reach]``, what
+    the former read; ``choosing`` and ``alive [B,1,T,1]``. A page that is touched is described anew from what the buffer
+    holds, so that one that is named twice, or in vain, does no harm.
     """
     body = f"""
     {int_("zero", 0)}
@@ -43,8 +52,6 @@ def sparse_plan(groups: int, page: int, dense_below: int) -> Function:
     {ints("ones", 1)}
     {int_("page", page)}
     {ints("time", 1)}
-    {ints("first_axis", 0)}
-    {ints("last_axis", 2)}
     highest = ReduceMax<keepdims = 0>(positions)
     length0 = Add(highest, one)
     length = Max(length0, one)
@@ -98,8 +105,20 @@ def sparse_plan(groups: int, page: int, dense_below: int) -> Function:
     to0 = Where(reads_all, ends, zero)
     to1 = ReduceMax<keepdims = 0>(to0)
     dense_to = Reshape(to1, ones)
+    is_dense = Greater(to1, zero)
+    is_sparse = Less(from1, tokens0)
+    {ints("origin", 0)}
+    {ints("bound", dense_below)}
+    reach = Min(used, bound)
+    reach0 = Squeeze(reach)
+    slots = Range(zero, reach0, one)
+    dense_at = Slice(positions, origin, dense_to, time)
+    dense_p = Unsqueeze(dense_at, slot_axes)
+    dense_mask = LessOrEqual(slots, dense_p)
+    choosing = Unsqueeze(chooses, slot_axes)
+    alive = Unsqueeze(held, slot_axes)
     """
-    outputs = "index, used, touched, page_index, described, dense_to, sparse_from"
+    outputs = ", ".join(PLAN)
     return function("SparsePlan", "positions, buffer, pages", outputs, body)
 
 
@@ -111,7 +130,7 @@ def sparse_attention(s: Scores, c: Choice, kernel: bool) -> Function:
     """
     made = ("output", *(["lse"] if s.lse else []))
     names = ["query", "key", "value", "past_key", "past_value", "past_pages", "positions"]
-    names += ["index", "used", "touched", "page_index", "described", "dense_to", "sparse_from", *s.extra]
+    names += [*PLAN, *s.extra]
     sizes = [("output", s.value_dim), *([("lse", 1)] if s.lse else [])]
     body = f"""
     {ints("ones", 1)}
@@ -121,7 +140,6 @@ def sparse_attention(s: Scores, c: Choice, kernel: bool) -> Function:
     {ints("time", 1)}
     {ints("along", 2)}
     {ints("last_axis", 3)}
-    {ints("outer", 1, 3)}
     {float_("absent", 0.0)}
     next_key = ScatterND(past_key, index, key)
     next_value = ScatterND(past_value, index, value)
@@ -132,17 +150,8 @@ def sparse_attention(s: Scores, c: Choice, kernel: bool) -> Function:
     after_dense = Sub(width, dense_to)
     {ints("output_size", s.value_dim)}
     {ints("lse_size", 1)}
-    some_dense = Greater(dense_to, origin)
-    is_dense = Squeeze(some_dense)
-    some_sparse = Less(sparse_from, width)
-    is_sparse = Squeeze(some_sparse)
     {_branch("dense", "is_dense", sizes, s.heads, _dense(s, c, kernel))}
     {_branch("sparse", "is_sparse", sizes, s.heads, _sparse(s, c))}
-    {int_("dense_below", c.dense_below)}
-    choosing0 = GreaterOrEqual(positions, dense_below)
-    choosing = Unsqueeze(choosing0, outer)
-    alive0 = GreaterOrEqual(positions, zero)
-    alive = Unsqueeze(alive0, outer)
     """
     for name in made:
         whole = "output" if name == "output" else "lse4"
@@ -207,9 +216,10 @@ def _joined(body: str) -> str:
 def _dense(s: Scores, c: Choice, kernel: bool) -> str:
     """Write attention of the first columns over the first ``dense_below`` tokens, zeros for the other columns."""
     if kernel and s.plain and not s.lse:
-        attended = f"out = Attention<scale = {s.scale!r}>(dense_query, held_key, held_value, mask)"
+        attended = f"out = Attention<scale = {s.scale!r}>(dense_query, held_key, held_value, dense_mask)"
     else:
         attended = f"""
+        mask = Identity(dense_mask)
         {shape_of(s.heads, "dense_query", 2)}
         {attend(s, "held_key", "held_value", "dense_query")}
         """
@@ -220,15 +230,8 @@ def _dense(s: Scores, c: Choice, kernel: bool) -> str:
     """
     return f"""
     dense_query = Slice(query, origin, dense_to, along)
-    dense_at = Slice(positions, origin, dense_to, time)
-    {ints("bound", c.dense_below)}
-    reach = Min(used, bound)
     held_key = Slice(next_key, origin, reach, along)
     held_value = Slice(next_value, origin, reach, along)
-    reach0 = Squeeze(reach)
-    slots = Range(zero, reach0, one)
-    dense_p = Unsqueeze(dense_at, outer)
-    mask = LessOrEqual(slots, dense_p)
     {attended}
     rest_shape = Concat<axis = 0>(batch, heads, after_dense, output_size)
     rest = ConstantOfShape(rest_shape)
