@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+from torch import Tensor
+
 from memc.objective import BlockObjective
 from memc.options import Configurable, split_spec
 from memc.options import option as option  # what passes declare their options with
@@ -37,14 +39,27 @@ class Rejection:
     reason: str
 
 
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Sequences that a pass may look at what the model does on: ``tokens`` and ``positions [N, T]``, and from where."""
+
+    tokens: Tensor
+    positions: Tensor
+    origin: str
+
+
 @dataclass(frozen=True)
 class Plan:
-    """What a pass is going to do: made without weights, and the same when made twice."""
+    """What a pass is going to do: made without weights, and the same when made twice.
+
+    ``calibration`` is what the pass asked for by :meth:`Pass.calibrates`; a conversion adds it before it applies.
+    """
 
     spec: str
     sites: tuple[Site, ...]
     rejections: tuple[Rejection, ...]
     relations: tuple[Relation, ...]
+    calibration: Calibration | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -96,6 +111,13 @@ class Pass(Configurable, ABC):
         the details of the report under names of its own. Until it is resolved such a pass plans as much, evenly spread.
         """
         return self, {}
+
+    def calibrates(self) -> tuple[int, int] | None:
+        """Return how many sequences, of how many tokens, ``apply`` is to see of the conversion's text; None for none.
+
+        It may get fewer, and none at all where only a plan is made: then it decides evenly, to the same shapes.
+        """
+        return None
 
     def trained_relations(self, plan: Plan) -> tuple[Relation, ...]:
         """Return what holds once training is over, instead of the plan's own relations."""

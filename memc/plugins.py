@@ -17,6 +17,7 @@ BUILTIN = {
         "window": "memc.passes.window:Window",
         "sparsify": "memc.passes.sparsify:Sparsify",
         "linearize": "memc.passes.linearize:Linearize",
+        "prune": "memc.passes.prune:Prune",
     },
     "memc.backends": {"eager": "memc.backends.eager:EagerBackend", "onnx": "memc.backends.onnx:OnnxBackend"},
 }

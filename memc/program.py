@@ -77,13 +77,15 @@ class Provenance:
     """Where a parameter comes from: tensor of the source checkpoint, part of it, and what was done to it.
 
     ``source`` is empty for parameters that memc made. ``transform`` is ``identity``, ``transpose``, ``dequantize`` or
-    the name of a pass; ``invertible`` tells whether the source tensor can be had back exactly.
+    the name of a pass; ``invertible`` tells whether the source tensor can be had back exactly. ``kept`` says what is
+    left of it where positions were removed: axes, each with the ranges (start, stop) that stayed.
     """
 
     source: str
     transform: str = "identity"
     rows: tuple[int, int] | None = None
     invertible: bool = True
+    kept: tuple[tuple[int, tuple[tuple[int, int], ...]], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -189,12 +189,14 @@ def _program_from_json(data: dict[str, Any], stored: dict[str, dict[str, Tensor]
         outputs=tuple(OutputSpec(**_spec_from_json(entry)) for entry in data["outputs"]),
         states=tuple(StateSpec(**_spec_from_json(entry)) for entry in data["states"]),
         model=ModelInfo(**data["model"]),
-        provenance={
-            name: Provenance(**{**entry, "rows": tuple(entry["rows"]) if entry["rows"] else None})
-            for name, entry in data["provenance"].items()
-        },
+        provenance={name: _provenance_from_json(entry) for name, entry in data["provenance"].items()},
         raised=data["raised"],
     )
+
+
+def _provenance_from_json(entry: dict[str, Any]) -> Provenance:
+    kept = tuple((axis, tuple((start, stop) for start, stop in ranges)) for axis, ranges in entry.get("kept", ()))
+    return Provenance(**{**entry, "rows": tuple(entry["rows"]) if entry["rows"] else None, "kept": kept})
 
 
 def _spec_to_json(spec: InputSpec | OutputSpec | StateSpec) -> dict[str, Any]:

@@ -13,11 +13,12 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn import Parameter
 
 from memc.artifact import held
 from memc.dialect import arguments, op_spec
 from memc.infer import infer, mode_of
-from memc.program import Program, Provenance, StateSpec, named_tensors, set_tensor
+from memc.program import Program, Provenance, StateSpec, get_tensor, named_tensors, set_tensor
 
 
 @dataclass
@@ -44,6 +45,7 @@ class Editor:
         after: list[Any] = list(results[len(program.outputs) :])
         self._states = [_State(*row) for row in zip(program.states, nodes, after, strict=True)]
         self._sources: dict[str, Provenance] = {}
+        self._gone: list[Node] = []
         self._traced: dict[Hashable, GraphModule] = {}
 
     def states_of(self, node: Node) -> dict[str, StateSpec]:
@@ -73,23 +75,53 @@ class Editor:
         """Make ``value`` the next value of a state."""
         self._state(placeholder).next = value
 
+    def remove_state(self, placeholder: Node) -> None:
+        """Drop a state that nothing is to read or write any more."""
+        self._states.remove(self._state(placeholder))
+        self._gone.append(placeholder)
+
+    def source_of(self, name: str) -> Provenance:
+        """Return where a parameter comes from, as it is by now."""
+        return self._sources.get(name) or self.program.provenance.get(name, Provenance(""))
+
+    def replace_parameter(self, name: str, value: Tensor, source: Provenance) -> None:
+        """Give a parameter or buffer another value, of any shape, under every name that shares its memory."""
+        module = self.program.module
+        old = get_tensor(module, name)
+        names = [other for other, tensor in named_tensors(module) if tensor is old]
+        for other in names:
+            set_tensor(module, other, value)
+            self._sources[other] = source
+        if isinstance(old, Parameter):
+            made = get_tensor(module, names[0])
+            for other in names[1:]:  # tied ones stay one parameter
+                path, _, leaf = other.rpartition(".")
+                module.get_submodule(path).register_parameter(leaf, made)  # type: ignore[arg-type]
+
     def add_parameter(
-        self, name: str, shape: tuple[int, ...], make: Callable[[], Tensor], transform: str, before: Node
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        make: Callable[[], Tensor],
+        transform: str,
+        before: Node,
+        dtype: torch.dtype = torch.float32,
     ) -> Node:
-        """Register a new float32 parameter and return the node that reads it.
+        """Register a new parameter and return the node that reads it.
 
         ``make`` is called for the values only when the program's own parameters have values; ``transform`` is the name
-        of the pass, for the parameter's provenance.
+        of the pass, for the parameter's provenance. It is float32 unless it has to be of the type of what it joins.
         """
         module = self.program.module
         like = next(module.parameters(), None)
         if isinstance(like, FakeTensor):
             with like.fake_mode:
-                value = torch.empty(shape, device=like.device)
+                value = torch.empty(shape, device=like.device, dtype=dtype)
         else:
             device = torch.device("cpu") if like is None else like.device
-            value = torch.empty(shape, device=device) if device.type == "meta" else make().to(device)
-        assert tuple(value.shape) == shape and value.dtype == torch.float32
+            empty = device.type == "meta"
+            value = torch.empty(shape, device=device, dtype=dtype) if empty else make().to(device)
+        assert tuple(value.shape) == shape and value.dtype == dtype
         set_tensor(module, name, value, trainable=True)
         self._sources[name] = Provenance("", transform)
         with self.graph.inserting_before(before):
@@ -97,7 +129,7 @@ class Editor:
         mode = mode_of(before.all_input_nodes[0].meta["val"])
         assert mode is not None
         with mode:
-            node.meta["val"] = torch.empty(shape)
+            node.meta["val"] = torch.empty(shape, dtype=dtype)
         return node
 
     def insert(
@@ -128,6 +160,8 @@ class Editor:
         """Drop what nobody reads any more, check the graph, infer every shape, and return the program."""
         self.graph.output_node().args = ((*self._outputs, *(state.next for state in self._states)),)
         self.graph.eliminate_dead_code()
+        for node in self._gone:
+            self.graph.erase_node(node)
         self.graph.lint()
         before = {name for name, _ in named_tensors(self.program.module)}
         module = GraphModule(self.program.module, self.graph)

@@ -15,6 +15,7 @@ import torch
 from memc import machine
 from memc.artifact import seal
 from memc.backend import LowerOptions
+from memc.conversion.calibration import CalibrationText
 from memc.conversion.facts import (
     ablations,
     check_facts,
@@ -132,9 +133,12 @@ class _Conversion:
             data = training_data(self.request.recipe, original, self.folder.partial, progress)
             trainer = make_trainer(self.request.recipe, data, original, progress, self.processes)
             self.processes.wait()
+        recipe, place = self.request.recipe, self.folder.partial
+        sequences = CalibrationText(recipe, original, place, progress)
         with self.steps.step("text", "verification text"):
-            recipe, place = self.request.recipe, self.folder.partial
-            text = keep_text(data.text, place) if trainer else verification_text(recipe, original, place)
+            looked_at = trainer is None and any(pass_.calibrates() for pass_ in self.passes)
+            apart = sequences.held_out() if looked_at else None
+            text = keep_text(data.text, place) if trainer else verification_text(recipe, original, place, apart)
             floor = noise_floor(original, take(text, 2, 13))
         with self.steps.step("verify_raise", "verify what was raised"):
             checks = [self._check_raising(original, text, floor)]
@@ -147,6 +151,7 @@ class _Conversion:
             self.folder.partial,
             progress,
             trainer,
+            sequences,
         )
         program, runs = pipeline.run(original)
         self.steps.seconds |= {run.report.spec: run.report.timing.seconds for run in runs}
@@ -166,7 +171,9 @@ class _Conversion:
         place, progress = self.folder.partial, self.steps.progress
         data = training_data(self.request.recipe, original, place, progress)
         trainer = make_trainer(self.request.recipe, data, original, progress, self.processes)
-        Pipeline(self.passes, self.request.target, data.text, folder=place, trainer=trainer).follow(original)
+        sequences = CalibrationText(self.request.recipe, original, place, progress)
+        make = partial(Pipeline, self.passes, self.request.target, data.text, folder=place)
+        make(trainer=trainer, calibrate=sequences).follow(original)
 
     def _load(self, program: Program) -> Program:
         return materialize(program, self.captured.weights) if self.captured.weights is not None else program

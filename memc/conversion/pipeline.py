@@ -7,14 +7,14 @@ import math
 import shutil
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from memc.errors import MemcError
 from memc.machine import peak_rss_bytes
-from memc.pipeline import Pass, PassReport, Plan
+from memc.pipeline import Calibration, Pass, PassReport, Plan
 from memc.plugins import load_plugin
 from memc.program import Program
 from memc.program_io import load_program, save_program
@@ -45,7 +45,7 @@ class Pipeline:
 
     ``floor`` is the noise floor of the original's logits. ``budgets`` replaces the budgets that the passes declare, by
     metric. With a ``folder``, the result of every verified pass is kept under ``stage-NN`` until the next one is, and
-    its report under ``report``.
+    its report under ``report``. ``calibrate`` gives sequences, so many of so many tokens, to passes that ask for some.
     """
 
     passes: Sequence[Pass]
@@ -56,6 +56,7 @@ class Pipeline:
     folder: Path | None = None
     progress: Progress = field(default_factory=Silent)
     trainer: Trainer | None = None
+    calibrate: Callable[[int, int], Calibration] | None = None
 
     def run(self, program: Program) -> tuple[Program, list[PassRun]]:
         """Run every pass that an earlier run has not verified and return the last result and all reports.
@@ -121,6 +122,8 @@ class Pipeline:
 
         def apply(chosen: Pass) -> Applied:
             plan = plan_pass(chosen, before, self.target)
+            if self.calibrate is not None and (wanted := chosen.calibrates()) is not None:
+                plan = replace(plan, calibration=self.calibrate(*wanted))
             after, report = chosen.apply(before, plan)
             require_well_formed(after, f"after {chosen.spec}")
             return plan, after, report

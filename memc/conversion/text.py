@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from memc.data import holds_ids, tokenize
+from memc.data import TokenStream, holds_ids, read_tokens, tokenize
 from memc.errors import MemcError
 from memc.program import Program
+from memc.progress import Progress
 from memc.recipe import Recipe
 from memc.runtime.text import Text
 from memc.verify import VerificationText, sample_text, token_limit
@@ -28,17 +29,21 @@ TOKENS = 1536
 """Tokens of the data that are used."""
 
 
-def verification_text(recipe: Recipe, original: Program, folder: Path) -> VerificationText:
+def verification_text(
+    recipe: Recipe, original: Program, folder: Path, apart: VerificationText | None = None
+) -> VerificationText:
     """Return the text of ``report/text.json`` if there is one, else make it and write it there.
 
-    ``folder`` holds the tokenizer. Sampled sequences are joined into one row, so that windows shorter than it
-    are gone past. Raises ``MemcError``: E207 for data that is no text or too short, E308 when it has no
-    tokenizer for text.
+    ``apart`` is what is held out of the data where a pass looks at them. ``folder`` holds the tokenizer. Sampled
+    sequences are joined into one row, so that windows shorter than it are gone past. Raises ``MemcError``: E207 for
+    data that is no text or too short, E308 when it has no tokenizer for text.
     """
     path = folder / "report" / "text.json"
     if path.is_file():
         kept = json.loads(path.read_text())
         return VerificationText(torch.tensor(kept["tokens"]), kept["origin"])
+    if apart is not None:
+        return keep_text(apart, folder)
     return keep_text(_from_data(recipe, original, folder) if recipe.data else _sampled(recipe, original), folder)
 
 
@@ -47,6 +52,22 @@ def keep_text(text: VerificationText, folder: Path) -> VerificationText:
     facts = {"origin": text.origin, "tokens": text.tokens.tolist()}
     (folder / "report" / "text.json").write_text(json.dumps(facts) + "\n")
     return text
+
+
+def read_streams(recipe: Recipe, original: Program, folder: Path, progress: Progress) -> list[TokenStream]:
+    """Read a recipe's data through the cache of tokens, one stream a source.
+
+    Raises ``MemcError``: E207 for data that cannot be used or hold a token that the model does not know, E308 when
+    ``folder`` has no tokenizer for text.
+    """
+    tokenizer = tokenizer_for(recipe.data, folder)
+    streams = [read_tokens(source, tokenizer, progress=progress) for source in recipe.data]
+    vocab = token_limit(original)
+    for stream in streams:
+        if len(stream) and int(stream.ids.max()) >= vocab:
+            hint = f"check the tokenizer, or the ids: the model takes those below {vocab}"
+            raise MemcError("E207", "data hold a token that the model does not know", stream.name, hint)
+    return streams
 
 
 def tokenizer_for(data: Sequence[str], folder: Path) -> Tokenizer | None:

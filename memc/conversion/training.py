@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from memc.conversion.text import tokenizer_for
-from memc.data import Corpus, Sequences, TokenStream, read_tokens
+from memc.conversion.text import read_streams
+from memc.data import Corpus, Sequences, TokenStream
 from memc.errors import MemcError
 from memc.machine import multiplies_bfloat16
 from memc.pipeline import Pass
@@ -22,7 +22,6 @@ from memc.tensor_file import read_tensors, write_tensors
 from memc.train import Trainer
 from memc.train.parallel import ALONE, Processes
 from memc.verify import VerificationText, sample_text
-from memc.verify.inputs import token_limit
 
 TOKENS = 200_000
 """Tokens that are trained on unless the recipe says how many."""
@@ -80,13 +79,7 @@ def training_data(recipe: Recipe, original: Program, folder: Path, progress: Pro
     if original.model.absolute_positions and limit is not None and settings.length > limit:
         reason = f"sequences of {settings.length} tokens are past the model's {limit} positions"
         raise MemcError("E206", reason, "train: length", f"train: {{length: {limit}}} in a recipe")
-    tokenizer = tokenizer_for(recipe.data, folder)
-    streams = [read_tokens(source, tokenizer, progress=progress) for source in recipe.data]
-    vocab = token_limit(original)
-    for stream in streams:
-        if len(stream) and int(stream.ids.max()) >= vocab:
-            hint = f"check the tokenizer, or the ids: the model takes those below {vocab}"
-            raise MemcError("E207", "data hold a token that the model does not know", stream.name, hint)
+    streams = read_streams(recipe, original, folder, progress)
     own = Corpus(streams, guard=settings.guard, block=settings.length)
     available = len(own.sequences(settings.length)) * settings.length
     tokens = recipe.tokens or min(TOKENS, available)

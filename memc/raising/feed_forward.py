@@ -29,7 +29,7 @@ _VIEWS = {
     aten.flatten.using_ints,
 }
 _SPLITS = {aten.split.Tensor, aten.chunk.default, aten.split_with_sizes.default, aten.slice.Tensor, operator.getitem}
-_ELEMENTWISE = {
+ELEMENTWISE = {
     aten.mul.Tensor,
     aten.mul.Scalar,
     aten.add.Tensor,
@@ -140,9 +140,9 @@ def _projections(entry: Node, content: set[Node]) -> list[Node]:
             continue
         if node not in content:
             continue
-        if node.target not in _VIEWS | _SPLITS | _ELEMENTWISE:
+        if node.target not in _VIEWS | _SPLITS | ELEMENTWISE:
             return []
-        elementwise |= node.target in _ELEMENTWISE
+        elementwise |= node.target in ELEMENTWISE
         stack += node.all_input_nodes
         if len(seen) > 40:
             return []

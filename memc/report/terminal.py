@@ -17,6 +17,9 @@ from memc.report.text import amount, duration, layers, number, plain, ratio, siz
 
 WORK_OF_INPUT = "work for an input"
 
+FEW = 8
+"""Most items of a list that are shown of a pass's facts; the report file has all."""
+
 
 # inspect
 
@@ -373,6 +376,8 @@ def _facts_table(details: Mapping[str, object]) -> RenderableType | None:
 
 
 def _fact(value: object) -> str:
+    if isinstance(value, list) and len(value) > FEW:
+        return f"{', '.join(map(str, value[:FEW]))}, ... ({len(value)} in all)"
     return number(value) if isinstance(value, float) else str(value)
 
 

@@ -20,6 +20,7 @@ CONTENTS = (
     "memc/dialect/__init__.py",
     "memc/passes/window.py",
     "memc/passes/linearize/__init__.py",
+    "memc/passes/prune/__init__.py",
     "memc/backends/eager/__init__.py",
     "memc/backends/onnx/__init__.py",
     "memc/kernels/__init__.py",

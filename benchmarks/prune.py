@@ -1,0 +1,215 @@
+"""What pruning without training costs SmolLM2-135M in perplexity, beside the controls of the field.
+
+    python benchmarks/texts.py texts
+    python benchmarks/prune.py --texts texts
+
+Calibrates on five Austen novels and the first part of the Jargon File, two to one, tests on the sixth novel and on the
+end of the Jargon File, and writes ``results/prune-DATE.json`` and ``.md``. All variants of one amount have exactly the
+same number of parameters but for biases, and see the same calibration text, which is run once for all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import resource
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from cpu import facts as machine_facts
+from cpu import model
+from page import grid
+
+from memc.analysis.stream import Stream
+from memc.cli.console import Console
+from memc.data import Corpus, TokenStream, read_tokens
+from memc.frontend import capture_source
+from memc.passes.prune import Prune, measure, scores
+from memc.passes.prune.draft import Draft
+from memc.passes.prune.rewrite import Cut, Pruner
+from memc.pipeline import Calibration
+from memc.program import Program
+from memc.raising import raise_program
+from memc.runtime.text import Text
+from memc.verify.relations import perplexity
+from memc.weights import materialize
+
+HERE = Path(__file__).parent
+NOVELS = ("emma", "mansfield-park", "persuasion", "pride-and-prejudice", "sense-and-sensibility")
+HELD_OUT = "northanger-abbey"
+AMOUNTS = (0.2, 0.25, 0.5)
+LENGTH = 512
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to choose and to make up for what goes."""
+
+    name: str
+    score: str
+    refits: bool
+
+
+VARIANTS = (
+    Variant("wanda, refit", "wanda", True),
+    Variant("wanda", "wanda", False),
+    Variant("flap, its bias", "flap", False),
+    Variant("taylor", "taylor", False),
+)
+
+
+class Bench:
+    """The original, its calibration text and its test text."""
+
+    def __init__(self, texts: Path, work: Path, sequences: int, rows: int) -> None:
+        """Read the model and the texts."""
+        self.console = Console()
+        work.mkdir(parents=True, exist_ok=True)
+        captured = capture_source(model())
+        for path in captured.tokenizer_files:
+            shutil.copyfile(path, work / path.name)
+        assert captured.weights is not None
+        self.original = materialize(raise_program(captured.program).program, captured.weights)
+        tokenizer = Text(work).tokenizer
+        novels = [read_tokens(texts / f"austen-{name}.txt", tokenizer) for name in NOVELS]
+        jargon = read_tokens(texts / "jargon.txt", tokenizer).ids
+        first = TokenStream.of([np.asarray(jargon[: len(jargon) * 8 // 10])], "jargon")
+        corpus = Corpus([*novels, first], [*(2.0 / len(NOVELS) for _ in NOVELS), 1.0], guard=0.0)
+        tokens, positions = (torch.from_numpy(part) for part in corpus.sequences(LENGTH).batch(0, sequences))
+        self.calibration = Calibration(tokens, positions, "five novels and the Jargon File, two to one")
+        novel = read_tokens(texts / f"austen-{HELD_OUT}.txt", tokenizer).ids
+        self.tests = {"Austen": _rows(novel, rows), "Jargon File": _rows(jargon[len(jargon) * 9 // 10 :], rows)}
+
+    def measure(self, program: Program) -> dict[str, float]:
+        """Return the perplexity on each test text."""
+        return {name: perplexity(program, rows) for name, rows in self.tests.items()}
+
+    def cuts(self, drafts: dict[float, Draft], gated: int) -> dict[tuple[float, str], list[Cut]]:
+        """Make every variant's cuts at every amount in one run of the text; Taylor's gradients see ``gated`` rows."""
+        made: dict[tuple[float, str], list[Cut]] = {}
+        groups = {t.group.exit: t.group for draft in drafts.values() for t in draft.tasks}
+        fewer = Calibration(self.calibration.tokens[:gated], self.calibration.positions[:gated], "")
+        with self.console.step(f"gradients on {gated} sequences"):
+            gates = dict(zip(groups, scores.taylor(self.original, list(groups.values()), fewer), strict=True))
+        order = {node: index for index, node in enumerate(self.original.module.graph.nodes)}
+        stream = Stream(self.original, self.calibration)
+        with self.console.step(f"moments of {len(groups)} groups"):
+            for exit_ in sorted(groups, key=order.__getitem__):
+                found = measure.moments_of(stream, groups[exit_], gram=True)
+                for amount, draft in drafts.items():
+                    for task in (task for task in draft.tasks if task.group.exit is exit_):
+                        for variant in VARIANTS:
+                            chosen = gates[exit_] if variant.score == "taylor" else None
+                            cut = measure.cut_by(
+                                self.original, task, found, variant.score, chosen, refits=variant.refits
+                            )
+                            made.setdefault((amount, variant.name), []).append(cut)
+        return made
+
+
+def _rows(ids: Any, count: int) -> torch.Tensor:
+    """Return ``count`` rows spread evenly over a text."""
+    starts = np.linspace(0, len(ids) - LENGTH, count).astype(int)
+    return torch.from_numpy(np.stack([np.asarray(ids[start : start + LENGTH]) for start in starts]).astype(np.int64))
+
+
+def page(document: dict[str, Any], remarks: str) -> str:
+    """Write the page; ``remarks`` say what tables cannot."""
+    dense, names = document["dense"], list(document["dense"])
+    lines = [
+        [
+            f"{row['amount']:.0%}",
+            row["variant"],
+            f"{row['removed_share']:.4f}",
+            f"{row['parameters'] / 1e6:.2f} M",
+            *(f"{row['perplexity'][name] / dense[name]:.3f}" for name in names),
+            *(f"{row['perplexity'][name]:.1f}" for name in names),
+        ]
+        for row in document["rows"]
+    ]
+    head = ["asked", "variant", "removed", "parameters", *(f"{n}, ratio" for n in names), *names]
+    return "\n\n".join(
+        [
+            "# SmolLM2-135M pruned without training",
+            f"{document['cpu']}, one thread; memc at {document['commit']}. {document['calibration_tokens']} tokens of"
+            f" calibration text ({document['calibration']}), gradients on {document['gated_tokens']} of them; tested on"
+            f" {document['test_tokens']} tokens of each text in rows of {LENGTH}. Dense: "
+            + ", ".join(f"{name} {value:.2f}" for name, value in dense.items())
+            + f"; {document['block_parameters'] / 1e6:.2f} M of {document['total_parameters'] / 1e6:.2f} M parameters"
+            " are in blocks. Ratios are to dense in the same run.",
+            grid(head, lines),
+            f"{document['seconds']:.0f} s, peak memory {document['peak_rss_bytes'] / 2**30:.2f} GiB.",
+            *([remarks.strip()] if remarks.strip() else []),
+            "",
+        ]
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run every variant and write the results after each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--texts", type=Path, required=True, help="folder that texts.py wrote")
+    parser.add_argument("--work", type=Path, default=Path("prune-work"), help="folder for the tokenizer")
+    parser.add_argument("--sequences", type=int, default=128, help=f"calibration sequences of {LENGTH} tokens")
+    parser.add_argument("--gated", type=int, default=128, help="those of them that Taylor's gradients see")
+    parser.add_argument("--rows", type=int, default=16, help=f"rows of {LENGTH} tokens of each test text")
+    parser.add_argument("--protect", default="ends", help="the pass's option")
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    start = time.perf_counter()
+    bench = Bench(options.texts, options.work, options.sequences, options.rows)
+    passes = {amount: Prune(amount=amount, protect=options.protect) for amount in AMOUNTS}
+    drafts = {amount: pass_.draft(bench.original) for amount, pass_ in passes.items()}
+    first = next(iter(drafts.values()))
+    document: dict[str, Any] = {
+        **machine_facts(),
+        "protect": options.protect,
+        "calibration": bench.calibration.origin,
+        "calibration_tokens": bench.calibration.tokens.numel(),
+        "gated_tokens": min(options.gated, options.sequences) * LENGTH,
+        "test_tokens": options.rows * LENGTH,
+        "length": LENGTH,
+        "block_parameters": first.parameters,
+        "total_parameters": bench.original.parameter_count,
+        "rows": [],
+    }
+    with bench.console.step("dense"):
+        document["dense"] = bench.measure(bench.original)
+    made = bench.cuts(drafts, options.gated)
+    for (amount, name), cuts in sorted(made.items(), key=lambda item: (item[0][0], item[0][1] != VARIANTS[0].name)):
+        with bench.console.step(f"{name} at {amount:.0%}"):
+            program = Pruner(bench.original).run(cuts)
+            found = bench.measure(program)
+        removed = sum(cut.parameters for cut in cuts)
+        row = {
+            "amount": amount,
+            "variant": name,
+            "removed_share": removed / first.parameters,
+            "removed_parameters": removed,
+            "parameters": program.parameter_count,
+            "perplexity": found,
+        }
+        document["rows"].append(row)
+        document["seconds"] = time.perf_counter() - start
+        document["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        write(options.results, document)
+
+
+def write(results: Path, document: dict[str, Any]) -> None:
+    """Write the document and its page; remarks are read from beside them where there are any."""
+    stem = results / f"prune-{datetime.date.today().isoformat()}"
+    remarks = stem.with_suffix(".remarks.txt")
+    stem.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
+    stem.with_suffix(".md").write_text(page(document, remarks.read_text() if remarks.is_file() else ""))
+
+
+if __name__ == "__main__":
+    main()

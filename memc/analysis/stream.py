@@ -1,0 +1,66 @@
+"""Sequences run through a program piece by piece: each piece over all of them before the next, little held between."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from memc.pipeline import Calibration
+from memc.plugins import load_kernels
+from memc.program import Program, get_tensor
+
+
+class Stream:
+    """Calibration sequences on their way through a program, each from an empty state.
+
+    What is held between two pieces is what later nodes read: the residual stream of every sequence, and nothing of a
+    block that lies behind. Parameters are read as they are used.
+    """
+
+    def __init__(self, program: Program, calibration: Calibration) -> None:
+        """Start every sequence before the first node."""
+        load_kernels()
+        self._module = program.module
+        self._order = list(program.module.graph.nodes)
+        self._place = {node: index for index, node in enumerate(self._order)}
+        # Not for the output, to which nothing is run: the next states of all layers would be held for it.
+        readers = {node: [user for user in node.users if user.op != "output"] for node in self._order}
+        self._last = {node: max(map(self._place.__getitem__, readers[node]), default=-1) for node in self._order}
+        self._at = 0
+        device = next((p.device for p in program.module.parameters()), torch.device("cpu"))
+        nodes, self._held = program.placeholders(), list[dict[Node, Any]]()
+        for row in range(len(calibration.tokens)):
+            given = (part[row : row + 1].to(device) for part in (calibration.tokens, calibration.positions))
+            self._held.append(dict(zip(nodes, (*given, *program.new_state(1, device)), strict=True)))
+
+    def advance(self, last: Node, watch: Collection[Node]) -> Iterator[dict[Node, Tensor]]:
+        """Run every sequence up to ``last`` and yield the values of ``watch`` in this piece, one sequence at a time.
+
+        The next piece starts when the iterator is exhausted.
+        """
+        start, stop = self._at, self._place[last] + 1
+        for held in self._held:
+            seen: dict[Node, Tensor] = {}
+            for node in self._order[start:stop]:
+                if node.op == "call_function":
+                    held[node] = self._call(node, held)
+                if node in watch:
+                    seen[node] = held[node]
+                for source in (node, *node.all_input_nodes):
+                    if self._last[source] <= self._place[node]:
+                        held.pop(source, None)
+            yield seen
+        self._at = stop
+
+    @torch.no_grad()
+    def _call(self, node: Node, held: dict[Node, Any]) -> Any:
+        def value(source: Node) -> Any:
+            return get_tensor(self._module, str(source.target)) if source.op == "get_attr" else held[source]
+
+        target: Any = node.target
+        return target(*map_arg(node.args, value), **map_arg(dict(node.kwargs), value))

@@ -1,0 +1,95 @@
+"""How much of which group is removed: legal sizes, spread evenly over the layers to an exact share of parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from memc.blocks import AttentionBlock
+from memc.passes.prune.groups import Group
+
+
+@dataclass(frozen=True)
+class Task:
+    """So many units of a group to remove; which ones is settled by scores, or evenly."""
+
+    group: Group
+    count: int
+
+    @property
+    def cost(self) -> int:
+        """Parameters that go."""
+        return self.count * unit_cost(self.group)
+
+
+def unit_cost(group: Group) -> int:
+    """Return the parameters of one unit: they are all of one size."""
+    return int(group.cost[0])
+
+
+def legal(group: Group, multiple: int) -> list[int]:
+    """Return how many units may be removed, none included, in ascending order.
+
+    Channels stay in multiples of ``multiple``; of the query heads of each key-value head as many go, and one stays; so
+    does one key-value head.
+    """
+    match group.kind:
+        case "ffn_channels":
+            most = (group.units - 1) // multiple * multiple
+            return [0, *(group.units - kept for kept in range(most, 0, -multiple))]
+        case "kv_groups":
+            return list(range(group.units))
+        case "query_heads":
+            assert isinstance(group.block, AttentionBlock)
+            return list(range(0, group.units, group.block.num_kv_heads))
+
+
+def spread(groups: Sequence[Group], parameters: float, multiple: int) -> list[Task]:
+    """Remove about so many parameters from the groups, the same share of each but for rounding.
+
+    What rounding leaves over goes on to the next group, so that the sum is as near as one step. Where that is more than
+    can be removed, all that can be is.
+    """
+    whole = sum(unit_cost(group) * group.units for group in groups)
+    share, tasks, owed = parameters / max(whole, 1), list[Task](), 0.0
+    for group in groups:
+        cost = unit_cost(group)
+        owed += share * cost * group.units
+        count = min(legal(group, multiple), key=lambda n: abs(n * cost - owed))
+        owed -= count * cost
+        tasks.append(Task(group, count))
+    return tasks
+
+
+def most(groups: Sequence[Group], multiple: int) -> int:
+    """Return how many parameters can go at most."""
+    return sum(legal(group, multiple)[-1] * unit_cost(group) for group in groups)
+
+
+def lowest(task: Task, scores: Tensor) -> tuple[int, ...]:
+    """Return the units of the lowest scores, the first of equal ones; as many query heads of each key-value head."""
+    rows = scores.reshape(_parts(task), -1)
+    per_row = task.count // len(rows)
+    order = rows.argsort(dim=1, stable=True)[:, :per_row] + torch.arange(len(rows))[:, None] * rows.shape[1]
+    return tuple(sorted(order.flatten().tolist()))
+
+
+def evenly(task: Task) -> tuple[int, ...]:
+    """Return units evenly spaced: what stands for the choice where nothing is known to choose by."""
+    size, rows = task.group.units // _parts(task), _parts(task)
+    per_row = task.count // rows
+    cuts = [size * index // per_row for index in range(per_row)] if per_row else []
+    assert all(a < b for a, b in pairwise(cuts))
+    return tuple(row * size + cut for row in range(rows) for cut in cuts)
+
+
+def _parts(task: Task) -> int:
+    """Return the parts of a group that lose as many units each."""
+    if task.group.kind != "query_heads":
+        return 1
+    assert isinstance(task.group.block, AttentionBlock)
+    return task.group.block.num_kv_heads

@@ -1,0 +1,53 @@
+"""What calibration sequences show of the inputs of one projection."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from memc.errors import MemcError
+
+
+class Moments:
+    """Running sums over the tokens of calibration sequences, of the inputs ``x [T,C]`` of one projection.
+
+    In float64; with ``gram`` also the sum of ``x x^T [C,C]``, which the refit needs.
+    """
+
+    def __init__(self, channels: int, *, gram: bool, where: str) -> None:
+        """Start with nothing seen; ``where`` names the layer in messages."""
+        self.count = 0
+        self.where = where
+        self.total = torch.zeros(channels, dtype=torch.float64)
+        self.squares = torch.zeros(channels, dtype=torch.float64)
+        self.means_squared = torch.zeros(channels, dtype=torch.float64)
+        self.gram = torch.zeros(channels, channels, dtype=torch.float64) if gram else None
+
+    def update(self, x: Tensor) -> None:
+        """Add one sequence ``[..., C]``. Raises ``MemcError`` E403 for values that are not finite."""
+        x = x.detach().reshape(-1, x.shape[-1]).float().cpu()
+        if not bool(torch.isfinite(x).all()):
+            hint = "check the checkpoint, and calibrate on other text"
+            raise MemcError("E403", "activations on calibration text are not finite", self.where, hint)
+        self.count += len(x)
+        self.total += x.sum(0, dtype=torch.float64)
+        self.squares += x.square().sum(0, dtype=torch.float64)
+        self.means_squared += x.abs().mean(0, dtype=torch.float64).square()
+        if self.gram is not None:
+            self.gram += x.T @ x
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of each channel."""
+        return self.total / self.count
+
+    @property
+    def variance(self) -> Tensor:
+        """Variance of each channel."""
+        return (self.squares / self.count - self.mean.square()).clamp_min(0)
+
+    @property
+    def covariance(self) -> Tensor:
+        """Covariance of the channels ``[C,C]``."""
+        assert self.gram is not None
+        return self.gram / self.count - torch.outer(self.mean, self.mean)

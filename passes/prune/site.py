@@ -1,0 +1,161 @@
+"""The pass itself: its options, what it takes, and what it leaves alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from memc.errors import MemcError
+from memc.passes.prune import measure
+from memc.passes.prune.draft import Draft, Drafter, Layer, spaced
+from memc.passes.prune.rewrite import Cut, Pruner
+from memc.pipeline import Calibration, Pass, PassReport, Plan, Site, option
+from memc.program import Program
+from memc.relation import Bounded, Exact, Relation
+from memc.target import Target
+
+_LAYERS = re.compile(r"\[\s*([0-9]+\s*(,\s*[0-9]+\s*)*)?\]")
+
+
+@dataclass(frozen=True)
+class Prune(Pass):
+    """Remove feed-forward channels, key-value heads or layers, and refit what is left, without training.
+
+    What goes is a group of dimensions that the graph couples: the rows, columns, biases, norms, slopes, sink logits and
+    states that only get smaller together. The result is a program of smaller dense shapes that computes what the
+    original would with those channels or heads at zero. ``score`` says which: the lowest of ``wanda`` (|W| times the
+    input's norm), ``flap`` (fluctuation, with a bias for the mean of what goes), ``activation`` (Minitron),
+    ``magnitude`` or ``taylor``, by the formulas of :mod:`memc.passes.prune.scores`. With ``refit`` the output and down
+    projections get the weights and a bias that give, by least squares over the calibration text, what all channels did.
+
+    ``unit=auto`` removes channels; from a third of the block parameters on, a third of the key-value heads too.
+    ``unit=heads`` removes key-value heads with their query heads, or query heads where there is one key-value head.
+    ``unit=layers`` takes whole layers out of the residual stream, those that turn it least (block influence, ShortGPT).
+
+    Calibration text is that of the conversion: its data, or text sampled from the original. Without it, as in planning,
+    as much is removed, evenly spaced. Every block gives the same share, but for rounding. Block parameters are the
+    weights and biases of the projections of attention and feed-forward blocks.
+
+    Identity setting: ``amount=0``, bit for bit. Beyond, the perplexity ratio is measured and nothing is promised.
+
+    Does not handle:
+
+    - ``encoder``: models that are no decoders.
+    - ``moe``: mixtures of experts, whose channels are chosen as they run.
+    - ``protected``: the first and the last layer, or those that the option ``protect`` names.
+    - ``norm``: heads under a norm that runs over all of them.
+    - ``shared``: dimensions, weights or states that another block reads too.
+    - ``mixed``, ``conflict``, ``size``: dimensions that are laid out among others, twice, or computed with.
+    - ``unknown_op``: dimensions that reach an op which may mix them.
+    - ``no_exit``, ``no_residual``: dimensions that no projection ends, blocks that are not added to a residual stream.
+    - ``single``: attention with a single head, where heads are asked for.
+    """
+
+    name: ClassVar[str] = "prune"
+
+    amount: float = option(0.25, "share of the block parameters to remove", min=0.0, max=0.95)
+    unit: str = option("auto", "what is removed", choices=("auto", "ffn", "heads", "layers"))
+    score: str = option(
+        "wanda", "what channels and heads are ranked by", choices=("wanda", "flap", "activation", "magnitude", "taylor")
+    )
+    refit: bool = option(True, "fit the projections behind what was removed, by least squares")
+    round: int = option(64, "channels stay in multiples of this", unit="channels", min=1)
+    protect: str = option("ends", "layers that stay as they are: ends (first and last), none, or a list [0,28,29]")
+    sequences: int = option(128, "most calibration sequences", unit="sequences", min=1)
+    length: int = option(512, "tokens of a calibration sequence", unit="tokens", min=2)
+
+    def __post_init__(self) -> None:
+        """Check every option."""
+        super().__post_init__()
+        if self.protect not in ("ends", "none") and not _LAYERS.fullmatch(self.protect):
+            where, hint = f"{self.name}:protect={self.protect}", f"write {self.name}:protect=[0,28,29]"
+            raise MemcError("E203", "option 'protect' is ends, none or a list of layers", where, hint)
+
+    def calibrates(self) -> tuple[int, int] | None:
+        """Ask for sequences where the score or the refit looks at what the model does."""
+        unseen = self.score == "magnitude" and not self.refit and self.unit != "layers"
+        return None if unseen or not self.amount else (self.sequences, self.length)
+
+    def plan(self, program: Program, target: Target) -> Plan:
+        """Settle how much of which block goes."""
+        draft = self.draft(program)
+        relations: tuple[Relation, ...] = (Bounded("perplexity_ratio", None),) if self.amount else (Exact(),)
+        return Plan(self.spec, _sites(draft, spaced(draft.layers, draft.count)), draft.rejections, relations)
+
+    def apply(self, program: Program, plan: Plan) -> tuple[Program, PassReport]:
+        """Choose what goes and remove it."""
+        draft = self.draft(program)
+        if plan.calibration is not None:
+            measure.require_usable(plan.calibration, draft.tasks)
+        layers, influence = self._layers(program, draft, plan.calibration)
+        cuts = self._cuts(program, draft, plan.calibration)
+        result = Pruner(program).run(cuts, [branch for layer in layers for branch in layer.branches])
+        details = self._details(draft, cuts, layers, plan.calibration)
+        for number, value in influence.items():
+            details.setdefault(str(number), {})["block_influence"] = value
+        report = PassReport(plan.spec, _sites(draft, layers), plan.rejections, plan.relations, details=details)
+        return result, report
+
+    def draft(self, program: Program) -> Draft:
+        """Settle how much goes where; needs no weights."""
+        return Drafter(program, self.spec, self.amount, self.unit, self.round, self.protect).draft()
+
+    def _layers(
+        self, program: Program, draft: Draft, calibration: Calibration | None
+    ) -> tuple[list[Layer], dict[int, float]]:
+        """Return the layers to remove, and the influence of every layer that could be."""
+        if not draft.count or calibration is None:
+            return spaced(draft.layers, draft.count), {}
+        branches = [layer.branches for layer in draft.layers]
+        found = measure.influence(program, draft.groups, branches, calibration).tolist()
+        order = sorted(range(len(found)), key=found.__getitem__)[: draft.count]
+        values = {layer.number: value for layer, value in zip(draft.layers, found, strict=True)}
+        return [draft.layers[index] for index in sorted(order)], values
+
+    def _cuts(self, program: Program, draft: Draft, calibration: Calibration | None) -> list[Cut]:
+        by_weights = self.calibrates() is None and not program.is_fake
+        if not self.amount or (calibration is None and not by_weights):
+            return measure.choose_evenly(draft.tasks, biased=self.refit or self.score == "flap")
+        return measure.choose(program, draft.tasks, calibration, self.score, refits=self.refit)
+
+    def _details(
+        self, draft: Draft, cuts: Sequence[Cut], layers: Sequence[Layer], calibration: Calibration | None
+    ) -> dict[str, Any]:
+        removed = sum(cut.parameters for cut in cuts) + sum(layer.cost for layer in layers)
+        details: dict[str, Any] = {
+            "total": {
+                "block_parameters": draft.parameters,
+                "removed_parameters": removed,
+                "removed_share": removed / max(draft.parameters, 1),
+                "new_bias_parameters": sum(cut.new_bias for cut in cuts),
+                "chosen_by": _chosen_by(self, calibration),
+            }
+        }
+        if calibration is not None:
+            details["total"]["calibration"] = f"{calibration.tokens.numel()} tokens: {calibration.origin}"
+        for cut in cuts:
+            group = cut.group
+            facts = details.setdefault(str(group.block.layer), {})
+            facts[group.kind] = f"{group.units} -> {group.units - len(cut.removed)}"
+            facts[f"{group.kind}_group"] = group.describe()
+            facts[f"{group.kind}_removed"] = list(cut.removed)
+        for layer in layers:
+            details.setdefault(str(layer.number), {})["layer"] = "removed"
+        return details
+
+
+def _chosen_by(pass_: Prune, calibration: Calibration | None) -> str:
+    if calibration is None and pass_.calibrates() is not None:
+        return "even spacing, for want of calibration text"
+    return "block influence" if pass_.unit == "layers" else pass_.score
+
+
+def _sites(draft: Draft, layers: Sequence[Layer]) -> tuple[Site, ...]:
+    """Return the blocks that get smaller or go; at amount 0, where nothing does, those that could."""
+    idle = not any(task.count for task in draft.tasks)
+    blocks = [task.group.block for task in draft.tasks if task.count or idle]
+    chosen = layers if draft.count else draft.layers
+    blocks += [branch.block for layer in chosen for branch in layer.branches]
+    return tuple(Site(block.layer, block.path, block.kind) for block in blocks)

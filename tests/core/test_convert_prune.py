@@ -1,0 +1,142 @@
+"""Models are pruned and become verified artifacts: calibration from data or sampled, both backends, int8."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import memc
+from memc import api
+from memc.conversion.calibration import CalibrationText
+from memc.errors import MemcError
+from memc.progress import Silent
+from memc.recipe import Recipe, Train
+from memc.report.files import PassReportFile
+from memc.report.models import ConvertDocument
+from tests.core.test_convert import make_llama
+from tests.passes.tiny_program import tiny
+from tests.train.test_conversion import write_text
+
+SPEC = "prune:amount=0.25,round=8,protect=none,sequences=6,length=32"
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_llama(tmp_path_factory.mktemp("llama"))
+    write_text(folder / "text.txt")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GPT-2 with biases and fused projections stored the other way round, and the Llama's tokenizer."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    folder = tmp_path_factory.mktemp("gpt2")
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=67, n_embd=24, n_inner=40, n_layer=2, n_head=4, n_positions=64, initializer_range=0.3
+    )
+    model = GPT2LMHeadModel(config)
+    for name, value in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(value, std=0.1)
+    model.save_pretrained(folder)
+    shutil.copyfile(make_llama(tmp_path_factory.mktemp("tokens")) / "tokenizer.json", folder / "tokenizer.json")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def convert(model: Path, out: Path, *passes: str, data: list[str] | None = None, **options: Any) -> ConvertDocument:
+    recipe = Recipe(recipe=1, train=Train(length=32, guard=0.2))
+    options = {"threads": 1, "backend": "eager", **options}
+    return api.convert(model, out, passes=passes or (SPEC,), recipe=recipe, data=data or [], **options)
+
+
+def report_of(out: Path) -> PassReportFile:
+    return PassReportFile.model_validate_json((out / "report" / "02-prune.json").read_text())
+
+
+@pytest.mark.parametrize("weights", ["fp32", "int8"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_pruned_model_is_lowered_and_verified(
+    name: str, weights: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    model: Path = request.getfixturevalue(name)
+    document = convert(model, tmp_path / "out", backend="onnx", weights=weights)
+    assert document.verified and not document.untrained
+    assert document.measured is not None and document.original is not None
+    report = report_of(tmp_path / "out")
+    removed = report.details["total"]["removed_parameters"]
+    biases = report.details["total"]["new_bias_parameters"]
+    assert document.measured.parameters == document.original.parameters - removed + biases
+    assert document.measured.parameters == document.predicted.parameters, "what the dry run says is what comes out"
+    assert (biases == 0) == (name == "gpt2")
+    assert report.details["total"]["calibration"].endswith("sampled from the original")
+    assert [relation.metric for relation in report.relations] == ["perplexity_ratio"]
+    logits = memc.load(tmp_path / "out").logits(np.arange(20).reshape(2, 10))
+    assert np.isfinite(logits).all()
+
+
+def test_heads_states_and_both_backends(llama: Path, tmp_path: Path) -> None:
+    spec = "prune:amount=0.5,round=8,protect=none,sequences=6,length=32"
+    outs = [tmp_path / "eager", tmp_path / "onnx"]
+    for out in outs:
+        document = convert(llama, out, spec, "window:window=8,sinks=2", backend=out.name)
+        assert document.verified and document.original is not None
+        kept = report_of(out).state_bytes[512] / document.original.state_bytes[512]
+        assert 0.5 < kept < 0.6, "half of the heads, and the positions"
+    assert report_of(outs[0]).details == report_of(outs[1]).details, "the choice is the same whenever it is made"
+    assert report_of(outs[0]).details["0"]["kv_groups"] == "2 -> 1"
+    tokens = np.arange(24).reshape(2, 12)
+    first, second = (memc.load(out).logits(tokens) for out in outs)
+    assert np.abs(first - second).max() < 1e-3
+
+
+def test_data_calibrate_but_for_what_verifies(llama: Path, tmp_path: Path) -> None:
+    data = str(llama / "text.txt")
+    document = convert(llama, tmp_path / "out", data=[data])
+    assert document.verified
+    origin = report_of(tmp_path / "out").details["total"]["calibration"]
+    assert origin == f"192 tokens: {data}"
+    text = json.loads((tmp_path / "out" / "report" / "text.json").read_text())
+    assert "held-out" in text["origin"]
+    place = tmp_path / "place"
+    place.mkdir()
+    (place / "tokenizer.json").write_bytes((llama / "tokenizer.json").read_bytes())
+    recipe = Recipe(recipe=1, data=[data], train=Train(length=32, guard=0.2))
+    source = CalibrationText(recipe, tiny(vocab=67), place, Silent())
+    shown = {tuple(row) for row in source(1000, 32).tokens.tolist()}
+    held = source.held_out()
+    assert held is not None and held.tokens.tolist() == text["tokens"]
+    assert not shown & {tuple(row) for row in held.tokens.tolist()}
+
+
+def test_a_dry_run_needs_no_text(llama: Path, tmp_path: Path) -> None:
+    document = convert(llama, tmp_path / "out", dry_run=True)
+    assert document.dry_run and document.original is not None
+    assert document.predicted.parameters < document.original.parameters
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_little_data_is_refused(llama: Path, tmp_path: Path) -> None:
+    short = write_text(tmp_path / "short.txt", 70)
+    with pytest.raises(MemcError, match="E207"):
+        convert(llama, tmp_path / "out", data=[str(short)])
+
+
+def test_a_budget_of_the_recipe_is_kept_to(llama: Path, tmp_path: Path) -> None:
+    recipe = Recipe.model_validate({"recipe": 1, "verify": {"budgets": {"perplexity_ratio": 1.0001}}})
+    spec = "prune:amount=0.5,round=8,protect=none,refit=false,score=magnitude"
+    with pytest.raises(MemcError, match=r"E401 Bounded does not hold: perplexity_ratio"):
+        api.convert(llama, tmp_path / "out", passes=[spec], recipe=recipe, backend="eager", threads=1)
