@@ -35,8 +35,12 @@ POINTS = 100
 GUARDS = 8
 """How often the guard text is looked at over a whole training."""
 
-PATIENCE = 2
-"""Looks in a row without an improvement after which training stops."""
+PATIENCE = 4
+"""Looks in a row without an improvement after which training stops.
+
+The first ones are of little use: while the learning rate is near its peak a linearized model can be worse than where it
+started, and end better (SmolLM2-135M, no layer kept).
+"""
 
 
 @dataclass(frozen=True)
