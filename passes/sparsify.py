@@ -70,11 +70,11 @@ class Sparsify(Pass):
         super().__post_init__()
         sites.check_keep(self.name, self.keep)
         where = f"{self.name}:budget={self.budget},page={self.page},sinks={self.sinks},window={self.window}"
+        least = forced_pages(self.page, self.sinks, self.window) * self.page
         if self.budget % self.page:
-            more = -(-self.budget // self.page) * self.page
+            more = max(least, -(-self.budget // self.page) * self.page)
             message = f"a budget of {self.budget} is not whole pages of {self.page}"
             raise MemcError("E203", message, where, f"write {self.name}:budget={more}")
-        least = forced_pages(self.page, self.sinks, self.window) * self.page
         if self.budget < least:
             message = f"the pages of {self.sinks} sinks and a window of {self.window} may hold {least} tokens"
             raise MemcError("E203", f"{message}, the budget {self.budget}", where, f"write {self.name}:budget={least}")
