@@ -65,9 +65,7 @@ class _Rewriter:
     functions: dict[str, Function] = field(default_factory=dict)
     plans: dict[tuple[Any, ...], Node] = field(default_factory=dict)
     rings: dict[tuple[Any, ...], Node] = field(default_factory=dict)
-    sizes: dict[tuple[Any, ...], tuple[Node, Node]] = field(default_factory=dict)
     buffers: set[str] = field(default_factory=set)
-    sample: Node | None = None
     in_place: set[str] = field(default_factory=set)
     dropped: set[str] = field(default_factory=set)
 
@@ -78,10 +76,14 @@ class _Rewriter:
         self.functions[function.name] = function
         return self.graph.call_function(target, (function.name, *args))
 
-    def plan(self, target: Callable[..., Any], function: Function, *args: Any) -> Node:
+    def plan(self, target: Callable[..., Any], function: Function, *args: Any, sizes: Sequence[Node] = ()) -> Node:
+        """Return the node that plans for all who read ``args`` alike.
+
+        Of ``sizes`` only the size is read: buffers of one kind are equally long, so that the first ones serve for all.
+        """
         key = (function.name, *(_identity(argument) for argument in args))
         if key not in self.plans:
-            self.plans[key] = self.call(target, function, *args)
+            self.plans[key] = self.call(target, function, *args, *sizes)
         return self.plans[key]
 
     def parts(self, node: Node, count: int) -> list[Node]:
@@ -156,9 +158,7 @@ class _Rewriter:
         self.in_place |= {a["past_key"].target, a["past_value"].target}
         self._drop(a["past_positions"])
         plan_of = attend.attention_plan(s, a["window"], a["chunk"], a["prefix"])
-        # A plan reads nothing of a buffer but its capacity, which is that of all of them.
-        self.sample = self.sample or a["past_key"]
-        plan = self.parts(self.plan(calls.attention_plan, plan_of, a["positions"], self.sample), 5)
+        plan = self.parts(self.plan(calls.attention_plan, plan_of, a["positions"], sizes=[a["past_key"]]), 5)
         form = attend.attention(s, plain_reason(s) is None and not self.portable)
         out = self.call(calls.attention, form, *_qkv(a), *plan, *_extra(a))
         return [*self.parts(out, 3), a["past_positions"]]
@@ -171,10 +171,8 @@ class _Rewriter:
         self.buffers |= {str(state.target) for state in past}
         self.in_place |= {str(state.target) for state in past}
         self._drop(a["past_positions"])
-        # Buffers of one kind are equally long: the first serves for all.
-        plan_of = sparse.sparse_plan(s.groups, c.page, c.dense_below)
-        sizes = self.sizes.setdefault((plan_of.name, a["positions"]), (past[0], past[2]))
-        plan = self.parts(self.plan(calls.sparse_plan, plan_of, a["positions"], *sizes), len(sparse.PLAN))
+        plan_of, sizes = sparse.sparse_plan(s.groups, c.page, c.dense_below), [past[0], past[2]]
+        plan = self.parts(self.plan(calls.sparse_plan, plan_of, a["positions"], sizes=sizes), len(sparse.PLAN))
         form = sparse.sparse_attention(s, c, plain_reason(s) is None and not self.portable)
         qkv = [a[name] for name in ("query", "key", "value")]
         made = self.call(calls.sparse_attention, form, s.lse, *qkv, past, a["positions"], *plan, *_extra(a))
