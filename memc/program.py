@@ -100,6 +100,11 @@ class ModelInfo:
     absolute_positions: bool = False
     decoder: bool = True
 
+    @property
+    def longest(self) -> int | None:
+        """Most tokens of a sequence that the model can run, None where its positions are no rows of a table."""
+        return self.max_positions if self.absolute_positions else None
+
 
 @dataclass
 class Program:

@@ -90,7 +90,7 @@ class EagerBackend(Backend):
 
 def _capacity(program: Program, context: int | None) -> int | None:
     """Return the most tokens a sequence may have: the model's own limit only where it embeds positions."""
-    limit = program.model.max_positions if program.model.absolute_positions else None
+    limit = program.model.longest
     if context is None or limit is None:
         return limit if context is None else context
     return min(limit, context)

@@ -98,7 +98,7 @@ def _check(program: Program, target: Target) -> dict[str, str]:
 
 
 def _capacity(program: Program, prepared: Prepared, options: LowerOptions) -> int | None:
-    limit = program.model.max_positions if program.model.absolute_positions else None
+    limit = program.model.longest
     if prepared.buffers:
         return options.context or program.model.max_positions or DEFAULT_CAPACITY
     return min(filter(None, (options.context, limit)), default=None) if limit else None

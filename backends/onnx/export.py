@@ -53,9 +53,8 @@ def _longest(program: Program) -> int | None:
 
     One less than the table: at the whole of it the cut is none, which export takes for another graph. It runs the same.
     """
-    limit = program.model.max_positions
-    cuts = not program.model.decoder and program.model.absolute_positions and limit is not None
-    return limit - 1 if cuts and limit is not None else None
+    limit = program.model.longest
+    return None if program.model.decoder or limit is None else limit - 1
 
 
 def _export(program: Program, module: GraphModule, specs: Mapping[str, _Spec]) -> ir.Model:

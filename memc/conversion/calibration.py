@@ -41,9 +41,7 @@ class CalibrationText:
 
     def __call__(self, count: int, length: int) -> Calibration:
         """Return at most ``count`` sequences of ``length`` tokens, or of as many as the model has positions for."""
-        model = self.original.model
-        if model.absolute_positions and model.max_positions is not None:
-            length = min(length, model.max_positions)
+        length = min(length, self.original.model.longest or length)
         if (count, length) not in self._made:
             make = self._from_data if self.recipe.data else self._sampled
             with self.progress.step(f"calibration text, {count} sequences of {length} tokens at most"):
@@ -59,8 +57,8 @@ class CalibrationText:
 
     @property
     def _block(self) -> int:
-        limit = self.original.model.max_positions if self.original.model.absolute_positions else None
-        return min((self.recipe.train or Train()).length, limit or 1 << 30)
+        length = (self.recipe.train or Train()).length
+        return min(length, self.original.model.longest or length)
 
     @cached_property
     def _corpus(self) -> Corpus:

@@ -194,8 +194,8 @@ class _Conversion:
         checks = [split_invariance(program, take(text, 3, 11), floor)]
         if self.passes:
             budgets = {str(metric): budget for metric, budget in self.request.recipe.verify.budgets.items()}
-            most = program.model.max_positions if program.model.absolute_positions else None
-            checks += check_text(original, program, past(text, chooses_from(program), most), budgets)
+            text = past(text, chooses_from(program), program.model.longest)
+            checks += check_text(original, program, text, budgets)
         return checks
 
     def _lower(

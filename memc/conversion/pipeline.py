@@ -147,8 +147,7 @@ class Pipeline:
         text = self.text
         if isinstance(relation, Bounded):
             exact = [each.tokens for each in done.report.relations if isinstance(each, Close) and each.tokens]
-            most = before.model.max_positions if before.model.absolute_positions else None
-            text = past(text, max(exact, default=None), most)
+            text = past(text, max(exact, default=None), before.model.longest)
         result = check_relation(before, after, relation, text, floor=self.floor, baseline=baseline)
         return relation, result
 

@@ -95,5 +95,5 @@ def _from_data(recipe: Recipe, original: Program, folder: Path) -> VerificationT
 
 
 def _row(original: Program, length: int) -> int:
-    limit = original.model.max_positions if original.model.absolute_positions else None
+    limit = original.model.longest
     return min(length, limit) if limit is not None else length

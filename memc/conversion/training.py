@@ -75,8 +75,8 @@ def training_data(recipe: Recipe, original: Program, folder: Path, progress: Pro
     or tokens too few for a step, E308 when there is no tokenizer for text.
     """
     settings = recipe.train or Train()
-    limit = original.model.max_positions
-    if original.model.absolute_positions and limit is not None and settings.length > limit:
+    limit = original.model.longest
+    if limit is not None and settings.length > limit:
         reason = f"sequences of {settings.length} tokens are past the model's {limit} positions"
         raise MemcError("E206", reason, "train: length", f"train: {{length: {limit}}} in a recipe")
     streams = read_streams(recipe, original, folder, progress)

@@ -133,8 +133,7 @@ def _shapes(program: Program, limit: int | None, text: VerificationText) -> Iter
         yield from ((batch, 1) for batch in BATCHES)
         return
     longest = limit or text.tokens.shape[1]
-    if program.model.absolute_positions and program.model.max_positions:
-        longest = min(longest, program.model.max_positions)
+    longest = min(longest, program.model.longest or longest)
     for length in sorted({*(n for n in LENGTHS if n < longest), longest}):
         for batch in BATCHES if length <= LENGTHS[-1] else BATCHES[:1]:
             yield batch, length

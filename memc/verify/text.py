@@ -38,7 +38,7 @@ def sample_text(program: Program, seed: int, *, sequences: int = SEQUENCES, leng
     """
     vocab = token_limit(program)
     generator = torch.Generator().manual_seed(seed)
-    length = min(length, program.model.max_positions or length) if program.model.absolute_positions else length
+    length = min(length, program.model.longest or length)
     drawn = torch.randint(vocab, (sequences, length), generator=generator)
     if not streams(program):
         roles = {spec.role for spec in program.inputs}
@@ -67,8 +67,10 @@ def past(text: VerificationText, length: int | None, most: int | None) -> Verifi
 
     ``most`` is the longest row that the model takes. What a pass does only beyond ``length`` would go unseen otherwise.
     """
-    wanted = min((length or 0) + BEYOND, most or (length or 0) + BEYOND)
-    if length is None or text.tokens.shape[1] > length or wanted <= length:
+    if length is None or text.tokens.shape[1] > length:
+        return text
+    wanted = min(length + BEYOND, most or length + BEYOND)
+    if wanted <= length:
         return text
     return VerificationText(take(text, 1, wanted), f"{text.origin}, repeated to {wanted} tokens")
 
