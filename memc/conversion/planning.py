@@ -107,10 +107,6 @@ def make_plan(
     )
 
 
-def _again(request: Request) -> str:
-    return f"memc convert {source_name(request.model)} -o {request.out} (without --dry-run)"
-
-
 def _warnings(request: Request, program: Program) -> list[str]:
     context, limit = request.recipe.context, program.model.max_positions
     if context is None or limit is None or context <= limit:
