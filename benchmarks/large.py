@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from cpu import QUIET, facts
-from page import grid
+from page import grid, write
 from safetensors.torch import save_file
 
 from memc.machine import memory_bytes
@@ -144,7 +144,7 @@ def convert(model: Path, out: Path, weights: str, recipe: str, threads: int) -> 
     return {"weights": weights, "wall": time.perf_counter() - began, "cpu": used, "steps": steps, **kept}
 
 
-def page(document: dict[str, Any], remarks: str) -> str:
+def page(document: dict[str, Any]) -> str:
     """Write the page of a run."""
     versions = ", ".join(f"{name} {number}" for name, number in document["versions"].items())
     sizes = ", ".join(f"{name} {size}" for name, size in document["sizes"].items())
@@ -158,7 +158,7 @@ def page(document: dict[str, Any], remarks: str) -> str:
     ]
     for run in document["runs"]:
         parts += [f"## {run['weights']}", table(run), checks(run)]
-    return "\n\n".join([*parts, *([remarks.strip()] if remarks.strip() else [])]) + "\n"
+    return "\n\n".join(parts) + "\n"
 
 
 def table(run: dict[str, Any]) -> str:
@@ -227,8 +227,7 @@ def main() -> None:
         document["runs"].append(convert(model, out, weights, arguments.recipe, arguments.threads))
         results = arguments.out / f"large-{datetime.date.today().isoformat()}.json"
         results.write_text(json.dumps(document, indent=1) + "\n")
-        remarks = results.with_suffix(".remarks.txt")
-        results.with_suffix(".md").write_text(page(document, remarks.read_text() if remarks.is_file() else ""))
+        write(results, document, page)
     shutil.rmtree(out, ignore_errors=True)
 
 

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from cpu import facts as machine_facts
 from cpu import model
-from page import grid
+from page import grid, write
 
 from memc.cli.console import Console
 from memc.conversion.pipeline import window_baseline
@@ -176,7 +176,7 @@ def _cpu() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def page(document: dict[str, Any], remarks: str) -> str:
+def page(document: dict[str, Any]) -> str:
     """Write the Markdown page of a run."""
     rows = document["rows"]
     base = rows["original"]
@@ -208,7 +208,6 @@ def page(document: dict[str, Any], remarks: str) -> str:
                 for name, f in document["training"].items()
             ),
         ),
-        *([remarks.strip()] if remarks.strip() else []),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -243,10 +242,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "rows": rows,
         "training": training,
     }
-    target = HERE / "results" / f"linearize-{document['date']}"
-    target.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
-    remarks = target.with_suffix(".remarks.txt")
-    target.with_suffix(".md").write_text(page(document, remarks.read_text() if remarks.is_file() else ""))
+    results = HERE / "results" / f"linearize-{document['date']}.json"
+    results.write_text(json.dumps(document, indent=1) + "\n")
+    write(results, document, page)
 
 
 if __name__ == "__main__":

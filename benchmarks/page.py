@@ -1,4 +1,4 @@
-"""The Markdown page of a run of ``cpu.py``: tables, and the numbers to reach with what was reached."""
+"""What pages of results are made of, and the page of ``cpu.py``: tables, numbers to reach and what was reached."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 Row = dict[str, Any]
 
 
-def page(document: dict[str, Any], remarks: str) -> str:
-    """Write the page; ``remarks`` say what tables cannot: what was missed, why, and what was tried."""
+def page(document: dict[str, Any]) -> str:
+    """Write the page of ``cpu.py``."""
     rows: list[Row] = document["rows"]
     threads = sorted({row["threads"] for row in rows})
     versions = ", ".join(f"{name} {number}" for name, number in document["versions"].items())
@@ -47,7 +47,6 @@ def page(document: dict[str, Any], remarks: str) -> str:
         *(f"### {count} thread{'s' if count > 1 else ''}\n\n" + reached(rows, count) for count in threads),
         "## Left out",
         cut(document["sides"]),
-        *([remarks.strip()] if remarks.strip() else []),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -125,11 +124,14 @@ def cut(sides: dict[str, Any]) -> str:
     return "\n".join(lines) or "Nothing."
 
 
-def write(results: Path, document: dict[str, Any]) -> None:
-    """Write the page beside ``results``, with the remarks in ``NAME.remarks.txt`` if somebody wrote them."""
+def write(results: Path, document: dict[str, Any], make: Callable[[dict[str, Any]], str] = page) -> None:
+    """Write the page beside ``results``, and at its end the remarks in ``NAME.remarks.txt`` if somebody wrote them.
+
+    They say what tables cannot: what was missed, why, and what was tried.
+    """
     remarks = results.with_suffix(".remarks.txt")
-    text = remarks.read_text() if remarks.exists() else ""
-    results.with_suffix(".md").write_text(page(document, text))
+    text = remarks.read_text().strip() if remarks.is_file() else ""
+    results.with_suffix(".md").write_text(make(document) + (f"\n{text}\n" if text else ""))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from cpu import facts as machine_facts
 from cpu import model
-from page import grid
+from page import grid, write
 
 from memc.analysis.stream import Stream
 from memc.cli.console import Console
@@ -120,8 +120,8 @@ def _rows(ids: Any, count: int) -> torch.Tensor:
     return torch.from_numpy(np.stack([np.asarray(ids[start : start + LENGTH]) for start in starts]).astype(np.int64))
 
 
-def page(document: dict[str, Any], remarks: str) -> str:
-    """Write the page; ``remarks`` say what tables cannot."""
+def page(document: dict[str, Any]) -> str:
+    """Write the page of a run."""
     dense, names = document["dense"], list(document["dense"])
     lines = [
         [
@@ -135,21 +135,18 @@ def page(document: dict[str, Any], remarks: str) -> str:
         for row in document["rows"]
     ]
     head = ["asked", "variant", "removed", "parameters", *(f"{n}, ratio" for n in names), *names]
-    return "\n\n".join(
-        [
-            "# SmolLM2-135M pruned without training",
-            f"{document['cpu']}, one thread; memc at {document['commit']}. {document['calibration_tokens']} tokens of"
-            f" calibration text ({document['calibration']}), gradients on {document['gated_tokens']} of them; tested on"
-            f" {document['test_tokens']} tokens of each text in rows of {LENGTH}. Dense: "
-            + ", ".join(f"{name} {value:.2f}" for name, value in dense.items())
-            + f"; {document['block_parameters'] / 1e6:.2f} M of {document['total_parameters'] / 1e6:.2f} M parameters"
-            " are in blocks. Ratios are to dense in the same run.",
-            grid(head, lines),
-            f"{document['seconds']:.0f} s, peak memory {document['peak_rss_bytes'] / 2**30:.2f} GiB.",
-            *([remarks.strip()] if remarks.strip() else []),
-            "",
-        ]
-    )
+    parts = [
+        "# SmolLM2-135M pruned without training",
+        f"{document['cpu']}, one thread; memc at {document['commit']}. {document['calibration_tokens']} tokens of"
+        f" calibration text ({document['calibration']}), gradients on {document['gated_tokens']} of them; tested on"
+        f" {document['test_tokens']} tokens of each text in rows of {LENGTH}. Dense: "
+        + ", ".join(f"{name} {value:.2f}" for name, value in dense.items())
+        + f"; {document['block_parameters'] / 1e6:.2f} M of {document['total_parameters'] / 1e6:.2f} M parameters"
+        " are in blocks. Ratios are to dense in the same run.",
+        grid(head, lines),
+        f"{document['seconds']:.0f} s, peak memory {document['peak_rss_bytes'] / 2**30:.2f} GiB.",
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -200,15 +197,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         document["rows"].append(row)
         document["seconds"] = time.perf_counter() - start
         document["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        write(options.results, document)
-
-
-def write(results: Path, document: dict[str, Any]) -> None:
-    """Write the document and its page; remarks are read from beside them where there are any."""
-    stem = results / f"prune-{datetime.date.today().isoformat()}"
-    remarks = stem.with_suffix(".remarks.txt")
-    stem.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
-    stem.with_suffix(".md").write_text(page(document, remarks.read_text() if remarks.is_file() else ""))
+        results = options.results / f"prune-{datetime.date.today().isoformat()}.json"
+        results.write_text(json.dumps(document, indent=1) + "\n")
+        write(results, document, page)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from cpu import facts as machine_facts
 from cpu import model, numbers
-from page import grid
+from page import grid, write
 from torch import Tensor
 from torch.fx import Graph, GraphModule
 
@@ -252,17 +252,11 @@ def main() -> None:
         document["fidelity"].append(found)
         print(json.dumps(found), flush=True)
         path.write_text(json.dumps(document, indent=1) + "\n")
-    write(path, document)
+    write(path, document, page)
 
 
-def write(path: Path, document: dict[str, Any]) -> None:
-    """Write the page beside the results, with the remarks in ``NAME.remarks.txt`` if somebody wrote them."""
-    remarks = path.with_suffix(".remarks.txt")
-    path.with_suffix(".md").write_text(page(document, remarks.read_text() if remarks.exists() else ""))
-
-
-def page(document: dict[str, Any], remarks: str) -> str:
-    """Write the page of a run; ``remarks`` say what tables cannot."""
+def page(document: dict[str, Any]) -> str:
+    """Write the page of a run."""
     oracles = {choice["choice"].rpartition("=")[2]: choice["kl"] for choice in document["fidelity"] if _oracle(choice)}
     lines = [
         [
@@ -300,7 +294,7 @@ def page(document: dict[str, Any], remarks: str) -> str:
             " contiguous already.",
             grid(["context", *sides, "dense / last", "by bytes"], table),
         ]
-    return "\n\n".join([*parts, *([remarks.strip()] if remarks.strip() else [])]) + "\n"
+    return "\n\n".join(parts) + "\n"
 
 
 def _oracle(choice: dict[str, Any]) -> bool:
