@@ -57,6 +57,13 @@ def segments(positions: Tensor) -> Tensor:
     return (positions == 0).cumsum(1)
 
 
+def held_positions(past_positions: Tensor, positions: Tensor) -> Tensor:
+    """Return the positions ``[B,S+T]`` of a growing state with a call appended, -1 for sequences that are over."""
+    current = segments(positions)
+    everything = torch.cat([torch.zeros_like(past_positions), current], 1)
+    return torch.cat([past_positions, positions], 1).masked_fill(everything != current[:, -1:], -1)
+
+
 def take(x: Tensor, index: Tensor) -> Tensor:
     """Gather tokens ``index [B,L]`` of ``x [B,G,S,D]`` into ``[B,G,L,D]``; zeros where the index is -1."""
     batch, heads, _, size = x.shape

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memc.kernels.common import accumulation_type, cast_like, segments
+from memc.kernels.common import accumulation_type, cast_like, held_positions, segments
 from memc.kernels.softmax import alibi, alibi_backward, attend, attend_backward
 
 # Most scores that one block of queries makes at once: 4 MB in float32, which a core's cache holds.
@@ -96,10 +96,7 @@ def forward(
             q[:, :, b.start : b.stop], k[:, :, : b.held], v[:, :, : b.held], b.mask, bias, sink_logits, scale, softcap
         )
         out[:, :, b.start : b.stop] = part
-    current = segments(positions)
-    everything = torch.cat([torch.zeros_like(past_positions), current], 1)
-    next_positions = torch.cat([past_positions, positions], 1).masked_fill(everything != current[:, -1:], -1)
-    return out, next_key, next_value, next_positions
+    return out, next_key, next_value, held_positions(past_positions, positions)
 
 
 def backward(

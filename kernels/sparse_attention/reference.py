@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memc.kernels.common import accumulation_type, cast_like, put, segments, take
+from memc.kernels.common import accumulation_type, cast_like, held_positions, put, segments, take
 from memc.kernels.softmax import attend, attend_backward
 from memc.kernels.sparse_attention.choose import Rule, chosen, describe
 
@@ -39,8 +39,16 @@ class Call:
 
     key: Tensor
     value: Tensor
-    positions: Tensor
     sequences: tuple[Sequence, ...]
+
+    def contents(
+        self, past_pages: Tensor, method: str, page: int, kind: torch.dtype
+    ) -> Iterator[tuple[Sequence, Tensor, Tensor, Tensor]]:
+        """Yield each sequence with its keys and values by position, and the descriptions of its pages."""
+        for number, sequence in enumerate(self.sequences):
+            keys, values = (take(x, sequence.place).to(kind) for x in (self.key, self.value))
+            past = past_pages if number == 0 else past_pages[:, :, :0]
+            yield sequence, keys, values, describe_pages(keys, past, sequence, method, page)
 
 
 def lay_out(
@@ -67,7 +75,7 @@ def lay_out(
         held = past_positions.amax(1) + 1 if one == 0 and past_positions.shape[1] else torch.zeros_like(positions[:, 0])
         reached = torch.where(there, everything, -1).amax(1) + 1
         sequences.append(Sequence((number == one) & (positions >= 0), place, held, reached))
-    return Call(torch.cat([past_key, key], 2), torch.cat([past_value, value], 2), everything, tuple(sequences))
+    return Call(torch.cat([past_key, key], 2), torch.cat([past_value, value], 2), tuple(sequences))
 
 
 def describe_pages(keys: Tensor, past_pages: Tensor, sequence: Sequence, method: str, page: int) -> Tensor:
@@ -134,10 +142,7 @@ def forward(
     count = -(-call.key.shape[2] // page)
     next_pages = torch.zeros(*key.shape[:2], count, 2 * key.shape[3], dtype=past_pages.dtype, device=key.device)
     current = segments(positions)[:, -1]
-    for number, sequence in enumerate(call.sequences):
-        keys, values = (take(x, sequence.place).to(kind) for x in (call.key, call.value))
-        past = past_pages if number == 0 else past_pages[:, :, :0]
-        pages = describe_pages(keys, past, sequence, method, page)
+    for number, (sequence, keys, values, pages) in enumerate(call.contents(past_pages, method, page, kind)):
         next_pages = torch.where((current == number)[:, None, None, None], pages.to(past_pages.dtype), next_pages)
         for rows in blocks(query.shape[1], call, sequence):
             mask = readable(q[:, :, rows], keys, pages, positions, sequence, rows, rule)
@@ -145,8 +150,7 @@ def forward(
             mine = sequence.mine[:, None, rows]
             out[:, :, rows] = torch.where(mine[..., None], part.to(out.dtype), out[:, :, rows])
             lse[:, :, rows] = torch.where(mine, part_lse, lse[:, :, rows])
-    kept = torch.cat([torch.zeros_like(past_positions), segments(positions)], 1) == current[:, None]
-    return out, lse, call.key, call.value, call.positions.masked_fill(~kept, -1), next_pages
+    return out, lse, call.key, call.value, held_positions(past_positions, positions), next_pages
 
 
 def backward(
@@ -182,9 +186,7 @@ def backward(
     grad_q = torch.zeros_like(q)
     grad_k, grad_v = grad_next_key.to(kind, copy=True), grad_next_value.to(kind, copy=True)
     grad_sinks = q.new_zeros(q.shape[1])
-    for number, sequence in enumerate(call.sequences):
-        keys, values = (take(x, sequence.place).to(kind) for x in (call.key, call.value))
-        pages = describe_pages(keys, past_pages if number == 0 else past_pages[:, :, :0], sequence, method, page)
+    for sequence, keys, values, pages in call.contents(past_pages, method, page, kind):
         placed_k, placed_v = torch.zeros_like(keys), torch.zeros_like(values)
         for rows in blocks(query.shape[1], call, sequence):
             mask = readable(q[:, :, rows], keys, pages, positions, sequence, rows, rule)
