@@ -120,10 +120,9 @@ class Groups:
 
     def stream_of(self, branches: Sequence[Branch]) -> tuple[Node, Node]:
         """Return the residual stream before and after a layer, given by all of its branches."""
-        place = {node: index for index, node in enumerate(self.program.module.graph.nodes)}
         adds, addends = {branch.add for branch in branches}, {branch.addend for branch in branches}
         while True:
-            last = max(adds, key=place.__getitem__)
+            last = max(adds)
             before = {source for add in adds for source in add.args[:2]} - adds - addends
             if before:
                 (stream,) = before

@@ -14,7 +14,7 @@ from memc.errors import MemcError
 from memc.passes.prune import scores
 from memc.passes.prune.choice import Task, evenly, lowest
 from memc.passes.prune.groups import Branch, Group, Groups
-from memc.passes.prune.moments import Moments
+from memc.passes.prune.moments import Moments, require_finite
 from memc.passes.prune.refit import compensate, refit
 from memc.passes.prune.rewrite import Cut
 from memc.passes.prune.walk import linear_parts
@@ -39,10 +39,9 @@ def choose(
         assert score == "magnitude" and not refits
         return [Cut(task.group, lowest(task, scores.magnitude(task.group))) for task in tasks]
     gates = scores.taylor(program, [task.group for task in tasks], calibration) if score == "taylor" else []
-    place = {node: index for index, node in enumerate(program.module.graph.nodes)}
     cuts: dict[int, Cut] = {}
     stream = Stream(program, calibration)
-    for index in sorted(range(len(tasks)), key=lambda i: place[tasks[i].group.exit]):
+    for index in sorted(range(len(tasks)), key=lambda i: tasks[i].group.exit):
         found = moments_of(stream, tasks[index].group, gram=refits)
         cuts[index] = cut_by(program, tasks[index], found, score, gates[index] if gates else None, refits=refits)
     return [cuts[index] for index in range(len(tasks))]
@@ -66,14 +65,13 @@ def cut_by(program: Program, task: Task, moments: Moments, score: str, gates: Te
 
 def influence(program: Program, groups: Groups, layers: Sequence[Sequence[Branch]], calibration: Calibration) -> Tensor:
     """Return the mean block influence of each layer, given by its branches, over the calibration tokens."""
-    place = {node: index for index, node in enumerate(program.module.graph.nodes)}
     ends = [groups.stream_of(branches) for branches in layers]
     nodes = {node for pair in ends for node in pair}
-    found, last = torch.zeros(len(layers), dtype=torch.float64), max(nodes, key=place.__getitem__)
+    found = torch.zeros(len(layers), dtype=torch.float64)
     stream = Stream(program, calibration)
-    for seen in stream.advance(last, nodes):
+    for seen in stream.advance(max(nodes), nodes):
         for index, (before, after) in enumerate(ends):
-            _require_finite(seen[after], f"layer {layers[index][0].block.layer}")
+            require_finite(seen[after], f"layer {layers[index][0].block.layer}")
             found[index] += float(scores.block_influence(seen[before], seen[after]).mean())
     return found / len(calibration.tokens)
 
@@ -104,8 +102,3 @@ def _exit_weight(program: Program, exit_: Node) -> tuple[Tensor, Tensor | None]:
     weight, bias, outs, _ = linear_parts(exit_)
     value = get_tensor(program.module, str(weight.target)).detach()
     return value if outs == 0 else value.T, None if bias is None else get_tensor(program.module, str(bias.target))
-
-
-def _require_finite(value: Tensor, where: str) -> None:
-    if not bool(torch.isfinite(value).all()):
-        raise MemcError("E403", "activations on calibration text are not finite", where, "check the checkpoint")

@@ -8,6 +8,13 @@ from torch import Tensor
 from memc.errors import MemcError
 
 
+def require_finite(x: Tensor, where: str) -> None:
+    """Raise ``MemcError`` E403, naming the layer, for activations that are not finite."""
+    if not bool(torch.isfinite(x).all()):
+        hint = "check the checkpoint, and calibrate on other text"
+        raise MemcError("E403", "activations on calibration text are not finite", where, hint)
+
+
 class Moments:
     """Running sums over the tokens of calibration sequences, of the inputs ``x [T,C]`` of one projection.
 
@@ -26,9 +33,7 @@ class Moments:
     def update(self, x: Tensor) -> None:
         """Add one sequence ``[..., C]``. Raises ``MemcError`` E403 for values that are not finite."""
         x = x.detach().reshape(-1, x.shape[-1]).float().cpu()
-        if not bool(torch.isfinite(x).all()):
-            hint = "check the checkpoint, and calibrate on other text"
-            raise MemcError("E403", "activations on calibration text are not finite", self.where, hint)
+        require_finite(x, self.where)
         self.count += len(x)
         self.total += x.sum(0, dtype=torch.float64)
         self.squares += x.square().sum(0, dtype=torch.float64)
