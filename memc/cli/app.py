@@ -24,6 +24,7 @@ COMMANDS = {
     "eval": "Perplexity of a text, and how far two models are apart.",
     "bench": "Time prefill and decode over contexts, two sides interleaved.",
     "lower": "Lower a converted model again, for another target or backend.",
+    "export": "Write a converted model as a Hugging Face folder.",
     "passes": "The rewrites, with their options.",
     "recipes": "The recipes that have a name.",
     "targets": "The hardware that can be converted for.",

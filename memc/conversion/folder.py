@@ -101,7 +101,7 @@ class OutFolder:
             shutil.rmtree(old, ignore_errors=True)
             self.out.rename(old)
         self.partial.rename(self.out)
-        (self.out / RESUME).unlink()
+        (self.out / RESUME).unlink(missing_ok=True)
         shutil.rmtree(old, ignore_errors=True)
 
 

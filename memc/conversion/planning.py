@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import shutil
 
@@ -31,6 +32,8 @@ from memc.verify import (
     require_well_formed,
 )
 from memc.weights import program_dtype
+
+CONFIG = "config.json"
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -127,6 +130,8 @@ def write_plan(
     (folder.partial / RECIPE).write_text(recipe)
     for path in captured.tokenizer_files:
         shutil.copyfile(path, folder.partial / path.name)
+    if captured.config and not (folder.partial / CONFIG).exists():
+        (folder.partial / CONFIG).write_text(json.dumps(captured.config, indent=2) + "\n")
     blocks = [block_facts(block, raised.program) for block in raised.blocks]
     folder.write_report(
         "00-capture.json",

@@ -110,6 +110,18 @@ def lower_view(document: m.LowerDocument) -> RenderableType:
     )
 
 
+def export_view(document: m.ExportDocument) -> RenderableType:
+    """Show what a model was exported as."""
+    how = f"a Hugging Face folder, {amount(document.parameters)} parameters, {size(document.disk_bytes)}"
+    rows = [(name, str(old), str(new)) for name, (old, new) in sorted(document.changed.items())]
+    return stack(
+        lines([f"{document.source} -> {document.out}", how]),
+        titled("configuration", table(["field", "source", "exported"], rows)) if rows else None,
+        titled("checks", checks_table(document.checks)),
+        titled("next", lines(f"  {command}" for command in document.next)),
+    )
+
+
 def bench_view(document: m.BenchDocument) -> RenderableType:
     """Show timings, the sides of one context below each other."""
     rows = [

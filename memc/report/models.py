@@ -139,6 +139,20 @@ class LowerDocument(Document):
     next: list[str] = Field(default_factory=list)
 
 
+class ExportDocument(Document):
+    """``memc export``. ``changed`` are the fields of the configuration that differ from the source's: old and new."""
+
+    schema_: Literal["memc.export/1"] = Field(default="memc.export/1", alias="schema")
+    source: str
+    out: str
+    changed: dict[str, list[Any]] = Field(default_factory=dict)
+    parameters: int
+    checks: list[CheckFacts] = Field(default_factory=list)
+    disk_bytes: int
+    seconds: float
+    next: list[str] = Field(default_factory=list)
+
+
 class PositionBucket(Facts):
     """Perplexity of the tokens whose position in their window is in ``[start, end)``."""
 

@@ -173,7 +173,7 @@ class Pruner:
                 self._refitted(str(bias.target), cut.fit.bias.to(value.dtype))
             return
         given = cut.fit.bias.to(value.dtype) if cut.fit is not None else torch.zeros(width, dtype=value.dtype)
-        path = f"{name.rpartition('.')[0]}.{PASS}_bias"
+        path = f"{name.rpartition('.')[0]}.{'bias' if name.endswith('.weight') else f'{PASS}_bias'}"
         made = self.editor.add_parameter(path, (width,), lambda: given, PASS, node, value.dtype)
         if node.target == aten.mm.default:
             node.target, node.args = aten.addmm.default, (made, *node.args)
