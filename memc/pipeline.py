@@ -119,6 +119,10 @@ class Pass(Configurable, ABC):
         """
         return None
 
+    def quickens(self) -> bool:
+        """Tell whether the pass is there to make a token take less time, so that what takes more is refused."""
+        return False
+
     def trained_relations(self, plan: Plan) -> tuple[Relation, ...]:
         """Return what holds once training is over, instead of the plan's own relations."""
         return plan.relations

@@ -21,7 +21,14 @@ if TYPE_CHECKING:
 Weights = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 WEIGHTS: tuple[Weights, ...] = ("fp32", "fp16", "bf16", "int8", "int4")
 
-Metric = Literal["perplexity_ratio", "perplexity_ratio_to_window", "kl_mean", "kl_ratio_to_window"]
+Metric = Literal[
+    "perplexity_ratio",
+    "perplexity_ratio_to_window",
+    "kl_mean",
+    "kl_ratio_to_window",
+    "decode_time_ratio",
+    "prompt_time_ratio",
+]
 
 Location = tuple[str | int, ...]
 MAX_BYTES = 1 << 16
@@ -53,7 +60,8 @@ class Train(BaseModel):
 class Verify(BaseModel):
     """The ``verify`` section: ``budgets`` maps a metric to the most it may be, over what the passes declare.
 
-    Metrics: ``perplexity_ratio``, ``perplexity_ratio_to_window``, ``kl_mean`` (nats per token), ``kl_ratio_to_window``.
+    Metrics: ``perplexity_ratio``, ``perplexity_ratio_to_window``, ``kl_mean`` (nats per token), ``kl_ratio_to_window``,
+    and where a pass is there to be faster ``decode_time_ratio`` and ``prompt_time_ratio`` (to the original).
     """
 
     model_config = ConfigDict(extra="forbid")

@@ -12,6 +12,7 @@ from memc.conversion.driver import next_commands, require_passed
 from memc.conversion.facts import check_facts
 from memc.conversion.folder import OutFolder, folder_bytes, require_space, resume_key
 from memc.conversion.lowering import lower, verify_lowered
+from memc.conversion.speed import SPEED_CHECKS
 from memc.cost import predict
 from memc.doctor import require_backend
 from memc.errors import MemcError
@@ -26,7 +27,7 @@ from memc.target import Target, get_target
 from memc.verify import CheckResult, noise_floor, sample_text, take
 
 PROGRAM = "program"
-LOWERED_CHECKS = ("lowered_logits", "weights_perplexity_ratio")
+LOWERED_CHECKS = ("lowered_logits", "lowered_choice", "weights_perplexity_ratio", *SPEED_CHECKS)
 NOT_COPIED = shutil.ignore_patterns("lowered", "log", MANIFEST, "lower.json", "report.html")
 
 

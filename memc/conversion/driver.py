@@ -14,7 +14,7 @@ import torch
 
 from memc import machine
 from memc.artifact import seal
-from memc.backend import LowerOptions
+from memc.backend import LowerOptions, Runner
 from memc.conversion.calibration import CalibrationText
 from memc.conversion.facts import (
     ablations,
@@ -27,6 +27,7 @@ from memc.conversion.pipeline import PassRun, Pipeline
 from memc.conversion.planning import capture_and_raise, make_plan, require_memory, write_plan
 from memc.conversion.quality import WINDOW, measure_quality
 from memc.conversion.request import Request, Steps, source_name
+from memc.conversion.speed import check_speed, fits_beside, measures_speed, modelled, speed_budgets
 from memc.conversion.text import keep_text, verification_text
 from memc.conversion.training import make_trainer, require_shareable, training_data, trains
 from memc.data import source_digest
@@ -88,8 +89,11 @@ def _convert(request: Request, steps: Steps, processes: Processes) -> ConvertDoc
         torch.set_num_threads(request.threads)
     captured, program, raised = capture_and_raise(request, steps)
     document = make_plan(request, steps, passes, captured, raised, training)
+    quick = measures_speed(passes, raised.program)
     if request.dry_run:
-        return document
+        found = modelled(document, _speed_budgets(request, passes)) if quick else []
+        require_passed(found)
+        return document.model_copy(update={"checks": [check_facts(check) for check in found]})
     training &= any(facts.new_parameters for facts in document.passes)
     require_shareable(request.recipe, training, processes)
     make = partial(_Conversion, request, folder, steps, passes, captured, program, raised, document, processes)
@@ -98,7 +102,8 @@ def _convert(request: Request, steps: Steps, processes: Processes) -> ConvertDoc
         return document
     require_memory(request, captured, raised.program, document.predicted.weight_bytes)
     # The program once, however many passes, with what they add; and what is lowered.
-    require_space(request.out, document.predicted.disk_bytes or 0)
+    beside = document.original.weight_bytes if quick and document.original is not None else 0
+    require_space(request.out, (document.predicted.disk_bytes or 0) + beside)
     folder.open(_key(request, recipe, captured), fresh=request.fresh)
     try:
         write_plan(folder, recipe, captured, raised, document, steps)
@@ -161,8 +166,9 @@ class _Conversion:
         if trainer is not None:
             windows = [facts["window"] for run in runs for facts in run.report.details.values() if "window" in facts]
             self.quality = partial(measure_quality, original, corpus=data.corpus, window=max(windows, default=WINDOW))
+        beside = original if measures_speed(self.passes, original) else None
         del original
-        return self._lower(program, pipeline.last_stage, runs, checks, text, floor)
+        return self._lower(program, pipeline.last_stage, runs, checks, text, floor, beside)
 
     def follow(self) -> None:
         """Take part in the training of what the leading process converts."""
@@ -206,7 +212,9 @@ class _Conversion:
         checks: list[CheckResult],
         text: VerificationText,
         floor: float,
+        original: Program | None,
     ) -> ConvertDocument:
+        """Lower the program and check it; it is timed beside the ``original`` where there is one."""
         request, place = self.request, self.folder.partial
         options = LowerOptions(request.weights, request.recipe.context, request.threads)
         with self.steps.step("lower", f"lower with {request.backend.name}"):
@@ -220,6 +228,9 @@ class _Conversion:
             runner = request.backend.load(place, manifest, request.threads)
             checks += verify_lowered(runner, program, text, request.weights, floor)
         self.steps.seconds["verify"] += self.steps.seconds.pop("verify_lowered")
+        if original is not None:
+            with self.steps.step("speed", "time the result beside the original"):
+                checks += self._check_speed(original, runner, options)
         verified = VerifyReport(
             checks=[check_facts(check) for check in checks],
             text=text.origin,
@@ -241,6 +252,13 @@ class _Conversion:
         seal(place, manifest)
         self.folder.finish()
         return document
+
+    def _check_speed(self, original: Program, runner: Runner, options: LowerOptions) -> list[CheckResult]:
+        request, place = self.request, self.folder.partial
+        budgets = _speed_budgets(request, self.passes)
+        if not fits_beside(self.document):
+            return modelled(self.document, budgets)
+        return check_speed(original, runner, place, request.backend, request.target, options, budgets)
 
     def _describe(
         self, program: Program, runs: list[PassRun], verified: VerifyReport, forms: dict[str, str]
@@ -295,6 +313,10 @@ def _share(raw: Program, original: Program) -> Program | None:
 
 def _fields(check: CheckResult) -> tuple[float, float | None, float | None, bool, str]:
     return check.value, check.budget, check.noise_floor, check.passed, check.detail
+
+
+def _speed_budgets(request: Request, passes: list[Pass]) -> dict[str, float]:
+    return speed_budgets(passes, {str(name): budget for name, budget in request.recipe.verify.budgets.items()})
 
 
 def _key(request: Request, recipe: str, captured: Captured) -> str:

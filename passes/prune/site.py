@@ -78,6 +78,10 @@ class Prune(Pass):
         unseen = self.score == "magnitude" and not self.refit and self.unit != "layers"
         return None if unseen or not self.amount else (self.sequences, self.length)
 
+    def quickens(self) -> bool:
+        """Promise that a token takes no more time, where anything is removed."""
+        return self.amount > 0
+
     def plan(self, program: Program, target: Target) -> Plan:
         """Settle how much of which block goes."""
         draft = self.draft(program)

@@ -15,7 +15,7 @@ from memc import api
 from memc.conversion.calibration import CalibrationText
 from memc.errors import MemcError
 from memc.progress import Silent
-from memc.recipe import Recipe, Train
+from memc.recipe import Recipe, Train, Verify
 from memc.report.files import PassReportFile
 from memc.report.models import ConvertDocument
 from tests.core.test_convert import make_llama
@@ -58,7 +58,9 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def convert(model: Path, out: Path, *passes: str, data: list[str] | None = None, **options: Any) -> ConvertDocument:
-    recipe = Recipe(recipe=1, train=Train(length=32, guard=0.2))
+    # Of a model as small as these nothing gets faster: tests/core/test_speed.py is about time.
+    verify = Verify(budgets={"decode_time_ratio": 100.0, "prompt_time_ratio": 100.0})
+    recipe = Recipe(recipe=1, train=Train(length=32, guard=0.2), verify=verify)
     options = {"threads": 1, "backend": "eager", **options}
     return api.convert(model, out, passes=passes or (SPEC,), recipe=recipe, data=data or [], **options)
 

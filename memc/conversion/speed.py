@@ -1,0 +1,138 @@
+"""Whether a converted model takes less time than it did: the original lowered alike, both timed in turns."""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from memc import machine
+from memc.backend import Backend, LowerOptions, Runner
+from memc.conversion.lowering import lower
+from memc.pipeline import Pass
+from memc.program import Program
+from memc.report.models import ConvertDocument
+from memc.target import Target
+from memc.verify import CheckResult
+
+SPEED_CHECKS = ("decode_time_ratio", "prompt_time_ratio")
+PROMPT, PROMPTS = 128, 8
+STEPS = 32
+"""Tokens of a prompt, prompts that are timed, and tokens after the last that are."""
+
+LEAST = 0.02
+"""Least share of the time that counts as a difference."""
+
+ROUNDING = 3.0
+"""How far apart two timings of the same program may be, in what they were found apart."""
+
+
+@dataclass
+class _Side:
+    """A runner, and CPU seconds of its prompts and of its single tokens."""
+
+    runner: Runner
+    prompts: list[float] = field(default_factory=list)
+    steps: list[float] = field(default_factory=list)
+
+    def prompt(self, ids: np.ndarray) -> None:
+        self.state = self.runner.new_state(1, ids.shape[1] + STEPS)
+        self.prompts.append(self._run(ids, 0))
+
+    def step(self, token: int, at: int) -> None:
+        self.steps.append(self._run(np.array([[token]]), at))
+
+    def _run(self, ids: np.ndarray, start: int) -> float:
+        began = time.process_time()
+        positions = np.arange(start, start + ids.shape[1], dtype=np.int64)[None]
+        self.runner.run(ids, positions, self.state, np.array([ids.shape[1] - 1]))
+        return time.process_time() - began
+
+
+def speed_budgets(passes: Sequence[Pass], budgets: Mapping[str, float]) -> dict[str, float]:
+    """Return the most that each ratio of times may be: 1 where every pass promises speed, or what the recipe says."""
+    promised = dict.fromkeys(SPEED_CHECKS, 1.0) if passes and all(pass_.quickens() for pass_ in passes) else {}
+    return promised | {name: budget for name, budget in budgets.items() if name in SPEED_CHECKS}
+
+
+def measures_speed(passes: Sequence[Pass], program: Program) -> bool:
+    """Tell whether a conversion's result is timed beside the original: a decoder, and a pass is there to be faster."""
+    return program.model.decoder and any(pass_.quickens() for pass_ in passes)
+
+
+def modelled(document: ConvertDocument, budgets: Mapping[str, float]) -> list[CheckResult]:
+    """Compare the time that the target's roofline gives a token at the shortest context, where it has rates."""
+    before = document.original.decode_ms if document.original is not None else {}
+    after, budget = document.predicted.decode_ms, budgets.get(SPEED_CHECKS[0])
+    first = min(before.keys() & after.keys(), default=None)
+    if first is None:
+        return []
+    value = after[first] / before[first]
+    detail = f"modelled: {after[first]:.3g} ms a token against {before[first]:.3g} at {first}"
+    return [CheckResult(SPEED_CHECKS[0], value, budget, None, budget is None or value <= budget, detail)]
+
+
+def fits_beside(document: ConvertDocument) -> bool:
+    """Tell whether the machine has memory for the original's lowered weights beside the result's."""
+    memory = machine.memory_bytes()
+    beside = document.original.weight_bytes if document.original is not None else 0
+    return memory is None or (document.predicted.peak_rss_bytes or 0) + beside <= memory
+
+
+def check_speed(
+    original: Program,
+    runner: Runner,
+    place: Path,
+    backend: Backend,
+    target: Target,
+    options: LowerOptions,
+    budgets: Mapping[str, float],
+) -> list[CheckResult]:
+    """Lower the original as the result was, under ``place``, and compare the CPU time of prompts and of single tokens.
+
+    The original takes two of three turns; how far its two timings are apart is the noise, and a budget of
+    ``budgets`` is broken by what is over it by more than ``LEAST`` and ``ROUNDING`` times the noise.
+    """
+    folder = place / "original"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        _, manifest = lower(original, backend, target, folder, options)
+        dense = backend.load(folder, manifest, options.threads)
+        sides = [_Side(runner), _Side(dense), _Side(dense)]
+        _time(sides, original.model.vocab_size or 1)
+    finally:
+        shutil.rmtree(folder)
+    seconds = {"token": [side.steps for side in sides], "prompt": [side.prompts for side in sides]}
+    return [_compare(name, what, seconds[what], budgets) for name, what in zip(SPEED_CHECKS, seconds, strict=True)]
+
+
+def _time(sides: Sequence[_Side], vocab: int) -> None:
+    capacities = [side.runner.manifest.capacity for side in sides]
+    room = min([PROMPT + STEPS, *(capacity for capacity in capacities if capacity is not None)])
+    length = max(1, room * PROMPT // (PROMPT + STEPS))
+    ids = np.random.default_rng(0).integers(0, vocab, room)
+    for turn in range(PROMPTS):
+        for side in _order(sides, turn):
+            side.prompt(ids[None, :length])
+    for at in range(length, room):
+        for side in _order(sides, at):
+            side.step(ids[at], at)
+
+
+def _order(sides: Sequence[_Side], turn: int) -> Sequence[_Side]:
+    return sides[:: -1 if turn % 2 else 1]
+
+
+def _compare(name: str, what: str, seconds: Sequence[list[float]], budgets: Mapping[str, float]) -> CheckResult:
+    mine, first, second = (statistics.median(each) for each in seconds)
+    dense = (first + second) / 2
+    value, noise = mine / dense, abs(first - second) / dense
+    budget = budgets[name] * (1 + max(LEAST, ROUNDING * noise)) if name in budgets else None
+    detail = f"{1e3 * mine:.3g} ms of CPU a {what}, the original {1e3 * dense:.3g}, of {len(seconds[0])}"
+    return CheckResult(name, value, budget, noise, budget is None or value <= budget, detail)
