@@ -14,7 +14,7 @@ from memc import machine
 from memc.dialect import op_spec
 from memc.program import Program, get_tensor
 from memc.report.facts import CONTEXTS
-from memc.report.models import Predicted
+from memc.report.models import ByContext, Predicted
 from memc.target import Target
 
 aten = torch.ops.aten
@@ -33,6 +33,9 @@ _GATHERS = (aten.embedding.default, aten.index_select.default)
 
 # Bytes of one weight. Quantised ones come in blocks of 32 with a float32 scale and a zero point.
 WEIGHT_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1 + 4 / 32 + 1 / 32, "int4": 0.5 + 4 / 32 + 0.5 / 32}
+
+SHORTEST, LONGEST = 128, 131_072
+"""Contexts that curves of cost begin and end at."""
 
 SMALL = 1_000_000_000
 """Bytes in float32 under which a half-precision model is read into memory as float32, where every check is faster.
@@ -95,6 +98,18 @@ def predict(
         disk_bytes=int(source_bytes + weight_bytes),
         seconds=_seconds(program, source_bytes + weight_bytes, target),
     )
+
+
+def curve(program: Program, target: Target, *, weights: str = "fp32", threads: int | None = None) -> ByContext:
+    """Predict a program's cost at contexts from ``SHORTEST`` on, each twice the last, up to what it can run."""
+    limit = program.model.longest or LONGEST
+    contexts = [context for context in _doubled(SHORTEST, LONGEST) if context <= limit]
+    found = predict(program, target, contexts, weights=weights, threads=threads)
+    return ByContext(**{name: getattr(found, name) for name in ByContext.model_fields})
+
+
+def _doubled(first: int, last: int) -> list[int]:
+    return [first << step for step in range((last // first).bit_length())]
 
 
 def _loaded(program: Program, source_bytes: float, weight_bytes: float) -> float:

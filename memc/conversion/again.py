@@ -13,7 +13,7 @@ from memc.conversion.facts import check_facts
 from memc.conversion.folder import OutFolder, folder_bytes, require_space, resume_key
 from memc.conversion.lowering import lower, verify_lowered
 from memc.conversion.speed import SPEED_CHECKS
-from memc.cost import predict
+from memc.cost import curve, predict
 from memc.doctor import require_backend
 from memc.errors import MemcError
 from memc.plugins import load_kernels, load_plugin
@@ -123,6 +123,7 @@ def _rewrite_reports(
     changes = {
         **{name: getattr(document, name) for name in ("out", "target", "backend", "weights")},
         "predicted": predict(program, target, weights=document.weights),
+        "curves": {"converted": curve(program, target, weights=document.weights)},
         "original": None,
         "measured": None,
         "checks": kept + checks,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import shutil
+from typing import Any
 
 import torch
 
@@ -19,7 +20,7 @@ from memc.conversion.facts import (
 from memc.conversion.folder import RECIPE, OutFolder
 from memc.conversion.pipeline import plan_all
 from memc.conversion.request import Request, Steps, source_name
-from memc.cost import SMALL, WORKING, predict
+from memc.cost import SMALL, WORKING, curve, predict
 from memc.errors import MemcError
 from memc.frontend import Captured, capture_source
 from memc.frontend.recast import recast
@@ -27,7 +28,7 @@ from memc.pipeline import Pass
 from memc.program import Program
 from memc.raising import Raised, raise_program
 from memc.report.files import CaptureReport, RaiseReport
-from memc.report.models import ConvertDocument, Predicted
+from memc.report.models import ConvertDocument
 from memc.verify import (
     require_well_formed,
 )
@@ -83,10 +84,10 @@ def make_plan(
     with steps.step("plan", "plan"):
         planned, reports = plan_all(passes, raised.program, request.target, undecided=training)
 
-        def cost(program: Program) -> Predicted:
-            return predict(program, request.target, request.contexts, weights=request.weights, threads=request.threads)
-
-        original, predicted = cost(raised.program), cost(planned)
+        settings: dict[str, Any] = {"weights": request.weights, "threads": request.threads}
+        sides = {"original": raised.program, "converted": planned}
+        costs = [predict(program, request.target, request.contexts, **settings) for program in sides.values()]
+        curves = {name: curve(program, request.target, **settings) for name, program in sides.items()}
     return ConvertDocument(
         out=str(request.out),
         target=request.target.name,
@@ -96,8 +97,9 @@ def make_plan(
         dry_run=request.dry_run,
         model=model_facts(raised.program, remote_code=request.remote_code),
         passes=[planned_facts(report) for report in reports],
-        original=original,
-        predicted=predicted,
+        original=costs[0],
+        predicted=costs[1],
+        curves=curves,
         untrained=any(report.untrained for report in reports),
         versions={"memc": __version__, "torch": torch.__version__, "python": platform.python_version()},
         seed=request.recipe.seed,

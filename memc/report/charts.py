@@ -63,10 +63,11 @@ class Heads:
     kept: Collection[int] = ()
 
 
-def line_chart(title: str, series: Sequence[Line]) -> str:
-    """Draw lines over steps on a logarithmic scale; nothing when no value can be drawn.
+def line_chart(title: str, series: Sequence[Line], along: str = "step", *, doubling: bool = False) -> str:
+    """Draw lines over steps, or what ``along`` names, on a logarithmic scale; nothing when no value can be drawn.
 
-    Losses are positive and fall by orders of magnitude; what is not positive or not finite is left out.
+    Losses are positive and fall by orders of magnitude; what is not positive or not finite is left out. ``doubling``
+    puts equal ratios along at equal distances too.
     """
     drawn = [Line(s.name, [p for p in s.points if 0 < p[1] < math.inf], s.dots) for s in series[:SERIES]]
     drawn = [line for line in drawn if line.points]
@@ -80,15 +81,17 @@ def line_chart(title: str, series: Sequence[Line]) -> str:
 
     def place(point: tuple[float, float]) -> tuple[float, float]:
         across = (point[0] - first) / (last - first or 1)
+        if doubling and last > first > 0:
+            across = math.log(point[0] / first) / math.log(last / first)
         up = math.log(point[1] / low) / math.log(high / low)
         return LEFT + across * (RIGHT - LEFT), BOTTOM - up * (BOTTOM - TOP)
 
     grid = [_rule(place((first, tick))[1], number(tick)) for tick in ticks(low, high)]
-    ends = [_label(LEFT, BOTTOM + 14, number(first), "start"), _label(RIGHT, BOTTOM + 14, number(last), "end")]
-    ends.append(_label((LEFT + RIGHT) / 2, BOTTOM + 14, "step", "middle"))
+    ends = [_label(LEFT, BOTTOM + 14, f"{first:g}", "start"), _label(RIGHT, BOTTOM + 14, f"{last:.10g}", "end")]
+    ends.append(_label((LEFT + RIGHT) / 2, BOTTOM + 14, along, "middle"))
     marks = [_line(index, [place(point) for point in line.points], line.dots) for index, line in enumerate(drawn)]
     keys = "".join(f' <span class="key s{index}">{escaped(line.name)}</span>' for index, line in enumerate(drawn))
-    said = "; ".join(_told(line) for line in drawn)
+    said = "; ".join(_told(line, along) for line in drawn)
     return _figure(escaped(title) + ":" + keys, f"{title}. {said}", HEIGHT, [*grid, *ends, *marks])
 
 
@@ -148,10 +151,12 @@ def ticks(low: float, high: float) -> list[float]:
     return [index * step for index in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
-def _told(line: Line) -> str:
+def _told(line: Line, along: str) -> str:
     (start, was), (end, now) = line.points[0], line.points[-1]
     lowest = min(value for _, value in line.points)
-    return f"{line.name}: {number(was)} at step {start:g}, {number(now)} at step {end:g}, lowest {number(lowest)}"
+    return (
+        f"{line.name}: {number(was)} at {along} {start:g}, {number(now)} at {along} {end:.10g}, lowest {number(lowest)}"
+    )
 
 
 def _figure(caption: str, told: str, height: float, parts: Sequence[str]) -> str:

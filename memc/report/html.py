@@ -1,20 +1,23 @@
-"""The HTML view: one page, escaped, without scripts or network; light and dark by the reader's preference."""
+"""The HTML view: one page, escaped, that needs no network; light and dark by the reader's preference."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from memc.report import branches, charts, files, heads, training
+from memc.report import branches, charts, column, files, heads, slider, training
 from memc.report import facts as f
 from memc.report import models as m
-from memc.report.terminal import form_text, shape_text
 from memc.report.text import amount, duration, escaped, layers, number, ratio, size
+
+MOVED = ("perplexity_ratio", "kl_mean")
+"""Checks that say how far the outputs moved."""
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8886; --good: #1a7f37; --bad: #c8102e; }
 @media (prefers-color-scheme: dark) { :root { --good: #56d364; --bad: #ff7b72; } }
 body { font: 1rem/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
 div.wide { overflow-x: auto; } table { border-collapse: collapse; } caption { text-align: left; font-weight: 600; }
+dt { font-weight: 600; } dd { margin-left: 1rem; }
 th, td { text-align: left; padding: .25rem .75rem .25rem 0; border-bottom: 1px solid var(--line); }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 td:not(.n) { min-width: 6.5rem; } h1, h2, code, td { overflow-wrap: anywhere; } h2 { font-size: 1.2rem; }
@@ -29,8 +32,9 @@ def render(report: m.ReportDocument) -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-        f"<title>{escaped(title)}</title><style>{STYLE}{charts.STYLE}</style></head>\n<body><main>\n{body}</main></body></html>\n"
+        f'<meta http-equiv="Content-Security-Policy" content="{slider.policy()}">'
+        f"<title>{escaped(title)}</title><style>{STYLE}{charts.STYLE}{slider.STYLE}{column.STYLE}</style></head>\n"
+        f"<body><main>\n{body}</main></body></html>\n"
     )
 
 
@@ -39,12 +43,14 @@ def _sections(report: m.ReportDocument) -> Iterable[str]:
     model = done.model if done else report.capture.model if report.capture else None
     yield f"<h1>{escaped(model.source if model else report.out)}</h1>\n"
     yield f"<p>{_verdict(report)}</p>\n"
+    yield _answers(report)
     if model is not None:
         facts = f"{escaped(model.family)}, {amount(model.parameters)} parameters"
         yield f"<p>{facts}, digest <code>{escaped(model.digest or '-')}</code></p>\n"
     if done is not None:
         how = f"through {escaped(done.backend)}, weights {escaped(done.weights)}"
         yield f"<p>For <b>{escaped(done.target)}</b> {how}.</p>\n"
+        yield slider.section(done.curves)
         yield _costs(done)
     yield _passes(report.passes)
     if report.quality is not None:
@@ -54,7 +60,7 @@ def _sections(report: m.ReportDocument) -> Iterable[str]:
     if report.verify is not None:
         yield _checks(report.verify.checks)
     if report.raising is not None:
-        yield _blocks(report.raising.blocks)
+        yield column.section(report.raising.blocks, report.passes)
     yield _timing(report)
 
 
@@ -66,6 +72,20 @@ def _verdict(report: m.ReportDocument) -> str:
     word, kind = ("verified", "good") if report.convert.verified else ("not verified", "bad")
     untrained = "; untrained: new parameters have not been trained" if report.convert.untrained else ""
     return f'<span class="{kind}">{word}</span>{untrained}'
+
+
+def _answers(report: m.ReportDocument) -> str:
+    """Say what changed and how far the outputs moved, in a line each."""
+    passes = [f"{item.spec}, {len(item.sites)} blocks" for item in report.passes] or ["nothing: the model as it is"]
+    checks = report.verify.checks if report.verify is not None else []
+    moved = [f"{check.name.replace('_', ' ')} {number(check.value)}" for check in checks if check.name in MOVED]
+    if report.quality is not None and report.quality.by_context:
+        last = report.quality.by_context[-1]
+        moved = [f"perplexity {number(last.ratio)} times the original's on held-out text, windows of {last.context}"]
+        moved += [f"KL {number(last.kl_mean)} nats a token"] if last.kl_mean is not None else []
+    lines = {"Changed": "; ".join(passes), "Moved": ", ".join(moved) or "not measured"}
+    told = "".join(f"<dt>{name}</dt><dd>{escaped(said)}</dd>" for name, said in lines.items())
+    return f"<dl>{told}</dl>\n"
 
 
 def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -211,11 +231,6 @@ def _bars(choice: files.ChoiceFacts) -> list[charts.Bar]:
 def _checks(checks: Sequence[f.CheckFacts]) -> str:
     rows = [(c.name, number(c.value), number(c.budget), number(c.noise_floor), c.outcome, c.detail) for c in checks]
     return _table("Checks", ["check", ">value", ">budget", ">noise floor", "", "detail"], rows)
-
-
-def _blocks(blocks: Sequence[f.BlockFacts]) -> str:
-    rows = [(str(block.layer), block.kind, shape_text(block), form_text(block), block.path) for block in blocks]
-    return _table("Blocks of the original", [">layer", "block", "shape", "form", "path"], rows)
 
 
 def _timing(report: m.ReportDocument) -> str:

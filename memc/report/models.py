@@ -21,19 +21,27 @@ from memc.report.facts import (
 from memc.report.files import AblationFacts, CaptureReport, PassReportFile, RaiseReport, TrainingFacts, VerifyReport
 
 
-class Predicted(Facts):
-    """Cost of a program on a target, predicted. ``flops_per_token`` is at the shortest context.
+class ByContext(Facts):
+    """What of a program's cost depends on the context, predicted.
 
     ``bytes_read_per_token`` counts weights and state; ``decode_ms`` is the roofline: the slower of computing and
-    reading, plus launches. ``seconds`` is the time of the conversion itself.
+    reading, plus launches.
+    """
+
+    bytes_read_per_token: dict[int, float] = Field(default_factory=dict)
+    decode_ms: dict[int, float] = Field(default_factory=dict)
+    state_bytes: dict[int, int] = Field(default_factory=dict)
+
+
+class Predicted(ByContext):
+    """Cost of a program on a target, predicted. ``flops_per_token`` is at the shortest context.
+
+    ``seconds`` is the time of the conversion itself.
     """
 
     parameters: int
     flops_per_token: float
     flops_by_context: dict[int, float] = Field(default_factory=dict)
-    bytes_read_per_token: dict[int, float] = Field(default_factory=dict)
-    decode_ms: dict[int, float] = Field(default_factory=dict)
-    state_bytes: dict[int, int] = Field(default_factory=dict)
     weight_bytes: int = 0
     peak_rss_bytes: int | None = None
     disk_bytes: int | None = None
@@ -91,8 +99,9 @@ class InspectDocument(Document):
 class ConvertDocument(Document):
     """``memc convert``; also written as ``report/convert.json`` of the artifact.
 
-    ``original`` is the prediction for the unrewritten program on the same target. ``untrained`` is true when a pass
-    made parameters that nothing has trained. ``next`` lists commands to type.
+    ``original`` is the prediction for the unrewritten program on the same target; ``curves`` have both sides,
+    ``original`` and ``converted``, at many contexts. ``untrained`` is true when a pass made parameters that nothing has
+    trained. ``next`` lists commands to type.
     """
 
     schema_: Literal["memc.convert/1"] = Field(default="memc.convert/1", alias="schema")
@@ -106,6 +115,7 @@ class ConvertDocument(Document):
     passes: list[PassFacts] = Field(default_factory=list)
     original: Predicted | None = None
     predicted: Predicted
+    curves: dict[str, ByContext] = Field(default_factory=dict)
     measured: Measured | None = None
     checks: list[CheckFacts] = Field(default_factory=list)
     verified: bool = False

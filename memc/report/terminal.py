@@ -13,12 +13,9 @@ from memc.report import facts as f
 from memc.report import models as m
 from memc.report.evaluation import eval_view
 from memc.report.layout import Cell, lines, stack, table, text, titled
-from memc.report.text import amount, duration, layers, number, plain, ratio, size
+from memc.report.text import amount, brief, duration, layers, number, plain, ratio, size
 
 WORK_OF_INPUT = "work for an input"
-
-FEW = 8
-"""Most items of a list that are shown of a pass's facts; the report file has all."""
 
 
 # inspect
@@ -369,16 +366,10 @@ def _facts_table(details: Mapping[str, object]) -> RenderableType | None:
     rows: list[tuple[str, str]] = []
     for key, value in details.items():
         if isinstance(value, Mapping):
-            rows += [(f"{key} {name}", _fact(fact)) for name, fact in value.items()]
+            rows += [(f"{key} {name}", brief(fact)) for name, fact in value.items()]
         elif value is not None:
-            rows.append((key, _fact(value)))
+            rows.append((key, brief(value)))
     return table(["layer and fact", "value"], rows) if rows else None
-
-
-def _fact(value: object) -> str:
-    if isinstance(value, list) and len(value) > FEW:
-        return f"{', '.join(map(str, value[:FEW]))}, ... ({len(value)} in all)"
-    return number(value) if isinstance(value, float) else str(value)
 
 
 def diff_view(document: m.DiffDocument) -> RenderableType:

@@ -6,6 +6,9 @@ from collections.abc import Iterable
 from html import escape
 from itertools import pairwise
 
+FEW = 8
+"""Most items of a list that are shown of a pass's facts; the report file has all."""
+
 
 def plain(text: str) -> str:
     """Make a foreign string safe to print: whatever is not printable or a line break becomes an escape."""
@@ -46,6 +49,13 @@ def number(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:.1e}" if value != 0 and abs(value) < 1e-3 else f"{value:.5g}"
+
+
+def brief(value: object) -> str:
+    """Render a JSON value of a pass's facts, of a long list the first items."""
+    if isinstance(value, list) and len(value) > FEW:
+        return f"{', '.join(map(str, value[:FEW]))}, ... ({len(value)} in all)"
+    return number(value) if isinstance(value, float) else str(value)
 
 
 def ratio(after: float | None, before: float | None) -> str:

@@ -253,6 +253,7 @@ def converted(*, dry_run: bool = False) -> m.ConvertDocument:
         ],
         original=predicted(1),
         predicted=predicted(4),
+        curves={"original": curve(1), "converted": curve(4)},
         measured=None
         if dry_run
         else m.Measured(parameters=136_215_008, disk_bytes=800_000_000, peak_rss_bytes=2_000_000_000, seconds=61.5),
@@ -276,6 +277,15 @@ def predicted(saving: int) -> m.Predicted:
         peak_rss_bytes=1_900_000_000,
         disk_bytes=1_076_120_064,
         seconds=42.0,
+    )
+
+
+def curve(saving: int) -> m.ByContext:
+    contexts = [128 << step for step in range(11)]
+    return m.ByContext(
+        bytes_read_per_token={n: 5.4e8 + 46_080 * n / saving for n in contexts},
+        decode_ms={n: 14.2 + n / 1000 / saving for n in contexts},
+        state_bytes={n: 46_080 * n // saving for n in contexts},
     )
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import json
 import re
+from itertools import pairwise
 from xml.etree import ElementTree
 
 import pytest
@@ -14,7 +18,11 @@ from tests.cli.documents import heads_file_of
 from tests.cli.test_views import report, trained
 
 
-def figures(page: str) -> list[ElementTree.Element]:
+def figures(page: str, *, context: bool = False) -> list[ElementTree.Element]:
+    """Return the pictures of a page: those of the cost by context, or all others."""
+    found = re.search(r'<section class="context">.*?</section>', page, re.DOTALL)
+    cost = found[0] if found else ""
+    page = cost if context else page.replace(cost, "")
     return [ElementTree.fromstring(found) for found in re.findall(r"<figure>.*?</figure>", page, re.DOTALL)]
 
 
@@ -23,7 +31,7 @@ def alternative(figure: ElementTree.Element) -> str:
 
 
 def test_training_has_six_pictures_that_are_told_in_words_too() -> None:
-    transfer, recovery, bars, shares, carried, due = figures(render(trained()))
+    transfer, recovery, bars, shares, carried, due = pictures = figures(render(trained()))
     assert "output: 1 at step 1, 0.125 at step 8, lowest 0.125" in alternative(transfer)
     assert "KL on held-out text: 0.0625 at step 0, 0.05 at step 48, lowest 0.03125" in alternative(recovery)
     assert "layer 3: 0.4375" in alternative(bars)
@@ -31,7 +39,6 @@ def test_training_has_six_pictures_that_are_told_in_words_too() -> None:
     assert "layer 5: 19.858; original: 39.717; layer 121" in alternative(shares)
     assert "what the memory carries. layer 0: most 0.5, head 7" in alternative(carried)
     assert "what the original gives. layer 0: most 1, head 7" in alternative(due)
-    pictures = (transfer, recovery, bars, shares, carried, due)
     assert all(figure.find("svg").get("role") == "img" for figure in pictures)  # type: ignore[union-attr]
 
 
@@ -91,10 +98,59 @@ def test_names_of_losses_are_escaped() -> None:
     assert page.count("&lt;b&gt;mass&lt;/b&gt;") == 2
 
 
-def test_the_page_of_a_training_needs_no_network_and_no_script() -> None:
-    page = render(trained())
+def test_the_page_needs_no_network_and_runs_one_script_that_it_names() -> None:
+    page = render(report())
     assert "http" not in page.replace("http-equiv", "")
-    assert "<script" not in page
+    (script,) = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'" in page
+
+
+def test_costs_at_a_context_stand_there_without_a_script() -> None:
+    page = render(report())
+    cells = dict(re.findall(r'id="([a-z]+(?:-[a-z]+)?)"(?: for="context")?>([^<]*)<', page))
+    assert cells["tokens"] == "32,768"
+    assert (cells["state-a"], cells["state-b"], cells["state-ratio"]) == ("1.41 GiB", "360 MiB", "0.25x")
+    told = json.loads(re.findall(r'id="told">(.*?)</script>', page)[0])
+    assert told.keys() == cells.keys() - {"told"} and {len(texts) for texts in told.values()} == {11}
+    assert all(cells[name] == texts[8] for name, texts in told.items())
+
+
+def test_costs_are_drawn_over_the_context() -> None:
+    state, read, time = figures(render(report()), context=True)
+    assert "original: 5.625 at context 128, 5760 at context 131072" in alternative(state)
+    assert "converted" in alternative(read) and "converted" in alternative(time)
+    line = state.find(".//polyline")
+    assert line is not None
+    points = [float(point.split(",")[0]) for point in line.get("points", "").split()]
+    assert {round(b - a, 0) for a, b in pairwise(points)} == {26.0}, "equal steps for every doubling"
+
+
+def test_every_layer_says_what_became_of_its_blocks() -> None:
+    page = render(report())
+    rows = re.findall(r"<summary><b>layer (\d+)</b>(.*?)</summary>(.*?)</details>", page, re.DOTALL)
+    assert [int(number) for number, _, _ in rows] == list(range(30))
+    assert re.findall(r'<span class="(.*?)">(.*?)</span>', rows[0][1]) == [
+        ("form s0", "attention: linearize"),
+        ("form", "feed-forward: as it was"),
+    ]
+    assert "attention: as it was" in rows[29][1] and "linearize: softcap is capped" in rows[29][2]
+    assert "half life: 512" in rows[3][2] and "model.layers.3.self_attn" in rows[3][2]
+    assert "not raised: down projection reads [red]two[/red] values\\x1b[31m" in rows[7][2]
+
+
+def test_a_layer_shows_its_training_and_its_memory() -> None:
+    page = render(trained())
+    told = re.findall(r"<summary><b>layer 5</b>.*?</details>", page, re.DOTALL)[0]
+    assert "the memory carries 20 % of the mass, the original gives 40 %" in told
+    said = "now rewritten; untrained 0.75; first values 0.5; trained 0.25; KL if restored 0.625"
+    assert re.findall(r"<dd>training: (.*?)</dd>", told) == [said]
+
+
+def test_the_first_lines_say_what_changed_and_how_far_it_moved() -> None:
+    page = render(report())
+    assert "<dt>Changed</dt><dd>linearize:window=256, 29 blocks</dd>" in page
+    assert "<dt>Moved</dt>" in page
 
 
 def test_quality_on_held_out_text_is_shown() -> None:
@@ -107,8 +163,12 @@ def test_quality_on_held_out_text_is_shown() -> None:
     assert "Measured on held-out text" not in render(report())
 
 
-def test_without_training_there_is_no_picture() -> None:
+def test_without_training_there_is_no_picture_of_it() -> None:
     assert not figures(render(report()))
+    bare = report()
+    assert bare.convert is not None
+    bare.convert.curves = {}
+    assert not figures(render(bare), context=True) and "<script" not in render(bare)
 
 
 def test_training_of_no_step_and_one_stage_is_shown() -> None:

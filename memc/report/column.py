@@ -1,0 +1,112 @@
+"""The model as a column of layers: what each block was, what it became, and, opened, what is known of the layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from memc.report import branches, training
+from memc.report.facts import BlockFacts
+from memc.report.files import PassReportFile
+from memc.report.terminal import form_text, shape_text
+from memc.report.text import brief, escaped
+
+STYLE = """
+ol.layers { list-style: none; padding: 0; } ol.layers > li { border-bottom: 1px solid var(--line); }
+.layers summary { display: flex; flex-wrap: wrap; gap: .25rem .75rem; align-items: baseline; cursor: pointer; }
+.layers summary > b { min-width: 5rem; } .layers summary { padding: .2rem 0; }
+.layers summary::before { content: "+"; width: .7rem; } .layers details[open] > summary::before { content: "-"; }
+.form { border-left: .4rem solid var(--line); padding-left: .4rem; min-width: 15rem; }
+.form.s0 { border-color: var(--s0); } .form.s1 { border-color: var(--s1); }
+.form.s2 { border-color: var(--s2); } .form.s3 { border-color: var(--s3); }
+.layers dl { margin: .25rem 0 .75rem 1.5rem; } .layers dt { font-weight: 600; } .layers dd { margin-left: 1rem; }
+"""
+
+KINDS = {
+    "attention": "attention",
+    "cross_attention": "cross-attention",
+    "feed_forward": "feed-forward",
+    "moe": "experts",
+}
+
+LOOKS = 4
+"""Passes that have a colour of their own; the others are told by name alone."""
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What a block became: the passes that rewrote it, in order, and the reasons of those that did not."""
+
+    block: BlockFacts
+    passes: tuple[str, ...]
+    reasons: tuple[str, ...]
+
+
+def section(blocks: Sequence[BlockFacts], passes: Sequence[PassReportFile]) -> str:
+    """Show every layer with its blocks; nothing without blocks."""
+    if not blocks:
+        return ""
+    order = list(dict.fromkeys(item.name for item in passes))
+    numbers = sorted({block.layer for block in blocks})
+    rows = "".join(f"<li>{_layer(layer, blocks, passes, order)}</li>\n" for layer in numbers)
+    return f'<section aria-label="Layers"><h2>Layers</h2>\n<ol class="layers">\n{rows}</ol></section>\n'
+
+
+def _layer(layer: int, blocks: Sequence[BlockFacts], passes: Sequence[PassReportFile], order: list[str]) -> str:
+    forms = [_form(block, passes) for block in blocks if block.layer == layer]
+    chips = "".join(f'<span class="{_look(form, order)}">{escaped(_became(form))}</span>' for form in forms)
+    told = "".join(
+        f"<dt>{escaped(name)}</dt>" + "".join(f"<dd>{escaped(said)}</dd>" for said in lines)
+        for name, lines in _known(layer, forms, passes)
+        if lines
+    )
+    return f"<details><summary><b>layer {layer}</b>{chips}</summary><dl>{told}</dl></details>"
+
+
+def _form(block: BlockFacts, passes: Sequence[PassReportFile]) -> _Form:
+    mine = (block.layer, block.kind)
+    rewrote = [item for item in passes if any((site.layer, site.kind) == mine for site in item.sites)]
+    kept = [site.kept for item in rewrote for site in item.sites if (site.layer, site.kind) == mine and site.kept]
+    reasons = [
+        f"{item.name}: {skip.code} {skip.reason}"
+        for item in passes
+        for skip in item.skipped
+        if (skip.layer, skip.kind) == mine
+    ]
+    reasons += [f"key-value heads {', '.join(map(str, heads))} stay as they were" for heads in kept]
+    return _Form(block, tuple(item.name for item in rewrote), tuple(reasons))
+
+
+def _look(form: _Form, order: list[str]) -> str:
+    last = order.index(form.passes[-1]) if form.passes else LOOKS
+    return f"form s{last}" if last < LOOKS else "form"
+
+
+def _became(form: _Form) -> str:
+    kind = KINDS[form.block.kind]
+    return f"{kind}: {', '.join(form.passes)}" if form.passes else f"{kind}: as it was"
+
+
+def _known(layer: int, forms: Sequence[_Form], passes: Sequence[PassReportFile]) -> Iterator[tuple[str, Sequence[str]]]:
+    """Yield what is known of a layer: its blocks as they were, and what each pass says of it."""
+    for form in forms:
+        block = form.block
+        lines = [f"{shape_text(block)}; {form_text(block)}", block.path, *form.reasons]
+        yield f"{KINDS[block.kind]}, original", [line for line in lines if line]
+    for item in passes:
+        facts = item.details.get(str(layer))
+        lines = [f"{name.replace('_', ' ')}: {brief(value)}" for name, value in _items(facts)]
+        yield item.spec, lines + list(_trained(item, layer))
+
+
+def _items(facts: object) -> Sequence[tuple[str, object]]:
+    return list(facts.items()) if isinstance(facts, Mapping) else []
+
+
+def _trained(item: PassReportFile, layer: int) -> Iterator[str]:
+    for row in training.layer_rows(item, layer):
+        cells = zip(training.LAYERS[1:], row[1:], strict=True)
+        yield "training: " + "; ".join(f"{name.removeprefix('>')} {said}" for name, said in cells if said != "-")
+    facts = item.training.branches if item.training else None
+    for _, carried, _, due, _ in branches.share_rows(facts, layer) if facts else ():
+        yield f"the {facts.branches[0] if facts else ''} carries {carried} % of the mass, the original gives {due} %"

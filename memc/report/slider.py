@@ -1,0 +1,105 @@
+"""The part of the page that answers what a model costs at my context: a slider over what was predicted, and curves.
+
+The page's only script moves text that is there already: without it the figures of one context are shown.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+
+from memc.report import charts
+from memc.report.models import ByContext
+from memc.report.text import escaped, number, ratio, size
+
+SHOWN = 32768
+"""Context that is shown first, or the longest there is."""
+
+SCRIPT = """
+const told = JSON.parse(document.getElementById("told").textContent);
+const slider = document.getElementById("context");
+function show() {
+  for (const [id, texts] of Object.entries(told)) document.getElementById(id).textContent = texts[slider.value];
+  slider.setAttribute("aria-valuetext", told.tokens[slider.value] + " tokens");
+}
+slider.closest("p").hidden = false;
+slider.addEventListener("input", show);
+show();
+"""
+
+STYLE = """
+.context input { width: 100%; max-width: 32rem; accent-color: var(--s0); } .context td.n { min-width: 4.3rem; }
+.context tbody th { font-weight: 400; }
+.charts { display: flex; flex-wrap: wrap; gap: 0 2rem; } .charts figure { flex: 1 1 18rem; }
+@media print { .context input { display: none; } }
+"""
+
+_ROWS: tuple[tuple[str, str, str, Callable[[float | None], str]], ...] = (
+    ("state", "state_bytes", "state of a sequence", size),
+    ("read", "bytes_read_per_token", "read for a token", size),
+    ("time", "decode_ms", "ms a token, predicted", number),
+)
+
+
+def policy() -> str:
+    """Return the page's content security policy: nothing but its own style and this one script, by its digest."""
+    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+    return f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+
+
+def section(curves: Mapping[str, ByContext]) -> str:
+    """Show what both sides cost at a context that the reader chooses, and by context; nothing without curves."""
+    after = curves.get("converted", ByContext())
+    before = curves.get("original", ByContext())
+    contexts = sorted(after.state_bytes)
+    if not contexts:
+        return ""
+    told = _texts(before, after, contexts)
+    first = contexts.index(SHOWN) if SHOWN in contexts else len(contexts) - 1
+    cells = {name: f'<td class="n" id="{name}">{escaped(texts[first])}</td>' for name, texts in told.items()}
+    rows = "".join(
+        f'<tr><th scope="row">{label}</th>{"".join(cells[f"{row}-{side}"] for side in ("a", "b", "ratio"))}</tr>\n'
+        for row, _, label, _ in _ROWS
+    )
+    heads = "".join(f'<th scope="col" class="n">{name}</th>' for name in ("original", "converted", "ratio"))
+    caption = f'At a context of <output id="tokens" for="context">{told["tokens"][first]}</output> tokens'
+    control = f'<input id="context" type="range" min="0" max="{len(contexts) - 1}" value="{first}">'
+    data = json.dumps(told).replace("<", "\\u003c")
+    return (
+        f'<section class="context"><div class="wide" tabindex="0"><table><caption>{caption}</caption>'
+        f"<thead><tr><th></th>{heads}</tr></thead><tbody>\n{rows}</tbody></table></div>\n"
+        f'<p hidden><label for="context">Context, {contexts[0]} to {contexts[-1]} tokens</label><br>{control}</p>\n'
+        f'<script type="application/json" id="told">{data}</script><script>{SCRIPT}</script>\n'
+        f'<div class="charts">{"".join(_charts(before, after))}</div></section>\n'
+    )
+
+
+def _texts(before: ByContext, after: ByContext, contexts: Sequence[int]) -> dict[str, list[str]]:
+    """Return what stands in each cell, by its id, at each context."""
+    found = {"tokens": [f"{context:,}" for context in contexts]}
+    for row, field, _, say in _ROWS:
+        sides = [[getattr(side, field).get(context) for context in contexts] for side in (before, after)]
+        found |= {f"{row}-{name}": [say(value) for value in side] for name, side in zip("ab", sides, strict=True)}
+        found[f"{row}-ratio"] = [ratio(b, a) for a, b in zip(*sides, strict=True)]
+    return found
+
+
+def _charts(before: ByContext, after: ByContext) -> Sequence[str]:
+    return [
+        charts.line_chart(
+            title,
+            [
+                charts.Line(name, [(context, value / unit) for context, value in sorted(getattr(side, field).items())])
+                for name, side in (("original", before), ("converted", after))
+            ],
+            "context",
+            doubling=True,
+        )
+        for title, field, unit in (
+            ("State, MiB", "state_bytes", 2**20),
+            ("Read for a token, MiB", "bytes_read_per_token", 2**20),
+            ("Milliseconds a token, predicted", "decode_ms", 1),
+        )
+    ]

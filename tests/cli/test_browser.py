@@ -1,0 +1,92 @@
+"""The page in a real browser: no errors, nothing too wide, a slider that moves the figures, keys that reach all."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from memc.report.html import render
+from tests.cli.test_views import report, trained
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+
+PROBE = """
+<script>addEventListener("load", () => {
+  const slider = document.getElementById("context"), seen = {errors: [], shown: !slider.closest("p").hidden};
+  const say = () => ["tokens", "state-b", "time-ratio"].map(id => document.getElementById(id).textContent);
+  seen.first = say(); slider.value = 0; slider.dispatchEvent(new Event("input")); seen.moved = say();
+  seen.spoken = slider.getAttribute("aria-valuetext");
+  const reached = [...document.querySelectorAll("input, summary, [tabindex='0']")];
+  seen.controls = reached.length;
+  seen.focused = reached.filter(one => { one.focus(); return document.activeElement === one; }).length;
+  document.querySelector("summary").click(); seen.opened = document.querySelector("details").open;
+  seen.overflow = document.documentElement.scrollWidth - innerWidth;
+  const out = document.createElement("pre");
+  out.id = "seen"; out.textContent = JSON.stringify(seen); document.body.append(out);
+});</script>
+"""
+
+
+def run(path: Path, width: int, *options: str) -> tuple[str, str]:
+    """Return the document that a page becomes, and the lines of the browser's console."""
+    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
+    command += ["--hide-scrollbars", f"--window-size={width},900", "--virtual-time-budget=3000", *options]
+    done = subprocess.run([*command, path.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+    return done.stdout, "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
+
+
+def browse(page: str, folder: Path, width: int, *, strict: bool = True) -> tuple[dict[str, Any], str]:
+    """Open a page and return what a probe in it saw, and what the browser complained of.
+
+    The probe is a second script: ``strict`` leaves the page's own policy, under which it must not run.
+    """
+    path = folder / "page.html"
+    loose = re.sub(r"script-src '[^']*'", "script-src 'unsafe-inline'", page)
+    path.write_text((page if strict else loose).replace("</main>", f"</main>{PROBE}"))
+    out, complaints = run(path, width)
+    found = re.search(r'<pre id="seen">(.*?)</pre>', out)
+    return json.loads(found[1]) if found else {}, complaints
+
+
+@pytest.mark.parametrize("width", [500, 1200])
+def test_the_slider_moves_the_figures_and_keys_reach_every_control(width: int, tmp_path: Path) -> None:
+    seen, complaints = browse(render(trained()), tmp_path, width, strict=False)
+    assert complaints == ""
+    assert seen["shown"] and seen["opened"]
+    assert seen["first"] == ["32,768", "360 MiB", "0.477x"]
+    assert seen["moved"] == ["128", "1.41 MiB", "0.993x"]
+    assert seen["spoken"] == "128 tokens"
+    assert seen["controls"] == seen["focused"] > 30
+    assert seen["overflow"] <= 0
+
+
+def test_the_policy_lets_nothing_but_the_page_run(tmp_path: Path) -> None:
+    seen, complaints = browse(render(report()), tmp_path, 1200)
+    assert seen == {} and "Content Security Policy" in complaints
+
+
+@pytest.mark.parametrize("planted", [False, True])
+def test_nothing_is_wider_than_a_phone(planted: bool, tmp_path: Path) -> None:
+    """Chromium has no window under 500 pixels: the page is looked at in a frame of 360."""
+    page = render(trained())
+    (tmp_path / "inner.html").write_text(
+        page.replace("h1, h2,", "main { min-width: 25rem; } h1, h2,") if planted else page
+    )
+    frame = tmp_path / "outer.html"
+    frame.write_text(
+        '<iframe id="f" src="inner.html" width="360" height="800" style="border:0"></iframe><script>'
+        'document.getElementById("f").onload = e => { const d = e.target.contentDocument.documentElement;'
+        ' document.title = d.clientWidth + " " + d.scrollWidth; }</script>'
+    )
+    out, _ = run(frame, 1200, "--allow-file-access-from-files")
+    found = re.search(r"<title>(\d+) (\d+)</title>", out)
+    assert found is not None
+    assert found[1] == "360" and (int(found[2]) > 360) == planted
