@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Unpack, overload
+from typing import TYPE_CHECKING, Unpack, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,9 @@ from memc.runtime.generate import Conversation, GenerateOptions, Generation, gen
 from memc.runtime.inputs import named_inputs
 from memc.runtime.sampling import at_least
 from memc.runtime.text import Text
+
+if TYPE_CHECKING:
+    from memc.interop import SessionModel
 
 F32 = npt.NDArray[np.float32]
 I64 = npt.NDArray[np.int64]
@@ -137,7 +140,7 @@ class Session:
         rows = self._full_rows(ids)
         longest = max(map(len, rows))
         named = named_inputs(self.manifest, inputs or {}, {"B": len(rows), "T": longest})
-        self._fits(longest, self.capacity)
+        self.require_room(longest, self.capacity)
         width = longest if named else chunk or self.chunk
         state = self.runner.new_state(len(rows), longest)
         zeros = np.zeros(len(rows), np.int64)
@@ -150,13 +153,13 @@ class Session:
         if ids is None:
             sizes: dict[str, int] = {}
             named = named_inputs(self.manifest, inputs, sizes)
-            self._fits(max(sizes.get("T", 0), sizes.get("U", 0)), self.capacity)
+            self.require_room(max(sizes.get("T", 0), sizes.get("U", 0)), self.capacity)
             return self.runner.run(None, None, self.runner.new_state(sizes.get("B", 1)), None, named)
         rows = self._full_rows(ids)
         lengths = np.array([len(row) for row in rows])
         longest = int(lengths.max())
         named = named_inputs(self.manifest, inputs, {"B": len(rows), "T": longest})
-        self._fits(longest, self.capacity)
+        self.require_room(longest, self.capacity)
         if named and (lengths != longest).any():
             raise MemcError("E200", f"rows of {lengths.tolist()} tokens: with further inputs all must be equally long")
         out: F32 | None = None
@@ -182,7 +185,7 @@ class Session:
         self.require_decoder()
         at_least("batch", batch, 1)
         if capacity is not None:
-            self._fits(at_least("capacity", capacity, 1), self.capacity)
+            self.require_room(at_least("capacity", capacity, 1), self.capacity)
         run = self.runner.new_state(batch, capacity)
         return SessionState(run, np.zeros(batch, np.int64), None, self._limit(capacity))
 
@@ -200,7 +203,7 @@ class Session:
         total = state.lengths + sizes
         if not total.all():
             raise MemcError("E205", f"row {int(total.argmin())} has no tokens")
-        self._fits(int(total[sizes > 0].max(initial=0)), state.capacity)
+        self.require_room(int(total[sizes > 0].max(initial=0)), state.capacity)
         longest = int(sizes.max())
         for start in range(0, longest, self.chunk):
             stop = min(start + self.chunk, longest)
@@ -270,6 +273,15 @@ class Session:
         """Yield the text that ``generate`` would return, piece by piece as it is drawn. Raises as ``generate`` does."""
         return stream(self, prompt, state, options)
 
+    def as_transformers(self) -> SessionModel:
+        """Return a ``PreTrainedModel`` that runs this session, with ``generate``; needs torch and transformers.
+
+        Raises ``MemcError`` E208 for an encoder.
+        """
+        from memc.interop import SessionModel
+
+        return SessionModel(self)
+
     def fork(self, state: SessionState, rows: list[int] | None = None) -> SessionState:
         """Return an independent copy of a state, or of some of its rows, in this order, repeats allowed."""
         run = state.run.copy() if rows is None else state.run.select(rows)
@@ -312,7 +324,7 @@ class Session:
         self.require_decoder()
         lengths = arrays["lengths"]
         limit = self._limit(capacity)
-        self._fits(int(lengths.max()), limit)
+        self.require_room(int(lengths.max()), limit)
         held = {name.removeprefix("state."): array for name, array in arrays.items() if name.startswith("state.")}
         return SessionState(self.runner.restore(held, capacity), lengths, arrays.get("last"), limit)
 
@@ -327,7 +339,8 @@ class Session:
             hint = "use Session.logits from Python"
             raise MemcError("E208", f"{self.manifest.family} is no decoder: it cannot generate", str(self.folder), hint)
 
-    def _fits(self, tokens: int, capacity: int | None) -> None:
+    def require_room(self, tokens: int, capacity: int | None) -> None:
+        """Raise ``MemcError`` E206 for more tokens of a row than there is room for; None is no limit."""
         if capacity is not None and tokens > capacity:
             hint = f"memc convert MODEL -o OUT --context {tokens}, or a shorter input"
             raise MemcError("E206", f"{tokens} tokens are past the capacity of {capacity}", str(self.folder), hint)
