@@ -34,6 +34,7 @@ from memc.backends.onnx import OnnxBackend
 from memc.conversion.lowering import lower
 from memc.cost import work
 from memc.data import tokenize
+from memc.dialect.sparse_attention import description
 from memc.frontend import capture_source
 from memc.infer import infer
 from memc.pipeline import parse_spec
@@ -155,8 +156,15 @@ SHAPES = (
 VOCAB = 64
 
 
-def attention(shape: Shape, rerank: int | None) -> Program:
-    """Build a program of one attention over looked-up queries, keys and values; ``rerank`` None is dense."""
+SIDES: dict[str, dict[str, Any] | None] = {
+    "dense": None,
+    "bounds": {"method": "bounds", "page": 16, "rerank": 2},
+    "lowbit": {"method": "lowbit", "page": 64, "rerank": 2},
+}
+
+
+def attention(shape: Shape, choice: dict[str, Any] | None) -> Program:
+    """Build a program of one attention over looked-up queries, keys and values; a choice of None is dense."""
     graph, root = Graph(), torch.nn.Module()
     tokens, positions = graph.placeholder("tokens"), graph.placeholder("positions")
     sizes = {"key": ("B", shape.groups, "S", shape.size), "value": ("B", shape.groups, "S", shape.size)}
@@ -164,11 +172,12 @@ def attention(shape: Shape, rerank: int | None) -> Program:
     states.append(StateSpec("past_positions", torch.int64, ("B", "S"), -1.0, 1))
     options: dict[str, Any] = {"scale": shape.size**-0.5}
     op = torch.ops.memc.attention.default
-    if rerank is not None:
+    if choice is not None:
         op = torch.ops.memc.sparse_attention.default
-        options |= {"method": "bounds", "page": 16, "budget": shape.budget, "sinks": 4, "window": 48, "rerank": rerank}
+        page = choice["page"]
+        options |= {**choice, "budget": shape.budget, "sinks": 4, "window": 48, "channels": shape.size // 8}
         options["dense_below"] = shape.budget
-        pages = ("B", shape.groups, "S/16", 2 * shape.size)
+        pages = ("B", shape.groups, f"S/{page}", *description(choice["method"], page, shape.size))
         states.append(StateSpec("past_pages", torch.float32, pages, grows=2))
     held = [graph.placeholder(state.name) for state in states]
     made = []
@@ -194,8 +203,7 @@ def attention(shape: Shape, rerank: int | None) -> Program:
 
 def times(shape: Shape, contexts: Sequence[int]) -> Iterator[dict[str, Any]]:
     """Yield the time of one new token at each context, the sides taking turns."""
-    sides = {"dense": None, "pages alone": 1, "ranked again": 2}
-    programs = {name: attention(shape, rerank) for name, rerank in sides.items()}
+    programs = {name: attention(shape, choice) for name, choice in SIDES.items()}
     backend, random = OnnxBackend(), np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         runners = {}
@@ -228,7 +236,7 @@ def times(shape: Shape, contexts: Sequence[int]) -> Iterator[dict[str, Any]]:
                 "context": context,
                 "ms": {name: 1e3 * float(np.median(found[3:])) for name, found in taken.items()},
                 "p90": {name: 1e3 * float(np.quantile(found[3:], 0.9)) for name, found in taken.items()},
-                "predicted": read["dense"] / read["ranked again"],
+                "predicted": read["dense"] / read["lowbit"],
             }
 
 

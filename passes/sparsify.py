@@ -13,10 +13,10 @@ from torch.fx import Node
 from memc import sites
 from memc.blocks import Alibi, AttentionBlock, Chunked, SlidingWindow
 from memc.dialect import arguments, op_spec
-from memc.dialect.sparse_attention import METHODS, forced_pages
+from memc.dialect.sparse_attention import METHODS, description, forced_pages
 from memc.errors import MemcError
 from memc.pipeline import Pass, PassReport, Plan, option
-from memc.program import Program, StateSpec
+from memc.program import Dim, Program, StateSpec
 from memc.relation import Bounded, Close, Relation
 from memc.rewrite import Editor, result_of
 from memc.target import Target
@@ -27,15 +27,21 @@ class Sparsify(Pass):
     """Let every token read at most ``budget`` earlier tokens, chosen anew for each token and key-value head.
 
     Training-free, and nothing is forgotten: all keys and values stay in the growing state. Each site's
-    ``memc::attention`` becomes ``memc::sparse_attention``. Keys are described page by page: by the bounds of each
-    channel (``method=bounds``; Quest, Tang et al. 2024) or by its mean and variance (``method=moments``). A token takes
-    the pages that score highest, the first ``sinks`` tokens and the last ``window`` always among them. With ``rerank``
-    n over 1 it takes n budgets' worth of pages, ranks their tokens by their own keys and reads the values of the best.
-    Soft-cap and sink logits stay; what is done to queries and keys before the attention (QK-norm, rotary) is as it was.
+    ``memc::attention`` becomes ``memc::sparse_attention``, which takes the first ``sinks`` tokens, the last ``window``,
+    and of the others those that score highest:
 
-    What is read for a token at context N, in keys or values of one head: 2 N / ``page`` of descriptions,
-    ``rerank`` ``budget`` keys, ``budget`` values, in place of 2 N. Below ``dense_below`` tokens everything is read,
-    which is faster there.
+    - ``method=lowbit``: by the few ``channels`` of every key in which the query is strongest (SparQ, Ribar et al.
+      2024), read from a second copy of the keys that is laid out channel by channel; the state has half as much again;
+    - ``method=bounds``: page by page, by the bounds of each channel (Quest, Tang et al. 2024);
+    - ``method=moments``: page by page, by the mean and variance of each channel.
+
+    With ``rerank`` n over 1 a token takes n budgets' worth, ranks these tokens by their whole keys and reads the values
+    of the best. Soft-cap and sink logits stay; what is done to queries and keys before the attention (QK-norm, rotary)
+    is as it was.
+
+    What is read for a token at context N, in keys or values of one head of size D: ``channels`` / D N (``lowbit``) or
+    2 N / ``page`` to choose by, ``rerank`` ``budget`` keys, ``budget`` values, in place of 2 N. Below ``dense_below``
+    tokens everything is read, which is faster there.
 
     Identity setting: ``budget`` or ``dense_below`` at least as long as the context. Prompts of at most the longer of
     the two give the original logits by construction; beyond, the perplexity ratio is measured and nothing is promised.
@@ -56,9 +62,15 @@ class Sparsify(Pass):
 
     name: ClassVar[str] = "sparsify"
 
-    method: str = option("bounds", "what a page is described and scored by", choices=METHODS)
+    method: str = option("lowbit", "what tokens, or their pages, are ranked by", choices=METHODS)
+    channels: int = option(0, "of every key that lowbit ranks by; 0 for an eighth", unit="channels", min=0)
     budget: int = option(512, "most tokens that a token reads, sinks and window among them", unit="tokens", min=1)
-    page: int = option(16, "keys that share a description; divides the budget", unit="tokens", min=1)
+    page: int = option(
+        0,
+        "keys described together; divides the budget; 0 for 16, or 64 with lowbit where the budget allows it",
+        unit="tokens",
+        min=0,
+    )
     sinks: int = option(4, "first tokens of the sequence that every token reads", unit="tokens", min=0)
     window: int = option(48, "most recent tokens that a token reads, itself included", unit="tokens", min=1)
     rerank: int = option(2, "budgets' worth of pages whose tokens are ranked one by one; 1 for none", unit="", min=1)
@@ -69,15 +81,23 @@ class Sparsify(Pass):
         """Check every option, and those that go together."""
         super().__post_init__()
         sites.check_keep(self.name, self.keep)
-        where = f"{self.name}:budget={self.budget},page={self.page},sinks={self.sinks},window={self.window}"
-        least = forced_pages(self.page, self.sinks, self.window) * self.page
-        if self.budget % self.page:
-            more = max(least, -(-self.budget // self.page) * self.page)
-            message = f"a budget of {self.budget} is not whole pages of {self.page}"
+        page = self.page_size
+        where = f"{self.name}:budget={self.budget},page={page},sinks={self.sinks},window={self.window}"
+        least = self._least(page)
+        if self.budget % page:
+            more = max(least, -(-self.budget // page) * page)
+            message = f"a budget of {self.budget} is not whole pages of {page}"
             raise MemcError("E203", message, where, f"write {self.name}:budget={more}")
         if self.budget < least:
             message = f"the pages of {self.sinks} sinks and a window of {self.window} may hold {least} tokens"
             raise MemcError("E203", f"{message}, the budget {self.budget}", where, f"write {self.name}:budget={least}")
+
+    @property
+    def page_size(self) -> int:
+        """Tokens of a page; longer ones keep each channel of ``lowbit`` in fewer pieces."""
+        if self.page or self.method != "lowbit":
+            return self.page or 16
+        return next((page for page in (64, 32) if self.budget % page == 0 and self._least(page) <= self.budget), 16)
 
     @property
     def exact_to(self) -> int:
@@ -99,17 +119,24 @@ class Sparsify(Pass):
         report = PassReport(plan.spec, plan.sites, plan.rejections, plan.relations, details=details)
         return editor.finish(), report
 
+    def _least(self, page: int) -> int:
+        """Return the least budget that sinks and window fit into."""
+        return forced_pages(page, self.sinks, self.window) * page
+
     def _rewrite(self, editor: Editor, block: AttentionBlock) -> dict[str, Any]:
         node, row = block.attention, op_spec(torch.ops.memc.sparse_attention.default)
         assert row is not None
         bound = arguments(node)
         inputs = {name: value for name, value in bound.items() if isinstance(value, Node)}
         held = editor.states_of(node)["past_key"]
-        shape = ("B", block.num_kv_heads, f"S/{self.page}", 2 * int(held.shape[3]))
+        page, size = self.page_size, int(held.shape[3])
+        shape: tuple[Dim, ...] = ("B", block.num_kv_heads, f"S/{page}", *description(self.method, page, size))
         pages = StateSpec(held.name.replace("_key", "_pages"), held.dtype, shape, grows=2)
         inputs["past_pages"] = editor.add_state(pages, inputs["past_positions"])
-        options = {name: getattr(self, name) for name in ("method", "page", "budget", "sinks", "window", "rerank")}
-        options |= {"dense_below": self.exact_to, "scale": bound["scale"], "softcap": bound["softcap"]}
+        options = {name: getattr(self, name) for name in ("method", "budget", "sinks", "window", "rerank")}
+        options |= {"page": page, "dense_below": self.exact_to, "scale": bound["scale"], "softcap": bound["softcap"]}
+        if self.method == "lowbit":
+            options["channels"] = min(size, self.channels or max(1, size // 8))
 
         def layer(t: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
             results = torch.ops.memc.sparse_attention.default(*(t.get(name) for name in _TENSORS), **options)
@@ -121,7 +148,7 @@ class Sparsify(Pass):
         old.replace_all_uses_with(output)
         for name, value in zip(row.states, after, strict=True):
             editor.set_next(inputs[name], value)
-        return {"budget": self.budget, "page": self.page, "page_bytes_per_token": pages.bytes(self.page) / self.page}
+        return {"budget": self.budget, "page": page, "page_bytes_per_token": pages.bytes(page) / page}
 
 
 def _refuse(program: Program, block: AttentionBlock) -> sites.Refusal | None:

@@ -33,13 +33,19 @@ class Choice:
     window: int
     rerank: int
     dense_below: int
+    channels: int = 0
+
+    @property
+    def by_token(self) -> bool:
+        """Whether tokens are ranked by what describes them, not whole pages."""
+        return self.method == "lowbit"
 
 
 def sparse_plan(groups: int, page: int, dense_below: int) -> Function:
     """Where the new tokens go, which pages they touch, and which columns of the call choose.
 
     ``positions [B,T]``, a buffer ``[B,G,C,D]`` whose slot is the position (the last one takes padding) and ``pages
-    [B,G,M,2D]`` give ``index [B,G,T,3]`` of the slots written; ``touched [B,G,n page,1]``, the slots of n pages that
+    [B,G,M,...]`` give ``index [B,G,T,3]`` of the slots written; ``touched [B,G,n page,1]``, the slots of n pages that
     hold every new token, ``page_index [B,G,n,3]``, and ``described [1]``, the pages in use; ``dense_to`` and
     ``sparse_from [1]``, the end of the columns that read everything and the start of those that choose, with
     ``is_dense`` and ``is_sparse``, whether there are any; ``reach [1]`` and ``dense_mask [B,1,dense_to,reach]``, what
@@ -171,6 +177,8 @@ def _describe(s: Scores, c: Choice) -> str:
         half0 = ReduceMax<keepdims = 0>(by_page, last_axis)
         half1 = ReduceMin<keepdims = 0>(by_page, last_axis)
         """
+    elif c.method == "lowbit":
+        describe = "description = Transpose<perm = [0, 1, 2, 4, 3]>(by_page)"
     else:
         describe = """
         mean = ReduceMean(by_page, last_axis)
@@ -179,12 +187,13 @@ def _describe(s: Scores, c: Choice) -> str:
         square = Mul(away, away)
         half1 = ReduceMean<keepdims = 0>(square, last_axis)
         """
+    if c.method != "lowbit":
+        describe += "description = Concat<axis = -1>(half0, half1)"
     return f"""
     fresh = GatherND<batch_dims = 2>(next_key, touched)
     {ints("paged", 0, 0, -1, c.page, s.key_dim)}
     by_page = Reshape(fresh, paged)
     {describe}
-    description = Concat<axis = -1>(half0, half1)
     next_pages = ScatterND(past_pages, page_index, description)
     """
 
@@ -250,9 +259,7 @@ def _sparse(s: Scores, c: Choice) -> str:
     lines = [
         "sparse_query = Slice(query, sparse_from, width, along)",
         "sparse_at = Slice(positions, sparse_from, width, time)",
-        "in_use = Slice(next_pages, origin, described, along)",
-        "described0 = Squeeze(described)",
-        "numbers = Range(zero, described0, one)",
+        *_numbers(c),
         f"{', '.join(scanned)} = Scan<num_scan_inputs = 2, {axes}, body = {step}>(sparse_query, sparse_at)",
     ]
     for what, part in zip(("output", "lse"), scanned, strict=False):
@@ -281,7 +288,8 @@ def _step(s: Scores, c: Choice) -> str:
     {float_("unseen_rank", UNSEEN)}
     {int_("sinks", c.sinks)}
     {int_("window", c.window)}
-    {_pages(c)}
+    {_estimates(c)}
+    {_candidates(c)}
     {_tokens(c)}
     score0 = Transpose<perm = [0, 1, 3, 2]>(scores)
     mask = Unsqueeze(live, along)
@@ -299,8 +307,49 @@ def _log(s: Scores) -> str:
     return f"{ints('log_shape', 0, s.heads, 1)}\nl = Reshape(log, log_shape)" if s.lse else ""
 
 
-def _pages(c: Choice) -> str:
-    """Write ``candidates [B,G,N]``, the slots of the pages chosen, in order."""
+def _numbers(c: Choice) -> list[str]:
+    """Write ``numbers [N]`` of what is ranked, and what the estimates are made from."""
+    if not c.by_token:
+        return [
+            "in_use = Slice(next_pages, origin, described, along)",
+            "described0 = Squeeze(described)",
+            "numbers = Range(zero, described0, one)",
+        ]
+    return [
+        int_("page_", c.page),
+        "length_ = Mul(described, page_)",
+        "length0 = Squeeze(length_)",
+        "numbers = Range(zero, length0, one)",
+        "described0 = Squeeze(described)",
+        "page_numbers = Range(zero, described0, one)",
+        "page_column = Unsqueeze(page_numbers, ones)",
+        ints("of_page", 1, 0),
+        "page_part = Mul(page_column, of_page)",
+    ]
+
+
+def _estimates(c: Choice) -> str:
+    """Write ``estimate [B,G,N]``, the scores of the pages or tokens by what describes them."""
+    if c.by_token:
+        return f"""
+        magnitudes = Abs(q_columns)
+        strength = ReduceSum<keepdims = 0>(magnitudes, last_axis)
+        {ints("count_", c.channels)}
+        strongest, channel = TopK<axis = 2>(strength, count_)
+        channel_column = Unsqueeze(channel, last_axis)
+        part = GatherND<batch_dims = 2>(q_columns, channel_column)
+        part_rows = Transpose<perm = [0, 1, 3, 2]>(part)
+        {ints("row_axes", 3, 4)}
+        channel_at = Unsqueeze(channel, row_axes)
+        {ints("of_channel", 0, 1)}
+        channel_part = Mul(channel_at, of_channel)
+        row_index = Add(channel_part, page_part)
+        rows = GatherND<batch_dims = 2>(next_pages, row_index)
+        {ints("row_shape", 0, 0, 0, -1)}
+        row = Reshape(rows, row_shape)
+        estimates = MatMul(part_rows, row)
+        estimate = ReduceMax<keepdims = 0>(estimates, along)
+        """
     if c.method == "bounds":
         features = """
         feature0 = Max(q_columns, absent)
@@ -318,29 +367,54 @@ def _pages(c: Choice) -> str:
     features = Concat<axis = 2>(feature0, feature1)
     estimates = MatMul(in_use, features)
     estimate = ReduceMax<keepdims = 0>(estimates, last_axis)
+    """
+
+
+def _candidates(c: Choice) -> str:
+    """Write ``candidates [B,G,M]``, the slots of the pages or tokens of the highest estimates, in order."""
+    if c.by_token:
+        forced = f"""
+        {int_("sinks_end", c.sinks)}
+        edge1 = Mul(own, page)
+        edge = Min(edge0, edge1)
+        seen = LessOrEqual(numbers, p)
+        """
+        most, slots = c.rerank * c.budget, "each1 = Identity(picked)"
+    else:
+        forced = f"""
+        {int_("sinks_end", -(-c.sinks // c.page))}
+        edge1 = Max(edge0, zero)
+        edge = Div(edge1, page)
+        seen = LessOrEqual(numbers, own)
+        """
+        most, slots = (
+            c.rerank * c.budget // c.page,
+            f"""
+        picked_start = Mul(picked, page)
+        picked1 = Unsqueeze(picked_start, last_axis)
+        inside = Range(zero, page, one)
+        each0 = Add(picked1, inside)
+        {ints("flat", 0, 0, -1)}
+        each1 = Reshape(each0, flat)
+        """,
+        )
+    return f"""
     {int_("page", c.page)}
     own = Div(p, page)
     {int_("back", c.window - 1)}
     edge0 = Sub(p, back)
-    edge1 = Max(edge0, zero)
-    edge = Div(edge1, page)
-    {int_("sink_pages", -(-c.sinks // c.page))}
-    seen = LessOrEqual(numbers, own)
+    {forced}
     near = GreaterOrEqual(numbers, edge)
-    sunk = Less(numbers, sink_pages)
+    sunk = Less(numbers, sinks_end)
     taken = Or(near, sunk)
     rank0 = Where(taken, forced_rank, estimate)
     rank1 = Where(seen, rank0, unseen_rank)
-    {ints("page_budget", c.rerank * c.budget // c.page)}
-    page_count = Min(described, page_budget)
-    page_ranks, picked0 = TopK<axis = 2, sorted = 0>(rank1, page_count)
-    picked, picked_order = TopK<axis = 2, largest = 0>(picked0, page_count)
-    picked_start = Mul(picked, page)
-    picked1 = Unsqueeze(picked_start, last_axis)
-    inside = Range(zero, page, one)
-    each0 = Add(picked1, inside)
-    {ints("flat", 0, 0, -1)}
-    each1 = Reshape(each0, flat)
+    {ints("most", most)}
+    number_count = Shape(numbers)
+    count = Min(number_count, most)
+    ranks, picked0 = TopK<axis = 2, sorted = 0>(rank1, count)
+    picked, picked_order = TopK<axis = 2, largest = 0>(picked0, count)
+    {slots}
     slots_held = Shape<start = 2, end = 3>(next_key)
     spare = Sub(slots_held, ones)
     candidates = Min(each1, spare)

@@ -12,6 +12,7 @@ import torch
 from onnx_support import build, compare, span
 
 from memc.conversion.lowering import CHOICE_KL, chooses_from, verify_lowered
+from memc.dialect.sparse_attention import METHODS
 from memc.program import Program
 from memc.verify import VerificationText
 
@@ -19,9 +20,9 @@ OPTIONS: dict[str, Any] = {"page": 4, "budget": 24, "sinks": 2, "window": 9}
 
 
 @pytest.mark.parametrize("rerank", [1, 2])
-@pytest.mark.parametrize("method", ["bounds", "moments"])
+@pytest.mark.parametrize("method", METHODS)
 def test_long_calls_equal_the_reference(method: str, rerank: int, tmp_path: Path) -> None:
-    program = ops.sparse_attention(method=method, rerank=rerank, dense_below=30, **OPTIONS)
+    program = ops.sparse_attention(method=method, rerank=rerank, dense_below=30, channels=2, **OPTIONS)
     runner = build(program, tmp_path, context=160)
     calls = [([span(0, 100), span(0, 20, right=80)], [99]), ([span(100, 7), span(20, 7)], None)]
     calls += [([[107 + i], [27 + i]], None) for i in range(12)]
@@ -36,11 +37,12 @@ def of_equal_keys(**options: Any) -> Program:
     return program
 
 
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("rerank", [1, 2])
-def test_equal_scores_choose_equally(rerank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_scores_choose_equally(rerank: int, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from memc.kernels.sparse_attention import choose
 
-    program = of_equal_keys(rerank=rerank)
+    program = of_equal_keys(rerank=rerank, method=method, channels=2)
     runner = build(program, tmp_path, context=120)
     calls = [([span(0, 100)], None), ([[100]], None), ([[101]], None)]
     assert compare(program, runner, calls) < 1e-5
