@@ -1,44 +1,22 @@
 """The lowered forms of ``memc::sparse_attention``, as ONNX functions; letters as in ``functions``, P pages in use.
 
-Descriptions are made by ReduceMax and the like, pages and tokens chosen by TopK, keys and values fetched by GatherND. A
-call's tokens that choose go one after the other through a Scan, so that nothing has an entry for each pair of tokens.
+Descriptions are made by ReduceMax and the like, pages and tokens chosen by TopK, keys and values fetched by GatherND.
+Where few tokens of a call choose, they go one after the other through a Scan; where many do, blocks of them do (see
+:mod:`memc.backends.onnx.blocks`), so that nothing has an entry for each pair of tokens.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from memc.backends.onnx import blocks
 from memc.backends.onnx.attend import Scores, attend, by_group, shape_of, weigh
+from memc.backends.onnx.blocks import FORCED, UNSEEN, Choice
 from memc.backends.onnx.functions import Function, float_, function, int_, ints
-
-FORCED, UNSEEN = 1e30, -1e30
-"""Ranks of what is always taken and of what is not there."""
-
 
 PLAN = (
     *("index", "touched", "page_index", "described", "dense_to", "sparse_from"),
     *("is_dense", "is_sparse", "reach", "dense_mask", "choosing", "alive"),
 )
 """What :func:`sparse_plan` gives and :func:`sparse_attention` takes."""
-
-
-@dataclass(frozen=True)
-class Choice:
-    """How a node chooses; fields as the op's arguments."""
-
-    method: str
-    page: int
-    budget: int
-    sinks: int
-    window: int
-    rerank: int
-    dense_below: int
-    channels: int = 0
-
-    @property
-    def by_token(self) -> bool:
-        """Whether tokens are ranked by what describes them, not whole pages."""
-        return self.method == "lowbit"
 
 
 def sparse_plan(groups: int, page: int, dense_below: int) -> Function:
@@ -250,19 +228,38 @@ def _dense(s: Scores, c: Choice, kernel: bool) -> str:
 
 
 def _sparse(s: Scores, c: Choice) -> str:
-    """Write a Scan over the last columns, zeros for those before."""
+    """Write the attention of the last columns, zeros for those before: a Scan over tokens, or over blocks of them."""
+    made = ["sparse_part", *(["sparse_log"] if s.lse else [])]
+    sizes = [s.value_dim, *([1] if s.lse else [])]
+
+    def branch(name: str, body: str) -> str:
+        results = (f"float[B,{s.heads},U,{size}] {name}_{what}" for what, size in zip(made, sizes, strict=True))
+        return f"{name}_branch () => ({', '.join(results)}) {{ {_joined(body)} }}"
+
     outputs = [f"float[B,{s.heads},{s.value_dim}] o", *([f"float[B,{s.heads},1] l"] if s.lse else [])]
     inputs = f"float[B,{s.heads},{s.key_dim}] q, int64[B] at"
     step = f"step ({inputs}) => ({', '.join(outputs)}) {{ {_joined(_step(s, c))} }}"
     axes = f"scan_input_axes = [2, 1], scan_output_axes = [{', '.join('2' for _ in outputs)}]"
-    scanned = ["sparse_part", *(["sparse_log"] if s.lse else [])]
+    scanned = ", ".join(f"token_{name}" for name in made)
+    single = f"""
+    {_numbers(c)}
+    {scanned} = Scan<num_scan_inputs = 2, {axes}, body = {step}>(sparse_query, sparse_at)
+    """
     lines = [
         "sparse_query = Slice(query, sparse_from, width, along)",
         "sparse_at = Slice(positions, sparse_from, width, time)",
-        *_numbers(c),
-        f"{', '.join(scanned)} = Scan<num_scan_inputs = 2, {axes}, body = {step}>(sparse_query, sparse_at)",
+        "count_sparse = Sub(width, sparse_from)",
+        ints("few", blocks.FEW),
+        "count_few = Greater(count_sparse, few)",
+        "many = Squeeze(count_few)",
+        int_("reach_of_blocks", blocks.REACH[c.method]),
+        "highest = ReduceMax<keepdims = 0>(positions)",
+        "near_enough = Less(highest, reach_of_blocks)",
+        "in_blocks_pays = And(many, near_enough)",
+        f"{', '.join(made)} = If<then_branch = {branch('block', blocks.scan(s, c, made))},"
+        f" else_branch = {branch('token', single)}>(in_blocks_pays)",
     ]
-    for what, part in zip(("output", "lse"), scanned, strict=False):
+    for what, part in zip(("output", "lse"), made, strict=False):
         lines += [
             f"{what}_before_shape = Concat<axis = 0>(batch, heads, sparse_from, {what}_size)",
             f"{what}_before = ConstantOfShape({what}_before_shape)",
@@ -307,25 +304,25 @@ def _log(s: Scores) -> str:
     return f"{ints('log_shape', 0, s.heads, 1)}\nl = Reshape(log, log_shape)" if s.lse else ""
 
 
-def _numbers(c: Choice) -> list[str]:
+def _numbers(c: Choice) -> str:
     """Write ``numbers [N]`` of what is ranked, and what the estimates are made from."""
     if not c.by_token:
-        return [
-            "in_use = Slice(next_pages, origin, described, along)",
-            "described0 = Squeeze(described)",
-            "numbers = Range(zero, described0, one)",
-        ]
-    return [
-        int_("page_", c.page),
-        "length_ = Mul(described, page_)",
-        "length0 = Squeeze(length_)",
-        "numbers = Range(zero, length0, one)",
-        "described0 = Squeeze(described)",
-        "page_numbers = Range(zero, described0, one)",
-        "page_column = Unsqueeze(page_numbers, ones)",
-        ints("of_page", 1, 0),
-        "page_part = Mul(page_column, of_page)",
-    ]
+        return """
+        in_use = Slice(next_pages, origin, described, along)
+        described0 = Squeeze(described)
+        numbers = Range(zero, described0, one)
+        """
+    return f"""
+    {int_("page_", c.page)}
+    length_ = Mul(described, page_)
+    length0 = Squeeze(length_)
+    numbers = Range(zero, length0, one)
+    described0 = Squeeze(described)
+    page_numbers = Range(zero, described0, one)
+    page_column = Unsqueeze(page_numbers, ones)
+    {ints("of_page", 1, 0)}
+    page_part = Mul(page_column, of_page)
+    """
 
 
 def _estimates(c: Choice) -> str:
@@ -350,18 +347,7 @@ def _estimates(c: Choice) -> str:
         estimates = MatMul(part_rows, row)
         estimate = ReduceMax<keepdims = 0>(estimates, along)
         """
-    if c.method == "bounds":
-        features = """
-        feature0 = Max(q_columns, absent)
-        feature1 = Min(q_columns, absent)
-        """
-    else:
-        features = f"""
-        feature0 = Identity(q_columns)
-        squared = Mul(q_columns, q_columns)
-        {float_("half", 0.5)}
-        feature1 = Mul(squared, half)
-        """
+    features = blocks.features(c, "q_columns")
     return f"""
     {features}
     features = Concat<axis = 2>(feature0, feature1)
