@@ -75,7 +75,9 @@ class Rows:
         """Yield each budget and choice, first the oracle, which ranks every token by its own key."""
         for budget in self.budgets:
             yield budget, f"method=bounds,rerank={self.length // budget},budget={budget}"
-            yield from ((budget, f"{choice},budget={budget}") for choice in self.choices)
+            for choice in self.choices:
+                if f"rerank={self.length // budget}" not in choice:
+                    yield budget, f"{choice},budget={budget}"
 
 
 LENGTHS = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -170,12 +171,13 @@ def test_equal_scores_are_taken_by_the_lower_index() -> None:
     assert first(rank, 9).all()
 
 
-def test_bounds_find_a_needle_that_means_lose(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bounds_and_channels_find_a_needle_that_means_lose(monkeypatch: pytest.MonkeyPatch) -> None:
     """One token in keys that resemble their neighbours; describing pages by their mean is the planted weak selector."""
     generator = torch.Generator().manual_seed(5)
     size, tokens = 64, 1024
     rule = Rule(size**-0.5, "bounds", page=16, budget=128, sinks=4, window=20, rerank=1, dense_below=0)
-    at, found = torch.tensor([[tokens - 1]]), {"bounds": 0, "mean": 0}
+    at, found = torch.tensor([[tokens - 1]]), {"bounds": 0, "lowbit": 0, "mean": 0}
+    by_channels = replace(rule, method="lowbit", channels=8)
     for where in range(100, 900, 40):
         noise = torch.randn(1, 1, tokens, size, generator=generator)
         keys = noise.clone()
@@ -185,10 +187,11 @@ def test_bounds_find_a_needle_that_means_lose(monkeypatch: pytest.MonkeyPatch) -
         keys[:, :, where] += query[:, :, 0]
         pages = keys.unflatten(2, (-1, 16))
         found["bounds"] += bool(chosen(query, keys, describe(pages, "bounds"), at, rule)[0, 0, 0, where])
+        found["lowbit"] += bool(chosen(query, keys, pages.mT, at, by_channels)[0, 0, 0, where])
         with monkeypatch.context() as patch:
             patch.setattr("memc.kernels.sparse_attention.choose.features", lambda q, _: q)
             found["mean"] += bool(chosen(query, keys, pages.mean(3), at, rule)[0, 0, 0, where])
-    assert found["bounds"] >= 19 and found["mean"] <= 10, found
+    assert found["bounds"] >= 19 and found["lowbit"] >= 19 and found["mean"] <= 10, found
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
