@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from memc.blocks import AttentionBlock
-from memc.dialect import arguments
+from memc.dialect import arguments, op_spec
 from memc.program import StateSpec
 from memc.rewrite import Editor
 
@@ -81,6 +81,39 @@ def of_others(split: HeadSplit, t: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {**t, **_part(split, t, split.others)}
 
 
+def of_kept(split: HeadSplit, t: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a layer's tensors with query, key, value, slopes and sink logits of the heads that are kept."""
+    return {**t, **_part(split, t, split.kept)}
+
+
+def attend_window(
+    editor: Editor, block: AttentionBlock, split: HeadSplit, inputs: Mapping[str, Node], window: int, sinks: int
+) -> Node:
+    """Insert ``memc::window_memory`` of the heads that are not kept and return its output's node.
+
+    ``inputs`` are the block's by the op's argument names, the states those that hold the window and the sink tokens.
+    """
+    row, bound = op_spec(torch.ops.memc.window_memory.default), arguments(block.attention)
+    assert row is not None
+
+    def layer(t: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        others = of_others(split, t)
+        results = torch.ops.memc.window_memory.default(
+            *(others.get(name) for name in _WINDOW_TENSORS),
+            scale=bound["scale"],
+            window=window,
+            sinks=sinks,
+            softcap=bound["softcap"],
+        )
+        return (results[0], *(results[index] for index in row.states.values()))
+
+    key = ("window", window, sinks, bound["scale"], bound["softcap"], split)
+    output, *after = editor.insert(layer, inputs, block.attention, block.path, key)
+    for name, value in zip(row.states, after, strict=True):
+        editor.set_next(inputs[name], value)
+    return output
+
+
 def attend_kept(editor: Editor, block: AttentionBlock, split: HeadSplit) -> Node:
     """Insert the attention of the kept heads, whose states must be theirs alone, and return its output's node."""
     bound = arguments(block.attention)
@@ -88,7 +121,7 @@ def attend_kept(editor: Editor, block: AttentionBlock, split: HeadSplit) -> Node
     options = {name: bound[name] for name in ("scale", "window", "softcap")}
 
     def trace(t: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        return tuple(torch.ops.memc.attention.default(**{**t, **_part(split, t, split.kept)}, **options))
+        return tuple(torch.ops.memc.attention.default(**of_kept(split, t), **options))
 
     output, *after = editor.insert(trace, inputs, block.attention, block.path, (split, *options.values()))
     for name, value in zip(("past_key", "past_value", "past_positions"), after, strict=True):
@@ -104,6 +137,19 @@ def join_heads(editor: Editor, block: AttentionBlock, split: HeadSplit, kept: No
 
     (whole,) = editor.insert(trace, {"kept": kept, "others": others}, block.attention, block.path, ("join", split))
     return whole
+
+
+_WINDOW_TENSORS = (
+    "query",
+    "key",
+    "value",
+    "positions",
+    "past_key",
+    "past_value",
+    "past_positions",
+    "slopes",
+    "sink_logits",
+)
 
 
 def _part(split: HeadSplit, t: Mapping[str, Tensor], groups: tuple[int, ...]) -> dict[str, Tensor]:

@@ -75,17 +75,17 @@ def listed(layers: Iterable[int]) -> str:
     return f"[{','.join(map(str, sorted(layers)))}]"
 
 
-def check_heads(pass_name: str, keep: str) -> bool:
-    """Tell whether ``keep`` is about heads; raises ``MemcError`` E203 when it is and not of the form."""
+def check_heads(pass_name: str, keep: str, option: str = "keep") -> bool:
+    """Tell whether an option is about heads; raises ``MemcError`` E203 when it is and not of the form."""
     if not keep.startswith("heads"):
         return False
     match = _HEADS.fullmatch(keep)
     if match is None or (match["share"] and not 0 < float(match["share"]) < 100):
         raise MemcError(
             "E203",
-            "option 'keep' names heads as heads:P%, P between 0 and 100, or as a list LAYER.HEAD",
-            where=f"{pass_name}:keep={keep}",
-            next=f"write {pass_name}:keep=heads:10% or {pass_name}:keep=heads:[3.0,3.2]",
+            f"option '{option}' names heads as heads:P%, P between 0 and 100, or as a list LAYER.HEAD",
+            where=f"{pass_name}:{option}={keep}",
+            next=f"write {pass_name}:{option}=heads:10% or {pass_name}:{option}=heads:[3.0,3.2]",
         )
     return True
 
@@ -101,8 +101,10 @@ def listed_groups(groups: Iterable[Group]) -> str:
     return f"heads:[{','.join(f'{layer}.{group}' for layer, group in sorted(groups))}]"
 
 
-def kept_groups(keep: str, blocks: Iterable[AttentionBlock], open_blocks: Iterable[AttentionBlock]) -> frozenset[Group]:
-    """Return the groups of heads that ``keep`` names.
+def kept_groups(
+    keep: str, blocks: Iterable[AttentionBlock], open_blocks: Iterable[AttentionBlock], option: str = "keep"
+) -> frozenset[Group]:
+    """Return the groups of heads that an option names.
 
     A share that is still open stands for as many groups of ``open_blocks``, evenly spread. Raises ``MemcError`` E203
     for a group that no block has.
@@ -117,7 +119,9 @@ def kept_groups(keep: str, blocks: Iterable[AttentionBlock], open_blocks: Iterab
     if missing := sorted(named - set(groups_of(blocks))):
         (layer, group), (last, most) = missing[0], max(groups_of(blocks), default=(-1, -1))
         have = f"layers 0 to {last}, heads 0 to {most} in the last" if last >= 0 else "no attention layer"
-        raise MemcError("E203", f"option 'keep' names key-value head {layer}.{group}", keep, f"the model has {have}")
+        raise MemcError(
+            "E203", f"option '{option}' names key-value head {layer}.{group}", keep, f"the model has {have}"
+        )
     return frozenset(named)
 
 

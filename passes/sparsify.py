@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -11,14 +11,16 @@ from torch import Tensor
 from torch.fx import Node
 
 from memc import sites
+from memc.analysis.heads import head_roles
 from memc.blocks import Alibi, AttentionBlock, Chunked, SlidingWindow
 from memc.dialect import arguments, op_spec
-from memc.dialect.sparse_attention import METHODS, forced_pages
+from memc.dialect.sparse_attention import METHODS, description, forced_pages
 from memc.errors import MemcError
+from memc.head_split import HeadSplit, attend_window, join_heads, of_kept, split_states
 from memc.pipeline import Pass, PassReport, Plan, option
-from memc.program import Program, StateSpec
+from memc.program import Dim, Program, StateSpec
 from memc.relation import Bounded, Close, Relation
-from memc.rewrite import Editor, result_of
+from memc.rewrite import Editor, result_of, window_states
 from memc.target import Target
 
 
@@ -27,18 +29,30 @@ class Sparsify(Pass):
     """Let every token read at most ``budget`` earlier tokens, chosen anew for each token and key-value head.
 
     Training-free, and nothing is forgotten: all keys and values stay in the growing state. Each site's
-    ``memc::attention`` becomes ``memc::sparse_attention``. Keys are described page by page: by the bounds of each
-    channel (``method=bounds``; Quest, Tang et al. 2024) or by its mean and variance (``method=moments``). A token takes
-    the pages that score highest, the first ``sinks`` tokens and the last ``window`` always among them. With ``rerank``
-    n over 1 it takes n budgets' worth of pages, ranks their tokens by their own keys and reads the values of the best.
-    Soft-cap and sink logits stay; what is done to queries and keys before the attention (QK-norm, rotary) is as it was.
+    ``memc::attention`` becomes ``memc::sparse_attention``, which takes the first ``sinks`` tokens, the last ``window``,
+    and of the others those that score highest:
 
-    What is read for a token at context N, in keys or values of one head: 2 N / ``page`` of descriptions,
-    ``rerank`` ``budget`` keys, ``budget`` values, in place of 2 N. Below ``dense_below`` tokens everything is read,
-    which is faster there.
+    - ``method=lowbit``: by the few ``channels`` of every key in which the query is strongest (SparQ, Ribar et al.
+      2024), read from a second copy of the keys that is laid out channel by channel; the state has half as much again;
+    - ``method=bounds``: page by page, by the bounds of each channel (Quest, Tang et al. 2024);
+    - ``method=moments``: page by page, by the mean and variance of each channel.
 
-    Identity setting: ``budget`` or ``dense_below`` at least as long as the context. Prompts of at most the longer of
-    the two give the original logits by construction; beyond, the perplexity ratio is measured and nothing is promised.
+    With ``rerank`` n over 1 a token takes n budgets' worth, ranks these tokens by their whole keys and reads the values
+    of the best. Soft-cap and sink logits stay; what is done to queries and keys before the attention (QK-norm, rotary)
+    is as it was.
+
+    What is read for a token at context N, in keys or values of one head of size D: ``channels`` / D N (``lowbit``) or
+    2 N / ``page`` to choose by, ``rerank`` ``budget`` keys, ``budget`` values, in place of 2 N. Below ``dense_below``
+    tokens everything is read, which is faster there.
+
+    ``retrieve=heads:P%`` does so for the P percent of the key-value heads (each with the query heads that read it)
+    whose best query head looks up earlier tokens most by the scores of :mod:`memc.analysis.heads`, fewer where no more
+    do at all. The others stream (DuoAttention, Xiao et al. 2025; RazorAttention, Tang et al. 2025):
+    ``memc::window_memory`` of ``stream_window`` tokens and the sinks, whose state does not grow.
+
+    Identity setting: ``budget`` or ``dense_below`` at least as long as the context, and ``stream_window`` where heads
+    stream. Prompts of at most the longer of the first two, and no longer than the third, give the original logits by
+    construction; beyond, the perplexity ratio is measured and nothing is promised.
 
     Does not handle:
 
@@ -56,72 +70,147 @@ class Sparsify(Pass):
 
     name: ClassVar[str] = "sparsify"
 
-    method: str = option("bounds", "what a page is described and scored by", choices=METHODS)
+    method: str = option("lowbit", "what tokens, or their pages, are ranked by", choices=METHODS)
+    channels: int = option(0, "of every key that lowbit ranks by; 0 for an eighth", unit="channels", min=0)
     budget: int = option(512, "most tokens that a token reads, sinks and window among them", unit="tokens", min=1)
-    page: int = option(16, "keys that share a description; divides the budget", unit="tokens", min=1)
+    page: int = option(
+        0,
+        "keys described together; divides the budget; 0 for 16, or 64 with lowbit where the budget allows it",
+        unit="tokens",
+        min=0,
+    )
     sinks: int = option(4, "first tokens of the sequence that every token reads", unit="tokens", min=0)
     window: int = option(48, "most recent tokens that a token reads, itself included", unit="tokens", min=1)
     rerank: int = option(2, "budgets' worth of pages whose tokens are ranked one by one; 1 for none", unit="", min=1)
     dense_below: int = option(1024, "position from which on the choice is made", unit="tokens", min=0)
+    retrieve: str = option(
+        "all",
+        "key-value heads that choose among all tokens: all; heads:P%, the P percent whose query heads look up earlier"
+        " tokens most; or heads:[3.0,3.2], by LAYER.HEAD. The others stream: they hold sinks and window",
+    )
+    stream_window: int = option(256, "most recent tokens that a head that streams reads", unit="tokens", min=1)
     keep: str = option("none", sites.KEEP_HELP)
 
     def __post_init__(self) -> None:
         """Check every option, and those that go together."""
         super().__post_init__()
         sites.check_keep(self.name, self.keep)
-        where = f"{self.name}:budget={self.budget},page={self.page},sinks={self.sinks},window={self.window}"
-        least = forced_pages(self.page, self.sinks, self.window) * self.page
-        if self.budget % self.page:
-            more = max(least, -(-self.budget // self.page) * self.page)
-            message = f"a budget of {self.budget} is not whole pages of {self.page}"
+        if self.retrieve != "all" and not sites.check_heads(self.name, self.retrieve, "retrieve"):
+            where = f"{self.name}:retrieve={self.retrieve}"
+            raise MemcError("E203", "option 'retrieve' is all, heads:P% or heads:[LAYER.HEAD,...]", where)
+        page = self.page_size
+        where = f"{self.name}:budget={self.budget},page={page},sinks={self.sinks},window={self.window}"
+        least = self._least(page)
+        if self.budget % page:
+            more = max(least, -(-self.budget // page) * page)
+            message = f"a budget of {self.budget} is not whole pages of {page}"
             raise MemcError("E203", message, where, f"write {self.name}:budget={more}")
         if self.budget < least:
             message = f"the pages of {self.sinks} sinks and a window of {self.window} may hold {least} tokens"
             raise MemcError("E203", f"{message}, the budget {self.budget}", where, f"write {self.name}:budget={least}")
 
     @property
+    def page_size(self) -> int:
+        """Tokens of a page; longer ones keep each channel of ``lowbit`` in fewer pieces."""
+        if self.page or self.method != "lowbit":
+            return self.page or 16
+        return next((page for page in (64, 32) if self.budget % page == 0 and self._least(page) <= self.budget), 16)
+
+    @property
     def exact_to(self) -> int:
         """Tokens of a sequence up to which everything is read."""
         return max(self.budget, self.dense_below)
+
+    def resolve(self, program: Program, target: Target) -> tuple[Sparsify, dict[str, Any]]:
+        """Name the heads that ``retrieve=heads:P%`` stands for, by their scores on repeated random tokens."""
+        share, blocks = sites.heads_share(self.retrieve), self._open(program)
+        if share is None or not blocks or program.is_fake:
+            return self, {}
+        roles = head_roles(program)
+        kept = roles.best(share, [(block.layer, block.path) for block in blocks])
+        return replace(self, retrieve=sites.listed_groups(kept)), {"heads": roles.to_json(kept)}
 
     def plan(self, program: Program, target: Target) -> Plan:
         """Choose every causal attention block that ``keep`` does not name."""
         blocks = sites.attention_blocks(program)
         chosen, rejections = sites.choose_sites(blocks, self.keep, lambda block: _refuse(program, block))
-        relations: tuple[Relation, ...] = (Close(1e-4, tokens=self.exact_to), Bounded("perplexity_ratio", None))
+        exact = self.exact_to
+        if self.retrieve != "all":
+            heads = sites.kept_groups(self.retrieve, blocks, self._open(program), "retrieve")
+            by_layer = {site: sorted(group for layer, group in heads if layer == site.layer) for site in chosen}
+            chosen = tuple(replace(site, kept=tuple(kept)) for site, kept in by_layer.items())
+            exact = min(exact, self.stream_window)
+        relations: tuple[Relation, ...] = (Close(1e-4, tokens=exact), Bounded("perplexity_ratio", None))
         return Plan(self.spec, chosen, rejections, relations)
 
     def apply(self, program: Program, plan: Plan) -> tuple[Program, PassReport]:
         """Rewrite the plan's sites."""
         editor = Editor(program)
         blocks = sites.planned_blocks(editor.program, plan)
-        details = {str(block.layer): self._rewrite(editor, block) for block, _ in blocks}
+        details = {str(block.layer): self._rewrite(editor, block, split) for block, split in blocks}
         report = PassReport(plan.spec, plan.sites, plan.rejections, plan.relations, details=details)
         return editor.finish(), report
 
-    def _rewrite(self, editor: Editor, block: AttentionBlock) -> dict[str, Any]:
-        node, row = block.attention, op_spec(torch.ops.memc.sparse_attention.default)
-        assert row is not None
-        bound = arguments(node)
-        inputs = {name: value for name, value in bound.items() if isinstance(value, Node)}
-        held = editor.states_of(node)["past_key"]
-        shape = ("B", block.num_kv_heads, f"S/{self.page}", 2 * int(held.shape[3]))
-        pages = StateSpec(held.name.replace("_key", "_pages"), held.dtype, shape, grows=2)
-        inputs["past_pages"] = editor.add_state(pages, inputs["past_positions"])
-        options = {name: getattr(self, name) for name in ("method", "page", "budget", "sinks", "window", "rerank")}
-        options |= {"dense_below": self.exact_to, "scale": bound["scale"], "softcap": bound["softcap"]}
+    def _open(self, program: Program) -> list[AttentionBlock]:
+        """Return the blocks that can be rewritten and are."""
+        blocks = sites.attention_blocks(program)
+        kept = sites.kept_layers(self.keep, (block.layer for block in blocks))
+        return [block for block in blocks if block.layer not in kept and _refuse(program, block) is None]
 
-        def layer(t: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-            results = torch.ops.memc.sparse_attention.default(*(t.get(name) for name in _TENSORS), **options)
-            return (results[0], *(results[index] for index in row.states.values()))
+    def _least(self, page: int) -> int:
+        """Return the least budget that sinks and window fit into."""
+        return forced_pages(page, self.sinks, self.window) * page
 
-        output, *after = editor.insert(layer, inputs, node, block.path, tuple(options.items()))
+    def _rewrite(self, editor: Editor, block: AttentionBlock, split: HeadSplit) -> dict[str, Any]:
+        node = block.attention
+        if self.retrieve == "all":
+            split = replace(split, kept=tuple(range(split.groups)))
+        inputs = {name: value for name, value in arguments(node).items() if isinstance(value, Node)}
+        facts: dict[str, Any] = {}
+        streamed, slots = None, self.stream_window + self.sinks
         old = result_of(node, 0)
         assert old is not None
-        old.replace_all_uses_with(output)
+        if split.others:
+            facts = {"retrieving": list(split.kept), "stream_window": self.stream_window}
+            if split.kept:
+                states, specs = split_states(editor, node, len(split.kept), slots)
+            else:
+                states, specs = {}, window_states(editor, node, slots)
+            facts["state_bytes"] = sum(spec.bytes(0) for spec in specs)
+            streamed = attend_window(editor, block, split, {**inputs, **states}, self.stream_window, self.sinks)
+        if not split.kept:
+            assert streamed is not None
+            old.replace_all_uses_with(streamed)
+            return facts
+        output, more = self._sparse(editor, block, split, inputs)
+        old.replace_all_uses_with(output if streamed is None else join_heads(editor, block, split, output, streamed))
+        return facts | more
+
+    def _sparse(
+        self, editor: Editor, block: AttentionBlock, split: HeadSplit, inputs: dict[str, Node]
+    ) -> tuple[Node, dict[str, Any]]:
+        """Insert the attention of the heads that retrieve, whose states must be theirs alone."""
+        node, row = block.attention, op_spec(torch.ops.memc.sparse_attention.default)
+        assert row is not None
+        bound, held = arguments(node), editor.states_of(node)["past_key"]
+        page, size = self.page_size, int(held.shape[3])
+        shape: tuple[Dim, ...] = ("B", len(split.kept), f"S/{page}", *description(self.method, page, size))
+        pages = StateSpec(held.name.replace("_key", "_pages"), held.dtype, shape, grows=2)
+        inputs = {**inputs, "past_pages": editor.add_state(pages, inputs["past_positions"])}
+        options = {name: getattr(self, name) for name in ("method", "budget", "sinks", "window", "rerank")}
+        options |= {"page": page, "dense_below": self.exact_to, "scale": bound["scale"], "softcap": bound["softcap"]}
+        if self.method == "lowbit":
+            options["channels"] = min(size, self.channels or max(1, size // 8))
+
+        def layer(t: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+            kept = of_kept(split, t)
+            results = torch.ops.memc.sparse_attention.default(*(kept.get(name) for name in _TENSORS), **options)
+            return (results[0], *(results[index] for index in row.states.values()))
+
+        output, *after = editor.insert(layer, inputs, node, block.path, (split, *options.items()))
         for name, value in zip(row.states, after, strict=True):
             editor.set_next(inputs[name], value)
-        return {"budget": self.budget, "page": self.page, "page_bytes_per_token": pages.bytes(self.page) / self.page}
+        return output, {"budget": self.budget, "page": page, "page_bytes_per_token": pages.bytes(page) / page}
 
 
 def _refuse(program: Program, block: AttentionBlock) -> sites.Refusal | None:

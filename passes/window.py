@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor
 from torch.fx import Node
 
 from memc import sites
 from memc.blocks import AttentionBlock, SlidingWindow
-from memc.dialect import arguments, op_spec
-from memc.head_split import HeadSplit, attend_kept, join_heads, of_others, split_states
+from memc.dialect import arguments
+from memc.head_split import HeadSplit, attend_kept, attend_window, join_heads, split_states
 from memc.pipeline import Pass, PassReport, Plan, option
 from memc.program import Program
 from memc.relation import Bounded, Close, Relation
@@ -82,10 +79,8 @@ class Window(Pass):
         window, sinks = self.window, self.sinks
         if isinstance(block.mask, SlidingWindow) and block.mask.size <= window:
             window, sinks = block.mask.size, 0
-        node, row = block.attention, op_spec(torch.ops.memc.window_memory.default)
-        assert row is not None
-        bound = arguments(node)
-        inputs, kept = {name: value for name, value in bound.items() if isinstance(value, Node)}, None
+        node = block.attention
+        inputs, kept = {name: value for name, value in arguments(node).items() if isinstance(value, Node)}, None
         if split.kept:
             states, specs = split_states(editor, node, len(split.kept), window + sinks)
             kept = attend_kept(editor, block, split)
@@ -93,35 +88,8 @@ class Window(Pass):
         else:
             specs = window_states(editor, node, window + sinks)
 
-        def layer(t: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-            others = of_others(split, t)
-            results = torch.ops.memc.window_memory.default(
-                *(others.get(name) for name in _TENSORS),
-                scale=bound["scale"],
-                window=window,
-                sinks=sinks,
-                softcap=bound["softcap"],
-            )
-            return (results[0], *(results[index] for index in row.states.values()))
-
-        key = (window, sinks, bound["scale"], bound["softcap"], split)
-        output, *after = editor.insert(layer, inputs, node, block.path, key)
+        output = attend_window(editor, block, split, inputs, window, sinks)
         old = result_of(node, 0)
         assert old is not None
         old.replace_all_uses_with(output if kept is None else join_heads(editor, block, split, kept, output))
-        for name, value in zip(row.states, after, strict=True):
-            editor.set_next(inputs[name], value)
         return {"window": window, "sinks": sinks, "state_bytes": sum(spec.bytes(0) for spec in specs)}
-
-
-_TENSORS = (
-    "query",
-    "key",
-    "value",
-    "positions",
-    "past_key",
-    "past_value",
-    "past_positions",
-    "slopes",
-    "sink_logits",
-)

@@ -11,7 +11,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate
 
-from memc.backends.onnx import attend, calls, functions, sparse, window
+from memc.backends.onnx import attend, blocks, calls, functions, sparse, window
 from memc.backends.onnx.capability import has_kernel
 from memc.backends.onnx.functions import Function
 from memc.backends.onnx.simplify import simplify
@@ -164,7 +164,7 @@ class _Rewriter:
         return [*self.parts(out, 3), a["past_positions"]]
 
     def sparse_attention(self, node: Node, a: Mapping[str, Any]) -> list[Node | None]:
-        s, c = scores(node, a), sparse.Choice(*(a[field.name] for field in fields(sparse.Choice)))
+        s, c = scores(node, a), blocks.Choice(*(a[field.name] for field in fields(blocks.Choice)))
         for name, index in (("past_key", 2), ("past_value", 3), ("past_positions", 4), ("past_pages", 5)):
             self._direct(node, a[name], index)
         past = [a[name] for name in ("past_key", "past_value", "past_pages")]

@@ -1,19 +1,16 @@
 """The lowered forms of ``memc::sparse_attention``, as ONNX functions; letters as in ``functions``, P pages in use.
 
-Descriptions are made by ReduceMax and the like, pages and tokens chosen by TopK, keys and values fetched by GatherND. A
-call's tokens that choose go one after the other through a Scan, so that nothing has an entry for each pair of tokens.
+Descriptions are made by ReduceMax and the like, pages and tokens chosen by TopK, keys and values fetched by GatherND.
+Where few tokens of a call choose, they go one after the other through a Scan; where many do, blocks of them do (see
+:mod:`memc.backends.onnx.blocks`), so that nothing has an entry for each pair of tokens.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from memc.backends.onnx import blocks
 from memc.backends.onnx.attend import Scores, attend, by_group, shape_of, weigh
+from memc.backends.onnx.blocks import FORCED, UNSEEN, Choice
 from memc.backends.onnx.functions import Function, float_, function, int_, ints
-
-FORCED, UNSEEN = 1e30, -1e30
-"""Ranks of what is always taken and of what is not there."""
-
 
 PLAN = (
     *("index", "touched", "page_index", "described", "dense_to", "sparse_from"),
@@ -22,24 +19,11 @@ PLAN = (
 """What :func:`sparse_plan` gives and :func:`sparse_attention` takes."""
 
 
-@dataclass(frozen=True)
-class Choice:
-    """How a node chooses; fields as the op's arguments."""
-
-    method: str
-    page: int
-    budget: int
-    sinks: int
-    window: int
-    rerank: int
-    dense_below: int
-
-
 def sparse_plan(groups: int, page: int, dense_below: int) -> Function:
     """Where the new tokens go, which pages they touch, and which columns of the call choose.
 
     ``positions [B,T]``, a buffer ``[B,G,C,D]`` whose slot is the position (the last one takes padding) and ``pages
-    [B,G,M,2D]`` give ``index [B,G,T,3]`` of the slots written; ``touched [B,G,n page,1]``, the slots of n pages that
+    [B,G,M,...]`` give ``index [B,G,T,3]`` of the slots written; ``touched [B,G,n page,1]``, the slots of n pages that
     hold every new token, ``page_index [B,G,n,3]``, and ``described [1]``, the pages in use; ``dense_to`` and
     ``sparse_from [1]``, the end of the columns that read everything and the start of those that choose, with
     ``is_dense`` and ``is_sparse``, whether there are any; ``reach [1]`` and ``dense_mask [B,1,dense_to,reach]``, what
@@ -171,6 +155,8 @@ def _describe(s: Scores, c: Choice) -> str:
         half0 = ReduceMax<keepdims = 0>(by_page, last_axis)
         half1 = ReduceMin<keepdims = 0>(by_page, last_axis)
         """
+    elif c.method == "lowbit":
+        describe = "description = Transpose<perm = [0, 1, 2, 4, 3]>(by_page)"
     else:
         describe = """
         mean = ReduceMean(by_page, last_axis)
@@ -179,12 +165,13 @@ def _describe(s: Scores, c: Choice) -> str:
         square = Mul(away, away)
         half1 = ReduceMean<keepdims = 0>(square, last_axis)
         """
+    if c.method != "lowbit":
+        describe += "description = Concat<axis = -1>(half0, half1)"
     return f"""
     fresh = GatherND<batch_dims = 2>(next_key, touched)
     {ints("paged", 0, 0, -1, c.page, s.key_dim)}
     by_page = Reshape(fresh, paged)
     {describe}
-    description = Concat<axis = -1>(half0, half1)
     next_pages = ScatterND(past_pages, page_index, description)
     """
 
@@ -241,21 +228,38 @@ def _dense(s: Scores, c: Choice, kernel: bool) -> str:
 
 
 def _sparse(s: Scores, c: Choice) -> str:
-    """Write a Scan over the last columns, zeros for those before."""
+    """Write the attention of the last columns, zeros for those before: a Scan over tokens, or over blocks of them."""
+    made = ["sparse_part", *(["sparse_log"] if s.lse else [])]
+    sizes = [s.value_dim, *([1] if s.lse else [])]
+
+    def branch(name: str, body: str) -> str:
+        results = (f"float[B,{s.heads},U,{size}] {name}_{what}" for what, size in zip(made, sizes, strict=True))
+        return f"{name}_branch () => ({', '.join(results)}) {{ {_joined(body)} }}"
+
     outputs = [f"float[B,{s.heads},{s.value_dim}] o", *([f"float[B,{s.heads},1] l"] if s.lse else [])]
     inputs = f"float[B,{s.heads},{s.key_dim}] q, int64[B] at"
     step = f"step ({inputs}) => ({', '.join(outputs)}) {{ {_joined(_step(s, c))} }}"
     axes = f"scan_input_axes = [2, 1], scan_output_axes = [{', '.join('2' for _ in outputs)}]"
-    scanned = ["sparse_part", *(["sparse_log"] if s.lse else [])]
+    scanned = ", ".join(f"token_{name}" for name in made)
+    single = f"""
+    {_numbers(c)}
+    {scanned} = Scan<num_scan_inputs = 2, {axes}, body = {step}>(sparse_query, sparse_at)
+    """
     lines = [
         "sparse_query = Slice(query, sparse_from, width, along)",
         "sparse_at = Slice(positions, sparse_from, width, time)",
-        "in_use = Slice(next_pages, origin, described, along)",
-        "described0 = Squeeze(described)",
-        "numbers = Range(zero, described0, one)",
-        f"{', '.join(scanned)} = Scan<num_scan_inputs = 2, {axes}, body = {step}>(sparse_query, sparse_at)",
+        "count_sparse = Sub(width, sparse_from)",
+        ints("few", blocks.FEW),
+        "count_few = Greater(count_sparse, few)",
+        "many = Squeeze(count_few)",
+        int_("reach_of_blocks", blocks.REACH[c.method]),
+        "highest = ReduceMax<keepdims = 0>(positions)",
+        "near_enough = Less(highest, reach_of_blocks)",
+        "in_blocks_pays = And(many, near_enough)",
+        f"{', '.join(made)} = If<then_branch = {branch('block', blocks.scan(s, c, made))},"
+        f" else_branch = {branch('token', single)}>(in_blocks_pays)",
     ]
-    for what, part in zip(("output", "lse"), scanned, strict=False):
+    for what, part in zip(("output", "lse"), made, strict=False):
         lines += [
             f"{what}_before_shape = Concat<axis = 0>(batch, heads, sparse_from, {what}_size)",
             f"{what}_before = ConstantOfShape({what}_before_shape)",
@@ -281,7 +285,8 @@ def _step(s: Scores, c: Choice) -> str:
     {float_("unseen_rank", UNSEEN)}
     {int_("sinks", c.sinks)}
     {int_("window", c.window)}
-    {_pages(c)}
+    {_estimates(c)}
+    {_candidates(c)}
     {_tokens(c)}
     score0 = Transpose<perm = [0, 1, 3, 2]>(scores)
     mask = Unsqueeze(live, along)
@@ -299,48 +304,103 @@ def _log(s: Scores) -> str:
     return f"{ints('log_shape', 0, s.heads, 1)}\nl = Reshape(log, log_shape)" if s.lse else ""
 
 
-def _pages(c: Choice) -> str:
-    """Write ``candidates [B,G,N]``, the slots of the pages chosen, in order."""
-    if c.method == "bounds":
-        features = """
-        feature0 = Max(q_columns, absent)
-        feature1 = Min(q_columns, absent)
+def _numbers(c: Choice) -> str:
+    """Write ``numbers [N]`` of what is ranked, and what the estimates are made from."""
+    if not c.by_token:
+        return """
+        in_use = Slice(next_pages, origin, described, along)
+        described0 = Squeeze(described)
+        numbers = Range(zero, described0, one)
         """
-    else:
-        features = f"""
-        feature0 = Identity(q_columns)
-        squared = Mul(q_columns, q_columns)
-        {float_("half", 0.5)}
-        feature1 = Mul(squared, half)
+    return f"""
+    {int_("page_", c.page)}
+    length_ = Mul(described, page_)
+    length0 = Squeeze(length_)
+    numbers = Range(zero, length0, one)
+    described0 = Squeeze(described)
+    page_numbers = Range(zero, described0, one)
+    page_column = Unsqueeze(page_numbers, ones)
+    {ints("of_page", 1, 0)}
+    page_part = Mul(page_column, of_page)
+    """
+
+
+def _estimates(c: Choice) -> str:
+    """Write ``estimate [B,G,N]``, the scores of the pages or tokens by what describes them."""
+    if c.by_token:
+        return f"""
+        magnitudes = Abs(q_columns)
+        strength = ReduceSum<keepdims = 0>(magnitudes, last_axis)
+        {ints("count_", c.channels)}
+        strongest, channel = TopK<axis = 2>(strength, count_)
+        channel_column = Unsqueeze(channel, last_axis)
+        part = GatherND<batch_dims = 2>(q_columns, channel_column)
+        part_rows = Transpose<perm = [0, 1, 3, 2]>(part)
+        {ints("row_axes", 3, 4)}
+        channel_at = Unsqueeze(channel, row_axes)
+        {ints("of_channel", 0, 1)}
+        channel_part = Mul(channel_at, of_channel)
+        row_index = Add(channel_part, page_part)
+        rows = GatherND<batch_dims = 2>(next_pages, row_index)
+        {ints("row_shape", 0, 0, 0, -1)}
+        row = Reshape(rows, row_shape)
+        estimates = MatMul(part_rows, row)
+        estimate = ReduceMax<keepdims = 0>(estimates, along)
         """
+    features = blocks.features(c, "q_columns")
     return f"""
     {features}
     features = Concat<axis = 2>(feature0, feature1)
     estimates = MatMul(in_use, features)
     estimate = ReduceMax<keepdims = 0>(estimates, last_axis)
+    """
+
+
+def _candidates(c: Choice) -> str:
+    """Write ``candidates [B,G,M]``, the slots of the pages or tokens of the highest estimates, in order."""
+    if c.by_token:
+        forced = f"""
+        {int_("sinks_end", c.sinks)}
+        edge1 = Mul(own, page)
+        edge = Min(edge0, edge1)
+        seen = LessOrEqual(numbers, p)
+        """
+        most, slots = c.rerank * c.budget, "each1 = Identity(picked)"
+    else:
+        forced = f"""
+        {int_("sinks_end", -(-c.sinks // c.page))}
+        edge1 = Max(edge0, zero)
+        edge = Div(edge1, page)
+        seen = LessOrEqual(numbers, own)
+        """
+        most, slots = (
+            c.rerank * c.budget // c.page,
+            f"""
+        picked_start = Mul(picked, page)
+        picked1 = Unsqueeze(picked_start, last_axis)
+        inside = Range(zero, page, one)
+        each0 = Add(picked1, inside)
+        {ints("flat", 0, 0, -1)}
+        each1 = Reshape(each0, flat)
+        """,
+        )
+    return f"""
     {int_("page", c.page)}
     own = Div(p, page)
     {int_("back", c.window - 1)}
     edge0 = Sub(p, back)
-    edge1 = Max(edge0, zero)
-    edge = Div(edge1, page)
-    {int_("sink_pages", -(-c.sinks // c.page))}
-    seen = LessOrEqual(numbers, own)
+    {forced}
     near = GreaterOrEqual(numbers, edge)
-    sunk = Less(numbers, sink_pages)
+    sunk = Less(numbers, sinks_end)
     taken = Or(near, sunk)
     rank0 = Where(taken, forced_rank, estimate)
     rank1 = Where(seen, rank0, unseen_rank)
-    {ints("page_budget", c.rerank * c.budget // c.page)}
-    page_count = Min(described, page_budget)
-    page_ranks, picked0 = TopK<axis = 2, sorted = 0>(rank1, page_count)
-    picked, picked_order = TopK<axis = 2, largest = 0>(picked0, page_count)
-    picked_start = Mul(picked, page)
-    picked1 = Unsqueeze(picked_start, last_axis)
-    inside = Range(zero, page, one)
-    each0 = Add(picked1, inside)
-    {ints("flat", 0, 0, -1)}
-    each1 = Reshape(each0, flat)
+    {ints("most", most)}
+    number_count = Shape(numbers)
+    count = Min(number_count, most)
+    ranks, picked0 = TopK<axis = 2, sorted = 0>(rank1, count)
+    picked, picked_order = TopK<axis = 2, largest = 0>(picked0, count)
+    {slots}
     slots_held = Shape<start = 2, end = 3>(next_key)
     spare = Sub(slots_held, ones)
     candidates = Min(each1, spare)

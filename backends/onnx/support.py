@@ -96,7 +96,7 @@ def form(node: Node) -> Yes | No:
             reason = plain_reason(scores(node, a))
             product = "Attention-24" if reason is None else f"MatMul, Softmax ({reason})"
             below = f", {product} below {a['dense_below']} tokens" if a["dense_below"] else ""
-            return Yes(f"ScatterND in place (slot = position), TopK of pages and tokens, GatherND, Scan{below}")
+            return Yes(f"ScatterND in place (slot = position), TopK, GatherND and Scan, masks where many choose{below}")
         case "linear_memory":
             if not has_kernel("LinearAttention", MICROSOFT):
                 return Yes("Scan, one step a token: this runtime has no kernel for LinearAttention")

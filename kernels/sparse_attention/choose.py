@@ -1,4 +1,4 @@
-"""Which tokens a query reads: pages described, scored and chosen, and their tokens ranked again.
+"""Which tokens a query reads: pages described, they or their tokens scored and chosen, and tokens ranked again.
 
 Sizes: B batch, H heads, G key-value heads, T queries, P pages, L = P page tokens; token j of a sequence is column j.
 """
@@ -23,10 +23,13 @@ class Rule:
     window: int
     rerank: int
     dense_below: int
+    channels: int = 0
 
 
 def describe(keys: Tensor, method: str) -> Tensor:
-    """Return the descriptions ``[..., 2D]`` of whole pages of ``keys [..., page, D]``."""
+    """Return the descriptions of pages of ``keys [..., page, D]``: ``[..., 2D]``, of ``lowbit`` ``[..., D, page]``."""
+    if method == "lowbit":
+        return keys.mT
     if method == "bounds":
         return torch.cat([keys.amax(-2), keys.amin(-2)], -1)
     mean = keys.mean(-2, keepdim=True)
@@ -46,6 +49,13 @@ def best_of_group(query: Tensor, rows: Tensor) -> Tensor:
     groups = rows.shape[1]
     products = query.reshape(batch, groups, heads // groups * tokens, size) @ rows.mT
     return products.view(batch, groups, heads // groups, tokens, -1).amax(2)
+
+
+def strongest(query: Tensor, groups: int, count: int) -> Tensor:
+    """Keep, of ``query [B,H,T,D]``, the ``count`` channels of the highest magnitudes, summed over a group's heads."""
+    by_group = query.unflatten(1, (groups, -1))
+    kept: Tensor = by_group * first(by_group.abs().sum(2, keepdim=True), count)
+    return kept.flatten(1, 2)
 
 
 def first(rank: Tensor, count: int) -> Tensor:
@@ -69,12 +79,26 @@ def chosen_pages(query: Tensor, pages: Tensor, at: Tensor, rule: Rule) -> Tensor
     return first(rank, rule.rerank * rule.budget // rule.page) & seen
 
 
+def chosen_by_channels(query: Tensor, pages: Tensor, at: Tensor, rule: Rule) -> Tensor:
+    """Mark the tokens ``[B,G,T,L]`` that queries ``[B,H,T,D]`` take by their strongest channels, as ``lowbit`` does."""
+    p, j = at[:, None, :, None], torch.arange(pages.shape[2] * rule.page, device=pages.device)
+    seen = j <= p
+    # The page of the query itself may not be complete, and is not described before it is.
+    forced = seen & ((j < rule.sinks) | (p - j < rule.window) | (j // rule.page == p // rule.page))
+    rank = best_of_group(strongest(query, pages.shape[1], rule.channels), pages.mT.flatten(2, 3))
+    rank = rank.masked_fill(forced, torch.inf).masked_fill(~seen, -torch.inf)
+    return first(rank, rule.rerank * rule.budget) & seen
+
+
 def chosen(query: Tensor, keys: Tensor, pages: Tensor, at: Tensor, rule: Rule) -> Tensor:
     """Mark the tokens ``[B,G,T,L]`` that queries ``[B,H,T,D]`` at positions ``at [B,T]`` read of ``keys [B,G,L,D]``."""
     query = query * rule.scale
     p, j = at[:, None, :, None], torch.arange(keys.shape[2], device=keys.device)
     seen = j <= p
-    tokens = chosen_pages(query, pages, at, rule).repeat_interleave(rule.page, -1) & seen
+    if rule.method == "lowbit":
+        tokens = chosen_by_channels(query, pages, at, rule)
+    else:
+        tokens = chosen_pages(query, pages, at, rule).repeat_interleave(rule.page, -1) & seen
     if rule.rerank > 1:
         forced = (j < rule.sinks) | (p - j < rule.window)
         rank = best_of_group(query, keys).masked_fill(forced, torch.inf).masked_fill(~tokens, -torch.inf)

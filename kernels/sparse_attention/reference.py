@@ -79,17 +79,18 @@ def lay_out(
 
 
 def describe_pages(keys: Tensor, past_pages: Tensor, sequence: Sequence, method: str, page: int) -> Tensor:
-    """Return the descriptions ``[B,G,P,2D]`` of a sequence's pages: those held, those completed now, 0 for the rest."""
+    """Return the descriptions ``[B,G,P,...]`` of a sequence's pages: held, completed now, 0 for the rest."""
     count = keys.shape[2] // page
     number = torch.arange(count, device=keys.device)
-    before, complete = (number < whole[:, None] // page for whole in (sequence.held, sequence.reached))
-    pages = keys.new_zeros(*keys.shape[:2], count, 2 * keys.shape[3])
+    each = (-1, 1, count, *[1] * (past_pages.dim() - 3))
+    before, complete = ((number < whole[:, None] // page).view(each) for whole in (sequence.held, sequence.reached))
+    pages = keys.new_zeros(*keys.shape[:2], count, *past_pages.shape[3:])
     pages[:, :, : past_pages.shape[2]] = past_pages.to(keys.dtype)
     first = int(sequence.held.min()) // page
     fresh = describe(keys[:, :, first * page :].unflatten(2, (count - first, page)), method)
     # As the state will hold them, so that a page's score does not depend on when it was completed.
-    pages[:, :, first:] = torch.where(before[:, None, first:, None], pages[:, :, first:], fresh.to(past_pages.dtype))
-    return pages.masked_fill(~complete[:, None, :, None], 0)
+    pages[:, :, first:] = torch.where(before[:, :, first:], pages[:, :, first:], fresh.to(past_pages.dtype))
+    return pages.masked_fill(~complete, 0)
 
 
 def blocks(heads: int, call: Call, sequence: Sequence) -> Iterator[slice]:
@@ -132,18 +133,21 @@ def forward(
     rerank: int = 1,
     dense_below: int = 0,
     softcap: float = 0.0,
+    channels: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Run ``memc::sparse_attention``; arguments and results as its dialect page has them."""
-    rule = Rule(scale, method, page, budget, sinks, window, rerank, dense_below)
+    rule = Rule(scale, method, page, budget, sinks, window, rerank, dense_below, channels)
     call = lay_out(key, value, positions, past_key, past_value, past_positions, page)
     kind = accumulation_type(query)
     q = query.to(kind)
     out, lse = query.new_zeros(*query.shape[:3], value.shape[3]), q.new_zeros(query.shape[:3])
     count = -(-call.key.shape[2] // page)
-    next_pages = torch.zeros(*key.shape[:2], count, 2 * key.shape[3], dtype=past_pages.dtype, device=key.device)
+    sizes = past_pages.shape[3:]
+    next_pages = torch.zeros(*key.shape[:2], count, *sizes, dtype=past_pages.dtype, device=key.device)
     current = segments(positions)[:, -1]
     for number, (sequence, keys, values, pages) in enumerate(call.contents(past_pages, method, page, kind)):
-        next_pages = torch.where((current == number)[:, None, None, None], pages.to(past_pages.dtype), next_pages)
+        mine = (current == number).view(-1, *[1] * (pages.dim() - 1))
+        next_pages = torch.where(mine, pages.to(past_pages.dtype), next_pages)
         for rows in blocks(query.shape[1], call, sequence):
             mask = readable(q[:, :, rows], keys, pages, positions, sequence, rows, rule)
             part, part_lse = attend(q[:, :, rows], keys, values, mask, None, sink_logits, scale, softcap)
@@ -177,9 +181,10 @@ def backward(
     rerank: int = 1,
     dense_below: int = 0,
     softcap: float = 0.0,
+    channels: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of query, key, value, past_key, past_value and sink_logits for the tokens chosen."""
-    rule = Rule(scale, method, page, budget, sinks, window, rerank, dense_below)
+    rule = Rule(scale, method, page, budget, sinks, window, rerank, dense_below, channels)
     call = lay_out(key, value, positions, past_key, past_value, past_positions, page)
     kind, past_tokens, size = accumulation_type(query), past_key.shape[2], call.key.shape[2]
     q, grad = query.to(kind), grad_out.to(kind)

@@ -10,8 +10,13 @@ from torch import Tensor
 
 from memc.dialect.base import Cost, check, check_heads, define
 
-METHODS = ("bounds", "moments")
-"""How a page is described; the description of a page of keys ``[page, D]`` has 2 D channels."""
+METHODS = ("bounds", "moments", "lowbit")
+"""How keys are described, page by page, so that a query can rank them without reading them whole."""
+
+
+def description(method: str, page: int, channels: int) -> tuple[int, ...]:
+    """Return the shape of a description of a page of keys ``[page, channels]``."""
+    return (channels, page) if method == "lowbit" else (2 * channels,)
 
 
 def pages_of(tokens: Any, page: int) -> Any:
@@ -26,12 +31,13 @@ def forced_pages(page: int, sinks: int, window: int) -> int:
 
 def _cost(a: Mapping[str, Any], context: int) -> Cost:
     query, key, value = a["query"], a["key"], a["value"]
-    held, pages = context, 0
+    held, scanned = context, 0
     scored = context
     if context > a["dense_below"]:
-        pages = pages_of(context, a["page"])
+        per_page = a["page"] * a["channels"] if a["method"] == "lowbit" else 2 * key.shape[3]
+        scanned = pages_of(context, a["page"]) * per_page
         held, scored = min(context, a["budget"]), min(context, a["rerank"] * a["budget"])
-    channels = 2 * pages * key.shape[3] + scored * key.shape[3] + held * value.shape[3]
+    channels = scanned + scored * key.shape[3] + held * value.shape[3]
     return Cost(2.0 * query.shape[1] * channels, float(channels * key.shape[1] * key.dtype.itemsize))
 
 
@@ -40,7 +46,7 @@ def _cost(a: Mapping[str, Any], context: int) -> Cost:
     "(Tensor query, Tensor key, Tensor value, Tensor positions,"
     " Tensor past_key, Tensor past_value, Tensor past_positions, Tensor past_pages, Tensor? sink_logits=None, *,"
     " float scale, str method, int page, int budget, int sinks, int window, int rerank=1, int dense_below=0,"
-    " float softcap=0.0) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " float softcap=0.0, int channels=0) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     states={"past_key": 2, "past_value": 3, "past_positions": 4, "past_pages": 5},
     cost=_cost,
     reads_all_to=lambda a: max(int(a["budget"]), int(a["dense_below"])),
@@ -65,21 +71,28 @@ def sparse_attention(
     rerank: int = 1,
     dense_below: int = 0,
     softcap: float = 0.0,
+    channels: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Attend causally to at most ``budget`` tokens, chosen for each query token and each key-value head.
 
-    Arguments as in ``memc::attention``, and ``past_pages [B,G,ceil(S/page),2D]``: one description of each page, that is
-    of the keys at positions ``page`` n to ``page`` (n + 1) - 1; 0 until the last of them is held. ``method`` says what:
+    Arguments as in ``memc::attention``, and ``past_pages [B,G,ceil(S/page),...]``: one description of each page, that
+    is of the keys at positions ``page`` n to ``page`` (n + 1) - 1; 0 until the last of them is held. ``method`` says
+    what:
 
     - ``bounds``: the largest and the smallest value of each channel; the score of a page is the least upper bound of
       q.k that they give (Quest, Tang et al. 2024);
     - ``moments``: mean and variance of each channel; the score is q.mean + q^2.variance / 2, the logarithm of the mean
-      exponential of q.k for normal keys of independent channels.
+      exponential of q.k for normal keys of independent channels;
+    - ``lowbit``: the keys themselves once more, channel by channel ``[D, page]``, of which a query reads the
+      ``channels`` in which the sum of its magnitudes over the heads that share a key-value head is highest; the score
+      of a token is q.k over these (SparQ, Ribar et al. 2024).
 
-    A query at position p < ``dense_below`` reads all earlier tokens. Any other
+    The first two describe ``[2D]``. A query at position p < ``dense_below`` reads all earlier tokens. Any other
 
     1. takes the ``rerank budget / page`` pages of the highest scores (the highest over the heads that share a key-value
        head), among which are always those of the first ``sinks`` tokens and of the last ``window``, p itself included;
+       with ``lowbit`` the ``rerank budget`` tokens of the highest scores, among which are always the sinks, the window
+       and the page of p;
     2. with ``rerank`` over 1, takes of their tokens the ``budget`` of the highest q.k (likewise), among which are
        always the sinks and the window.
 
@@ -97,18 +110,19 @@ def sparse_attention(
     Choosing has no gradient, and neither have the descriptions.
     """
     check_heads(query, key, value)
-    check(method in METHODS, "method is bounds or moments")
+    check(method in METHODS, f"method is one of {', '.join(METHODS)}")
+    check(method != "lowbit" or 1 <= channels <= key.shape[3], "lowbit reads at least 1 channel and at most all")
     check(page >= 1 and sinks >= 0 and window >= 1 and rerank >= 1, "page, window and rerank are at least 1, sinks 0")
     check(budget % page == 0, "the budget is whole pages")
     check(forced_pages(page, sinks, window) * page <= budget, "sinks and window fit the budget")
     batch, heads, tokens, _ = query.shape
     held = past_key.shape[2] + tokens
-    described = pages_of(held, page)
+    described, sizes = pages_of(held, page), description(method, page, key.shape[3])
     return (
         query.new_empty(batch, heads, tokens, value.shape[3]),
         torch.empty(batch, heads, tokens, dtype=torch.promote_types(query.dtype, torch.float32), device=query.device),
         torch.empty(batch, key.shape[1], held, key.shape[3], dtype=key.dtype, device=key.device),
         torch.empty(batch, value.shape[1], held, value.shape[3], dtype=value.dtype, device=value.device),
         positions.new_empty(batch, held),
-        torch.empty(batch, key.shape[1], described, 2 * key.shape[3], dtype=key.dtype, device=key.device),
+        torch.empty(batch, key.shape[1], described, *sizes, dtype=key.dtype, device=key.device),
     )

@@ -15,6 +15,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 import memc.dialect  # noqa: F401  defines the ops
 from memc.artifact import held
+from memc.dialect.sparse_attention import description
 from memc.program import InputSpec, ModelInfo, OutputSpec, Program, StateSpec
 
 VOCAB = 37
@@ -128,9 +129,10 @@ def growing(b: Builder, tag: str, groups: int, key: int, value: int) -> list[Nod
     ]
 
 
-def paged(b: Builder, tag: str, groups: int, key: int, value: int, page: int) -> list[Node]:
+def paged(b: Builder, tag: str, groups: int, key: int, value: int, page: int, method: str) -> list[Node]:
     """The states of ``sparse_attention``."""
-    return [*growing(b, tag, groups, key, value), b.state(f"past_pages{tag}", "B", groups, f"S/{page}", 2 * key)]
+    sizes = description(method, page, key)
+    return [*growing(b, tag, groups, key, value), b.state(f"past_pages{tag}", "B", groups, f"S/{page}", *sizes)]
 
 
 def _start(b: Builder, heads: int, groups: int, key: int, value: int, width: int) -> tuple[Node, list[Node]]:
@@ -234,7 +236,7 @@ def sparse_attention(
     x, qkv = _start(b, heads, groups, key, value, 24)
     sizes = {"method": method, "page": page, "budget": budget, "sinks": sinks, "window": window, **options}
     for layer in range(layers):
-        states = paged(b, str(layer), groups, key, value, page)
+        states = paged(b, str(layer), groups, key, value, page, method)
         extra = [b.parameter("sink", heads, scale=1.0) if sink_logits else None]
         out = b.call(torch.ops.memc.sparse_attention.default, *qkv, b.positions, *states, *extra, scale=0.7, **sizes)
         b.next += [b.item(out, i) for i in (2, 3, 4, 5)]

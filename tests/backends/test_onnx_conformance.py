@@ -33,6 +33,10 @@ CASES: dict[str, Callable[[], Program]] = {
     "attention, chunk": lambda: ops.attention(chunk=4),
     "sparse": lambda: ops.sparse_attention(layers=2),
     "sparse, moments, guarded": lambda: ops.sparse_attention(method="moments", dense_below=7, groups=6),
+    "sparse, by channels": lambda: ops.sparse_attention(method="lowbit", channels=3, layers=2, dense_below=5),
+    "sparse, by channels, again": lambda: ops.sparse_attention(
+        method="lowbit", channels=2, rerank=2, groups=3, page=3, budget=9, window=4, sink_logits=True, lse=True
+    ),
     "sparse, ranked again": lambda: ops.sparse_attention(rerank=2, groups=1, page=3, budget=6, sinks=0),
     "sparse, every option": lambda: ops.sparse_attention(
         rerank=3, dense_below=4, sink_logits=True, lse=True, softcap=2.0, layers=2, page=1, budget=4

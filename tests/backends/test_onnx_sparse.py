@@ -11,17 +11,24 @@ import pytest
 import torch
 from onnx_support import build, compare, span
 
+from memc.backends.onnx import blocks
 from memc.conversion.lowering import CHOICE_KL, chooses_from, verify_lowered
+from memc.dialect.sparse_attention import METHODS
 from memc.program import Program
 from memc.verify import VerificationText
 
 OPTIONS: dict[str, Any] = {"page": 4, "budget": 24, "sinks": 2, "window": 9}
 
 
+@pytest.mark.parametrize("form", ["blocks", "tokens"])
 @pytest.mark.parametrize("rerank", [1, 2])
-@pytest.mark.parametrize("method", ["bounds", "moments"])
-def test_long_calls_equal_the_reference(method: str, rerank: int, tmp_path: Path) -> None:
-    program = ops.sparse_attention(method=method, rerank=rerank, dense_below=30, **OPTIONS)
+@pytest.mark.parametrize("method", METHODS)
+def test_long_calls_equal_the_reference(
+    method: str, rerank: int, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if form == "tokens":
+        monkeypatch.setitem(blocks.REACH, method, 0)
+    program = ops.sparse_attention(method=method, rerank=rerank, dense_below=30, channels=2, **OPTIONS)
     runner = build(program, tmp_path, context=160)
     calls = [([span(0, 100), span(0, 20, right=80)], [99]), ([span(100, 7), span(20, 7)], None)]
     calls += [([[107 + i], [27 + i]], None) for i in range(12)]
@@ -36,17 +43,31 @@ def of_equal_keys(**options: Any) -> Program:
     return program
 
 
+@pytest.mark.parametrize("form", ["blocks", "tokens"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("rerank", [1, 2])
-def test_equal_scores_choose_equally(rerank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_scores_choose_equally(
+    rerank: int, method: str, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from memc.kernels.sparse_attention import choose
 
-    program = of_equal_keys(rerank=rerank)
+    if form == "tokens":
+        monkeypatch.setitem(blocks.REACH, method, 0)
+    program = of_equal_keys(rerank=rerank, method=method, channels=2)
     runner = build(program, tmp_path, context=120)
     calls = [([span(0, 100)], None), ([[100]], None), ([[101]], None)]
     assert compare(program, runner, calls) < 1e-5
     right = choose.first
     monkeypatch.setattr(choose, "first", lambda rank, count: right(rank.flip(-1), count).flip(-1))
     assert compare(program, runner, calls) > 1e-3, "the higher index of equals is another function"
+
+
+def test_blocks_take_what_tokens_take_where_their_number_is_odd(tmp_path: Path) -> None:
+    program = ops.sparse_attention(
+        method="lowbit", channels=2, rerank=2, softcap=1.5, sink_logits=True, lse=True, **OPTIONS
+    )
+    runner = build(program, tmp_path, context=160)
+    assert compare(program, runner, [([span(0, 33)], None), ([span(33, 9)], None), ([span(42, 95)], None)]) < 1e-4
 
 
 def test_no_tensor_has_an_entry_for_each_pair_of_tokens(tmp_path: Path) -> None:

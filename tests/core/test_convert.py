@@ -310,7 +310,7 @@ def test_a_killed_conversion_goes_on_and_gives_the_same_bytes(tmp_path: Path) ->
     assert first == second and Toy.name in (tmp_path / "a" / "recipe.yaml").read_text()
 
 
-SPARSE = "sparsify:budget=16,page=4,sinks=1,window=5,dense_below=24"
+SPARSE = "sparsify:method=bounds,budget=16,page=4,sinks=1,window=5,dense_below=24"
 
 
 @pytest.mark.parametrize("backend", ["eager", "onnx"])

@@ -153,23 +153,40 @@ def best(scored: list[tuple[float, int]], count: int) -> list[int]:
 
 def sparse_choice(query: Tensor, own: list[Token], p: int, group: int, o: Mapping[str, Any]) -> list[int]:
     """Return the positions that the heads ``query [R,D]`` of one key-value head read at position ``p``."""
-    page, sinks, window, seen = o["page"], o["sinks"], o["window"], {x.position: x.key[group] for x in own}
+    sinks, window, seen = o["sinks"], o["window"], {x.position: x.key[group] for x in own}
     scaled, positions = query * o["scale"], range(p + 1)
     if p < o.get("dense_below", 0):
         return list(positions)
     must = {j for j in positions if j < sinks or p - j < window}
-    pages = []
+    take = by_channels if o["method"] == "lowbit" else by_pages
+    tokens = take(scaled, seen, p, must, o)
+    ranked = [(math.inf if j in must else max(float(q @ seen[j]) for q in scaled), j) for j in tokens]
+    return sorted(best(ranked, o["budget"]))
+
+
+def by_channels(queries: Tensor, seen: Mapping[int, Tensor], p: int, must: set[int], o: Mapping[str, Any]) -> list[int]:
+    """Return the tokens that ``lowbit`` takes, the page of p among them."""
+    magnitudes = [(float(x), channel) for channel, x in enumerate(queries.abs().sum(0))]
+    read = best(magnitudes, o["channels"])
+    scored = []
+    for j in range(p + 1):
+        forced = j in must or j // o["page"] == p // o["page"]
+        scored.append((math.inf if forced else max(sum(float(q[c] * seen[j][c]) for c in read) for q in queries), j))
+    return best(scored, o.get("rerank", 1) * o["budget"])
+
+
+def by_pages(queries: Tensor, seen: Mapping[int, Tensor], p: int, must: set[int], o: Mapping[str, Any]) -> list[int]:
+    """Return the tokens of the pages that ``bounds`` or ``moments`` take, tokens to come left out."""
+    page, pages = o["page"], []
     for number in range(p // page + 1):
         inside = range(number * page, (number + 1) * page)
         if must & set(inside):
             pages.append((math.inf, number))
         else:
             keys = torch.stack([seen[j] for j in inside])
-            pages.append((max(page_score(q, keys, o["method"]) for q in scaled), number))
+            pages.append((max(page_score(q, keys, o["method"]) for q in queries), number))
     taken = best(pages, o.get("rerank", 1) * o["budget"] // page)
-    tokens = [j for number in taken for j in range(number * page, (number + 1) * page) if j <= p]
-    ranked = [(math.inf if j in must else max(float(q @ seen[j]) for q in scaled), j) for j in tokens]
-    return sorted(best(ranked, o["budget"]))
+    return [j for number in taken for j in range(number * page, (number + 1) * page) if j <= p]
 
 
 def sparse_attention(query: Tensor, key: Tensor, value: Tensor, positions: Tensor, **o: Any) -> Result:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import memc.kernels  # noqa: F401
 from memc.dialect import OPS
+from memc.dialect.sparse_attention import description
 
 B, H, G, T, D, E = 2, 4, 2, 7, 3, 5
 POSITIONS = torch.tensor([[3, 4, -1, 0, 1, 2, -1], [-1, 5, 6, 7, 8, 9, 10]])
@@ -44,8 +45,9 @@ def softmax_case(op: str, held: list[list[int]], bias: bool, **options: Any) -> 
 def sparse_case(held: int, bias: bool, **options: Any) -> Callable[[], Case]:
     def make() -> Case:
         past = torch.arange(held).expand(B, held).contiguous()
+        described = description(options["method"], 2, D)
         positions = torch.stack([torch.arange(held, held + T), torch.tensor([held, -1, 0, 1, 2, 3, 4])])
-        state = (real(B, G, held, D), real(B, G, held, E), past, real(B, G, -(-held // 2), 2 * D))
+        state = (real(B, G, held, D), real(B, G, held, E), past, real(B, G, -(-held // 2), *described))
         extra = (real(H),) if bias else ()
         args = (real(B, H, T, D), real(B, G, T, D), real(B, G, T, E), positions, *state, *extra)
         return Case("sparse_attention", args, {"scale": 0.4, "page": 2, "sinks": 1, "window": 1, **options})
@@ -75,6 +77,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "window-long": softmax_case("window_memory", [[2, 0, 1, -1], [4, 1, 2, 3]], False, scale=0.4, window=4),
     "sparse": sparse_case(5, True, method="bounds", budget=4, softcap=2.0),
     "sparse-again": sparse_case(5, False, method="moments", budget=4, rerank=2, dense_below=3),
+    "sparse-channels": sparse_case(5, True, method="lowbit", channels=2, budget=4, rerank=2),
     "sparse-empty": sparse_case(0, False, method="moments", budget=4),
     "full": lambda: Case(
         "full_attention",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import memc.kernels  # noqa: F401
+from memc.dialect.sparse_attention import METHODS, description
 from memc.kernels.sparse_attention.choose import Rule, best_of_group, chosen, describe, features, first
 from tests.kernels import oracles
 from tests.kernels.cases import F64, Shape, cut, shapes, walk
@@ -21,7 +23,8 @@ OP = torch.ops.memc.sparse_attention
 SIZES = st.sampled_from([(1, 3, 1, 2), (2, 6, 1, 2), (3, 9, 2, 1), (3, 12, 0, 4), (4, 8, 0, 2), (4, 64, 3, 5)])
 options = st.fixed_dictionaries(
     {
-        "method": st.sampled_from(["bounds", "moments"]),
+        "method": st.sampled_from(METHODS),
+        "channels": st.integers(1, 3),
         "rerank": st.sampled_from([1, 2, 3]),
         "dense_below": st.sampled_from([0, 7]),
         "softcap": st.sampled_from([0.0, 1.5]),
@@ -33,8 +36,10 @@ def run(call: dict[str, Any], parts: list[slice], **fixed: Any) -> list[Tensor]:
     """Run the op in several calls; output and log-sum-exp joined, then the state."""
     q, k, v, positions = (call[x] for x in ("query", "key", "value", "positions"))
     batch, groups, _, size = k.shape
+    fixed["channels"] = min(fixed.get("channels", 2), size)
+    pages = k.new_zeros(batch, groups, 0, *description(fixed["method"], fixed["page"], size))
     state = [k.new_zeros(batch, groups, 0, size), v.new_zeros(batch, groups, 0, v.shape[3])]
-    state += [positions.new_zeros(batch, 0), k.new_zeros(batch, groups, 0, 2 * size)]
+    state += [positions.new_zeros(batch, 0), pages]
     outputs = []
     for part in parts:
         results = OP(
@@ -63,6 +68,7 @@ def test_sparse_attention_equals_oracle(
 ) -> None:
     call, generator = make(shape, sink_logits)
     fixed = {"scale": 0.7, **sized(sizes), **extra}
+    fixed["channels"] = min(fixed["channels"], shape.key_size)
     expected = oracles.sparse_attention(**call, **fixed)
     whole = run(call, [slice(None)], **fixed)
     torch.testing.assert_close(whole[0], expected.out)
@@ -104,7 +110,7 @@ def test_a_batch_of_mixed_lengths_equals_one_at_a_time(shape: Shape, extra: dict
         assert not together[b, :, ~kept].any()
 
 
-@pytest.mark.parametrize("method", ["bounds", "moments"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("size", [64, 80, 96, 128])
 @pytest.mark.parametrize("rerank", [1, 4])
 def test_a_budget_that_holds_everything_is_dense(method: str, size: int, rerank: int) -> None:
@@ -141,6 +147,7 @@ def test_choices_are_causal_within_the_budget_and_hold_what_is_forced(
 ) -> None:
     extra = {**extra, "dense_below": 0}
     extra.pop("softcap")
+    extra["channels"] = min(extra["channels"], shape.key_size)
     rule = Rule(scale=0.7, **sized(sizes), **extra)
     q, k, _ = shape.qkv(shape.generator())
     pages = -(-shape.tokens // rule.page)
@@ -164,12 +171,13 @@ def test_equal_scores_are_taken_by_the_lower_index() -> None:
     assert first(rank, 9).all()
 
 
-def test_bounds_find_a_needle_that_means_lose(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bounds_and_channels_find_a_needle_that_means_lose(monkeypatch: pytest.MonkeyPatch) -> None:
     """One token in keys that resemble their neighbours; describing pages by their mean is the planted weak selector."""
     generator = torch.Generator().manual_seed(5)
     size, tokens = 64, 1024
     rule = Rule(size**-0.5, "bounds", page=16, budget=128, sinks=4, window=20, rerank=1, dense_below=0)
-    at, found = torch.tensor([[tokens - 1]]), {"bounds": 0, "mean": 0}
+    at, found = torch.tensor([[tokens - 1]]), {"bounds": 0, "lowbit": 0, "mean": 0}
+    by_channels = replace(rule, method="lowbit", channels=8)
     for where in range(100, 900, 40):
         noise = torch.randn(1, 1, tokens, size, generator=generator)
         keys = noise.clone()
@@ -179,10 +187,11 @@ def test_bounds_find_a_needle_that_means_lose(monkeypatch: pytest.MonkeyPatch) -
         keys[:, :, where] += query[:, :, 0]
         pages = keys.unflatten(2, (-1, 16))
         found["bounds"] += bool(chosen(query, keys, describe(pages, "bounds"), at, rule)[0, 0, 0, where])
+        found["lowbit"] += bool(chosen(query, keys, pages.mT, at, by_channels)[0, 0, 0, where])
         with monkeypatch.context() as patch:
             patch.setattr("memc.kernels.sparse_attention.choose.features", lambda q, _: q)
             found["mean"] += bool(chosen(query, keys, pages.mean(3), at, rule)[0, 0, 0, where])
-    assert found["bounds"] >= 19 and found["mean"] <= 10, found
+    assert found["bounds"] >= 19 and found["lowbit"] >= 19 and found["mean"] <= 10, found
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -197,7 +206,10 @@ def test_half_types_are_as_near_as_they_can_be(dtype: torch.dtype) -> None:
     torch.testing.assert_close(out.double(), run(exact, [slice(None)], **fixed)[0], rtol=near, atol=near)
 
 
-@pytest.mark.parametrize("fault", [{"budget": 4}, {"window": 2}, {"sinks": 0}, {"rerank": 3}, {"method": "moments"}])
+FAULTS = [{"budget": 4}, {"window": 2}, {"sinks": 0}, {"rerank": 3}, {"method": "moments"}, {"method": "lowbit"}]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
 def test_the_oracle_sees_a_fault(fault: dict[str, Any]) -> None:
     shape = Shape(batch=2, groups=2, per_group=2, tokens=40, key_size=4, value_size=3, seed=7)
     call, _ = make(shape, False, padding=0.0, restart=0.0)
@@ -211,7 +223,7 @@ def test_the_oracle_sees_a_fault(fault: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("wrong", "reason"),
-    [({"budget": 7}, "whole pages"), ({"window": 6}, "fit the budget"), ({"method": "x"}, "bounds or moments")],
+    [({"budget": 7}, "whole pages"), ({"window": 6}, "fit the budget"), ({"method": "x"}, "one of bounds")],
 )
 def test_arguments_that_do_not_fit_are_refused(wrong: dict[str, Any], reason: str) -> None:
     shape = Shape(batch=1, groups=1, per_group=1, tokens=5, key_size=2, value_size=2, seed=1)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from memc.blocks import AttentionBlock
 from memc.cost import predict
+from memc.dialect.sparse_attention import METHODS
 from memc.passes.sparsify import Sparsify
 from memc.program import Program
 from memc.program_io import load_program, save_program
@@ -22,6 +23,11 @@ from memc.verify import well_formed
 from tests.kernels.oracles import Token, sparse_choice
 from tests.passes.tiny_program import TARGET, Attention, naive_run, run_pieces, scores, tiny, tokens_of
 
+CHOICES: list[dict[str, Any]] = [
+    {"method": "bounds"},
+    {"method": "moments", "rerank": 2, "dense_below": 17},
+    {"method": "lowbit", "rerank": 2, "channels": 2},
+]
 SMALL: dict[str, Any] = {"budget": 12, "page": 3, "sinks": 1, "window": 4, "rerank": 1, "dense_below": 0}
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -72,7 +78,7 @@ def test_short_prompts_give_the_original_logits(pages: int, dense_below: int, re
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("choice", [{"method": "bounds"}, {"method": "moments", "rerank": 2, "dense_below": 17}])
+@pytest.mark.parametrize("choice", CHOICES)
 def test_long_prompts_equal_a_softmax_over_what_the_oracle_chooses(variant: str, choice: dict[str, Any]) -> None:
     program = tiny(**VARIANTS[variant])
     tokens, options = tokens_of(2, 30), {**SMALL, **choice}
@@ -83,7 +89,7 @@ def test_long_prompts_equal_a_softmax_over_what_the_oracle_chooses(variant: str,
 
 
 @settings(max_examples=4, deadline=None)
-@given(cuts=st.lists(st.integers(1, 29), max_size=4), method=st.sampled_from(["bounds", "moments"]))
+@given(cuts=st.lists(st.integers(1, 29), max_size=4), method=st.sampled_from(METHODS))
 def test_any_split_equals_one_run(cuts: list[int], method: str) -> None:
     result = rewrite(tiny(layers=1), **SMALL, method=method)
     tokens = tokens_of(2, 30)
@@ -101,7 +107,7 @@ def test_a_new_sequence_forgets_the_old_one() -> None:
 
 def test_states_grow_with_the_pages_and_survive_the_disk(tmp_path: Path) -> None:
     program = tiny()
-    result = rewrite(program, **SMALL, keep="[1]")
+    result = rewrite(program, **SMALL, method="bounds", keep="[1]")
     assert well_formed(result) == []
     names = [spec.name for spec in program.states]
     assert [spec.name for spec in result.states] == [*names[:3], "layer0_pages", *names[3:]]
@@ -129,13 +135,35 @@ def test_what_is_promised() -> None:
     assert Sparsify(budget=64, window=8, dense_below=0).plan(tiny(), TARGET).relations[0] == Close(1e-4, tokens=64)
 
 
-@pytest.mark.parametrize(("rerank", "keys"), [(1, 64), (4, 256)])
-def test_bytes_read_are_those_of_pages_keys_and_values(rerank: int, keys: int) -> None:
+def test_the_sizes_of_lowbit_follow_from_the_heads() -> None:
+    def channels(result: Program) -> int:
+        nodes = [n for n in result.module.graph.nodes if n.target is torch.ops.memc.sparse_attention.default]
+        return int(nodes[0].kwargs["channels"])
+
+    result = rewrite(tiny(), budget=192, window=8, dense_below=0)
+    assert result.states[3].shape == ("B", 2, "S/64", 10, 64)
+    assert rewrite(tiny(), budget=96, window=8, dense_below=0).states[3].shape == ("B", 2, "S/32", 10, 32)
+    assert rewrite(tiny(), budget=64, window=8, dense_below=0).states[3].shape == ("B", 2, "S/16", 10, 16)
+    assert channels(result) == 1, "an eighth of 10"
+    assert channels(rewrite(tiny(), budget=128, window=8, channels=99, dense_below=0)) == 10, "no more than there are"
+
+
+@pytest.mark.parametrize(
+    ("choice", "keys", "scanned"),
+    [
+        ({"method": "bounds", "rerank": 1}, 64, 2 * 4096 / 16),
+        ({"method": "moments", "rerank": 4}, 256, 2 * 4096 / 16),
+        ({"method": "lowbit", "rerank": 2, "channels": 3}, 128, 4096 * 3 / 10),
+    ],
+)
+def test_bytes_read_are_those_of_descriptions_keys_and_values(
+    choice: dict[str, Any], keys: int, scanned: float
+) -> None:
     program = tiny()
-    result = rewrite(program, budget=64, page=16, window=8, rerank=rerank, dense_below=128)
+    result = rewrite(program, budget=64, page=16, window=8, dense_below=128, **choice)
     contexts = (100, 128, 4096)
     before, after = (predict(p, TARGET, contexts).bytes_read_per_token for p in (program, result))
     weights = before[100] - 2 * 2 * 2 * 10 * 4 * 100
-    channels = {100: 2 * 100, 128: 2 * 128, 4096: 2 * 4096 // 16 + keys + 64}
+    channels = {100: 2 * 100, 128: 2 * 128, 4096: scanned + keys + 64}
     for context in contexts:
-        assert after[context] == weights + 2 * 2 * 10 * 4 * channels[context]
+        assert after[context] == pytest.approx(weights + 2 * 2 * 10 * 4 * channels[context])

@@ -1,0 +1,329 @@
+"""The choice and the attention of a block of new tokens, in ``memc::sparse_attention``; letters as in ``sparse``.
+
+Every token of a block chooses for itself, as one that comes alone does. Scores of the whole block are one product with
+everything that is held, and what each token has chosen is a mask ``[B,G,U,L]`` of U queries and L held tokens: products
+of many rows are so much faster than fetching keys for each row that reading all of them pays, up to a length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from memc.backends.onnx.attend import Scores, weigh
+from memc.backends.onnx.functions import float_, int_, ints
+
+FORCED, UNSEEN = 1e30, -1e30
+"""Ranks of what is always taken and of what is not there."""
+
+FEW = 8
+"""Most tokens of a call that choose one by one."""
+
+BLOCK = 32
+"""Tokens of a block."""
+
+REACH = {"lowbit": 8192, "bounds": 6144, "moments": 6144}
+"""Most held tokens that blocks read, by method; past it fetching what each token has chosen is faster."""
+
+HALVINGS = 40
+"""Most steps of the search for a threshold, after which it is known to the last bit of the range."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a node chooses; fields as the op's arguments."""
+
+    method: str
+    page: int
+    budget: int
+    sinks: int
+    window: int
+    rerank: int
+    dense_below: int
+    channels: int = 0
+
+    @property
+    def by_token(self) -> bool:
+        """Whether tokens are ranked by what describes them, not whole pages."""
+        return self.method == "lowbit"
+
+
+def features(c: Choice, query: str) -> str:
+    """Write ``feature0`` and ``feature1``, whose products with the halves of a description add up to its score."""
+    if c.method == "bounds":
+        return f"feature0 = Max({query}, absent)\nfeature1 = Min({query}, absent)"
+    return f"""
+    feature0 = Identity({query})
+    squared = Mul({query}, {query})
+    {float_("half_", 0.5)}
+    feature1 = Mul(squared, half_)
+    """
+
+
+def scan(s: Scores, c: Choice, made: Sequence[str]) -> str:
+    """Write a Scan over blocks of ``sparse_query [B,H,n,D]`` at ``sparse_at [B,n]``; ``block_NAME`` of what is made."""
+    types = [f"float[B,{s.heads},{BLOCK},{s.value_dim}] o", *([f"float[B,{s.heads},{BLOCK},1] l"] if s.lse else [])]
+    inputs = f"float[B,{s.heads},{BLOCK},{s.key_dim}] q, int64[B,{BLOCK}] at"
+    body = " ".join(line.strip() for line in _block(s, c).splitlines() if line.strip())
+    outputs = ", ".join(f"blocks_{name}" for name in made)
+    axes = f"scan_input_axes = [2, 1], scan_output_axes = [{', '.join('2' for _ in made)}]"
+    scanned = f"Scan<num_scan_inputs = 2, {axes}, body = block ({inputs}) => ({', '.join(types)}) {{ {body} }}>"
+    joined = "\n".join(
+        f"""
+        {ints(f"joined_{name}", 0, s.heads, -1, size)}
+        all_{name} = Reshape(blocks_{name}, joined_{name})
+        block_{name} = Slice(all_{name}, origin, count_sparse, along)
+        """
+        for name, size in zip(made, (s.value_dim, 1), strict=False)
+    )
+    return f"""
+    {ints("block_size", BLOCK)}
+    over = Mod(count_sparse, block_size)
+    lack0 = Sub(block_size, over)
+    lack = Mod(lack0, block_size)
+    {ints("key_size", s.key_dim)}
+    pad_shape = Concat<axis = 0>(batch, heads, lack, key_size)
+    pad = ConstantOfShape(pad_shape)
+    padded = Concat<axis = 2>(sparse_query, pad)
+    {ints("in_blocks", 0, s.heads, -1, BLOCK, s.key_dim)}
+    queries = Reshape(padded, in_blocks)
+    at_shape = Concat<axis = 0>(batch, lack)
+    at_pad = ConstantOfShape<value = int64[1] {{-1}}>(at_shape)
+    at_padded = Concat<axis = 1>(sparse_at, at_pad)
+    {ints("at_blocks", 0, -1, BLOCK)}
+    ats = Reshape(at_padded, at_blocks)
+    {_held(c)}
+    {outputs} = {scanned}(queries, ats)
+    {joined}
+    """
+
+
+def _held(c: Choice) -> str:
+    """Write what all blocks read: ``keys [B,G,D,L]``, ``values [B,G,L,E]``, ``slots [L]`` and the pages in use."""
+    pages = f"""
+    in_use = Slice(next_pages, origin, described, along)
+    descriptions = Transpose<perm = [0, 1, 3, 2]>(in_use)
+    described0 = Squeeze(described)
+    page_numbers = Range(zero, described0, one)
+    {ints("page_length", c.page)}
+    {ints("leading", 1, 1, 1, 1)}
+    expanded = Concat<axis = 0>(leading, page_length)
+    """
+    return f"""
+    {int_("page", c.page)}
+    reached = ReduceMax<keepdims = 0>(positions)
+    end = Add(reached, one)
+    end1 = Reshape(end, ones)
+    held_keys = Slice(next_key, origin, end1, along)
+    keys = Transpose<perm = [0, 1, 3, 2]>(held_keys)
+    values = Slice(next_value, origin, end1, along)
+    slots = Range(zero, end, one)
+    {"" if c.by_token else pages}
+    """
+
+
+def _block(s: Scores, c: Choice) -> str:
+    """Write what a block reads: ``q [B,H,U,D]`` at ``at [B,U]`` gives ``o [B,H,U,E]`` and ``l [B,H,U,1]``."""
+    size = s.heads // s.groups
+    again = f"""
+    {ints("heads_axis", 2)}
+    best = ReduceMax<keepdims = 0>(score, heads_axis)
+    {_first("again", "best", "candidate", "forced", c.budget)}
+    mask0 = Identity(again_taken)
+    """
+    return f"""
+    {ints("grouped", 0, s.groups, -1, s.key_dim)}
+    q_group = Reshape(q, grouped)
+    {float_("factor", s.scale)}
+    q_rows = Mul(q_group, factor)
+    products = MatMul(q_rows, keys)
+    {ints("by_head", 0, s.groups, size, BLOCK, -1)}
+    score = Reshape(products, by_head)
+    {float_("forced_rank", FORCED)}
+    {float_("unseen_rank", UNSEEN)}
+    {ints("final", -1)}
+    {ints("at_axes", 1, 3)}
+    p = Unsqueeze(at, at_axes)
+    {int_("sinks", c.sinks)}
+    {int_("back", c.window - 1)}
+    edge = Sub(p, back)
+    own = Div(p, page)
+    seen_token = LessOrEqual(slots, p)
+    near_token = GreaterOrEqual(slots, edge)
+    sunk_token = Less(slots, sinks)
+    forced0 = Or(near_token, sunk_token)
+    forced = And(forced0, seen_token)
+    {_tokens(s, c) if c.by_token else _pages(s, c)}
+    {again if c.rerank > 1 else "mask0 = Identity(candidate)"}
+    {_masked(s)}
+    {weigh(replace(s, mask=bool(s.softcap)), (1, s.groups, size, 1, 1))}
+    {ints("weight_rows", 0, s.groups, size * BLOCK, -1)}
+    weights = Reshape(weight, weight_rows)
+    sums = MatMul(weights, values)
+    {ints("joined_heads", 0, s.heads, BLOCK, s.value_dim)}
+    o = Reshape(sums, joined_heads)
+    {f"{ints('log_shape', 0, s.heads, BLOCK, 1)} l = Reshape(log, log_shape)" if s.lse else ""}
+    """
+
+
+def _masked(s: Scores) -> str:
+    """Write ``score0`` and, where soft-capping goes before it, ``mask``; adding is faster than Where."""
+    if s.softcap:
+        return f"""
+        {ints("mask_axis", 2)}
+        mask = Unsqueeze(mask0, mask_axis)
+        score0 = Identity(score)
+        """
+    return f"""
+    {float_("one_float", 1.0)}
+    {float_("far", FORCED)}
+    mask1 = Cast<to = 1>(mask0)
+    behind0 = Sub(mask1, one_float)
+    behind1 = Mul(behind0, far)
+    {ints("mask_axis", 2)}
+    behind = Unsqueeze(behind1, mask_axis)
+    score0 = Add(score, behind)
+    """
+
+
+def _tokens(s: Scores, c: Choice) -> str:
+    """Write ``candidate [B,G,U,L]``: the tokens of the highest scores by the strongest channels of each query."""
+    return f"""
+    {ints("split_heads", 0, s.groups, s.heads // s.groups, BLOCK, s.key_dim)}
+    q_heads = Reshape(q_rows, split_heads)
+    magnitudes = Abs(q_heads)
+    {ints("summed", 2)}
+    strength = ReduceSum(magnitudes, summed)
+    {ints("count_", c.channels)}
+    strongest, channel = TopK<axis = 4>(strength, count_)
+    nothing_read = Sub(strength, strength)
+    ones_read0 = Sub(strongest, strongest)
+    {float_("unit", 1.0)}
+    ones_read = Add(ones_read0, unit)
+    read = ScatterElements<axis = 4>(nothing_read, channel, ones_read)
+    q_read = Mul(q_heads, read)
+    q_read_rows = Reshape(q_read, grouped)
+    partial = MatMul(q_read_rows, keys)
+    partial_heads = Reshape(partial, by_head)
+    estimate = ReduceMax<keepdims = 0>(partial_heads, summed)
+    page_start = Mul(own, page)
+    on_own = GreaterOrEqual(slots, page_start)
+    forced1 = Or(forced, on_own)
+    sure_token = And(forced1, seen_token)
+    {_first("token", "estimate", "seen_token", "sure_token", c.rerank * c.budget)}
+    candidate = Identity(token_taken)
+    """
+
+
+def _pages(s: Scores, c: Choice) -> str:
+    """Write ``candidate [B,G,U,L]``: the tokens of the pages of the highest scores."""
+    return f"""
+    {features(c, "q_rows")}
+    feature = Concat<axis = -1>(feature0, feature1)
+    bounds = MatMul(feature, descriptions)
+    bounds_heads = Reshape(bounds, by_head)
+    {ints("over_heads", 2)}
+    estimate = ReduceMax<keepdims = 0>(bounds_heads, over_heads)
+    {int_("sink_pages", -(-c.sinks // c.page))}
+    edge0 = Max(edge, zero)
+    edge_page = Div(edge0, page)
+    seen_page = LessOrEqual(page_numbers, own)
+    seen_here = GreaterOrEqual(p, zero)
+    seen = And(seen_page, seen_here)
+    near = GreaterOrEqual(page_numbers, edge_page)
+    sunk = Less(page_numbers, sink_pages)
+    sure0 = Or(near, sunk)
+    sure = And(sure0, seen)
+    {_first("page", "estimate", "seen", "sure", c.rerank * c.budget // c.page)}
+    page_column = Unsqueeze(page_taken, final)
+    page_wide = Expand(page_column, expanded)
+    {ints("by_token", 0, 0, 0, -1)}
+    page_flat = Reshape(page_wide, by_token)
+    {ints("last_axis3", 3)}
+    page_tokens = Slice(page_flat, origin, end1, last_axis3)
+    candidate = And(page_tokens, seen_token)
+    """
+
+
+def _first(name: str, rank: str, seen: str, sure: str, count: int) -> str:
+    """Write ``NAME_taken``: of each row the ``count`` highest of ``rank [B,G,U,N]``, lower indices first among equals.
+
+    Only ``seen`` ones are taken, and those that are ``sure`` always. The least rank taken is searched by halving the
+    interval that it lies in, each time counting those above: about 20 halvings take a quarter of the time of a TopK of
+    hundreds.
+    """
+    row, whole = f"float[B,G,{BLOCK},1]", f"bool[B,G,{BLOCK},{name}_n]"
+    halve = f"""
+    {name}_sum = Add({name}_a, {name}_b)
+    {name}_middle = Mul({name}_sum, {name}_half)
+    {name}_over = GreaterOrEqual({name}_value, {name}_middle)
+    {name}_over1 = Cast<to = 1>({name}_over)
+    {name}_found = ReduceSum({name}_over1, final)
+    {name}_enough = GreaterOrEqual({name}_found, {name}_want)
+    {name}_a1 = Where({name}_enough, {name}_middle, {name}_a)
+    {name}_b1 = Where({name}_enough, {name}_b, {name}_middle)
+    {name}_k1 = Where({name}_enough, {name}_found, {name}_k)
+    {name}_excess = Sub({name}_k1, {name}_want)
+    {name}_most = ReduceMax<keepdims = 0>({name}_excess)
+    {name}_more = Greater({name}_most, absent)
+    """
+    ties = f"""
+    {name}_above = GreaterOrEqual({name}_value, {name}_high)
+    {name}_above1 = Cast<to = 1>({name}_above)
+    {name}_above_count = ReduceSum({name}_above1, final)
+    {name}_room = Sub({name}_want, {name}_above_count)
+    {name}_below = Not({name}_above)
+    {name}_level = And({name}_within, {name}_below)
+    {name}_level1 = Cast<to = 1>({name}_level)
+    {int_(f"{name}_last", 3)}
+    {name}_order = CumSum({name}_level1, {name}_last)
+    {name}_early = LessOrEqual({name}_order, {name}_room)
+    {name}_level_early = And({name}_level, {name}_early)
+    {name}_with = Or({name}_above, {name}_level_early)
+    """
+
+    def flat(body: str) -> str:
+        return " ".join(line.strip() for line in body.splitlines() if line.strip())
+
+    given = f"int64 {name}_i, bool {name}_c, {row} {name}_a, {row} {name}_b, {row} {name}_k"
+    results = f"bool {name}_more, {row} {name}_a1, {row} {name}_b1, {row} {name}_k1"
+    return f"""
+    {name}_open = Not({sure})
+    {name}_live = And({seen}, {name}_open)
+    {name}_value = Where({name}_live, {rank}, unseen_rank)
+    {name}_least = ReduceMin({rank}, final)
+    {name}_top = ReduceMax({name}_value, final)
+    {float_(f"{name}_little", 1e-6)}
+    {float_(f"{name}_least_step", 1e-30)}
+    {name}_size = Abs({name}_top)
+    {name}_step0 = Mul({name}_size, {name}_little)
+    {name}_step = Add({name}_step0, {name}_least_step)
+    {name}_past = Add({name}_top, {name}_step)
+    {name}_sure1 = Cast<to = 1>({sure})
+    {name}_sure_count = ReduceSum({name}_sure1, final)
+    {float_(f"{name}_all", count)}
+    {name}_left0 = Sub({name}_all, {name}_sure_count)
+    {name}_left = Max({name}_left0, absent)
+    {name}_there = GreaterOrEqual({name}_value, {name}_least)
+    {name}_there1 = Cast<to = 1>({name}_there)
+    {name}_live_count = ReduceSum({name}_there1, final)
+    {name}_want = Min({name}_left, {name}_live_count)
+    {name}_excess0 = Sub({name}_live_count, {name}_want)
+    {name}_most0 = ReduceMax<keepdims = 0>({name}_excess0)
+    {name}_go = Greater({name}_most0, absent)
+    {float_(f"{name}_half", 0.5)}
+    {int_(f"{name}_limit", HALVINGS)}
+    {name}_low, {name}_high, {name}_count =
+    Loop<body = {name}_halve ({given}) => ({results}) {{ {flat(halve)} }}>
+    ({name}_limit, {name}_go, {name}_least, {name}_past, {name}_live_count)
+    {name}_within = GreaterOrEqual({name}_value, {name}_low)
+    {name}_excess2 = Sub({name}_count, {name}_want)
+    {name}_most2 = ReduceMax<keepdims = 0>({name}_excess2)
+    {name}_equals = Greater({name}_most2, absent)
+    {name}_best = If<
+    then_branch = {name}_ties () => ({whole} {name}_with) {{ {flat(ties)} }},
+    else_branch = {name}_none () => ({whole} {name}_alone) {{ {name}_alone = Identity({name}_within) }}
+    >({name}_equals)
+    {name}_best_live = And({name}_best, {name}_live)
+    {name}_taken = Or({name}_best_live, {sure})
+    """
