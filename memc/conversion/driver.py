@@ -28,7 +28,14 @@ from memc.conversion.planning import capture_and_raise, make_plan, require_memor
 from memc.conversion.quality import WINDOW, measure_quality
 from memc.conversion.request import Request, Steps, source_name
 from memc.conversion.text import keep_text, verification_text
-from memc.conversion.training import make_trainer, require_shareable, training_data, trains
+from memc.conversion.training import (
+    TrainingData,
+    make_trainer,
+    require_mergeable,
+    require_shareable,
+    training_data,
+    trains,
+)
 from memc.data import source_digest
 from memc.errors import MemcError
 from memc.frontend import Captured
@@ -88,9 +95,10 @@ def _convert(request: Request, steps: Steps, processes: Processes) -> ConvertDoc
         torch.set_num_threads(request.threads)
     captured, program, raised = capture_and_raise(request, steps)
     document = make_plan(request, steps, passes, captured, raised, training)
+    training &= any(facts.trains for facts in document.passes)
+    require_mergeable(request.recipe, training, document.passes)
     if request.dry_run:
         return document
-    training &= any(facts.new_parameters for facts in document.passes)
     require_shareable(request.recipe, training, processes)
     make = partial(_Conversion, request, folder, steps, passes, captured, program, raised, document, processes)
     if not processes.leads:
@@ -130,7 +138,7 @@ class _Conversion:
             finite(original)
         progress, trainer = self.steps.progress, None
         if self.training:
-            data = training_data(self.request.recipe, original, self.folder.partial, progress)
+            data = self._training_data(original)
             trainer = make_trainer(self.request.recipe, data, original, progress, self.processes)
             self.processes.wait()
         recipe, place = self.request.recipe, self.folder.partial
@@ -169,11 +177,16 @@ class _Conversion:
         original = self._load(self.raised.program)
         self.processes.wait()  # for the tokenizer, and what was sampled from the original
         place, progress = self.folder.partial, self.steps.progress
-        data = training_data(self.request.recipe, original, place, progress)
+        data = self._training_data(original)
         trainer = make_trainer(self.request.recipe, data, original, progress, self.processes)
         sequences = CalibrationText(self.request.recipe, original, place, progress)
         make = partial(Pipeline, self.passes, self.request.target, data.text, folder=place)
         make(trainer=trainer, calibrate=sequences).follow(original)
+
+    def _training_data(self, original: Program) -> TrainingData:
+        transfers = any("transfer" in facts.trains for facts in self.document.passes)
+        progress = self.steps.progress
+        return training_data(self.request.recipe, original, self.folder.partial, progress, transfers=transfers)
 
     def _load(self, program: Program) -> Program:
         return materialize(program, self.captured.weights) if self.captured.weights is not None else program
