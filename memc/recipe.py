@@ -30,12 +30,14 @@ Metric = Literal[
     "prompt_time_ratio",
 ]
 
+Onto = Literal["result", "original"]
+
 Location = tuple[str | int, ...]
 MAX_BYTES = 1 << 16
 
 
 class Train(BaseModel):
-    """The ``train`` section: how what the passes add is trained.
+    """The ``train`` section: how what the passes add is trained, and what they take away recovered.
 
     The defaults are what was measured to work on a model of 135M parameters. Learning rates are peaks. ``sampled`` is
     the share of the sequences that are sampled from the original itself, which keep it from forgetting what the data
@@ -46,10 +48,11 @@ class Train(BaseModel):
 
     length: int = Field(default=512, ge=8, description="tokens of a training sequence")
     batch: int = Field(default=1, ge=1, description="sequences of a step")
-    transfer: float = Field(default=0.7, ge=0, le=1, description="share of the tokens for block-wise transfer")
+    transfer: float = Field(default=0.7, ge=0, le=1, description="share of the tokens for block-wise transfer, if any")
     rate: float = Field(default=1e-2, gt=0, description="learning rate of new parameters in transfer")
     adapters: int = Field(default=8, ge=0, description="rank of the adapters; 0 trains every parameter in recovery")
     adapter_rate: float = Field(default=5e-4, gt=0, description="learning rate of adapters, or of every parameter")
+    onto: Onto = Field(default="result", description="what adapters change: `result`, or the `original` (LoRAM)")
     memory_rate: float = Field(default=1e-3, gt=0, description="learning rate of new parameters in recovery")
     accumulate: int = Field(default=2, ge=1, description="batches of a recovery step")
     text: float = Field(default=0.0, ge=0, description="weight of cross-entropy on the text beside the KL")
@@ -75,8 +78,9 @@ PassEntry = str | Annotated[dict[str, dict[str, Any] | None], Field(min_length=1
 class Recipe(BaseModel):
     """One recipe. A pass is its spec string, or its name with a mapping of options.
 
-    Unknown keys are refused. ``data`` train what the passes add and verify the result; ``tokens`` says how many are
-    trained on, 0 for none, and then all of ``data`` is there to verify. ``context`` is in tokens.
+    Unknown keys are refused. ``data`` train what the passes add, recover what they take away, and verify the result;
+    ``tokens`` says how many are trained on, 0 for none, and then all of ``data`` is there to verify. ``context`` is in
+    tokens.
     """
 
     model_config = ConfigDict(extra="forbid")

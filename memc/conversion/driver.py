@@ -29,7 +29,14 @@ from memc.conversion.quality import WINDOW, measure_quality
 from memc.conversion.request import Request, Steps, source_name
 from memc.conversion.speed import check_speed, fits_beside, measures_speed, modelled, speed_budgets
 from memc.conversion.text import keep_text, verification_text
-from memc.conversion.training import make_trainer, require_shareable, training_data, trains
+from memc.conversion.training import (
+    TrainingData,
+    make_trainer,
+    require_mergeable,
+    require_shareable,
+    training_data,
+    trains,
+)
 from memc.data import source_digest
 from memc.errors import MemcError
 from memc.frontend import Captured
@@ -89,12 +96,13 @@ def _convert(request: Request, steps: Steps, processes: Processes) -> ConvertDoc
         torch.set_num_threads(request.threads)
     captured, program, raised = capture_and_raise(request, steps)
     document = make_plan(request, steps, passes, captured, raised, training)
-    quick = measures_speed(passes, raised.program)
+    training &= any(facts.trains for facts in document.passes)
+    require_mergeable(request.recipe, training, document.passes)
+    quick = _promises_time(request, passes, raised.program)
     if request.dry_run:
         found = modelled(document, _speed_budgets(request, passes)) if quick else []
         require_passed(found)
         return document.model_copy(update={"checks": [check_facts(check) for check in found]})
-    training &= any(facts.new_parameters for facts in document.passes)
     require_shareable(request.recipe, training, processes)
     make = partial(_Conversion, request, folder, steps, passes, captured, program, raised, document, processes)
     if not processes.leads:
@@ -135,7 +143,7 @@ class _Conversion:
             finite(original)
         progress, trainer = self.steps.progress, None
         if self.training:
-            data = training_data(self.request.recipe, original, self.folder.partial, progress)
+            data = self._training_data(original)
             trainer = make_trainer(self.request.recipe, data, original, progress, self.processes)
             self.processes.wait()
         recipe, place = self.request.recipe, self.folder.partial
@@ -166,7 +174,7 @@ class _Conversion:
         if trainer is not None:
             windows = [facts["window"] for run in runs for facts in run.report.details.values() if "window" in facts]
             self.quality = partial(measure_quality, original, corpus=data.corpus, window=max(windows, default=WINDOW))
-        beside = original if measures_speed(self.passes, original) else None
+        beside = original if _promises_time(self.request, self.passes, original) else None
         del original
         return self._lower(program, pipeline.last_stage, runs, checks, text, floor, beside)
 
@@ -175,11 +183,16 @@ class _Conversion:
         original = self._load(self.raised.program)
         self.processes.wait()  # for the tokenizer, and what was sampled from the original
         place, progress = self.folder.partial, self.steps.progress
-        data = training_data(self.request.recipe, original, place, progress)
+        data = self._training_data(original)
         trainer = make_trainer(self.request.recipe, data, original, progress, self.processes)
         sequences = CalibrationText(self.request.recipe, original, place, progress)
         make = partial(Pipeline, self.passes, self.request.target, data.text, folder=place)
         make(trainer=trainer, calibrate=sequences).follow(original)
+
+    def _training_data(self, original: Program) -> TrainingData:
+        transfers = any("transfer" in facts.trains for facts in self.document.passes)
+        progress = self.steps.progress
+        return training_data(self.request.recipe, original, self.folder.partial, progress, transfers=transfers)
 
     def _load(self, program: Program) -> Program:
         return materialize(program, self.captured.weights) if self.captured.weights is not None else program
@@ -313,6 +326,11 @@ def _share(raw: Program, original: Program) -> Program | None:
 
 def _fields(check: CheckResult) -> tuple[float, float | None, float | None, bool, str]:
     return check.value, check.budget, check.noise_floor, check.passed, check.detail
+
+
+def _promises_time(request: Request, passes: list[Pass], program: Program) -> bool:
+    merges = request.recipe.train is not None and request.recipe.train.onto == "original"  # with nothing taken out
+    return measures_speed(passes, program) and not merges
 
 
 def _speed_budgets(request: Request, passes: list[Pass]) -> dict[str, float]:

@@ -26,6 +26,7 @@ from memc.conversion.pipeline import PassRun, relation_facts
 from memc.dialect import op_spec
 from memc.pipeline import PassReport
 from memc.program import Program
+from memc.recipe import Train
 from memc.report.facts import BlockFacts, CheckFacts, ModelFacts, NearMissFacts, RelationFacts, SiteFacts, SkippedFacts
 from memc.report.files import AblationFacts
 from memc.report.models import PassFacts
@@ -89,8 +90,8 @@ def check_facts(check: CheckResult) -> CheckFacts:
     )
 
 
-def planned_facts(report: PassReport) -> PassFacts:
-    """Render what a pass is going to do."""
+def planned_facts(report: PassReport, settings: Train | None = None) -> PassFacts:
+    """Render what a pass is going to do; ``settings`` are those of training, None where there is none."""
     return _pass_facts(
         spec=report.spec,
         rewritten=[SiteFacts(**dataclasses.asdict(site)) for site in report.sites],
@@ -101,7 +102,16 @@ def planned_facts(report: PassReport) -> PassFacts:
         relations=[relation_facts(relation) for relation in report.relations],
         new_parameters=report.new_parameters,
         untrained=report.untrained,
+        trains=_stages(report, settings) if settings else [],
     )
+
+
+def _stages(report: PassReport, settings: Train) -> list[str]:
+    if report.objectives:
+        return ["transfer", *(["recovery"] if settings.transfer < 1 else [])]
+    if not report.recovers:
+        return []
+    return ["recovery"] if settings.onto == "result" else ["adapters for the original"]
 
 
 def pass_facts(run: PassRun) -> PassFacts:

@@ -117,7 +117,7 @@ class Pipeline:
         return self._keep(index, before, done.program), document
 
     def _rewrite(self, index: int, before: Program) -> Rewritten:
-        """Apply a pass, and train what it adds where there is something to train on."""
+        """Apply a pass, and train where there is something to train and to train on."""
         pass_, found = self.passes[index].resolve(before, self.target)
 
         def apply(chosen: Pass) -> Applied:
@@ -130,7 +130,7 @@ class Pipeline:
 
         plan, after, report = applied = apply(pass_)
         done = Rewritten(pass_, plan, after, report, after, None)
-        if self.trainer is not None and report.objectives:
+        if self.trainer is not None and report.trains:
             done = self.trainer.train(pass_, before, applied, apply, self._training(index))
             require_well_formed(done.program, f"after training {done.pass_.spec}")
         return replace(done, report=replace(done.report, details={**done.report.details, **found}))
@@ -202,18 +202,19 @@ def plan_pass(pass_: Pass, program: Program, target: Target) -> Plan:
 
 
 def plan_all(
-    passes: Sequence[Pass], program: Program, target: Target, *, undecided: bool = False
+    passes: Sequence[Pass], program: Program, target: Target, *, undecided: bool = False, merges: bool = False
 ) -> tuple[Program, list[PassReport]]:
     """Plan every pass on what the ones before leave, without running anything; parameters may be fake.
 
-    ``undecided`` plans a pass whose layers training will choose with as many layers, evenly spread. Raises
-    ``MemcError`` E307 as :func:`plan_pass`.
+    ``undecided`` plans a pass whose layers training will choose with as many layers, evenly spread. Where training
+    ``merges``, what can be recovered is left as it was before. Raises ``MemcError`` E307 as :func:`plan_pass`.
     """
     reports = []
     for pass_ in passes:
         if undecided:
             pass_ = provisional(pass_, program, target)
-        program, report = pass_.apply(program, plan_pass(pass_, program, target))
+        after, report = pass_.apply(program, plan_pass(pass_, program, target))
+        program = program if merges and report.recovers else after
         reports.append(report)
     return program, reports
 

@@ -27,6 +27,7 @@ from memc.frontend.recast import recast
 from memc.pipeline import Pass
 from memc.program import Program
 from memc.raising import Raised, raise_program
+from memc.recipe import Train
 from memc.report.files import CaptureReport, RaiseReport
 from memc.report.models import ConvertDocument
 from memc.verify import (
@@ -81,8 +82,10 @@ def make_plan(
     request: Request, steps: Steps, passes: list[Pass], captured: Captured, raised: Raised, training: bool
 ) -> ConvertDocument:
     """Plan every pass on what the ones before leave, and predict what the result costs."""
+    train = request.recipe.train or Train()
     with steps.step("plan", "plan"):
-        planned, reports = plan_all(passes, raised.program, request.target, undecided=training)
+        merges = training and train.onto == "original"
+        planned, reports = plan_all(passes, raised.program, request.target, undecided=training, merges=merges)
 
         settings: dict[str, Any] = {"weights": request.weights, "threads": request.threads}
         sides = {"original": raised.program, "converted": planned}
@@ -96,7 +99,7 @@ def make_plan(
         context=request.recipe.context,
         dry_run=request.dry_run,
         model=model_facts(raised.program, remote_code=request.remote_code),
-        passes=[planned_facts(report) for report in reports],
+        passes=[planned_facts(report, train if training else None) for report in reports],
         original=costs[0],
         predicted=costs[1],
         curves=curves,

@@ -18,8 +18,10 @@ from memc.pipeline import Pass
 from memc.program import Program
 from memc.progress import Progress
 from memc.recipe import Recipe, Train
+from memc.report.models import PassFacts
 from memc.tensor_file import read_tensors, write_tensors
 from memc.train import Trainer
+from memc.train.guard import Guard, GuardText
 from memc.train.parallel import ALONE, Processes
 from memc.verify import VerificationText, sample_text
 
@@ -30,7 +32,8 @@ SAMPLED = 64
 """Most sequences that are sampled from the original: sampling takes longer a token than training on it."""
 
 GUARD_ROWS = 8
-"""Held-out sequences that training looks at, and as many that verification does."""
+"""Held-out sequences that training looks at, and as many that verification does: alike of every text, and of many texts
+at least one of each that holds out any."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class TrainingData:
 
     corpus: Corpus
     sequences: Sequences
-    guard: tuple[Tensor, Tensor]
+    guard: Guard
     text: VerificationText
     tokens: int
 
@@ -67,12 +70,32 @@ def require_shareable(recipe: Recipe, training: bool, processes: Processes) -> N
     processes.require_even((recipe.train or Train()).batch)
 
 
-def training_data(recipe: Recipe, original: Program, folder: Path, progress: Progress) -> TrainingData:
+def require_mergeable(recipe: Recipe, training: bool, planned: Sequence[PassFacts]) -> None:
+    """Raise ``MemcError`` E203 where adapters are asked for ``onto`` the original and there is none, or no place there.
+
+    They are trained where a pass took something away, and what one adds is nothing that the original has.
+    """
+    settings = recipe.train or Train()
+    if settings.onto != "original":
+        return
+    where, adding = "train: onto", [facts.spec for facts in planned if "transfer" in facts.trains]
+    if adding:
+        reason = f"{adding[0]} adds parameters, which the original has no place for"
+        raise MemcError("E203", reason, where, "onto: result, or leave that pass out")
+    if not training or not settings.adapters:
+        lacks = "adapters are 0" if not settings.adapters else "nothing is trained"
+        hint = "a rank of 1 or more" if not settings.adapters else "add --data FILE (and no --tokens 0), and prune"
+        raise MemcError("E203", f"adapters are to be merged into the original, and {lacks}", where, hint)
+
+
+def training_data(
+    recipe: Recipe, original: Program, folder: Path, progress: Progress, *, transfers: bool = True
+) -> TrainingData:
     """Read the recipe's data through the cache of tokens, sample from the original, and split off what is held out.
 
-    ``folder`` is ``OUT.partial``, which holds the tokenizer and keeps the samples. Raises ``MemcError``: E206 for
-    sequences longer than the model takes, E207 for data that cannot be used or are too few for the tokens asked for,
-    or tokens too few for a step, E308 when there is no tokenizer for text.
+    ``folder`` is ``OUT.partial``, which holds the tokenizer and keeps the samples; ``transfers`` tells that a pass adds
+    parameters. Raises ``MemcError``: E206 for sequences longer than the model takes, E207 for data that cannot be used
+    or are too few for the tokens asked for, or tokens too few for a step, E308 when there is no tokenizer for text.
     """
     settings = recipe.train or Train()
     limit = original.model.longest
@@ -83,7 +106,7 @@ def training_data(recipe: Recipe, original: Program, folder: Path, progress: Pro
     own = Corpus(streams, guard=settings.guard, block=settings.length)
     available = len(own.sequences(settings.length)) * settings.length
     tokens = recipe.tokens or min(TOKENS, available)
-    if tokens < (least := _least(settings)):
+    if tokens < (least := _least(settings, transfers)):
         hint = "give more --tokens (0 for no training) and --data, or shorter sequences (train: length in a recipe)"
         raise MemcError("E207", f"{tokens} tokens to train on, the first step needs {least}", own.where, hint)
     if (needed := round(tokens * (1 - settings.sampled))) > available:
@@ -96,11 +119,22 @@ def training_data(recipe: Recipe, original: Program, folder: Path, progress: Pro
         sizes = [len(stream) for stream in streams]
         weights = [(1 - settings.sampled) * size / sum(sizes) for size in sizes]
         corpus = Corpus([*streams, sampled], [*weights, settings.sampled], guard=settings.guard, block=settings.length)
-    held_out = corpus.guard(settings.length, 2 * GUARD_ROWS)
-    rows, positions = (torch.from_numpy(part) for part in held_out)
-    text = VerificationText(rows[1::2] if len(rows) > 1 else rows, f"{len(rows) // 2 or 1} sequences of {corpus.where}")
-    guard = rows[::2].contiguous(), positions[::2].contiguous()
+    guard, text = _held_out(corpus, settings.length)
     return TrainingData(corpus, corpus.sequences(settings.length, recipe.seed), guard, text, tokens)
+
+
+def _held_out(corpus: Corpus, length: int) -> tuple[Guard, VerificationText]:
+    """Split what each text holds out between the guard of the training and verification, the guard first."""
+    each = max(1, GUARD_ROWS // len(corpus.guards(length, 1)))
+    held = corpus.guards(length, 2 * each)
+    guard, rows = [], []
+    for name, batch in held:
+        tokens, positions = (torch.from_numpy(part) for part in batch)
+        guard.append(GuardText(name, tokens[::2].contiguous(), positions[::2].contiguous()))
+        rows.append(tokens[1::2])
+    # A single held-out sequence has to do for both.
+    verified = torch.cat(rows) if any(map(len, rows)) else guard[0].tokens
+    return Guard(tuple(guard)), VerificationText(verified, f"{len(verified)} sequences of {corpus.where}")
 
 
 def make_trainer(
@@ -118,10 +152,14 @@ def make_trainer(
     return Trainer(settings, data.tokens, batches, data.guard, recipe.seed, key, products, progress, processes)
 
 
-def _least(settings: Train) -> int:
-    """Return the tokens of which the share of transfer, or else of recovery, makes one step."""
+def _least(settings: Train, transfers: bool) -> int:
+    """Return the tokens of which the share of transfer, or else of recovery, makes one step.
+
+    Passes that have nothing to transfer make a step of recovery of all of the tokens.
+    """
     step = settings.batch * settings.length
-    shares = (settings.transfer, step), (1 - settings.transfer, step * settings.accumulate)
+    transfer = settings.transfer if transfers else 0.0
+    shares = (transfer, step), (1 - transfer, step * settings.accumulate)
     return min(math.ceil(size / share) for share, size in shares if share)
 
 

@@ -133,6 +133,19 @@ class Corpus:
             rows = [rows[index * len(rows) // limit] for index in range(limit)]
         return _stack([pool.take(start, length) for pool, start in rows])
 
+    def guards(self, length: int, each: int) -> list[tuple[str, Batch]]:
+        """Return held-out sequences of each text apart, by its name: ``each`` at most, evenly taken from it.
+
+        Raises ``MemcError`` E207 as :meth:`guard`.
+        """
+        found = []
+        for pool in self.held_out:
+            if count := pool.tokens // length:
+                starts = [index * count // each for index in range(each)] if each < count else list(range(count))
+                rows = _stack([pool.take(start * length, length) for start in starts])
+                found.append((pool.segments[0].stream.name, rows))
+        return found or [(self.where, self.guard(length))]
+
     @property
     def where(self) -> str:
         """Names of the streams, for messages."""

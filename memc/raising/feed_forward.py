@@ -118,6 +118,13 @@ def linear_input(node: Node) -> Node:
     return source
 
 
+def linear_weight(node: Node) -> Node:
+    """Return the weight that a linear op multiplies by."""
+    weight = node.args[2] if node.target == aten.addmm.default else node.args[1]
+    assert isinstance(weight, Node)
+    return weight
+
+
 def _see_through(node: Node) -> Node:
     while node.target in _VIEWS:
         node = node.all_input_nodes[0]

@@ -78,8 +78,9 @@ def _training(topic: str, facts: files.TrainingFacts) -> Iterator[tuple[tuple[st
         yield (topic, "recovery steps"), facts.recovery.steps
         yield (topic, "best step"), facts.recovery.best_step
         if looks := training.held_out_kl(facts.recovery):
-            yield (topic, "held-out KL before recovery"), looks[0]
-            yield (topic, "held-out KL after recovery"), looks[1]
+            measure = training.guarded(facts.recovery)
+            yield (topic, f"held-out {measure} before recovery"), looks[0]
+            yield (topic, f"held-out {measure} after recovery"), looks[1]
     if facts.branches is not None and (found := facts.branches.ablation) is not None:
         for branch, distance in found.without.items():
             yield (topic, f"held-out KL, {branch} off"), distance.kl_mean

@@ -53,18 +53,28 @@ class ChoiceFacts(Facts):
     seconds: float = 0.0
 
 
-class RecoveryFacts(Facts):
-    """Recovery of the whole model. ``guard_kl`` pairs a step with the KL to the original on held-out text.
+class GuardFacts(Facts):
+    """One held-out text: ``kl`` pairs a step with the KL to the original on it, in nats a token."""
 
-    Training stops when that gets worse; ``best_step`` is the step whose parameters stayed. ``adapter_rank`` 0 means
-    that every parameter was trained.
+    name: str
+    kl: list[tuple[int, float]]
+
+
+class RecoveryFacts(Facts):
+    """Recovery of the whole model. ``guard_kl`` pairs a step with the KL to the original, the mean of held-out texts.
+
+    Training stops when that gets worse, or any of ``guard_texts`` worse than at the start; ``best_step`` is the step
+    whose parameters stayed. ``adapter_rank`` 0 means that every parameter was trained. Where adapters were merged
+    ``onto`` the original, they learned the text, and cross-entropy stands in the place of the KL.
     """
 
     steps: int
     tokens: int
     adapter_rank: int
+    onto: Literal["result", "original"] = "result"
     curve: CurveFacts = Field(default_factory=CurveFacts)
     guard_kl: list[tuple[int, float]] = Field(default_factory=list)
+    guard_texts: list[GuardFacts] = Field(default_factory=list)
     best_step: int = 0
     seconds: float = 0.0
 
@@ -117,10 +127,13 @@ class BranchFacts(Facts):
 
 
 class TrainingFacts(Facts):
-    """What training a pass was like. ``tokens`` were asked for; ``branches`` is None where there are none."""
+    """What training a pass was like. ``tokens`` were asked for; ``branches`` is None where there are none.
+
+    ``transfer`` is None where a pass added nothing, and what it took away was recovered.
+    """
 
     tokens: int
-    transfer: TransferFacts
+    transfer: TransferFacts | None = None
     choice: ChoiceFacts | None = None
     recovery: RecoveryFacts | None = None
     branches: BranchFacts | None = None

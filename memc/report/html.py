@@ -165,19 +165,27 @@ def _training(item: files.PassReportFile, facts: files.TrainingFacts) -> str:
         f"<h2>Training of {escaped(item.spec)}</h2>\n",
         _table("Learned", ["", ""], training.fact_rows(facts)),
         _table("Stages", training.STAGES, training.stage_rows(facts)),
-        charts.line_chart("Loss of transfer, weighted terms, mean of the layers", _lines(facts.transfer.curve)),
     ]
+    if facts.transfer is not None:
+        title = "Loss of transfer, weighted terms, mean of the layers"
+        parts.append(charts.line_chart(title, _lines(facts.transfer.curve)))
     if facts.recovery is not None:
-        looks = charts.Line("KL on held-out text", facts.recovery.guard_kl, dots=True)
-        trained = [line for line in _lines(facts.recovery.curve) if line.name == "kl"]
+        measure = training.guarded(facts.recovery)
+        looks = charts.Line(f"{measure} on held-out text", facts.recovery.guard_kl, dots=True)
+        learned = "kl" if facts.recovery.onto == "result" else "text"
+        trained = [line for line in _lines(facts.recovery.curve) if line.name == learned]
         parts.append(charts.line_chart("Recovery, nats a token", [*trained, looks]))
+        texts = [charts.Line(one.name, one.kl, dots=True) for one in facts.recovery.guard_texts]
+        if len(texts) > 1:
+            parts.append(charts.line_chart(f"{measure} on each held-out text, nats a token", texts))
     if facts.choice is not None:
         title = "What restoring one layer alone takes off the KL, nats a token (filled: kept)"
         parts.append(charts.bar_chart(title, _bars(facts.choice)))
     if facts.branches is not None:
         parts += _branches(facts.branches)
-    columns = [training.LAYERS[0].replace("layer", ">layer"), *training.LAYERS[1:]]
-    parts += [_table("Layers", columns, training.layer_rows(item)), f"<p>{escaped(training.LAYERS_NOTE)}.</p>\n"]
+    if rows := training.layer_rows(item):
+        columns = [training.LAYERS[0].replace("layer", ">layer"), *training.LAYERS[1:]]
+        parts += [_table("Layers", columns, rows), f"<p>{escaped(training.LAYERS_NOTE)}.</p>\n"]
     return "".join(parts)
 
 

@@ -64,7 +64,8 @@ class PassFacts(Facts):
     """One pass of a conversion. ``sites`` is how many blocks it rewrites; ``rewritten`` lists them.
 
     ``relation``, ``value`` and ``budget`` repeat the last of ``relations``, which is the one that bounds quality.
-    ``training`` is None for what was not trained.
+    ``trains`` are the stages of training that a conversion has in store for it; ``training`` is what came of them, None
+    for what was not trained.
     """
 
     spec: str
@@ -77,6 +78,7 @@ class PassFacts(Facts):
     relations: list[RelationFacts] = Field(default_factory=list)
     new_parameters: int = 0
     untrained: bool = False
+    trains: list[str] = Field(default_factory=list)
     training: TrainingFacts | None = None
     seconds: float | None = None
     resumed: bool = False

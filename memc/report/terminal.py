@@ -259,7 +259,11 @@ def _outcome(check: f.CheckFacts) -> Text:
 def verdict(document: m.ConvertDocument) -> Text:
     """Say in one line whether the result may be used."""
     if document.dry_run:
-        return Text("dry run: nothing was written", "bold")
+        said = Text("dry run: nothing was written", "bold")
+        for facts in document.passes:
+            if facts.trains:
+                said.append(f"\n{facts.spec} would be trained: {', '.join(facts.trains)}", "not bold")
+        return said
     said = Text("verified", "bold green") if document.verified else Text("NOT verified", "bold red")
     if document.untrained:
         said.append("; untrained: new parameters have not been trained", "yellow")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from statistics import fmean
 
 from memc.report import branches
-from memc.report.files import ChoiceFacts, PassReportFile, RecoveryFacts, TrainingFacts
+from memc.report.files import ChoiceFacts, GuardFacts, PassReportFile, RecoveryFacts, TrainingFacts
 from memc.report.text import amount, duration, layers, number
 
 STAGES = ("stage", ">steps", ">tokens", ">time", ">tokens/s")
@@ -25,17 +25,17 @@ _ERRORS = {"untrained": "untrained", "initial": "first values", "trained": "trai
 
 def tokens_trained(training: TrainingFacts) -> int:
     """Return how many tokens were trained on."""
-    return training.transfer.tokens + (training.recovery.tokens if training.recovery else 0)
+    return sum(stage.tokens for stage in (training.transfer, training.recovery) if stage)
 
 
 def mean_errors(training: TrainingFacts) -> dict[str, float]:
     """Return the mean error over the layers, by when it was measured."""
-    errors = training.transfer.errors
+    errors = training.transfer.errors if training.transfer else {}
     return {said: fmean(errors[when].values()) for when, said in _ERRORS.items() if errors.get(when)}
 
 
 def held_out_kl(recovery: RecoveryFacts) -> tuple[float, float] | None:
-    """Return the KL on held-out text before recovery and with the parameters that stayed."""
+    """Return the loss on held-out text before recovery and with the parameters that stayed."""
     looks = dict(recovery.guard_kl)
     if 0 not in looks or recovery.best_step not in looks:
         return None
@@ -44,7 +44,9 @@ def held_out_kl(recovery: RecoveryFacts) -> tuple[float, float] | None:
 
 def stage_rows(training: TrainingFacts) -> list[tuple[str, str, str, str, str]]:
     """Say how long each stage took and how fast it was."""
-    rows = [_stage("transfer", training.transfer.steps, training.transfer.tokens, training.transfer.seconds)]
+    rows = []
+    if training.transfer:
+        rows.append(_stage("transfer", training.transfer.steps, training.transfer.tokens, training.transfer.seconds))
     if training.choice:
         rows.append(("choice of layers", "", "", duration(training.choice.seconds), ""))
     if training.recovery:
@@ -64,7 +66,7 @@ def fact_rows(training: TrainingFacts) -> list[tuple[str, str]]:
     rows = [("tokens", f"{amount(tokens_trained(training))} of the {amount(training.tokens)} asked for")]
     if errors := mean_errors(training):
         said = " -> ".join(f"{number(value)} {when}" for when, value in errors.items())
-        count = len(training.transfer.errors["trained"]) if "trained" in errors else 0
+        count = len(training.transfer.errors["trained"]) if training.transfer and "trained" in errors else 0
         rows.append(("error of a layer", f"{said} (relative squared, held-out text, mean of {count})"))
     if training.choice:
         rows += _choice_rows(training.choice)
@@ -97,15 +99,30 @@ def _alone(choice: ChoiceFacts, layer: int) -> str:
 def _recovery_rows(recovery: RecoveryFacts) -> list[tuple[str, str]]:
     trained = f"adapters of rank {recovery.adapter_rank}" if recovery.adapter_rank else "every parameter"
     rows = [("recovery", f"{trained}, {recovery.steps} steps; the parameters of step {recovery.best_step} stayed")]
+    if recovery.onto == "original":
+        rows.append(("merged", "into the original: nothing is removed from the result"))
     if looks := held_out_kl(recovery):
-        rows.insert(0, ("KL on held-out text", f"{number(looks[0])} -> {number(looks[1])} nats a token by recovery"))
+        said = f"{number(looks[0])} -> {number(looks[1])} nats a token by recovery"
+        rows.insert(0, (f"{guarded(recovery)} on held-out text", said))
+    if len(recovery.guard_texts) > 1:
+        rows += [(f"of {text.name}", _text_kl(text, recovery.best_step)) for text in recovery.guard_texts]
     return rows
+
+
+def guarded(recovery: RecoveryFacts) -> str:
+    """Name what was measured on held-out text."""
+    return "KL" if recovery.onto == "result" else "cross-entropy of the smaller model"
+
+
+def _text_kl(text: GuardFacts, step: int) -> str:
+    looks = dict(text.kl)
+    return f"{number(looks.get(0))} -> {number(looks.get(step))}"
 
 
 def layer_rows(item: PassReportFile, layer: int | None = None) -> list[tuple[str, ...]]:
     """Say of each layer that was trained, or of one, what became of it, its errors, and what restoring it does."""
     training = item.training
-    if training is None:
+    if training is None or training.transfer is None:
         return []
     errors, choice = training.transfer.errors, training.choice
     alone: Mapping[int, float] = choice.kl_restored_alone if choice else {}
@@ -126,7 +143,9 @@ def layer_rows(item: PassReportFile, layer: int | None = None) -> list[tuple[str
 def why_layer(item: PassReportFile, layer: int) -> str | None:
     """Say why training kept a layer or did not; None where training has nothing to say about it."""
     training = item.training
-    if training is None or all(layer not in errors for errors in training.transfer.errors.values()):
+    if training is None or training.transfer is None:
+        return None
+    if all(layer not in errors for errors in training.transfer.errors.values()):
         return None
     choice = training.choice
     if choice is None or layer not in choice.kl_restored_alone:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from memc.blocks import AttentionBlock
+from memc.blocks import AttentionBlock, FeedForwardBlock
 from memc.infer import fill_in, mode_of
 from memc.program import Program, get_tensor, set_tensor
 from memc.raising import find_blocks
-from memc.raising.feed_forward import linear_input
+from memc.raising.feed_forward import linear_input, linear_weight
 
 aten = torch.ops.aten
 ROOT = "memc.adapters"
@@ -48,6 +48,22 @@ def attention_projections(program: Program) -> dict[str, tuple[str, bool]]:
             for projection in block.projections.values():
                 if projection.weight:
                     found[projection.node.name] = projection.weight, projection.transposed
+    return _read_once(program, found)
+
+
+def block_projections(program: Program) -> dict[str, tuple[str, bool]]:
+    """Return the projections of every attention and feed-forward block, as :func:`attention_projections` does."""
+    found = attention_projections(program)
+    for block in find_blocks(program):
+        if isinstance(block, FeedForwardBlock):
+            for node in (block.up, block.gate, block.down):
+                weight = linear_weight(node) if node is not None else None
+                if node is not None and weight is not None and weight.op == "get_attr":
+                    found[node.name] = str(weight.target), node.target != aten.linear.default
+    return _read_once(program, found)
+
+
+def _read_once(program: Program, found: dict[str, tuple[str, bool]]) -> dict[str, tuple[str, bool]]:
     reads = [node for node in program.module.graph.find_nodes(op="get_attr") for _ in node.users]
     readers = Counter(id(get_tensor(program.module, str(node.target))) for node in reads)  # tied ones are one
     return {
@@ -107,11 +123,16 @@ def fold_adapters(program: Program, adapted: Program, adapters: Sequence[Adapter
     folded = program.copy()
     for adapter in adapters:
         down, up = get_tensor(adapted.module, adapter.down), get_tensor(adapted.module, adapter.up)
-        weight = get_tensor(program.module, adapter.weight)
-        change: Tensor = adapter.scale * (up @ down)
-        new = weight.detach().float() + (change.T if adapter.transposed else change)
-        set_tensor(folded.module, adapter.weight, new.to(weight.dtype))
-        if adapter.weight in folded.provenance:
-            old = folded.provenance[adapter.weight]
-            folded.provenance[adapter.weight] = replace(old, transform="adapted", invertible=False)
+        fold_change(folded, adapter, adapter.scale * (up @ down))
     return folded
+
+
+def fold_change(program: Program, adapter: Adapter, change: Tensor) -> None:
+    """Give a program, in place, a weight of its own that is ``change [out, in]`` from what it was."""
+    weight = get_tensor(program.module, adapter.weight)
+    new = weight.detach().float() + (change.T if adapter.transposed else change)
+    set_tensor(program.module, adapter.weight, new.to(weight.dtype))
+    if adapter.weight in program.provenance:
+        old = program.provenance[adapter.weight]
+        transform = "adapted" if old.transform == "identity" else f"{old.transform},adapted"
+        program.provenance[adapter.weight] = replace(old, transform=transform, invertible=False)

@@ -17,6 +17,7 @@ from torch.nn import functional
 from memc.program import Program
 from memc.progress import Progress
 from memc.train.blocks import Teacher, logits_node
+from memc.train.guard import Guard, Look, best_of
 from memc.train.loop import (
     Batches,
     Checkpoints,
@@ -36,7 +37,8 @@ GUARDS = 8
 """How often the guard text is looked at over a whole training."""
 
 PATIENCE = 4
-"""Looks in a row without an improvement after which training stops.
+"""Looks in a row after which training stops when none of them is better than the best before: one in which any of the
+texts is worse than at the start is not.
 
 The first ones are of little use: while the learning rate is near its peak a linearized model can be worse than where it
 started, and end better (SmolLM2-135M, no layer kept).
@@ -47,7 +49,8 @@ started, and end better (SmolLM2-135M, no layer kept).
 class Recovery:
     """What recovery trains and how. ``rates`` maps parameters (qualified name) to their peak learning rate.
 
-    ``text`` weighs cross-entropy on the text against the KL; ``accumulate`` batches make one step. Every one of
+    ``text`` weighs cross-entropy on the text against the KL. Without ``imitates`` it learns the text alone, and its
+    guard is the cross-entropy too; ``before`` is not run then. ``accumulate`` batches make one step. Every one of
     ``processes`` trains on its share of each batch.
     """
 
@@ -58,16 +61,27 @@ class Recovery:
     text: float = 0.0
     products: torch.dtype | None = None
     processes: Processes = ALONE
+    imitates: bool = True
+
+    def loss(self, kl: Tensor, text: Tensor) -> Tensor:
+        """Return what is to fall."""
+        return kl + self.text * text if self.imitates else text
 
 
 @dataclass
 class RecoveryResult:
-    """How it went: losses over the steps, the guard's KL at each look (step, nats), the best step and the last."""
+    """How it went: losses over the steps, the looks at the guard's ``texts``, the best step and the last."""
 
     curve: Curve
-    guard: list[tuple[int, float]]
+    texts: tuple[str, ...]
+    looks: list[Look]
     best: int
     steps: int
+
+    @property
+    def guard(self) -> list[tuple[int, float]]:
+        """The mean loss of the guard's texts at each look: step, nats a token."""
+        return [(look.step, look.mean) for look in self.looks]
 
 
 @dataclass
@@ -80,56 +94,66 @@ class _Run:
     made: torch.optim.AdamW
     student: nn.Module
     curve: Curve = field(default_factory=Curve)
-    guard: list[tuple[int, float]] = field(default_factory=list)
+    looks: list[Look] = field(default_factory=list)
     best: dict[str, Tensor] = field(default_factory=dict)
 
     def divergence(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean KL over the tokens that are no padding, and the mean cross-entropy of the next token."""
+        state = self.recovery.after.new_state(tokens.shape[0], tokens.device)
+        real = positions >= 0
+        if not self.recovery.imitates:
+            found = self.student(tokens, positions, *state)[0].float().log_softmax(-1)
+            return found.new_zeros(()), _next_token(found, tokens, positions, real)
         name = self.teacher.wanted[0][0]
         expected: dict[str, Tensor] = {}
         self.teacher.run(tokens, positions, lambda _, values: expected.update(values))
-        state = self.recovery.after.new_state(tokens.shape[0], tokens.device)
         logits = self.student(tokens, positions, *state)[0]
         given = expected[name].float().log_softmax(-1)
         found = logits.float().log_softmax(-1)
-        real = positions >= 0
         kl = (given.exp() * (given - found)).sum(-1)[real].mean()
-        follows = real[:, :-1] & (positions[:, 1:] == positions[:, :-1] + 1)
-        text = (
-            functional.nll_loss(found[:, :-1][follows], tokens[:, 1:][follows]) if follows.any() else kl.new_zeros(())
-        )
-        return kl, text
+        return kl, _next_token(found, tokens, positions, real)
 
     @torch.no_grad()
-    def look(self, step: int, guard: tuple[Tensor, Tensor]) -> None:
-        """Measure the guard text, and keep the parameters if they are the best so far."""
-        tokens, positions = self.recovery.processes.share(*guard)
-        total = sum(float(self.divergence(tokens[i : i + 1], positions[i : i + 1])[0]) for i in range(len(tokens)))
-        value = self.recovery.processes.mean([total])[0] * self.recovery.processes.count / len(guard[0])
-        require_finite("KL of the guard text", torch.tensor(value), "recovery", step)
-        self.guard.append((step, value))
+    def look(self, step: int, guard: Guard) -> None:
+        """Measure the guard's texts, and keep the parameters if they are the best so far."""
+        processes, sums = self.recovery.processes, [0.0] * len(guard.texts)
+        rows = list(zip(guard.text_of, *guard.rows, strict=True))
+        for index, tokens, positions in rows[processes.rank :: processes.count]:
+            kl, text = self.divergence(tokens[None], positions[None])
+            sums[index] += float(kl if self.recovery.imitates else text)
+        totals = zip(processes.mean(sums), guard.texts, strict=True)
+        look = Look(step, tuple(mean * processes.count / len(text.tokens) for mean, text in totals))
+        require_finite("loss of the guard text", torch.tensor(look.mean), "recovery", step)
+        self.looks.append(look)
         if not self.since_best:
             self.best = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
 
     @property
     def since_best(self) -> int:
-        """Looks at the guard text since the best one."""
-        lowest = min(range(len(self.guard)), key=lambda index: self.guard[index][1])
-        return len(self.guard) - 1 - lowest
+        """Looks at the guard's texts since the best one."""
+        return len(self.looks) - 1 - best_of(self.looks)
+
+
+def _next_token(found: Tensor, tokens: Tensor, positions: Tensor, real: Tensor) -> Tensor:
+    """Return the mean cross-entropy of the tokens that follow another of their document; 0 where there is none."""
+    follows = real[:, :-1] & (positions[:, 1:] == positions[:, :-1] + 1)
+    if not follows.any():
+        return found.exp().sum() * 0.0  # whatever is infinite among the logarithms
+    return functional.nll_loss(found[:, :-1][follows], tokens[:, 1:][follows])
 
 
 def recover(
     recovery: Recovery,
     batches: Batches,
-    guard: tuple[Tensor, Tensor],
+    guard: Guard,
     schedule: Schedule,
     checkpoints: Checkpoints,
     progress: Progress,
 ) -> RecoveryResult:
-    """Train in place for the schedule's steps or until the guard text gets worse; the best look's values stay.
+    """Train in place for the schedule's steps or until the guard stops it; the best look's values stay.
 
-    ``guard`` are held-out tokens and positions ``[N,T]``. Goes on from the newest checkpoint. Raises ``MemcError``:
-    E403 when a loss is not finite, E502 when the disk is full.
+    What stays is worse than the start on none of the guard's texts. Goes on from the newest checkpoint. Raises
+    ``MemcError``: E403 when a loss is not finite, E502 when the disk is full.
     """
     named = dict(recovery.after.module.named_parameters())
     parameters = {name: named[name] for name in recovery.rates}
@@ -141,7 +165,7 @@ def recover(
         step = _restore(run, checkpoints)
         recovery.processes.wait()  # nobody reads a checkpoint any more that the leader may remove
         advance(step)
-        if not run.guard:
+        if not run.looks:
             run.look(step, guard)
         first, began = step, time.perf_counter()
         while run.since_best < PATIENCE and step < schedule.steps:
@@ -156,8 +180,7 @@ def recover(
     with torch.no_grad():
         for name, value in run.best.items():
             parameters[name].copy_(value)
-    best = min(run.guard, key=lambda look: look[1])[0]
-    return RecoveryResult(run.curve, run.guard, best, step)
+    return RecoveryResult(run.curve, guard.names, run.looks, run.looks[best_of(run.looks)].step, step)
 
 
 def _step(run: _Run, step: int, batches: Batches, schedule: Schedule) -> int:
@@ -167,7 +190,7 @@ def _step(run: _Run, step: int, batches: Batches, schedule: Schedule) -> int:
         batch = batches(step * recovery.accumulate + part)
         with recovery.processes.gathering(run.student, part + 1 == recovery.accumulate):
             kl, text = run.divergence(*recovery.processes.share(*batch))
-            loss = kl + recovery.text * text
+            loss = recovery.loss(kl, text)
             require_finite("loss", loss, "recovery", step)
             (loss / recovery.accumulate).backward()
         sums["kl"] += float(kl.detach()) / recovery.accumulate
@@ -181,15 +204,18 @@ def _step(run: _Run, step: int, batches: Batches, schedule: Schedule) -> int:
 
 def _summary(run: _Run, tokens: int, began: float) -> str:
     last = run.curve.last()
-    kl = f"KL {last['kl']:.4f}, " if last else ""
-    return f"{kl}guard {run.guard[-1][1]:.4f}, {tokens / (time.perf_counter() - began):.0f} tokens/s"
+    name = "kl" if run.recovery.imitates else "text"
+    loss = f"{name} {last[name]:.4f}, " if last else ""
+    return f"{loss}guard {run.looks[-1].mean:.4f}, {tokens / (time.perf_counter() - began):.0f} tokens/s"
 
 
 def _save(run: _Run, checkpoints: Checkpoints, step: int) -> None:
     tensors = {f"now.{name}": parameter.detach() for name, parameter in run.parameters.items()}
     tensors |= {f"best.{name}": value for name, value in run.best.items()}
     tensors |= optimiser_tensors("optimiser", run.made)
-    checkpoints.save(step, tensors, {"curve": run.curve.to_json(), "guard": run.guard})
+    checkpoints.save(
+        step, tensors, {"curve": run.curve.to_json(), "looks": [[look.step, look.values] for look in run.looks]}
+    )
 
 
 def _restore(run: _Run, checkpoints: Checkpoints) -> int:
@@ -203,5 +229,5 @@ def _restore(run: _Run, checkpoints: Checkpoints) -> int:
     run.best = {name: tensors[f"best.{name}"].clone() for name in run.parameters}
     restore_optimiser("optimiser", run.made, tensors)
     run.curve = Curve.of(facts["curve"])
-    run.guard = [(int(at), float(value)) for at, value in facts["guard"]]
+    run.looks = [Look(int(at), tuple(values)) for at, values in facts["looks"]]
     return step

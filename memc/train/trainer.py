@@ -19,9 +19,11 @@ from memc.pipeline import Pass, PassReport, Plan
 from memc.program import Program, get_tensor, named_tensors, retie, set_tensor
 from memc.progress import Progress
 from memc.recipe import Train
-from memc.report.files import ChoiceFacts, CurveFacts, RecoveryFacts, TrainingFacts, TransferFacts
-from memc.train.adapters import Adapter, add_adapters, attention_projections, fold_adapters
+from memc.report.files import ChoiceFacts, CurveFacts, GuardFacts, RecoveryFacts, TrainingFacts, TransferFacts
+from memc.train.adapters import Adapter, add_adapters, attention_projections, block_projections, fold_adapters
+from memc.train.guard import Guard
 from memc.train.loop import Batches, Checkpoints, Curve, Schedule
+from memc.train.merge import merge_adapters
 from memc.train.parallel import ALONE, Processes
 from memc.train.recovery import Recovery, RecoveryResult, recover
 from memc.train.transfer import Transfer
@@ -60,17 +62,17 @@ class Rewritten:
 
 @dataclass(frozen=True)
 class Trainer:
-    """Trains what passes add, on given batches.
+    """Trains what passes add, and recovers what they took away, on given batches.
 
-    ``tokens`` are shared between transfer and recovery as ``settings`` say. ``batches`` of ``settings.batch``
-    sequences; ``guard`` are held-out tokens and positions ``[N,T]``. ``key`` tells what the data and the model are.
-    Of several ``processes`` all call :meth:`train` alike, and the one that leads writes.
+    ``tokens`` are shared between transfer and recovery as ``settings`` say; recovery has all of them where a pass added
+    nothing. ``batches`` of ``settings.batch`` sequences; ``guard`` is held out of them. ``key`` tells what the data and
+    the model are. Of several ``processes`` all call :meth:`train` alike, and the one that leads writes.
     """
 
     settings: Train
     tokens: int
     batches: Batches
-    guard: tuple[Tensor, Tensor]
+    guard: Guard
     seed: int
     key: Mapping[str, Any]
     products: torch.dtype | None
@@ -78,12 +80,14 @@ class Trainer:
     processes: Processes = ALONE
 
     def train(self, pass_: Pass, before: Program, applied: Applied, apply: Apply, folder: Path | None) -> Rewritten:
-        """Train what ``pass_`` added to ``before`` when it was ``applied``.
+        """Train what ``pass_`` added to ``before`` when it was ``applied``, or recover what it took away.
 
         With a ``folder`` a killed training goes on where it was. A pass that leaves open which blocks stay is settled
         by what restoring each one alone does. Raises ``MemcError``: E203 when the sequences are too short to teach
         anything, E403 when a loss is not finite, E502 when the disk is full, E204 for a checkpoint of another training.
         """
+        if not applied[2].objectives:
+            return self._recovered(pass_, before, applied, folder)
         plan, after, report = applied
         exact = min(objective.exact for objective in report.objectives)
         if exact >= self.settings.length:
@@ -102,12 +106,26 @@ class Trainer:
         if self.recovery_steps:
             after, facts.recovery = self._recover(before, after, report, folder)
         if self.processes.leads:
-            tokens, positions = (part[:SILENCED] for part in self.guard)
+            tokens, positions = (part[:SILENCED] for part in self.guard.rows)
             facts.branches = branches.measure_branches(
                 before, after, report.objectives, tokens, positions, self.progress
             )
         settled = replace(report, untrained=False, relations=pass_.trained_relations(plan))
         return Rewritten(pass_, plan, after, settled, transferred, facts)
+
+    def _recovered(self, pass_: Pass, before: Program, applied: Applied, folder: Path | None) -> Rewritten:
+        """Win back through recovery alone what a pass took away, or merge what was learned without it."""
+        plan, after, report = applied
+        done = Rewritten(pass_, plan, after, report, after, None)
+        if not self.only_recovery_steps:
+            return done
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+        # Each process has fitted it for itself: machines that differ in the last bit would drift apart.
+        shared = {id(value) for value in before.module.parameters()}
+        self.processes.align(value.data for value in after.module.parameters() if id(value) not in shared)
+        program, recovery = self._recover(before, after, report, folder)
+        return replace(done, program=program, facts=TrainingFacts(tokens=self.tokens, recovery=recovery))
 
     @property
     def transfer_steps(self) -> int:
@@ -116,9 +134,16 @@ class Trainer:
 
     @property
     def recovery_steps(self) -> int:
-        """Steps of the recovery."""
-        of_step = self.settings.batch * self.settings.length * self.settings.accumulate
-        return round(self.tokens * (1 - self.settings.transfer)) // of_step
+        """Steps of the recovery that follows transfer."""
+        return self._recovery_steps(self.tokens * (1 - self.settings.transfer))
+
+    @property
+    def only_recovery_steps(self) -> int:
+        """Steps of a recovery that has all of the tokens."""
+        return self._recovery_steps(self.tokens)
+
+    def _recovery_steps(self, tokens: float) -> int:
+        return round(tokens) // (self.settings.batch * self.settings.length * self.settings.accumulate)
 
     def _transfer(self, before: Program, after: Program, report: PassReport, folder: Path | None) -> TransferFacts:
         began = time.perf_counter()
@@ -130,11 +155,11 @@ class Trainer:
             facts = TransferFacts.model_validate_json(path.read_text())
         else:
             facts = TransferFacts(steps=self.transfer_steps, tokens=0)
-            facts.errors["untrained"] = transfer.errors(*self.guard)
+            facts.errors["untrained"] = transfer.errors(*self.guard.rows)
             sequences = math.ceil(INITIAL / self.settings.length)
             with self.progress.step("first values in closed form"):
                 transfer.initialise(*_sequences(self.batches, sequences))
-            facts.errors["initial"] = transfer.errors(*self.guard)
+            facts.errors["initial"] = transfer.errors(*self.guard.rows)
         if path is not None and not begun and self.processes.leads:
             checkpoints.save(0, *transfer.start())
             _write(path, facts.model_dump_json())
@@ -143,7 +168,7 @@ class Trainer:
         facts.curve = _curve(
             transfer.train(self.batches, schedule, self.settings.rate, self.seed, checkpoints, self.progress)
         )
-        facts.errors["trained"] = transfer.errors(*self.guard)
+        facts.errors["trained"] = transfer.errors(*self.guard.rows)
         facts.tokens = self.transfer_steps * self.settings.batch * self.settings.length
         facts.seconds = time.perf_counter() - began
         return facts
@@ -186,7 +211,8 @@ class Trainer:
         trained = after.copy()
         if settings.adapters:
             # Blocks are found in the program before: what was rewritten is no block any more, its projections are.
-            projections = attention_projections(before)
+            # What was only made smaller is still one, and feed-forward blocks too have something to win back.
+            projections = attention_projections(before) if report.objectives else block_projections(after)
             trained, adapters = add_adapters(after, projections, settings.adapters, ADAPTER_SCALE, self.seed)
             others = [name for adapter in adapters for name in (adapter.down, adapter.up)]
         else:
@@ -198,19 +224,32 @@ class Trainer:
                     trained.provenance[name] = replace(source, transform="trained", invertible=False)
         _own(trained, new)
         rates = dict.fromkeys(others, settings.adapter_rate) | dict.fromkeys(new, settings.memory_rate)
-        recovery = Recovery(before, trained, rates, settings.accumulate, settings.text, self.products, self.processes)
-        first = self.transfer_steps
+        merges = settings.onto == "original"
+        recovery = Recovery(
+            before,
+            trained,
+            rates,
+            settings.accumulate,
+            settings.text,
+            self.products,
+            self.processes,
+            imitates=not merges,
+        )
+        first = self.transfer_steps if report.objectives else 0
 
         def later(step: int) -> tuple[Tensor, Tensor]:
             return self.batches(first + step)
 
-        schedule = Schedule(self.recovery_steps)
+        schedule = Schedule(self.recovery_steps if report.objectives else self.only_recovery_steps)
         checkpoints = self._checkpoints(folder, "recovery")
         result = recover(recovery, later, self.guard, schedule, checkpoints, self.progress)
+        facts = _recovery_facts(result, settings, time.perf_counter() - began)
+        if merges:
+            return merge_adapters(before, after, trained, adapters), facts
         folded = fold_adapters(after, trained, adapters) if adapters else trained
         for name in new:
             set_tensor(folded.module, name, get_tensor(trained.module, name).detach())
-        return folded, _recovery_facts(result, settings, time.perf_counter() - began)
+        return folded, facts
 
     def _checkpoints(self, folder: Path | None, stage: str) -> Checkpoints:
         key = {**self.key, "stage": stage, "tokens": self.tokens, "seed": self.seed, **self.settings.model_dump()}
@@ -222,8 +261,13 @@ def _recovery_facts(result: RecoveryResult, settings: Train, seconds: float) -> 
         steps=result.steps,
         tokens=result.steps * settings.accumulate * settings.batch * settings.length,
         adapter_rank=settings.adapters,
+        onto=settings.onto,
         curve=_curve(result.curve),
         guard_kl=result.guard,
+        guard_texts=[
+            GuardFacts(name=name, kl=[(look.step, look.values[index]) for look in result.looks])
+            for index, name in enumerate(result.texts)
+        ],
         best_step=result.best,
         seconds=seconds,
     )

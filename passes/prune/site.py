@@ -38,6 +38,8 @@ class Prune(Pass):
     as much is removed, evenly spaced. Every block gives the same share, but for rounding. Block parameters are the
     weights and biases of the projections of attention and feed-forward blocks.
 
+    What is lost can be recovered: a conversion with data trains adapters on the projections that are left.
+
     Identity setting: ``amount=0``, bit for bit. Beyond, the perplexity ratio is measured and nothing is promised.
 
     Does not handle:
@@ -99,7 +101,8 @@ class Prune(Pass):
         details = self._details(draft, cuts, layers, plan.calibration)
         for number, value in influence.items():
             details.setdefault(str(number), {})["block_influence"] = value
-        report = PassReport(plan.spec, _sites(draft, layers), plan.rejections, plan.relations, details=details)
+        sites, recovers = _sites(draft, layers), self.amount > 0
+        report = PassReport(plan.spec, sites, plan.rejections, plan.relations, details=details, recovers=recovers)
         return result, report
 
     def draft(self, program: Program) -> Draft:

@@ -13,11 +13,16 @@ import pytest
 import memc
 from memc import api
 from memc.conversion.calibration import CalibrationText
+from memc.conversion.training import training_data
 from memc.errors import MemcError
 from memc.progress import Silent
 from memc.recipe import Recipe, Train, Verify
 from memc.report.files import PassReportFile
+from memc.report.html import render
 from memc.report.models import ConvertDocument
+from memc.report.read import read_report
+from memc.report.terminal import convert_view
+from tests.cli.test_views import text_of
 from tests.core.test_convert import make_llama
 from tests.passes.tiny_program import tiny
 from tests.train.test_conversion import write_text
@@ -107,7 +112,7 @@ def test_heads_states_and_both_backends(llama: Path, tmp_path: Path) -> None:
 
 def test_data_calibrate_but_for_what_verifies(llama: Path, tmp_path: Path) -> None:
     data = str(llama / "text.txt")
-    document = convert(llama, tmp_path / "out", data=[data])
+    document = convert(llama, tmp_path / "out", data=[data], tokens=0)
     assert document.verified
     origin = report_of(tmp_path / "out").details["total"]["calibration"]
     assert origin == f"192 tokens: {data}"
@@ -122,6 +127,58 @@ def test_data_calibrate_but_for_what_verifies(llama: Path, tmp_path: Path) -> No
     held = source.held_out()
     assert held is not None and held.tokens.tolist() == text["tokens"]
     assert not shown & {tuple(row) for row in held.tokens.tolist()}
+
+
+def recovered(model: Path, out: Path, tokens: int = 1200, **options: Any) -> ConvertDocument:
+    settings = {"length": 32, "guard": 0.2, "adapters": 2, "adapter_rate": 5e-3, "sampled": 0.25}
+    recipe = Recipe(recipe=1, train=Train.model_validate(settings))
+    data = [str(model / "text.txt"), str(model / "more.txt")]
+    options = {"threads": 1, "backend": "eager", "passes": [SPEC], **options}
+    return api.convert(model, out, recipe=recipe, data=data, tokens=tokens, **options)
+
+
+def test_what_was_pruned_is_recovered_on_data(llama: Path, tmp_path: Path) -> None:
+    (llama / "more.txt").write_text(" ".join(f"w{(i * 7 + i // 5) % 61}" for i in range(700)))
+    planned = recovered(llama, tmp_path / "out", dry_run=True)
+    assert [facts.trains for facts in planned.passes] == [["recovery"]]
+    document = recovered(llama, tmp_path / "out")
+    report = report_of(tmp_path / "out")
+    assert document.verified and not document.untrained and report.training is not None
+    recovery = report.training.recovery
+    assert report.training.transfer is None and recovery is not None and report.training.branches is None
+    assert recovery.steps == 1200 // (32 * 2) and recovery.tokens == recovery.steps * 2 * 32 and recovery.best_step > 0
+    assert recovery.guard_kl[-1][1] < recovery.guard_kl[0][1]
+    names = [Path(text.name).name for text in recovery.guard_texts]
+    assert names[:2] == ["text.txt", "more.txt"] and names[2:] == ["sampled from the original"]
+    plain = recovered(llama, tmp_path / "plain", tokens=0)
+    assert plain.verified and report_of(tmp_path / "plain").training is None
+    # What is said of the pass is said of what came out of it.
+    tokens = np.array(json.loads((tmp_path / "out" / "report" / "text.json").read_text())["tokens"])
+    (relation,) = report.relations
+    (check,) = [check for check in document.checks if check.name == "perplexity_ratio"]
+    assert relation.value == pytest.approx(check.value, rel=1e-6) and tokens.shape[1] == 32
+    said = text_of(convert_view(document), 400)
+    assert f"of {llama / 'more.txt'}" in said and "adapters of rank 2" in said and "transfer" not in said
+    assert "would be trained: recovery" in text_of(convert_view(planned), 400)
+    page = render(read_report(tmp_path / "out"))
+    assert "KL on each held-out text" in page and "Loss of transfer" not in page
+
+
+def test_calibration_and_guard_have_nothing_in_common(tmp_path: Path) -> None:
+    (tmp_path / "report").mkdir()
+    rng, texts = np.random.default_rng(0), [tmp_path / "large.npy", tmp_path / "small.npy", tmp_path / "other.npy"]
+    for path, size in zip(texts, (2600, 45, 700), strict=True):  # the second is too short to hold anything out
+        np.save(path, rng.integers(0, 67, size))
+    settings = Train(length=32, guard=0.2, adapters=2)
+    recipe = Recipe(recipe=1, data=list(map(str, texts)), train=settings, tokens=600)
+    data = training_data(recipe, tiny(vocab=67), tmp_path, Silent(), transfers=False)
+    shown = CalibrationText(recipe, tiny(vocab=67), tmp_path, Silent())(1000, 32)
+    apart = [*data.guard.rows[0].tolist(), *data.text.tokens.tolist()]
+    stretches = {tuple(row[i : i + 8]) for row in shown.tokens.tolist() for i in range(25)}
+    assert len(data.guard.texts) == 3 and not [
+        row for row in apart if {tuple(row[i : i + 8]) for i in range(25)} & stretches
+    ]
+    assert not {tuple(row) for row in data.guard.rows[0].tolist()} & {tuple(row) for row in data.text.tokens.tolist()}
 
 
 def test_a_dry_run_needs_no_text(llama: Path, tmp_path: Path) -> None:

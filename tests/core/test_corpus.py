@@ -127,6 +127,16 @@ def test_a_limited_guard_has_all_streams():
     assert corpus.guard(10, limit=1000).tokens.shape == (60, 10)
 
 
+def test_the_guard_of_each_text_is_its_own():
+    corpus = Corpus(long_streams(1000, 400, 15), [1, 1, 1], guard=0.2, block=10)
+    assert [name for name, _ in corpus.guards(10, 3)] == corpus.names[:2], "the last is too short to hold any out"
+    for text, (_, batch) in enumerate(corpus.guards(10, 3)):
+        assert set((batch.tokens // 1000).flatten().tolist()) == {text} and batch.tokens.shape == (3, 10)
+    assert [len(batch.tokens) for _, batch in corpus.guards(10, 100)] == [20, 8]
+    with pytest.raises(MemcError, match="E207"):
+        corpus.guards(1000, 1)
+
+
 def test_small_files_are_joined():
     corpus = Corpus(long_streams(*[6] * 30, 100), guard=0.1, block=BLOCK)
     small = [token for token in corpus.guard(BLOCK).tokens.ravel().tolist() if token < 180]

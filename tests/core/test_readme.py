@@ -43,7 +43,8 @@ def test_the_coverage_table_is_the_published_one() -> None:
 def train_table() -> str:
     lines = ["| key | default | what it is |", "|---|---|---|"]
     for key, field in Train.model_fields.items():
-        lines.append(f"| `{key}` | {field.default:g} | {field.description} |")
+        default = field.default if isinstance(field.default, str) else f"{field.default:g}"
+        lines.append(f"| `{key}` | {default} | {field.description} |")
     return "\n".join(lines) + "\n"
 
 

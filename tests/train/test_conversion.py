@@ -58,8 +58,8 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def training_of(out: Path) -> tuple[PassReportFile, TrainingFacts]:
-    report = PassReportFile.model_validate_json((out / "report" / "02-linearize.json").read_text())
+def training_of(out: Path, pass_: str = "linearize") -> tuple[PassReportFile, TrainingFacts]:
+    report = PassReportFile.model_validate_json((out / "report" / f"02-{pass_}.json").read_text())
     assert report.training is not None
     return report, report.training
 
@@ -69,7 +69,7 @@ def test_a_trained_conversion_reports_what_it_did(llama: Path, tmp_path: Path) -
     report, training = training_of(tmp_path / "out")
     assert document.verified and not document.untrained and not report.untrained
     transfer, choice, recovery = training.transfer, training.choice, training.recovery
-    assert choice is not None and recovery is not None and training.tokens == TOKENS
+    assert transfer is not None and choice is not None and recovery is not None and training.tokens == TOKENS
     assert transfer.steps == round(0.7 * TOKENS) // LENGTH and transfer.tokens == transfer.steps * LENGTH
     assert transfer.curve.steps == list(range(1, transfer.steps + 1))
     assert set(transfer.curve.losses) == {"output", "mass", "window_dropout"}
@@ -99,11 +99,15 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from tests.train.test_conversion import killable
-killable(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+killable(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], spec=sys.argv[4])
 """
 
+PRUNE = "prune:amount=0.25,round=8,protect=none,sequences=6,length=32"
 
-def killable(llama: Path, out: Path, stage: str, batch: int = 1) -> ConvertDocument:
+
+def killable(
+    llama: Path, out: Path, stage: str, batch: int = 1, spec: str = SPEC.replace("auto:50%", "none")
+) -> ConvertDocument:
     """Convert, with a checkpoint after every step; a ``stage`` kills the process after its second one."""
     torch.set_num_threads(1)
     loop.SAVE_SECONDS = -1.0
@@ -117,7 +121,7 @@ def killable(llama: Path, out: Path, stage: str, batch: int = 1) -> ConvertDocum
 
     loop.Checkpoints.save = saving  # type: ignore[method-assign]
     try:
-        return convert(llama, out, SPEC.replace("auto:50%", "none"), tokens=900 * batch, train={"batch": batch})
+        return convert(llama, out, spec, tokens=900 * batch, train={"batch": batch})
     finally:
         loop.Checkpoints.save = save  # type: ignore[method-assign]
         loop.SAVE_SECONDS = 60.0
@@ -162,24 +166,32 @@ def test_token_ids_alone_verify(llama: Path, tmp_path: Path) -> None:
     assert kept["tokens"][0][:40] == list(range(40)) and "ids.npy" in kept["origin"]
 
 
-def test_a_killed_training_goes_on_and_gives_the_same_bytes(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("spec", "stages"),
+    [(SPEC.replace("auto:50%", "none"), ("transfer", "recovery")), (PRUNE, ("recovery",))],
+    ids=["linearize", "prune"],
+)
+def test_a_killed_training_goes_on_and_gives_the_same_bytes(tmp_path: Path, spec: str, stages: tuple[str, ...]) -> None:
     llama = make_llama(tmp_path / "model", layers=1)
     write_text(llama / "text.txt")
     root = Path(__file__).parents[2]
-    for stage in ("transfer", "recovery"):
-        command = [sys.executable, "-c", SCRIPT, str(llama), str(tmp_path / "a"), stage]
+    for stage in stages:
+        command = [sys.executable, "-c", SCRIPT, str(llama), str(tmp_path / "a"), stage, spec]
         killed = subprocess.run(
             command, capture_output=True, text=True, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}
         )
         assert killed.returncode == -signal.SIGKILL, killed.stderr
         assert list((tmp_path / "a.partial" / "train-02" / stage).glob("step-*")) and not (tmp_path / "a").exists()
-    killable(llama, tmp_path / "a", "")
-    killable(llama, tmp_path / "b", "")
+    killable(llama, tmp_path / "a", "", spec=spec)
+    killable(llama, tmp_path / "b", "", spec=spec)
     first, second = (read_manifest(tmp_path / name).files for name in "ab")
     assert first == second and "program/params.safetensors" in first
-    curves = [training_of(tmp_path / name)[1] for name in "ab"]
-    assert curves[0].transfer.curve == curves[1].transfer.curve
-    assert curves[0].recovery.guard_kl == curves[1].recovery.guard_kl  # type: ignore[union-attr]
+    one, other = (training_of(tmp_path / name, spec.partition(":")[0])[1] for name in "ab")
+    assert one.recovery is not None and other.recovery is not None and one.recovery.curve == other.recovery.curve
+    assert one.recovery.guard_texts == other.recovery.guard_texts and one.recovery.guard_kl
+    if "transfer" in stages:
+        assert one.transfer is not None and other.transfer is not None
+        assert one.transfer.curve == other.transfer.curve
 
 
 def test_no_tokens_only_verify(llama: Path, tmp_path: Path) -> None:

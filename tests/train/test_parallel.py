@@ -20,7 +20,7 @@ from memc.program_io import load_program
 from memc.recipe import Recipe, Train
 from memc.train.parallel import ALONE, Processes
 from tests.core.test_convert import make_llama
-from tests.train.test_conversion import killable, training_of, write_text
+from tests.train.test_conversion import PRUNE, SPEC, killable, training_of, write_text
 from tests.train.tiny_training import packed, tensors_of
 
 ROOT = Path(__file__).parents[2]
@@ -28,13 +28,13 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from tests.train.test_conversion import killable
-killable(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], batch=2)
+killable(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], batch=2, spec=sys.argv[4])
 """
 
 
-def start(llama: Path, out: Path, rank: int, port: int, killed_in: str) -> subprocess.Popen[str]:
+def start(llama: Path, out: Path, rank: int, port: int, killed_in: str, spec: str) -> subprocess.Popen[str]:
     place = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [sys.executable, "-c", SCRIPT, str(llama), str(out), killed_in]
+    command = [sys.executable, "-c", SCRIPT, str(llama), str(out), killed_in, spec]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **place}
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
 
@@ -45,27 +45,31 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def test_two_processes_train_what_one_does_though_one_is_lost(tmp_path: Path) -> None:
+@pytest.mark.parametrize("spec", [SPEC.replace("auto:50%", "none"), PRUNE], ids=["linearize", "prune"])
+def test_two_processes_train_what_one_does_though_one_is_lost(tmp_path: Path, spec: str) -> None:
     llama, out = make_llama(tmp_path / "model", layers=1), tmp_path / "two"
     write_text(llama / "text.txt")
     for stage in ("recovery", ""):
         port = free_port()
-        leader, other = (start(llama, out, rank, port, stage if rank else "") for rank in range(2))
+        leader, other = (start(llama, out, rank, port, stage if rank else "", spec) for rank in range(2))
         said = [process.communicate(timeout=300)[1] for process in (leader, other)]
         if stage:
             assert other.returncode == -signal.SIGKILL
             assert leader.returncode == 1 and "E503 another process of the training is gone" in said[0], said[0]
             assert list((tmp_path / "two.partial" / "train-02" / stage).glob("step-*")) and not out.exists()
     assert (leader.returncode, other.returncode) == (0, 0), said
-    killable(llama, tmp_path / "one", "", batch=2)
+    killable(llama, tmp_path / "one", "", batch=2, spec=spec)
     one, two = (tensors_of(load_program(tmp_path / name / "program")) for name in ("one", "two"))
     assert one.keys() == two.keys()
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=0, atol=2e-6, msg=name)
-    first, second = (training_of(tmp_path / name)[1] for name in ("one", "two"))
-    for name, losses in first.transfer.curve.losses.items():
-        assert second.transfer.curve.losses[name] == pytest.approx(losses, rel=1e-4, abs=1e-6)
-    assert second.recovery.curve.losses["kl"] == pytest.approx(first.recovery.curve.losses["kl"], rel=1e-3)  # type: ignore[union-attr]
+    first, second = (training_of(tmp_path / name, spec.partition(":")[0])[1] for name in ("one", "two"))
+    for name, losses in first.transfer.curve.losses.items() if first.transfer else ():
+        assert second.transfer.curve.losses[name] == pytest.approx(losses, rel=1e-4, abs=1e-6)  # type: ignore[union-attr]
+    assert first.recovery is not None and second.recovery is not None
+    assert second.recovery.curve.losses["kl"] == pytest.approx(first.recovery.curve.losses["kl"], rel=1e-3)
+    for text, same in zip(first.recovery.guard_texts, second.recovery.guard_texts, strict=True):
+        assert [kl for _, kl in same.kl] == pytest.approx([kl for _, kl in text.kl], rel=1e-3)
 
 
 @given(st.integers(1, 9), st.integers(1, 4), st.integers(0, 3))

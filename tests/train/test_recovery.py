@@ -13,12 +13,13 @@ from memc.pipeline import PassReport
 from memc.program import Program, get_tensor
 from memc.progress import Silent
 from memc.train.adapters import add_adapters, attention_projections
+from memc.train.guard import Guard
 from memc.train.loop import Checkpoints, Schedule
 from memc.train.recovery import PATIENCE, Recovery, RecoveryResult, recover
 from tests.passes.tiny_program import tiny
 from tests.train.tiny_training import batches, changed, linearized, packed, tensors_of, transfer
 
-GUARD = packed(3, 8)
+GUARD = Guard.of(*packed(3, 8))
 
 
 def rewritten(layers: int = 2) -> tuple[Program, Program, PassReport]:
@@ -45,7 +46,7 @@ def test_the_divergence_falls_and_nothing_else_changes() -> None:
     frozen = next(name for name, _ in recovery.after.module.named_parameters() if name not in recovery.rates)
     recovery.after.module.get_parameter(frozen).requires_grad_(False)
     needed = {name: p.requires_grad for name, p in recovery.after.module.named_parameters()}
-    result = run(recovery, 16, lambda _: GUARD)
+    result = run(recovery, 16, lambda _: GUARD.rows)
     assert [step for step, _ in result.guard] == [0, 2, 4, 6, 8, 10, 12, 14, 16] == [0, *result.curve.steps[1::2]]
     assert result.guard[-1][1] < 0.8 * result.guard[0][1] and result.steps == 16
     assert changed(first, tensors_of(recovery.after)) == set(recovery.rates)

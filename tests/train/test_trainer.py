@@ -15,6 +15,7 @@ from memc.program import Program, get_tensor
 from memc.progress import Silent
 from memc.recipe import Train
 from memc.train import Rewritten, Trainer, loop
+from memc.train.guard import Guard
 from tests.passes.tiny_program import TARGET, tiny
 from tests.train.tiny_training import LENGTH, SMALL, changed, linearized, packed, tensors_of
 
@@ -51,7 +52,14 @@ def train(
     tokens = round(STEPS * 2 * LENGTH / 0.6)
     seed = changes.pop("seed", 0)
     trainer = Trainer(
-        Train(**{**SETTINGS, **changes}), tokens, give or Batches(), packed(2, 8), seed, {"data": "d"}, None, Silent()
+        Train(**{**SETTINGS, **changes}),
+        tokens,
+        give or Batches(),
+        Guard.of(*packed(2, 8)),
+        seed,
+        {"data": "d"},
+        None,
+        Silent(),
     )
 
     def apply(pass_: Pass) -> Any:
@@ -175,5 +183,5 @@ def test_sequences_that_teach_nothing_are_refused() -> None:
         before = tiny(layers=1)
         pass_ = Linearize(window=24, keep="none")
         plan = pass_.plan(before, TARGET)
-        trainer = Trainer(Train(**SETTINGS), 999, Batches(), packed(2, 8), 0, {}, None, Silent())
+        trainer = Trainer(Train(**SETTINGS), 999, Batches(), Guard.of(*packed(2, 8)), 0, {}, None, Silent())
         trainer.train(pass_, before, (plan, *pass_.apply(before, plan)), lambda _: None, None)  # type: ignore[arg-type,return-value]
