@@ -20,11 +20,14 @@ from memc.artifact import read_manifest
 from memc.errors import MemcError
 from memc.frontend import capture
 from memc.program import Program
-from memc.recipe import Recipe
+from memc.recipe import Recipe, Verify
 from memc.report.files import CaptureReport, PassReportFile, RaiseReport, VerifyReport
 from memc.report.models import ConvertDocument
 from memc.verify import VerificationText, past
 from tests.core.toy import Toy
+
+ANY_TIME = Verify(budgets={"decode_time_ratio": 100.0, "prompt_time_ratio": 100.0})
+"""Models as small as those of the tests get no faster: tests/core/test_speed.py is about time."""
 
 
 def make_llama(folder: Path, dtype: torch.dtype = torch.float32, layers: int = 2) -> Path:

@@ -16,14 +16,14 @@ from memc.conversion.calibration import CalibrationText
 from memc.conversion.training import training_data
 from memc.errors import MemcError
 from memc.progress import Silent
-from memc.recipe import Recipe, Train, Verify
+from memc.recipe import Recipe, Train
 from memc.report.files import PassReportFile
 from memc.report.html import render
 from memc.report.models import ConvertDocument
 from memc.report.read import read_report
 from memc.report.terminal import convert_view
 from tests.cli.test_views import text_of
-from tests.core.test_convert import make_llama
+from tests.core.test_convert import ANY_TIME, make_llama
 from tests.passes.tiny_program import tiny
 from tests.train.test_conversion import write_text
 
@@ -63,9 +63,7 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def convert(model: Path, out: Path, *passes: str, data: list[str] | None = None, **options: Any) -> ConvertDocument:
-    # Of a model as small as these nothing gets faster: tests/core/test_speed.py is about time.
-    verify = Verify(budgets={"decode_time_ratio": 100.0, "prompt_time_ratio": 100.0})
-    recipe = Recipe(recipe=1, train=Train(length=32, guard=0.2), verify=verify)
+    recipe = Recipe(recipe=1, train=Train(length=32, guard=0.2), verify=ANY_TIME)
     options = {"threads": 1, "backend": "eager", **options}
     return api.convert(model, out, passes=passes or (SPEC,), recipe=recipe, data=data or [], **options)
 
@@ -131,7 +129,7 @@ def test_data_calibrate_but_for_what_verifies(llama: Path, tmp_path: Path) -> No
 
 def recovered(model: Path, out: Path, tokens: int = 1200, **options: Any) -> ConvertDocument:
     settings = {"length": 32, "guard": 0.2, "adapters": 2, "adapter_rate": 5e-3, "sampled": 0.25}
-    recipe = Recipe(recipe=1, train=Train.model_validate(settings))
+    recipe = Recipe(recipe=1, train=Train.model_validate(settings), verify=ANY_TIME)
     data = [str(model / "text.txt"), str(model / "more.txt")]
     options = {"threads": 1, "backend": "eager", "passes": [SPEC], **options}
     return api.convert(model, out, recipe=recipe, data=data, tokens=tokens, **options)

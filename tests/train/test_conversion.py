@@ -24,7 +24,7 @@ from memc.progress import Silent
 from memc.recipe import Recipe, Train
 from memc.report.models import ConvertDocument, EvalDocument, PassReportFile, TrainingFacts
 from memc.train import loop
-from tests.core.test_convert import make_llama
+from tests.core.test_convert import ANY_TIME, make_llama
 from tests.passes.tiny_program import tiny
 
 LENGTH, TOKENS = 32, 800
@@ -40,7 +40,7 @@ def write_text(path: Path, words: int = 2600) -> Path:
 
 def convert(llama: Path, out: Path, *passes: str, **options: Any) -> ConvertDocument:
     settings = {**SETTINGS, **options.pop("train", {})}
-    recipe = Recipe(recipe=1, train=Train(**settings))
+    recipe = Recipe(recipe=1, train=Train(**settings), verify=ANY_TIME)
     data = [str(llama / "text.txt")]
     options = {"data": data, "tokens": TOKENS, "threads": 1, **options}
     return api.convert(llama, out, passes=passes or (SPEC,), backend="eager", recipe=recipe, **options)
