@@ -26,6 +26,7 @@ import torch
 from cpu import facts as machine_facts
 from cpu import model
 from page import grid, write
+from torch.fx import Node
 
 from memc.analysis.stream import Stream
 from memc.cli.console import Console
@@ -91,25 +92,32 @@ class Bench:
         """Return the perplexity on each test text."""
         return {name: perplexity(program, rows) for name, rows in self.tests.items()}
 
-    def cuts(self, drafts: dict[float, Draft], gated: int) -> dict[tuple[float, str], list[Cut]]:
+    def cuts(
+        self, drafts: dict[float, Draft], variants: Sequence[Variant], gated: int
+    ) -> dict[tuple[float, str], list[Cut]]:
         """Make every variant's cuts at every amount in one run of the text; Taylor's gradients see ``gated`` rows."""
         made: dict[tuple[float, str], list[Cut]] = {}
         groups = {t.group.exit: t.group for draft in drafts.values() for t in draft.tasks}
         fewer = Calibration(self.calibration.tokens[:gated], self.calibration.positions[:gated], "")
-        with self.console.step(f"gradients on {gated} sequences"):
-            gates = dict(zip(groups, scores.taylor(self.original, list(groups.values()), fewer), strict=True))
-        order = {node: index for index, node in enumerate(self.original.module.graph.nodes)}
+        gates = dict[Node, torch.Tensor]()
+        if any(variant.score == "taylor" for variant in variants):
+            with self.console.step(f"gradients on {gated} sequences"):
+                gates = dict(zip(groups, scores.taylor(self.original, list(groups.values()), fewer), strict=True))
         stream = Stream(self.original, self.calibration)
+        followers = [measure.Follower(self.original, self.calibration) for _ in drafts]
         with self.console.step(f"moments of {len(groups)} groups"):
-            for exit_ in sorted(groups, key=order.__getitem__):
-                found = measure.moments_of(stream, groups[exit_], gram=True)
-                for amount, draft in drafts.items():
+            for exit_ in sorted(groups):
+                own, *theirs = measure.moments_of(stream, groups[exit_], followers)
+                for (amount, draft), follower, seen in zip(drafts.items(), followers, theirs, strict=True):
                     for task in (task for task in draft.tasks if task.group.exit is exit_):
-                        for variant in VARIANTS:
+                        for variant in variants:
                             chosen = gates[exit_] if variant.score == "taylor" else None
+                            found = seen if variant.refits else own
                             cut = measure.cut_by(
                                 self.original, task, found, variant.score, chosen, refits=variant.refits
                             )
+                            if variant.refits:
+                                follower.apply(cut)
                             made.setdefault((amount, variant.name), []).append(cut)
         return made
 
@@ -157,6 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sequences", type=int, default=128, help=f"calibration sequences of {LENGTH} tokens")
     parser.add_argument("--gated", type=int, default=128, help="those of them that Taylor's gradients see")
     parser.add_argument("--rows", type=int, default=16, help=f"rows of {LENGTH} tokens of each test text")
+    parser.add_argument("--only", action="append", choices=[one.name for one in VARIANTS], help="variant; repeatable")
     parser.add_argument("--protect", default="ends", help="the pass's option")
     parser.add_argument("--results", type=Path, default=HERE / "results")
     options = parser.parse_args(arguments)
@@ -180,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     with bench.console.step("dense"):
         document["dense"] = bench.measure(bench.original)
-    made = bench.cuts(drafts, options.gated)
+    made = bench.cuts(drafts, [one for one in VARIANTS if not options.only or one.name in options.only], options.gated)
     for (amount, name), cuts in sorted(made.items(), key=lambda item: (item[0][0], item[0][1] != VARIANTS[0].name)):
         with bench.console.step(f"{name} at {amount:.0%}"):
             program = Pruner(bench.original).run(cuts)

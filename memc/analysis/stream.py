@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -18,8 +18,8 @@ from memc.program import Program, get_tensor
 class Stream:
     """Calibration sequences on their way through a program, each from an empty state.
 
-    What is held between two pieces is what later nodes read: the residual stream of every sequence, and nothing of a
-    block that lies behind. Parameters are read as they are used.
+    What is held between two pieces is what later nodes read: at the end of a block the residual stream of every
+    sequence, and nothing of what lies behind. Parameters are read as they are used.
     """
 
     def __init__(self, program: Program, calibration: Calibration) -> None:
@@ -31,6 +31,7 @@ class Stream:
         # Not for the output, to which nothing is run: the next states of all layers would be held for it.
         readers = {node: [user for user in node.users if user.op != "output"] for node in self._order}
         self._last = {node: max(map(self._place.__getitem__, readers[node]), default=-1) for node in self._order}
+        self._instead: dict[Node, tuple[Node, Callable[[Tensor], Tensor]]] = {}
         self._at = 0
         device = next((p.device for p in program.module.parameters()), torch.device("cpu"))
         nodes, self._held = program.placeholders(), list[dict[Node, Any]]()
@@ -38,14 +39,20 @@ class Stream:
             given = (part[row : row + 1].to(device) for part in (calibration.tokens, calibration.positions))
             self._held.append(dict(zip(nodes, (*given, *program.new_state(1, device)), strict=True)))
 
-    def advance(self, last: Node, watch: Collection[Node]) -> Iterator[dict[Node, Tensor]]:
-        """Run every sequence up to ``last`` and yield the values of ``watch`` in this piece, one sequence at a time.
+    def replace(self, node: Node, source: Node, function: Callable[[Tensor], Tensor]) -> None:
+        """From here on compute ``node``, which is still to come, as a function of ``source``, which it reads."""
+        assert self._place[node] >= self._at and source in node.all_input_nodes
+        self._instead[node] = (source, function)
 
-        The next piece starts when the iterator is exhausted.
+    def advance(self, last: Node, watch: Collection[Node]) -> Iterator[dict[Node, Tensor]]:
+        """Run every sequence up to ``last`` and yield the values of ``watch``, one sequence at a time.
+
+        They are those of this piece, and what is still held from before it. The next piece starts when the iterator is
+        exhausted.
         """
         start, stop = self._at, self._place[last] + 1
         for held in self._held:
-            seen: dict[Node, Tensor] = {}
+            seen: dict[Node, Tensor] = {node: held[node] for node in watch if node in held}
             for node in self._order[start:stop]:
                 if node.op == "call_function":
                     held[node] = self._call(node, held)
@@ -62,5 +69,8 @@ class Stream:
         def value(source: Node) -> Any:
             return get_tensor(self._module, str(source.target)) if source.op == "get_attr" else held[source]
 
+        if node in self._instead:
+            source, function = self._instead[node]
+            return function(value(source))
         target: Any = node.target
         return target(*map_arg(node.args, value), **map_arg(dict(node.kwargs), value))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.fx import Node
+from torch.nn.functional import linear
 
 from memc.analysis.stream import Stream
 from memc.errors import MemcError
@@ -15,11 +16,13 @@ from memc.passes.prune import scores
 from memc.passes.prune.choice import Task, evenly, lowest
 from memc.passes.prune.groups import Branch, Group, Groups
 from memc.passes.prune.moments import Moments, require_finite
+from memc.passes.prune.moves import moved_from
 from memc.passes.prune.refit import compensate, refit
 from memc.passes.prune.rewrite import Cut
-from memc.passes.prune.walk import linear_parts
+from memc.passes.prune.walk import BlockedError, linear_parts
 from memc.pipeline import Calibration
 from memc.program import Program, get_tensor
+from memc.raising.evaluate import hints
 from memc.raising.feed_forward import linear_input
 
 
@@ -31,20 +34,29 @@ def choose_evenly(tasks: Sequence[Task], *, biased: bool) -> list[Cut]:
 def choose(
     program: Program, tasks: Sequence[Task], calibration: Calibration | None, score: str, *, refits: bool
 ) -> list[Cut]:
-    """Choose what goes by a score, and fit what stays, on what calibration sequences show of the whole model.
+    """Choose what goes by a score, and fit what stays, on what calibration sequences show of the model.
 
-    Every task's moments are taken on the inputs of the model as it was, its own block at a time.
+    Block by block in the order of the graph. With ``refits`` what a block sees is the model as far as it is pruned, and
+    what it is fitted to is the original: see :class:`Follower`.
     """
     if calibration is None:
         assert score == "magnitude" and not refits
         return [Cut(task.group, lowest(task, scores.magnitude(task.group))) for task in tasks]
     gates = scores.taylor(program, [task.group for task in tasks], calibration) if score == "taylor" else []
     cuts: dict[int, Cut] = {}
-    stream = Stream(program, calibration)
-    for index in sorted(range(len(tasks)), key=lambda i: tasks[i].group.exit):
-        found = moments_of(stream, tasks[index].group, gram=refits)
+    original = Stream(program, calibration)
+    followers = [Follower(program, calibration)] if refits else []
+    for index in in_order(tasks):
+        found = moments_of(original, tasks[index].group, followers)[-1]
         cuts[index] = cut_by(program, tasks[index], found, score, gates[index] if gates else None, refits=refits)
+        for follower in followers:
+            follower.apply(cuts[index])
     return [cuts[index] for index in range(len(tasks))]
+
+
+def in_order(tasks: Sequence[Task]) -> list[int]:
+    """Return the indices of tasks in the order in which a run of the graph reaches their ends."""
+    return sorted(range(len(tasks)), key=lambda index: tasks[index].group.exit)
 
 
 def cut_by(program: Program, task: Task, moments: Moments, score: str, gates: Tensor | None, *, refits: bool) -> Cut:
@@ -60,7 +72,55 @@ def cut_by(program: Program, task: Task, moments: Moments, score: str, gates: Te
     cut = Cut(group, lowest(task, units), refits or score == "flap")
     if not cut.biased or not cut.removed:
         return cut
-    return replace(cut, fit=(refit if refits else compensate)(weight, bias, moments, cut.columns))
+    kept = cut.columns
+    return replace(cut, fit=refit(weight, moments, kept) if refits else compensate(weight, bias, moments, kept))
+
+
+class Follower:
+    """The calibration sequences on their way through a model as far as it is pruned, beside the original.
+
+    A projection is fitted to what brings the residual stream back to the original's: its own output there, plus by how
+    much the stream that it is added to is off. So a block makes up for those before it (asymmetric calibration,
+    GPTAQ, arXiv 2504.02692, where the error of the inputs alone is made up for). Where the output goes through anything
+    but a change of shape on its way to the stream, or is added before the stream is known, the target is the output
+    alone.
+    """
+
+    def __init__(self, program: Program, calibration: Calibration) -> None:
+        """Start every sequence before the first node."""
+        self._stream = Stream(program, calibration)
+        self._groups = Groups(program)
+
+    def stream_of(self, group: Group) -> Node | None:
+        """Return the residual stream that a group's exit is added to, None where the target is the output alone."""
+        try:
+            branch = self._groups.branch(group.block)
+        except BlockedError:
+            return None
+        passed = branch.addend
+        while passed is not group.exit and (moved := moved_from(passed)) is not None:
+            passed = moved
+        (stream,) = (source for source in branch.add.args[:2] if source is not branch.addend)
+        assert isinstance(stream, Node)
+        return stream if passed is group.exit and stream < group.exit else None
+
+    def rows(self, group: Group) -> Iterator[dict[Node, Tensor]]:
+        """Run every sequence on to the inputs of a group's exit; yields those and the stream, of each."""
+        entry, stream = linear_input(group.exit), self.stream_of(group)
+        return self._stream.advance(entry, [entry] if stream is None else [entry, stream])
+
+    def apply(self, cut: Cut) -> None:
+        """Let what follows see a cut, which must have been fitted."""
+        if not cut.removed:
+            return
+        assert cut.fit is not None
+        fit, kept = cut.fit, torch.nonzero(cut.columns)[:, 0]
+
+        def cut_exit(x: Tensor) -> Tensor:
+            at = kept.to(x.device)
+            return linear(x[..., at], fit.weight.to(x), fit.bias.to(x))
+
+        self._stream.replace(cut.group.exit, linear_input(cut.group.exit), cut_exit)
 
 
 def influence(program: Program, groups: Groups, layers: Sequence[Sequence[Branch]], calibration: Calibration) -> Tensor:
@@ -87,14 +147,26 @@ def require_usable(calibration: Calibration, tasks: Sequence[Task]) -> None:
         raise MemcError("E207", reason, calibration.origin, hint)
 
 
-def moments_of(stream: Stream, group: Group, *, gram: bool) -> Moments:
-    """Run every sequence on to the end of a group and return what its exit projection took on the way."""
-    entry = linear_input(group.exit)
+def moments_of(original: Stream, group: Group, followers: Sequence[Follower]) -> list[Moments]:
+    """Run every sequence on to the end of a group; returns what its exit took in the original, and in each follower.
+
+    With followers the sums that a fit needs are made, of the followers alone.
+    """
+    entry, exit_ = linear_input(group.exit), group.exit
     where = f"layer {group.block.layer} {group.block.path}".strip()
-    moments = Moments(len(group.columns), gram=gram, where=where)
-    for seen in stream.advance(group.exit, [entry]):
-        moments.update(seen[entry])
-    return moments
+    channels, outputs = len(group.columns), hints(exit_)[-1]
+    own = Moments(channels, gram=False, where=where)
+    theirs = [Moments(channels, gram=True, where=where, targets=outputs) for _ in followers]
+    streams = {stream for follower in followers if (stream := follower.stream_of(group)) is not None}
+    runs = [follower.rows(group) for follower in followers]
+    for meant, *seen in zip(original.advance(exit_, {entry, exit_, *streams}), *runs, strict=True):
+        own.update(meant[entry])
+        for moments, values in zip(theirs, seen, strict=True):
+            target = meant[exit_].flatten(0, -2)
+            for stream in streams:
+                target = target + (meant[stream].float() - values[stream].float()).reshape(target.shape)
+            moments.update(values[entry], target)
+    return [own, *theirs]
 
 
 def _exit_weight(program: Program, exit_: Node) -> tuple[Tensor, Tensor | None]:

@@ -12,31 +12,28 @@ RIDGE = 1e-3
 """Penalty on the change of a weight, as a share of the mean variance of an input channel."""
 
 
-def refit(weight: Tensor, bias: Tensor | None, moments: Moments, kept: Tensor) -> Fit:
-    """Fit a projection on its kept inputs to what it gave on all of them (least squares with a ridge).
+def refit(weight: Tensor, moments: Moments, kept: Tensor) -> Fit:
+    """Fit a projection on its kept inputs to targets (least squares with a ridge).
 
-    ``weight [out,C]`` takes inputs of mean m and covariance S; ``kept [C]`` tells which stay (k) and which go (r). The
-    output is W_k x_k + W_r x_r + b, and the best affine guess of x_r is m_r + S_rk S_kk^-1 (x_k - m_k), so
+    ``weight [out,C]`` takes inputs of mean m and covariance S, whose covariance with the targets y, of mean n, is X;
+    ``kept [C]`` tells which inputs stay (k). With lambda = RIDGE mean(diag S),
 
-        W' = W_k + W_r S_rk (S_kk + RIDGE mean(diag S) I)^-1,   b' = b + W m - W' m_k
+        W' = W_k + (X_k^T - W_k S_kk) (S_kk + lambda I)^-1,   b' = n - W' m_k
 
     The ridge is on the change, so that a strong one leaves W_k alone (restoration of FASP, arXiv 2501.09412, with a
-    bias).
+    bias). With y = W x this is what all inputs did: W_k + W_r S_rk (S_kk + lambda I)^-1 for the removed r.
     """
-    w, covariance, mean = weight.detach().double().cpu(), moments.covariance, moments.mean
+    w, covariance = weight.detach().double().cpu(), moments.covariance
     inner = covariance[kept][:, kept]
     ridge = RIDGE * covariance.diagonal().mean().clamp_min(1e-30)
     factor = torch.linalg.cholesky(inner + ridge * torch.eye(len(inner), dtype=torch.float64))
-    change = torch.cholesky_solve(covariance[kept][:, ~kept] @ w[:, ~kept].T, factor).T
-    return _with_bias(w[:, kept] + change, w, bias, mean, kept)
+    missing = moments.cross_covariance[kept] - inner @ w[:, kept].T
+    fitted = w[:, kept] + torch.cholesky_solve(missing, factor).T
+    return Fit(fitted.float(), (moments.target_mean - fitted @ moments.mean[kept]).float())
 
 
 def compensate(weight: Tensor, bias: Tensor | None, moments: Moments, kept: Tensor) -> Fit:
     """Put the mean of what goes into the bias: b' = b + W_r m_r (FLAP, An et al. 2024, section 3.3)."""
     w = weight.detach().double().cpu()
-    return _with_bias(w[:, kept], w, bias, moments.mean, kept)
-
-
-def _with_bias(fitted: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor, kept: Tensor) -> Fit:
-    offset = weight @ mean - fitted @ mean[kept]
-    return Fit(fitted.float(), (offset if bias is None else bias.detach().double().cpu() + offset).float())
+    offset = w[:, ~kept] @ moments.mean[~kept]
+    return Fit(w[:, kept].float(), (offset if bias is None else bias.detach().double().cpu() + offset).float())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from memc.analysis.stream import Stream
@@ -37,3 +38,19 @@ def test_only_what_is_still_read_is_held() -> None:
         held = stream._held[0]
         sizes.append(sum(v.numel() for n, v in held.items() if isinstance(v, torch.Tensor) and n.op != "placeholder"))
     assert sizes == [2 * 11 * 24] * 3, "the residual stream and the block's output, and no layer's next states"
+
+
+def test_a_node_is_replaced_for_what_is_still_to_come() -> None:
+    program = tiny()
+    calibration = Calibration(tokens_of(2, 9), torch.arange(9).expand(2, 9).contiguous(), "here")
+    order = list(program.module.graph.nodes)
+    node = next(n for n in order if n.target == torch.ops.aten.linear.default)
+    (source, *_) = node.all_input_nodes
+    stream = Stream(program, calibration)
+    before = [seen[source] for seen in stream.advance(source, [source])]
+    stream.replace(node, source, lambda x: x.new_ones(*x.shape[:-1], 3))
+    again = list(stream.advance(node, [node, source]))
+    assert all(torch.equal(seen[source], x) for seen, x in zip(again, before, strict=True)), "held from before"
+    assert all(torch.equal(seen[node], torch.ones(1, 9, 3)) for seen in again)
+    with pytest.raises(AssertionError):
+        stream.replace(node, source, torch.clone)

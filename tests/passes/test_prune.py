@@ -17,6 +17,8 @@ from memc.passes.prune import Prune, scores
 from memc.passes.prune.groups import Group, Groups
 from memc.passes.prune.moments import Moments
 from memc.passes.prune.refit import compensate, refit
+from memc.passes.prune.rewrite import Cut, Fit, Pruner
+from memc.passes.prune.walk import linear_parts
 from memc.passes.window import Window
 from memc.pipeline import Calibration, PassReport, parse_spec
 from memc.program import Program, get_tensor, retie, set_tensor
@@ -205,6 +207,31 @@ def feed_forward(program: Program, layer: int = 0) -> Group:
     return groups.of(block, "ffn_channels")
 
 
+def heads(program: Program, layer: int = 0) -> Group:
+    groups = Groups(program)
+    block = next(block for block in groups.blocks if block.kind == "attention" and block.layer == layer)
+    return groups.of(block, "kv_groups")
+
+
+def values(program: Program, node: Node, calibration: Calibration) -> Tensor:
+    """Values ``[tokens, C]`` of a node, from one run of the whole batch."""
+    run = Recorded(program, {node})
+    run.run(calibration.tokens, calibration.positions, *program.new_state(len(calibration.tokens)))
+    return run.seen[node].flatten(0, -2).double()
+
+
+def exit_weight(program: Program, group: Group) -> Tensor:
+    return get_tensor(program.module, str(linear_parts(group.exit)[0].target)).detach().double()
+
+
+def fit_of(program: Program, group: Group) -> Fit:
+    """Weight and bias that a pruned program's projection behind a group has."""
+    exit_ = next(n for n in program.module.graph.nodes if n.name == group.exit.name)
+    weight, bias, _, _ = linear_parts(exit_)
+    assert bias is not None
+    return Fit(*(get_tensor(program.module, str(node.target)).detach() for node in (weight, bias)))
+
+
 @pytest.mark.parametrize("score", ["wanda", "flap", "activation", "magnitude", "taylor"])
 def test_the_lowest_scores_go(score: str) -> None:
     program, calibration = tiny(), text()
@@ -222,7 +249,7 @@ def test_the_lowest_scores_go(score: str) -> None:
             "activation": x.abs().mean(1).square().sum(0).sqrt(),
             "magnitude": (rows + w.square().sum(0)).sqrt(),
         }[score]
-    _, report = prune(program, calibration, score=score, unit="ffn")
+    _, report = prune(program, calibration, score=score, unit="ffn", refit=False)
     removed = report.details["1"]["ffn_channels_removed"]
     assert removed == sorted(expected.argsort()[: len(removed)].tolist()) and removed
 
@@ -284,22 +311,54 @@ def test_the_refit_is_the_least_squares_solution() -> None:
     x = torch.randn(400, 12, generator=generator) @ torch.randn(12, 12, generator=generator) + 2.0
     weight, bias = torch.randn(5, 12, generator=generator), torch.randn(5, generator=generator)
     kept = torch.arange(12) % 3 > 0
-    moments = Moments(12, gram=True, where="")
-    moments.update(x[:150])
-    moments.update(x[150:])
-    target = (x @ weight.T + bias).double()
+    target = x @ weight.T + bias
+    moments = Moments(12, gram=True, where="", targets=5)
+    moments.update(x[:150], target[:150])
+    moments.update(x[150:], target[150:])
 
     def error(fit: Any) -> float:
-        return float((x[:, kept].double() @ fit.weight.double().T + fit.bias.double() - target).square().mean())
+        found = x[:, kept].double() @ fit.weight.double().T + fit.bias.double()
+        return float((found - target.double()).square().mean())
 
-    found, biased = refit(weight, bias, moments, kept), compensate(weight, bias, moments, kept)
+    found, biased = refit(weight, moments, kept), compensate(weight, bias, moments, kept)
     design = torch.cat([x[:, kept], torch.ones(400, 1)], 1).double()
-    best = torch.linalg.lstsq(design, target).solution
+    best = torch.linalg.lstsq(design, target.double()).solution
     least = float((design @ best - target).square().mean())
     assert least <= error(found) < 1.001 * least
     assert error(found) < 0.9 * error(biased)
     assert torch.equal(biased.weight, weight[:, kept])
-    torch.testing.assert_close((x[:, kept] @ biased.weight.T + biased.bias).mean(0), target.float().mean(0))
+    torch.testing.assert_close((x[:, kept] @ biased.weight.T + biased.bias).mean(0), target.mean(0))
+
+
+@pytest.mark.parametrize(("unit", "amount"), [("ffn", 0.2), ("heads", 0.28)])
+def test_a_block_is_chosen_and_fitted_to_bring_the_pruned_stream_back(unit: str, amount: float) -> None:
+    program, calibration = tiny(), text(64)
+    result, report = prune(program, calibration, unit=unit, amount=amount)
+    groups = [feed_forward(program, n) if unit == "ffn" else heads(program, n) for n in (0, 1)]
+    cuts = [Cut(g, tuple(report.details[str(n)][f"{g.kind}_removed"])) for n, g in enumerate(groups)]
+    first = replace(cuts[0], biased=True, fit=fit_of(result, groups[0]))
+    pruned = Pruner(program).run([first])
+    exit_ = next(n for n in pruned.module.graph.nodes if n.name == groups[1].exit.name)
+    x = values(pruned, linear_input(exit_), calibration)
+    channels = x.square().mean(0).sqrt() * exit_weight(program, groups[1]).abs().sum(0)
+    units = torch.zeros(groups[1].units, dtype=torch.float64).index_add_(0, groups[1].columns, channels)
+    assert list(cuts[1].removed) == sorted(units.argsort()[: len(cuts[1].removed)].tolist()), "scored on pruned inputs"
+    branch = Groups(program).branch(groups[1].block)
+    (stream,) = (n for n in branch.add.args[:2] if isinstance(n, Node) and n is not branch.addend)
+    after = next(n for n in pruned.module.graph.nodes if n.name == stream.name)
+    target = values(program, groups[1].exit, calibration)
+    owed = values(program, stream, calibration) - values(pruned, after, calibration)
+    assert owed.square().mean() > 1e-4 * target.square().mean(), "what comes before is off"
+    design = torch.cat([x[:, cuts[1].columns], torch.ones(len(x), 1, dtype=torch.float64)], 1)
+
+    def error(solution: Tensor, aim: Tensor) -> float:
+        return float((design @ solution - aim).square().mean())
+
+    fit = fit_of(result, groups[1])
+    found = torch.cat([fit.weight.double().T, fit.bias.double()[None]])
+    best, other = (torch.linalg.lstsq(design, aim).solution for aim in (target + owed, target))
+    assert error(found, target + owed) < 1.003 * error(best, target + owed)
+    assert error(other, target + owed) > 1.003 * error(best, target + owed), "its own output alone is another aim"
 
 
 def test_refitting_brings_the_outputs_nearer() -> None:
