@@ -48,17 +48,17 @@ def legal(group: Group, multiple: int) -> list[int]:
             return list(range(0, group.units, group.block.num_kv_heads))
 
 
-def spread(groups: Sequence[Group], parameters: float, multiple: int) -> list[Task]:
+def spread(groups: Sequence[Group], parameters: float, multiple: int, *, alike: bool = False) -> list[Task]:
     """Remove about so many parameters from the groups, the same share of each but for rounding.
 
     What rounding leaves over goes on to the next group, so that the sum is as near as one step. Where that is more than
-    can be removed, all that can be is.
+    can be removed, all that can be is. Groups ``alike`` lose alike: there it goes nowhere.
     """
     whole = sum(unit_cost(group) * group.units for group in groups)
     share, tasks, owed = parameters / max(whole, 1), list[Task](), 0.0
     for group in groups:
         cost = unit_cost(group)
-        owed += share * cost * group.units
+        owed = share * cost * group.units + (0.0 if alike else owed)
         count = min(legal(group, multiple), key=lambda n: abs(n * cost - owed))
         owed -= count * cost
         tasks.append(Task(group, count))

@@ -56,6 +56,7 @@ class Drafter:
     unit: str
     multiple: int
     protect: str
+    alike: bool
 
     def __post_init__(self) -> None:
         """Find the blocks and what is protected."""
@@ -89,14 +90,14 @@ class Drafter:
         if self.unit == "heads":
             found = self._each(AttentionBlock, self._heads)
             self._require(wanted, found, 0, total)
-            heads = spread(found, wanted, self.multiple)
+            heads = spread(found, wanted, self.multiple, alike=self.alike)
         elif self.unit == "auto" and self.amount >= HEADS_FROM:
             found = [group for group in self._each(AttentionBlock, self._heads) if group.kind == "kv_groups"]
             heads = [Task(group, max(1, round(HEADS_SHARE * group.units))) for group in found]
         gone = sum(task.cost for task in heads)
         if self.unit != "heads" and (channels or heads):
             self._require(wanted, channels, gone, total)
-            heads += spread(channels, max(0.0, wanted - gone), self.multiple)
+            heads += spread(channels, max(0.0, wanted - gone), self.multiple, alike=self.alike)
         if self.amount and heads and not any(task.count for task in heads):
             reason = f"amount={self.amount} is less than half of a step: it would remove nothing"
             raise MemcError("E203", reason, self.spec, "a larger amount, or a smaller round")

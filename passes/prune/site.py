@@ -35,7 +35,8 @@ class Prune(Pass):
     ``unit=layers`` takes whole layers out of the residual stream, those that turn it least (block influence, ShortGPT).
 
     Calibration text is that of the conversion: its data, or text sampled from the original. Without it, as in planning,
-    as much is removed, evenly spaced. Every block gives the same share, but for rounding. Block parameters are the
+    as much is removed, evenly spaced. Every block gives the same share, but for rounding: what one gives too little the
+    next gives more, or with ``alike`` none does, and the sum is less exact. Block parameters are the
     weights and biases of the projections of attention and feed-forward blocks.
 
     What is lost can be recovered: a conversion with data trains adapters on the projections that are left.
@@ -64,6 +65,7 @@ class Prune(Pass):
     )
     refit: bool = option(True, "fit the projections behind what was removed, by least squares")
     round: int = option(64, "channels stay in multiples of this", unit="channels", min=1)
+    alike: bool = option(False, "every layer loses as much, to the nearest round, so that it can be exported")
     protect: str = option("ends", "layers that stay as they are: ends (first and last), none, or a list [0,28,29]")
     sequences: int = option(128, "most calibration sequences", unit="sequences", min=1)
     length: int = option(512, "tokens of a calibration sequence", unit="tokens", min=2)
@@ -107,7 +109,7 @@ class Prune(Pass):
 
     def draft(self, program: Program) -> Draft:
         """Settle how much goes where; needs no weights."""
-        return Drafter(program, self.spec, self.amount, self.unit, self.round, self.protect).draft()
+        return Drafter(program, self.spec, self.amount, self.unit, self.round, self.protect, self.alike).draft()
 
     def _layers(
         self, program: Program, draft: Draft, calibration: Calibration | None
