@@ -59,7 +59,7 @@ class Variant:
 
 
 VARIANTS = (
-    Variant("wanda, refit", "wanda", True),
+    Variant("obs, refit", "obs", True),
     Variant("wanda", "wanda", False),
     Variant("flap, its bias", "flap", False),
     Variant("taylor", "taylor", False),
@@ -107,7 +107,7 @@ class Bench:
         followers = [measure.Follower(self.original, self.calibration) for _ in drafts]
         with self.console.step(f"moments of {len(groups)} groups"):
             for exit_ in sorted(groups):
-                own, *theirs = measure.moments_of(stream, groups[exit_], followers)
+                own, *theirs = measure.moments_of(stream, groups[exit_], followers, gram=False)
                 for (amount, draft), follower, seen in zip(drafts.items(), followers, theirs, strict=True):
                     for task in (task for task in draft.tasks if task.group.exit is exit_):
                         for variant in variants:
@@ -140,7 +140,7 @@ def page(document: dict[str, Any]) -> str:
             *(f"{row['perplexity'][name] / dense[name]:.3f}" for name in names),
             *(f"{row['perplexity'][name]:.1f}" for name in names),
         ]
-        for row in document["rows"]
+        for row in sorted(document["rows"], key=lambda row: float(row["amount"]))
     ]
     head = ["asked", "variant", "removed", "parameters", *(f"{n}, ratio" for n in names), *names]
     parts = [
@@ -190,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with bench.console.step("dense"):
         document["dense"] = bench.measure(bench.original)
     made = bench.cuts(drafts, [one for one in VARIANTS if not options.only or one.name in options.only], options.gated)
-    for (amount, name), cuts in sorted(made.items(), key=lambda item: (item[0][0], item[0][1] != VARIANTS[0].name)):
+    for (amount, name), cuts in sorted(made.items(), key=lambda item: (item[0][1] != VARIANTS[0].name, item[0][0])):
         with bench.console.step(f"{name} at {amount:.0%}"):
             program = Pruner(bench.original).run(cuts)
             found = bench.measure(program)

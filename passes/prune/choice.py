@@ -72,7 +72,7 @@ def most(groups: Sequence[Group], multiple: int) -> int:
 
 def lowest(task: Task, scores: Tensor) -> tuple[int, ...]:
     """Return the units of the lowest scores, the first of equal ones; as many query heads of each key-value head."""
-    rows = scores.reshape(_parts(task), -1)
+    rows = scores.reshape(parts(task), -1)
     per_row = task.count // len(rows)
     order = rows.argsort(dim=1, stable=True)[:, :per_row] + torch.arange(len(rows))[:, None] * rows.shape[1]
     return tuple(sorted(order.flatten().tolist()))
@@ -80,14 +80,14 @@ def lowest(task: Task, scores: Tensor) -> tuple[int, ...]:
 
 def evenly(task: Task) -> tuple[int, ...]:
     """Return units evenly spaced: what stands for the choice where nothing is known to choose by."""
-    size, rows = task.group.units // _parts(task), _parts(task)
+    size, rows = task.group.units // parts(task), parts(task)
     per_row = task.count // rows
     cuts = [size * index // per_row for index in range(per_row)] if per_row else []
     assert all(a < b for a, b in pairwise(cuts))
     return tuple(row * size + cut for row in range(rows) for cut in cuts)
 
 
-def _parts(task: Task) -> int:
+def parts(task: Task) -> int:
     """Return the parts of a group that lose as many units each."""
     if task.group.kind != "query_heads":
         return 1

@@ -14,6 +14,7 @@ from memc.analysis.stream import Stream
 from memc.errors import MemcError
 from memc.passes.prune import scores
 from memc.passes.prune.choice import Task, evenly, lowest
+from memc.passes.prune.eliminate import eliminate
 from memc.passes.prune.groups import Branch, Group, Groups
 from memc.passes.prune.moments import Moments, require_finite
 from memc.passes.prune.moves import moved_from
@@ -47,7 +48,7 @@ def choose(
     original = Stream(program, calibration)
     followers = [Follower(program, calibration)] if refits else []
     for index in in_order(tasks):
-        found = moments_of(original, tasks[index].group, followers)[-1]
+        found = moments_of(original, tasks[index].group, followers, gram=score == "obs")[-1]
         cuts[index] = cut_by(program, tasks[index], found, score, gates[index] if gates else None, refits=refits)
         for follower in followers:
             follower.apply(cuts[index])
@@ -63,17 +64,24 @@ def cut_by(program: Program, task: Task, moments: Moments, score: str, gates: Te
     """Choose what goes from one group by a score, and fit what stays; ``gates`` are its Taylor scores by channel."""
     group = task.group
     weight, bias = _exit_weight(program, group.exit)
-    if score == "magnitude":
-        units = scores.magnitude(group)
-    elif gates is not None:
-        units = scores.by_unit(group, gates)
+    if score == "obs":
+        removed = eliminate(task, weight, moments)
     else:
-        units = scores.by_unit(group, scores.BY_MOMENTS[score](moments, weight.double().cpu()))
-    cut = Cut(group, lowest(task, units), refits or score == "flap")
+        removed = lowest(task, _units(group, weight, score, moments, gates))
+    cut = Cut(group, removed, refits or score == "flap")
     if not cut.biased or not cut.removed:
         return cut
     kept = cut.columns
     return replace(cut, fit=refit(weight, moments, kept) if refits else compensate(weight, bias, moments, kept))
+
+
+def _units(group: Group, weight: Tensor, score: str, moments: Moments, gates: Tensor | None) -> Tensor:
+    """Score the units of a group."""
+    if score == "magnitude":
+        return scores.magnitude(group)
+    if gates is not None:
+        return scores.by_unit(group, gates)
+    return scores.by_unit(group, scores.BY_MOMENTS[score](moments, weight.double().cpu()))
 
 
 class Follower:
@@ -147,15 +155,16 @@ def require_usable(calibration: Calibration, tasks: Sequence[Task]) -> None:
         raise MemcError("E207", reason, calibration.origin, hint)
 
 
-def moments_of(original: Stream, group: Group, followers: Sequence[Follower]) -> list[Moments]:
+def moments_of(original: Stream, group: Group, followers: Sequence[Follower], *, gram: bool) -> list[Moments]:
     """Run every sequence on to the end of a group; returns what its exit took in the original, and in each follower.
 
-    With followers the sums that a fit needs are made, of the followers alone.
+    The sums that a fit needs are made of the followers; ``gram`` tells whether covariances are of the original, where
+    there are none.
     """
     entry, exit_ = linear_input(group.exit), group.exit
     where = f"layer {group.block.layer} {group.block.path}".strip()
     channels, outputs = len(group.columns), hints(exit_)[-1]
-    own = Moments(channels, gram=False, where=where)
+    own = Moments(channels, gram=gram and not followers, where=where)
     theirs = [Moments(channels, gram=True, where=where, targets=outputs) for _ in followers]
     streams = {stream for follower in followers if (stream := follower.stream_of(group)) is not None}
     runs = [follower.rows(group) for follower in followers]

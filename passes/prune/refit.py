@@ -8,8 +8,16 @@ from torch import Tensor
 from memc.passes.prune.moments import Moments
 from memc.passes.prune.rewrite import Fit
 
-RIDGE = 1e-3
-"""Penalty on the change of a weight, as a share of the mean variance of an input channel."""
+RIDGE = 1e-2
+"""Penalty on the change of a weight, as a share of the mean variance of an input channel.
+
+On SmolLM2-135M at half of the block parameters and 24,576 tokens, this left 1.92 times the original's perplexity on
+novels and 2.60 on the Jargon File, 1e-3 left 1.97 and 2.70."""
+
+
+def ridge(moments: Moments) -> float:
+    """Return the penalty for inputs of such moments."""
+    return RIDGE * max(float(moments.variance.mean()), 1e-30)
 
 
 def refit(weight: Tensor, moments: Moments, kept: Tensor) -> Fit:
@@ -25,8 +33,7 @@ def refit(weight: Tensor, moments: Moments, kept: Tensor) -> Fit:
     """
     w, covariance = weight.detach().double().cpu(), moments.covariance
     inner = covariance[kept][:, kept]
-    ridge = RIDGE * covariance.diagonal().mean().clamp_min(1e-30)
-    factor = torch.linalg.cholesky(inner + ridge * torch.eye(len(inner), dtype=torch.float64))
+    factor = torch.linalg.cholesky(inner + ridge(moments) * torch.eye(len(inner), dtype=torch.float64))
     missing = moments.cross_covariance[kept] - inner @ w[:, kept].T
     fitted = w[:, kept] + torch.cholesky_solve(missing, factor).T
     return Fit(fitted.float(), (moments.target_mean - fitted @ moments.mean[kept]).float())

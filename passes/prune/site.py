@@ -25,10 +25,14 @@ class Prune(Pass):
 
     What goes is a group of dimensions that the graph couples: the rows, columns, biases, norms, slopes, sink logits and
     states that only get smaller together. The result is a program of smaller dense shapes that computes what the
-    original would with those channels or heads at zero. ``score`` says which: the lowest of ``wanda`` (|W| times the
-    input's norm), ``flap`` (fluctuation, with a bias for the mean of what goes), ``activation`` (Minitron),
-    ``magnitude`` or ``taylor``, by the formulas of :mod:`memc.passes.prune.scores`. With ``refit`` the output and down
-    projections get the weights and a bias that give, by least squares over the calibration text, what all channels did.
+    original would with those channels or heads at zero. ``score`` says which. ``obs`` takes out step by step what a fit
+    of the rest misses least (ZipLM, :mod:`memc.passes.prune.eliminate`). The others take the lowest of ``wanda`` (|W|
+    times the input's norm), ``flap`` (fluctuation, with a bias for the mean of what goes), ``activation`` (Minitron),
+    ``magnitude`` or ``taylor``, by the formulas of :mod:`memc.passes.prune.scores`.
+
+    With ``refit`` the output and down projections get new weights and a bias by least squares over the calibration
+    text, block after block: on what the model as far as it is pruned gives them, to what brings the residual stream
+    back to that of the original. So each block makes up for those before it. Blocks that lose nothing stay as they are.
 
     ``unit=auto`` removes channels; from a third of the block parameters on, a third of the key-value heads too.
     ``unit=heads`` removes key-value heads with their query heads, or query heads where there is one key-value head.
@@ -61,7 +65,9 @@ class Prune(Pass):
     amount: float = option(0.25, "share of the block parameters to remove", min=0.0, max=0.95)
     unit: str = option("auto", "what is removed", choices=("auto", "ffn", "heads", "layers"))
     score: str = option(
-        "wanda", "what channels and heads are ranked by", choices=("wanda", "flap", "activation", "magnitude", "taylor")
+        "obs",
+        "what channels and heads are chosen by",
+        choices=("obs", "wanda", "flap", "activation", "magnitude", "taylor"),
     )
     refit: bool = option(True, "fit the projections behind what was removed, by least squares")
     round: int = option(64, "channels stay in multiples of this", unit="channels", min=1)

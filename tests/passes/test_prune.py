@@ -14,9 +14,11 @@ from memc.conversion.pipeline import plan_pass
 from memc.errors import MemcError
 from memc.passes.linearize import Linearize
 from memc.passes.prune import Prune, scores
-from memc.passes.prune.groups import Group, Groups
+from memc.passes.prune.choice import Task
+from memc.passes.prune.eliminate import eliminate
+from memc.passes.prune.groups import Group, Groups, Kind
 from memc.passes.prune.moments import Moments
-from memc.passes.prune.refit import compensate, refit
+from memc.passes.prune.refit import compensate, refit, ridge
 from memc.passes.prune.rewrite import Cut, Fit, Pruner
 from memc.passes.prune.walk import linear_parts
 from memc.passes.window import Window
@@ -281,9 +283,38 @@ def test_heads_go_by_the_sum_over_their_channels() -> None:
     w = program.module.get_parameter("model.layers.0.attention.o.weight").detach().double()
     channels = w.abs().sum(0) * x.square().mean((0, 1)).sqrt()
     expected = channels.reshape(2, -1).sum(1).argmin()
-    result, report = prune(program, calibration, unit="heads", amount=0.28)
+    result, report = prune(program, calibration, unit="heads", amount=0.28, score="wanda")
     assert report.details["0"]["kv_groups_removed"] == [int(expected)]
     assert result.states[0].shape[1] == 1
+
+
+def least_error(moments: Moments, weight: Tensor, kept: Tensor) -> float:
+    """Squared error that the best fit on the kept channels leaves, with the ridge in the covariance."""
+    covariance = moments.covariance + ridge(moments) * torch.eye(len(kept), dtype=torch.float64)
+    inner, outer = covariance[kept][:, kept], covariance[kept][:, ~kept]
+    rest = covariance[~kept][:, ~kept] - outer.T @ torch.linalg.solve(inner, outer)
+    return float(torch.einsum("oi,ij,oj->", weight[:, ~kept], rest, weight[:, ~kept]))
+
+
+@pytest.mark.parametrize(("kv_heads", "kind"), [(2, "ffn_channels"), (4, "kv_groups"), (2, "query_heads")])
+def test_what_the_best_fit_misses_least_goes_first(kv_heads: int, kind: Kind) -> None:
+    program, calibration = tiny(kv_heads=kv_heads), text()
+    groups = Groups(program)
+    group = groups.of(next(b for b in groups.blocks if (b.kind == "attention") == (kind != "ffn_channels")), kind)
+    x, weight = entries(program, group, calibration).flatten(0, 1), exit_weight(program, group)
+    moments = Moments(len(group.columns), gram=True, where="")
+    moments.update(x)
+    expected = set[int]()
+    for index in range(2):
+        row = {unit // 2 for unit in expected} if kind == "query_heads" else set()
+        left = [unit for unit in range(group.units) if unit not in expected and unit // 2 not in row]
+        errors = {
+            unit: least_error(moments, weight, ~torch.isin(group.columns, torch.tensor([*expected, unit])))
+            for unit in left
+        }
+        expected.add(min(left, key=errors.__getitem__))
+        assert len(expected) == index + 1
+    assert eliminate(Task(group, 2), weight, moments) == tuple(sorted(expected))
 
 
 def test_query_heads_go_where_there_is_one_key_value_head() -> None:
@@ -333,7 +364,7 @@ def test_the_refit_is_the_least_squares_solution() -> None:
 @pytest.mark.parametrize(("unit", "amount"), [("ffn", 0.2), ("heads", 0.28)])
 def test_a_block_is_chosen_and_fitted_to_bring_the_pruned_stream_back(unit: str, amount: float) -> None:
     program, calibration = tiny(), text(64)
-    result, report = prune(program, calibration, unit=unit, amount=amount)
+    result, report = prune(program, calibration, unit=unit, amount=amount, score="wanda")
     groups = [feed_forward(program, n) if unit == "ffn" else heads(program, n) for n in (0, 1)]
     cuts = [Cut(g, tuple(report.details[str(n)][f"{g.kind}_removed"])) for n, g in enumerate(groups)]
     first = replace(cuts[0], biased=True, fit=fit_of(result, groups[0]))
@@ -368,7 +399,10 @@ def test_refitting_brings_the_outputs_nearer() -> None:
     def error(**options: Any) -> float:
         return float((prune(program, calibration, **options)[0].run(tokens) - dense).square().mean())
 
-    assert error() < 0.9 * error(refit=False)
+    wanda = error(score="wanda")
+    assert wanda < 0.9 * error(score="wanda", refit=False)
+    assert error() < 0.97 * wanda
+    assert error() < 0.95 * error(refit=False)
     assert error(amount=0.5) < 0.9 * error(amount=0.5, refit=False)
 
 
