@@ -102,7 +102,7 @@ class Prune(Pass):
         """Choose what goes and remove it."""
         draft = self.draft(program)
         if plan.calibration is not None:
-            measure.require_usable(plan.calibration, draft.tasks)
+            measure.require_usable(plan.calibration, draft.tasks, refits=self.refit)
         layers, influence = self._layers(program, draft, plan.calibration)
         cuts = self._cuts(program, draft, plan.calibration)
         result = Pruner(program).run(cuts, [branch for layer in layers for branch in layer.branches])

@@ -28,6 +28,7 @@ from memc.recipe import Train
 from memc.report.files import HeadFacts
 from memc.train import Trainer
 from memc.train.blocks import Teacher
+from memc.train.guard import Guard
 from memc.train.transfer import Transfer
 from memc.verify import VerificationText
 from tests.backends.onnx_support import SCENARIOS, build, compare
@@ -266,7 +267,7 @@ def test_a_mixed_layer_is_trained_by_every_stage(tmp_path: Path) -> None:
         return tokens_of(1, 40, seed=step), torch.arange(40)[None]
 
     held_out = tokens_of(2, 40, seed=999)
-    guard = held_out, torch.arange(40).expand_as(held_out)
+    guard = Guard.of(held_out, torch.arange(40).expand_as(held_out))
     trainer = Trainer(Train(length=40), 40 * 40, batches, guard, 0, {"model": "tiny"}, None, Silent())
     passes = [Linearize(window=6, sinks=1, feature_size=12, keep=MIXED)]
     pipeline = Pipeline(passes, TARGET, VerificationText(held_out, "random"), folder=tmp_path, trainer=trainer)

@@ -35,7 +35,7 @@ from tests.passes.tiny_program import TARGET, tiny, tokens_of
 SMALL: dict[str, Any] = {"round": 4, "protect": "none"}
 
 
-def text(count: int = 8, length: int = 16, seed: int = 1, vocabulary: int = 37) -> Calibration:
+def text(count: int = 12, length: int = 16, seed: int = 1, vocabulary: int = 37) -> Calibration:
     tokens = torch.randint(0, vocabulary, (count, length), generator=torch.Generator().manual_seed(seed))
     return Calibration(tokens, torch.arange(length).expand(count, length).contiguous(), "random tokens")
 
@@ -109,7 +109,7 @@ def test_a_plan_without_weights_has_the_shapes_of_the_result(options: dict[str, 
 @pytest.mark.parametrize("name", every(DECODERS))
 def test_every_decoder_is_pruned_or_refused_by_name(name: str) -> None:
     program = raise_program(raw_program(name)[0]).program
-    calibration = text(16, 16, vocabulary=VOCAB)
+    calibration = text(48, 16, vocabulary=VOCAB)
     if name in ("mixtral", "qwen3_moe"):
         with pytest.raises(MemcError, match=r"E307.*moe: a mixture of experts"):
             prune(program, calibration, unit="ffn")
@@ -166,8 +166,11 @@ def test_text_that_says_nothing_is_refused() -> None:
     same = text()
     with pytest.raises(MemcError, match="E207 calibration text is one token over and over"):
         prune(program, replace(same, tokens=torch.full_like(same.tokens, 5)))
-    with pytest.raises(MemcError, match="E207 calibration text has 16 tokens, fewer than the 40 channels"):
+    with pytest.raises(MemcError, match="E207 calibration text has 16 tokens, fewer than the 160 that 40 channels"):
         prune(program, text(1), amount=0.5)
+    with pytest.raises(MemcError, match=r"E207 .* fewer than the 160 .* or refit=false"):
+        prune(program, text(4), amount=0.5)
+    prune(program, text(4), amount=0.5, refit=False)
 
 
 @pytest.mark.parametrize("options", [{}, {"unit": "layers", "amount": 0.5}])

@@ -26,7 +26,7 @@ from tests.train.test_adapters import learn, logits
 from tests.train.tiny_training import LENGTH, changed, packed, tensors_of
 
 STEPS = 12
-PRUNE = Prune(amount=0.3, round=4, protect="none", sequences=8, length=LENGTH)
+PRUNE = Prune(amount=0.3, round=4, protect="none", sequences=8, length=LENGTH, score="wanda")
 GUARD = Guard((GuardText("a", *packed(2, 8)), GuardText("b", *packed(1, 9))))
 
 
