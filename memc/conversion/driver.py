@@ -160,7 +160,7 @@ class _Conversion:
             self.request.target,
             text,
             floor,
-            {str(metric): budget for metric, budget in self.request.recipe.verify.budgets.items()},
+            _budgets(self.request),
             self.folder.partial,
             progress,
             trainer,
@@ -212,9 +212,8 @@ class _Conversion:
             return []
         checks = [split_invariance(program, take(text, 3, 11), floor)]
         if self.passes:
-            budgets = {str(metric): budget for metric, budget in self.request.recipe.verify.budgets.items()}
             text = past(text, chooses_from(program), program.model.longest)
-            checks += check_text(original, program, text, budgets)
+            checks += check_text(original, program, text, _budgets(self.request))
         return checks
 
     def _lower(
@@ -334,7 +333,11 @@ def _promises_time(request: Request, passes: list[Pass], program: Program) -> bo
 
 
 def _speed_budgets(request: Request, passes: list[Pass]) -> dict[str, float]:
-    return speed_budgets(passes, {str(name): budget for name, budget in request.recipe.verify.budgets.items()})
+    return speed_budgets(passes, _budgets(request))
+
+
+def _budgets(request: Request) -> dict[str, float]:
+    return {str(metric): budget for metric, budget in request.recipe.verify.budgets.items()}
 
 
 def _key(request: Request, recipe: str, captured: Captured) -> str:

@@ -24,6 +24,7 @@ from memc.errors import MemcError
 from memc.frontend.configure import HINT, Fitted, fit_config, renumbered
 from memc.frontend.graph import first_names
 from memc.frontend.huggingface import load_config, trace_model
+from memc.frontend.source import side_files
 from memc.plugins import load_kernels
 from memc.program import Program, named_tensors, retie
 from memc.program_io import load_program
@@ -33,7 +34,8 @@ from memc.report.models import ExportDocument
 from memc.verify import CheckResult, noise_floor, sample_text, take, whole
 from memc.weights import program_dtype
 
-SIDE_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template.jinja", "generation_config.json", "LICENSE*")
+NOT_COPIED = (CONFIG, "README.md")
+"""Files of the source that say what the exported model is not."""
 
 
 def export(source: Path, out: Path, *, force: bool = False, progress: Progress | None = None) -> ExportDocument:
@@ -55,8 +57,9 @@ def export(source: Path, out: Path, *, force: bool = False, progress: Progress |
     folder.open(resume_key("export", str(source)), fresh=True)
     try:
         fitted, checks = export_program(program, config, folder.partial, progress or Silent())
-        for path in (path for pattern in SIDE_FILES for path in source.glob(pattern)):
-            shutil.copyfile(path, folder.partial / path.name)
+        for path in side_files(source):
+            if path.name not in NOT_COPIED:
+                shutil.copyfile(path, folder.partial / path.name)
     except MemcError:
         shutil.rmtree(folder.partial)
         raise

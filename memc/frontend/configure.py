@@ -93,10 +93,14 @@ def _built(config: Any, edits: Iterable[Mapping[str, Any]], dtype: torch.dtype) 
             continue  # values that do not go together: another edit, or this one after another
 
 
+def _shapes(module: nn.Module) -> dict[str, Shape]:
+    return {name: tuple(value.shape) for name, value in module.state_dict(keep_vars=True).items()}
+
+
 def misfits(module: nn.Module, shapes: Mapping[str, Shape]) -> list[str]:
     """Describe every tensor that a model and ``shapes`` do not agree on; tied ones count once."""
     first = first_names(module)
-    own = {first[name]: tuple(value.shape) for name, value in module.state_dict(keep_vars=True).items()}
+    own = {first[name]: shape for name, shape in _shapes(module).items()}
     given = {first.get(name, name): shape for name, shape in shapes.items()}
     wrong = [
         f"no {type(module).__name__} has {name} {list(shape)}"
@@ -109,7 +113,7 @@ def misfits(module: nn.Module, shapes: Mapping[str, Shape]) -> list[str]:
 
 def _uneven(shapes: Mapping[str, Shape], original: nn.Module) -> str:
     """Say in which layers tensors differ that were alike in the original, empty where there are none."""
-    before = {name: tuple(value.shape) for name, value in original.state_dict(keep_vars=True).items()}
+    before = _shapes(original)
     alike: dict[str, tuple[str, Shape]] = {}
     for name, shape in shapes.items():
         other, found = alike.setdefault(_NUMBER.sub("*", name, count=1), (name, shape))
@@ -122,7 +126,7 @@ def _edits(
     config: Any, module: nn.Module, shapes: Mapping[str, Shape], layers: Sequence[int]
 ) -> Iterator[dict[str, Any]]:
     """Yield the changes of a field, or of those that go together, that could take differences away."""
-    own = {name: tuple(value.shape) for name, value in module.state_dict(keep_vars=True).items()}
+    own = _shapes(module)
     ratios = {
         (before, after)
         for name, shape in shapes.items()

@@ -107,6 +107,6 @@ def _trained(item: PassReportFile, layer: int) -> Iterator[str]:
     for row in training.layer_rows(item, layer):
         cells = zip(training.LAYERS[1:], row[1:], strict=True)
         yield "training: " + "; ".join(f"{name.removeprefix('>')} {said}" for name, said in cells if said != "-")
-    facts = item.training.branches if item.training else None
-    for _, carried, _, due, _ in branches.share_rows(facts, layer) if facts else ():
-        yield f"the {facts.branches[0] if facts else ''} carries {carried} % of the mass, the original gives {due} %"
+    if item.training is not None and (facts := item.training.branches) is not None:
+        for _, carried, _, due, _ in branches.share_rows(facts, layer):
+            yield f"the {facts.branches[0]} carries {carried} % of the mass, the original gives {due} %"
