@@ -97,9 +97,8 @@ def attend_window(
     assert row is not None
 
     def layer(t: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        others = of_others(split, t)
         results = torch.ops.memc.window_memory.default(
-            *(others.get(name) for name in _WINDOW_TENSORS),
+            **of_others(split, t),
             scale=bound["scale"],
             window=window,
             sinks=sinks,
@@ -137,19 +136,6 @@ def join_heads(editor: Editor, block: AttentionBlock, split: HeadSplit, kept: No
 
     (whole,) = editor.insert(trace, {"kept": kept, "others": others}, block.attention, block.path, ("join", split))
     return whole
-
-
-_WINDOW_TENSORS = (
-    "query",
-    "key",
-    "value",
-    "positions",
-    "past_key",
-    "past_value",
-    "past_positions",
-    "slopes",
-    "sink_logits",
-)
 
 
 def _part(split: HeadSplit, t: Mapping[str, Tensor], groups: tuple[int, ...]) -> dict[str, Tensor]:

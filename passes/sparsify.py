@@ -203,8 +203,7 @@ class Sparsify(Pass):
             options["channels"] = min(size, self.channels or max(1, size // 8))
 
         def layer(t: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-            kept = of_kept(split, t)
-            results = torch.ops.memc.sparse_attention.default(*(kept.get(name) for name in _TENSORS), **options)
+            results = torch.ops.memc.sparse_attention.default(**of_kept(split, t), **options)
             return (results[0], *(results[index] for index in row.states.values()))
 
         output, *after = editor.insert(layer, inputs, node, block.path, (split, *options.items()))
@@ -225,16 +224,3 @@ def _refuse(program: Program, block: AttentionBlock) -> sites.Refusal | None:
     if refusal is None and isinstance(block.bias, Alibi):
         return "alibi", "ALiBi weighs tokens by their distance, and a page has no one distance to score it by"
     return refusal
-
-
-_TENSORS = (
-    "query",
-    "key",
-    "value",
-    "positions",
-    "past_key",
-    "past_value",
-    "past_positions",
-    "past_pages",
-    "sink_logits",
-)
