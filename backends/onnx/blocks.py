@@ -8,10 +8,11 @@ of many rows are so much faster than fetching keys for each row that reading all
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from memc.backends.onnx.attend import Scores, weigh
 from memc.backends.onnx.functions import float_, int_, ints
+from memc.kernels.sparse_attention.choose import Rule
 
 FORCED, UNSEEN = 1e30, -1e30
 """Ranks of what is always taken and of what is not there."""
@@ -29,26 +30,7 @@ HALVINGS = 40
 """Most steps of the search for a threshold, after which it is known to the last bit of the range."""
 
 
-@dataclass(frozen=True)
-class Choice:
-    """How a node chooses; fields as the op's arguments."""
-
-    method: str
-    page: int
-    budget: int
-    sinks: int
-    window: int
-    rerank: int
-    dense_below: int
-    channels: int = 0
-
-    @property
-    def by_token(self) -> bool:
-        """Whether tokens are ranked by what describes them, not whole pages."""
-        return self.method == "lowbit"
-
-
-def features(c: Choice, query: str) -> str:
+def features(c: Rule, query: str) -> str:
     """Write ``feature0`` and ``feature1``, whose products with the halves of a description add up to its score."""
     if c.method == "bounds":
         return f"feature0 = Max({query}, absent)\nfeature1 = Min({query}, absent)"
@@ -60,7 +42,7 @@ def features(c: Choice, query: str) -> str:
     """
 
 
-def scan(s: Scores, c: Choice, made: Sequence[str]) -> str:
+def scan(s: Scores, c: Rule, made: Sequence[str]) -> str:
     """Write a Scan over blocks of ``sparse_query [B,H,n,D]`` at ``sparse_at [B,n]``; ``block_NAME`` of what is made."""
     types = [f"float[B,{s.heads},{BLOCK},{s.value_dim}] o", *([f"float[B,{s.heads},{BLOCK},1] l"] if s.lse else [])]
     inputs = f"float[B,{s.heads},{BLOCK},{s.key_dim}] q, int64[B,{BLOCK}] at"
@@ -98,7 +80,7 @@ def scan(s: Scores, c: Choice, made: Sequence[str]) -> str:
     """
 
 
-def _held(c: Choice) -> str:
+def _held(c: Rule) -> str:
     """Write what all blocks read: ``keys [B,G,D,L]``, ``values [B,G,L,E]``, ``slots [L]`` and the pages in use."""
     pages = f"""
     in_use = Slice(next_pages, origin, described, along)
@@ -122,7 +104,7 @@ def _held(c: Choice) -> str:
     """
 
 
-def _block(s: Scores, c: Choice) -> str:
+def _block(s: Scores, c: Rule) -> str:
     """Write what a block reads: ``q [B,H,U,D]`` at ``at [B,U]`` gives ``o [B,H,U,E]`` and ``l [B,H,U,1]``."""
     size = s.heads // s.groups
     again = f"""
@@ -186,7 +168,7 @@ def _masked(s: Scores) -> str:
     """
 
 
-def _tokens(s: Scores, c: Choice) -> str:
+def _tokens(s: Scores, c: Rule) -> str:
     """Write ``candidate [B,G,U,L]``: the tokens of the highest scores by the strongest channels of each query."""
     return f"""
     {ints("split_heads", 0, s.groups, s.heads // s.groups, BLOCK, s.key_dim)}
@@ -215,7 +197,7 @@ def _tokens(s: Scores, c: Choice) -> str:
     """
 
 
-def _pages(s: Scores, c: Choice) -> str:
+def _pages(s: Scores, c: Rule) -> str:
     """Write ``candidate [B,G,U,L]``: the tokens of the pages of the highest scores."""
     return f"""
     {features(c, "q_rows")}

@@ -11,13 +11,14 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate
 
-from memc.backends.onnx import attend, blocks, calls, functions, sparse, window
+from memc.backends.onnx import attend, calls, functions, sparse, window
 from memc.backends.onnx.capability import has_kernel
 from memc.backends.onnx.functions import Function
 from memc.backends.onnx.simplify import simplify
 from memc.backends.onnx.support import MICROSOFT, is_memc, memory, plain_reason, scores, shape, used_outputs
 from memc.dialect import arguments, op_spec
 from memc.errors import MemcError
+from memc.kernels.sparse_attention.choose import Rule
 from memc.program import Program, StateSpec, named_tensors, set_tensor
 
 HALF = (torch.float16, torch.bfloat16)
@@ -164,7 +165,7 @@ class _Rewriter:
         return [*self.parts(out, 3), a["past_positions"]]
 
     def sparse_attention(self, node: Node, a: Mapping[str, Any]) -> list[Node | None]:
-        s, c = scores(node, a), blocks.Choice(*(a[field.name] for field in fields(blocks.Choice)))
+        s, c = scores(node, a), Rule(*(a[field.name] for field in fields(Rule)))
         for name, index in (("past_key", 2), ("past_value", 3), ("past_positions", 4), ("past_pages", 5)):
             self._direct(node, a[name], index)
         past = [a[name] for name in ("past_key", "past_value", "past_pages")]

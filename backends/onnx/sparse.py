@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from memc.backends.onnx import blocks
 from memc.backends.onnx.attend import Scores, attend, by_group, shape_of, weigh
-from memc.backends.onnx.blocks import FORCED, UNSEEN, Choice
+from memc.backends.onnx.blocks import FORCED, UNSEEN
 from memc.backends.onnx.functions import Function, float_, function, int_, ints
+from memc.kernels.sparse_attention.choose import Rule
 
 PLAN = (
     *("index", "touched", "page_index", "described", "dense_to", "sparse_from"),
@@ -106,7 +107,7 @@ def sparse_plan(groups: int, page: int, dense_below: int) -> Function:
     return function("SparsePlan", "positions, buffer, pages", outputs, body)
 
 
-def sparse_attention(s: Scores, c: Choice, kernel: bool) -> Function:
+def sparse_attention(s: Scores, c: Rule, kernel: bool) -> Function:
     """Write keys, values and the descriptions of the pages they touch into the state, then attend.
 
     The columns before ``dense_to`` read the first ``dense_below`` tokens, those from ``sparse_from`` on choose; each of
@@ -149,7 +150,7 @@ def sparse_attention(s: Scores, c: Choice, kernel: bool) -> Function:
     return function("SparseAttention", ", ".join(names), ", ".join(results), body)
 
 
-def _describe(s: Scores, c: Choice) -> str:
+def _describe(s: Scores, c: Rule) -> str:
     if c.method == "bounds":
         describe = """
         half0 = ReduceMax<keepdims = 0>(by_page, last_axis)
@@ -200,7 +201,7 @@ def _joined(body: str) -> str:
     return " ".join(line.strip() for line in body.splitlines() if line.strip())
 
 
-def _dense(s: Scores, c: Choice, kernel: bool) -> str:
+def _dense(s: Scores, c: Rule, kernel: bool) -> str:
     """Write attention of the first columns over the first ``dense_below`` tokens, zeros for the other columns."""
     if kernel and s.plain and not s.lse:
         attended = f"out = Attention<scale = {s.scale!r}>(dense_query, held_key, held_value, dense_mask)"
@@ -227,7 +228,7 @@ def _dense(s: Scores, c: Choice, kernel: bool) -> str:
     """
 
 
-def _sparse(s: Scores, c: Choice) -> str:
+def _sparse(s: Scores, c: Rule) -> str:
     """Write the attention of the last columns, zeros for those before: a Scan over tokens, or over blocks of them."""
     made = ["sparse_part", *(["sparse_log"] if s.lse else [])]
     sizes = [s.value_dim, *([1] if s.lse else [])]
@@ -268,7 +269,7 @@ def _sparse(s: Scores, c: Choice) -> str:
     return "\n".join(lines)
 
 
-def _step(s: Scores, c: Choice) -> str:
+def _step(s: Scores, c: Rule) -> str:
     """Write the choice and the attention of one token: ``q [B,H,D]`` at ``at [B]`` gives ``o [B,H,E]``.
 
     Products have the held side on the left, whose rows are many, so that only the query is transposed.
@@ -304,7 +305,7 @@ def _log(s: Scores) -> str:
     return f"{ints('log_shape', 0, s.heads, 1)}\nl = Reshape(log, log_shape)" if s.lse else ""
 
 
-def _numbers(c: Choice) -> str:
+def _numbers(c: Rule) -> str:
     """Write ``numbers [N]`` of what is ranked, and what the estimates are made from."""
     if not c.by_token:
         return """
@@ -325,7 +326,7 @@ def _numbers(c: Choice) -> str:
     """
 
 
-def _estimates(c: Choice) -> str:
+def _estimates(c: Rule) -> str:
     """Write ``estimate [B,G,N]``, the scores of the pages or tokens by what describes them."""
     if c.by_token:
         return f"""
@@ -356,7 +357,7 @@ def _estimates(c: Choice) -> str:
     """
 
 
-def _candidates(c: Choice) -> str:
+def _candidates(c: Rule) -> str:
     """Write ``candidates [B,G,M]``, the slots of the pages or tokens of the highest estimates, in order."""
     if c.by_token:
         forced = f"""
@@ -407,7 +408,7 @@ def _candidates(c: Choice) -> str:
     """
 
 
-def _tokens(c: Choice) -> str:
+def _tokens(c: Rule) -> str:
     """Write ``chosen [B,G,M]``, the slots that are read, ``live`` of them, and their products ``scores [B,G,M,R]``."""
     body = """
     key_index = Unsqueeze(candidates, last_axis)

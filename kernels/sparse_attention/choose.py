@@ -25,6 +25,11 @@ class Rule:
     dense_below: int
     channels: int = 0
 
+    @property
+    def by_token(self) -> bool:
+        """Whether tokens are ranked by what describes them, not whole pages."""
+        return self.method == "lowbit"
+
 
 def describe(keys: Tensor, method: str) -> Tensor:
     """Return the descriptions of pages of ``keys [..., page, D]``: ``[..., 2D]``, of ``lowbit`` ``[..., D, page]``."""
@@ -95,7 +100,7 @@ def chosen(query: Tensor, keys: Tensor, pages: Tensor, at: Tensor, rule: Rule) -
     query = query * rule.scale
     p, j = at[:, None, :, None], torch.arange(keys.shape[2], device=keys.device)
     seen = j <= p
-    if rule.method == "lowbit":
+    if rule.by_token:
         tokens = chosen_by_channels(query, pages, at, rule)
     else:
         tokens = chosen_pages(query, pages, at, rule).repeat_interleave(rule.page, -1) & seen
