@@ -136,7 +136,7 @@ def _load(folder: Path) -> nn.Module:
     """Load a folder as a user would; raises ``MemcError`` E401 where a tensor of it is missing or is not taken."""
     from transformers import AutoModelForCausalLM
 
-    module, about = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    module, about = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     left = [f"{kind} {sorted(names)[0]}" for kind, names in about.items() if names and kind != "error_msgs"]
     if left:
         raise MemcError("E401", f"from_pretrained does not take it whole: {left[0]}", str(folder), "please report it")

@@ -9,18 +9,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 import memc
 from memc import api
 from memc.conversion import export as exporting
 from memc.conversion.export import export, export_program
 from memc.errors import MemcError
+from memc.frontend import capture_source
 from memc.passes.prune import Prune
 from memc.pipeline import parse_spec
 from memc.program import Program
 from memc.progress import Silent
+from memc.raising import raise_program
 from memc.target import get_target
+from memc.weights import materialize, read_header
 from tests.core.test_convert import make_llama
 from tests.core.test_convert_prune import convert
 from tests.core.test_families import DECODERS, every, raised
@@ -123,6 +126,17 @@ def test_a_source_without_a_configuration_is_refused(tmp_path: Path) -> None:
     api.convert(tiny_program(), tmp_path / "out", backend="eager", threads=1)
     with pytest.raises(MemcError, match="E208 artifact has no configuration"):
         export(tmp_path / "out", tmp_path / "folder")
+
+
+def test_half_precision_stays_in_the_file_and_is_checked_in_float32(tmp_path: Path) -> None:
+    source = make_llama(tmp_path / "half", dtype=torch.bfloat16)
+    captured = capture_source(source)
+    assert captured.weights is not None
+    program = materialize(raise_program(captured.program).program, captured.weights)
+    (tmp_path / "out").mkdir()
+    _, (check,) = export_program(program, AutoConfig.from_pretrained(source), tmp_path / "out", Silent())
+    assert check.value < 1e-4
+    assert {entry.dtype for entry in read_header(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}
 
 
 def test_a_folder_in_the_way_stays(narrow: Path, tmp_path: Path) -> None:
