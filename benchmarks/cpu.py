@@ -26,7 +26,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from page import write
+from page import save
 from safetensors.torch import save_file
 
 from memc.machine import cores, cpu_name
@@ -257,8 +257,7 @@ def main() -> None:
     results = arguments.out / f"cpu-{datetime.date.today().isoformat()}.json"
     for found_so_far in run(arguments, gguf):
         document |= found_so_far
-        results.write_text(json.dumps(document, indent=1) + "\n")
-        write(results, document)
+        save(results, document)
 
 
 if __name__ == "__main__":

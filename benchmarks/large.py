@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from cpu import QUIET, facts
-from page import grid, write
+from page import grid, save
 from safetensors.torch import save_file
 
 from memc.machine import memory_bytes
@@ -226,8 +226,7 @@ def main() -> None:
         shutil.rmtree(out, ignore_errors=True)
         document["runs"].append(convert(model, out, weights, arguments.recipe, arguments.threads))
         results = arguments.out / f"large-{datetime.date.today().isoformat()}.json"
-        results.write_text(json.dumps(document, indent=1) + "\n")
-        write(results, document, page)
+        save(results, document, page)
     shutil.rmtree(out, ignore_errors=True)
 
 

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from cpu import facts as machine_facts
 from cpu import model
-from page import grid, write
+from page import grid, save
 
 from memc.cli.console import Console
 from memc.conversion.pipeline import window_baseline
@@ -243,8 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "training": training,
     }
     results = HERE / "results" / f"linearize-{document['date']}.json"
-    results.write_text(json.dumps(document, indent=1) + "\n")
-    write(results, document, page)
+    save(results, document, page)
 
 
 if __name__ == "__main__":

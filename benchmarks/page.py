@@ -124,6 +124,12 @@ def cut(sides: dict[str, Any]) -> str:
     return "\n".join(lines) or "Nothing."
 
 
+def save(results: Path, document: dict[str, Any], make: Callable[[dict[str, Any]], str] = page) -> None:
+    """Write a document of results, and its page beside it."""
+    results.write_text(json.dumps(document, indent=1) + "\n")
+    write(results, document, make)
+
+
 def write(results: Path, document: dict[str, Any], make: Callable[[dict[str, Any]], str] = page) -> None:
     """Write the page beside ``results``, and at its end the remarks in ``NAME.remarks.txt`` if somebody wrote them.
 

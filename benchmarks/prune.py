@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import resource
 import shutil
 import time
@@ -25,7 +24,7 @@ import numpy as np
 import torch
 from cpu import facts as machine_facts
 from cpu import model
-from page import grid, write
+from page import grid, save
 from torch.fx import Node
 
 from memc.analysis.stream import Stream
@@ -207,8 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         document["seconds"] = time.perf_counter() - start
         document["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         results = options.results / f"prune-{datetime.date.today().isoformat()}.json"
-        results.write_text(json.dumps(document, indent=1) + "\n")
-        write(results, document, page)
+        save(results, document, page)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from cpu import facts as machine_facts
-from page import grid, write
+from page import grid, save
 from prune import LENGTH, NOVELS, Bench
 
 from memc.conversion.training import make_trainer, training_data
@@ -239,8 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         document["rows"].append({"side": side, **measure(name, program), "training": facts})
         document["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         results = options.results / f"recover-{datetime.date.today().isoformat()}.json"
-        results.write_text(json.dumps(document, indent=1) + "\n")
-        write(results, document, page)
+        save(results, document, page)
 
 
 if __name__ == "__main__":
