@@ -129,10 +129,12 @@ class BranchFacts(Facts):
 class TrainingFacts(Facts):
     """What training a pass was like. ``tokens`` were asked for; ``branches`` is None where there are none.
 
-    ``transfer`` is None where a pass added nothing, and what it took away was recovered.
+    ``transfer`` is None where a pass added nothing, and what it took away was recovered. ``device`` is the processor
+    that computed, as its maker names it.
     """
 
     tokens: int
+    device: str = "cpu"
     transfer: TransferFacts | None = None
     choice: ChoiceFacts | None = None
     recovery: RecoveryFacts | None = None
