@@ -141,6 +141,42 @@ class TrainingFacts(Facts):
     branches: BranchFacts | None = None
 
 
+class FitLimit(Facts):
+    """One limit of ``--fit``: what the choice reached and what the original has, in bytes, milliseconds, nats or times.
+
+    ``used`` is the share of the limit, at most 1; the limit that uses most of its own is the one that binds.
+    """
+
+    limit: str
+    reached: float
+    original: float
+    used: float
+
+
+class FitLayer(Facts):
+    """One layer: the setting that was chosen (empty: it stays) and the KL of each alone, in nats a token."""
+
+    layer: int
+    spec: str
+    kl: dict[str, float]
+
+
+class FitFacts(Facts):
+    """How a choice was fitted to limits.
+
+    ``kl_expected`` is the sum of the layers' own; ``kl_mean`` and ``perplexity_ratio`` were measured on ``tokens`` of
+    text that the choice was not made on.
+    """
+
+    limits: list[FitLimit]
+    layers: list[FitLayer]
+    kl_expected: float
+    kl_mean: float
+    perplexity_ratio: float
+    tokens: int
+    seconds: float = 0.0
+
+
 class LayerHeads(Facts):
     """Scores of one layer's query heads on repeated random tokens, and the key-value heads that a pass kept.
 

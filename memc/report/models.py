@@ -18,7 +18,15 @@ from memc.report.facts import (
     SiteFacts,
     SkippedFacts,
 )
-from memc.report.files import AblationFacts, CaptureReport, PassReportFile, RaiseReport, TrainingFacts, VerifyReport
+from memc.report.files import (
+    AblationFacts,
+    CaptureReport,
+    FitFacts,
+    PassReportFile,
+    RaiseReport,
+    TrainingFacts,
+    VerifyReport,
+)
 
 
 class ByContext(Facts):
@@ -103,7 +111,7 @@ class ConvertDocument(Document):
 
     ``original`` is the prediction for the unrewritten program on the same target; ``curves`` have both sides,
     ``original`` and ``converted``, at many contexts. ``untrained`` is true when a pass made parameters that nothing has
-    trained. ``next`` lists commands to type.
+    trained. ``fit`` tells how limits were kept, where they chose the passes. ``next`` lists commands to type.
     """
 
     schema_: Literal["memc.convert/1"] = Field(default="memc.convert/1", alias="schema")
@@ -115,6 +123,7 @@ class ConvertDocument(Document):
     dry_run: bool = False
     model: ModelFacts | None = None
     passes: list[PassFacts] = Field(default_factory=list)
+    fit: FitFacts | None = None
     original: Predicted | None = None
     predicted: Predicted
     curves: dict[str, ByContext] = Field(default_factory=dict)
