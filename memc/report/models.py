@@ -299,6 +299,15 @@ class GenerateDocument(Document):
     state_bytes: int
 
 
+class ServeDocument(Document):
+    """``memc serve``, once it listens. ``url`` is what clients take for a base; ``model`` is its name there."""
+
+    schema_: Literal["memc.serve/1"] = Field(default="memc.serve/1", alias="schema")
+    artifact: str
+    url: str
+    model: str
+
+
 class OptionFacts(Facts):
     """One option of a pass."""
 
