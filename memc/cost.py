@@ -46,6 +46,9 @@ A larger one stays in its file, in its own type, and its parameters are converte
 WORKING = 6
 """Copies in float32 of the largest parameter that lowering and checking hold at once, at most."""
 
+CHANNELS = 8
+"""Cores that a socket's memory channels feed: more of them read no more."""
+
 # Memory of the process itself, with torch and the runtime loaded, and time of a conversion for one graph node.
 _BASE_RSS = 800_000_000
 _BASE_SECONDS = 10.0
@@ -71,11 +74,12 @@ def predict(
 ) -> Predicted:
     """Predict the cost of a program on a target.
 
-    Every node must have ``meta['val']`` (``memc.infer.infer``); parameters may be fake. Time per token is the slower of
-    computing and reading at the target's peak rates, plus one launch per kernel; targets without rates get none. The
-    rates of the target ``cpu`` are per core: ``threads`` (default: all cores) multiplies them. Of a mixture of experts
-    every expert counts, so its figures are upper bounds. An encoder holds no state and decodes nothing: it has neither
-    bytes of state nor time per token.
+    Every node must have ``meta['val']`` (``memc.infer.infer``); parameters may be fake. Time per token is the
+    slower of computing and reading at the target's peak rates, plus one launch per kernel; targets without rates
+    get none. State is read at the rate of attention where the target has one. The rates of the target ``cpu`` are
+    per core: ``threads`` (default: all cores) multiplies them. Of a mixture of experts every expert counts, so its
+    figures are upper bounds. An encoder holds no state and decodes nothing: it has neither bytes of state nor time
+    per token.
     """
     decoded = contexts if program.model.decoder else ()
     kinds = _parameter_kinds(program)
@@ -220,10 +224,13 @@ def _decode_ms(work: Work, bytes_read: float, target: Target, weights: str, thre
     peak, bandwidth = target.flops.get(weights) or target.flops.get("fp32"), target.memory_bandwidth
     if not peak or not bandwidth:
         return None
+    state_bandwidth = target.state_bandwidth or bandwidth
+    reading = (bytes_read - work.state_bytes_read) / bandwidth + work.state_bytes_read / state_bandwidth
+    computing = work.flops / peak
     if target.name == "cpu":
         used = threads or machine.cores()
-        peak, bandwidth = peak * used, bandwidth * min(used, 8)  # a socket's channels feed about eight cores
-    return 1e3 * (max(work.flops / peak, bytes_read / bandwidth) + work.kernels * target.launch_overhead)
+        computing, reading = computing / used, reading / min(used, CHANNELS)
+    return 1e3 * (max(computing, reading) + work.kernels * target.launch_overhead)
 
 
 def _seconds(program: Program, written: float, target: Target) -> float:

@@ -361,6 +361,28 @@ class TargetsDocument(Document):
     targets: list[TargetRow]
 
 
+class TargetRates(Facts):
+    """What predictions are made with, per core: bytes and operations per second, and seconds of a launch."""
+
+    memory_bandwidth: float | None = None
+    state_bandwidth: float | None = None
+    disk_bandwidth: float | None = None
+    flops: dict[str, float] = Field(default_factory=dict)
+    launch_overhead: float = 0.0
+
+
+class CalibrateDocument(Document):
+    """``memc targets calibrate``: the rates of the target ``cpu`` as they were and as they are in ``path`` now."""
+
+    schema_: Literal["memc.calibrate/1"] = Field(default="memc.calibrate/1", alias="schema")
+    path: str
+    machine: str
+    threads: int
+    seconds: float
+    before: TargetRates
+    after: TargetRates
+
+
 class RecipeRow(Facts):
     """One recipe."""
 
