@@ -29,6 +29,7 @@ COMMANDS = {
     "passes": "The rewrites, with their options.",
     "recipes": "The recipes that have a name.",
     "targets": "The hardware that can be converted for.",
+    "completion": "Completion for a shell, as a script of its own.",
     "doctor": "What is installed here and what works; model coverage.",
 }
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from memc.cli import completing
 from memc.cli.console import Console
 from memc.cli.options import declare, threads_option
 from memc.errors import MemcError
@@ -15,7 +16,7 @@ from memc.errors import MemcError
 @declare(
     "targets", "memc targets", "memc targets nvidia-sm90 --json", "memc targets calibrate --threads 1 -o mine.toml"
 )
-@click.argument("name", required=False, metavar="[NAME | calibrate]")
+@click.argument("name", required=False, metavar="[NAME | calibrate]", shell_complete=completing.targets)
 @threads_option
 @click.option(
     "-o", "--output", metavar="FILE", help="Where calibrate writes (default: the folder of your own targets)."

@@ -308,6 +308,14 @@ class ServeDocument(Document):
     model: str
 
 
+class CompletionDocument(Document):
+    """``memc completion``."""
+
+    schema_: Literal["memc.completion/1"] = Field(default="memc.completion/1", alias="schema")
+    shell: str
+    script: str
+
+
 class OptionFacts(Facts):
     """One option of a pass."""
 
