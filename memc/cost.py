@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -46,6 +46,9 @@ A larger one stays in its file, in its own type, and its parameters are converte
 WORKING = 6
 """Copies in float32 of the largest parameter that lowering and checking hold at once, at most."""
 
+CHANNELS = 8
+"""Cores that a socket's memory channels feed: more of them read no more."""
+
 # Memory of the process itself, with torch and the runtime loaded, and time of a conversion for one graph node.
 _BASE_RSS = 800_000_000
 _BASE_SECONDS = 10.0
@@ -66,9 +69,26 @@ class Demand:
     """What one new token of one sequence asks of the hardware at a context; ``state_bytes`` are held there."""
 
     flops: float
-    bytes_read: float
+    weight_bytes: float
+    state_bytes_read: float
     kernels: int
     state_bytes: int
+
+    @property
+    def bytes_read(self) -> float:
+        """Bytes of weights and of states that are read."""
+        return self.weight_bytes + self.state_bytes_read
+
+    def __add__(self, other: Demand) -> Demand:
+        """Return what both ask together."""
+        return Demand(*(mine + its for mine, its in zip(astuple(self), astuple(other), strict=True)))
+
+    def __sub__(self, other: Demand) -> Demand:
+        """Return what this one asks more."""
+        return Demand(*(mine - its for mine, its in zip(astuple(self), astuple(other), strict=True)))
+
+
+NOTHING = Demand(0.0, 0.0, 0.0, 0, 0)
 
 
 def demands(program: Program, contexts: Sequence[int], weights: str = "fp32") -> dict[int, Demand]:
@@ -77,7 +97,7 @@ def demands(program: Program, contexts: Sequence[int], weights: str = "fp32") ->
     read = sum(_read(tensor, kinds.get(name, set()), weights) for name, tensor in _parameters(program))
     done = {context: work(program, context) for context in contexts}
     return {
-        context: Demand(one.flops, read + one.state_bytes_read, one.kernels, program.state_bytes(context))
+        context: Demand(one.flops, read, one.state_bytes_read, one.kernels, program.state_bytes(context))
         for context, one in done.items()
     }
 
@@ -92,11 +112,12 @@ def predict(
 ) -> Predicted:
     """Predict the cost of a program on a target.
 
-    Every node must have ``meta['val']`` (``memc.infer.infer``); parameters may be fake. Time per token is the slower of
-    computing and reading at the target's peak rates, plus one launch per kernel; targets without rates get none. The
-    rates of the target ``cpu`` are per core: ``threads`` (default: all cores) multiplies them. Of a mixture of experts
-    every expert counts, so its figures are upper bounds. An encoder holds no state and decodes nothing: it has neither
-    bytes of state nor time per token.
+    Every node must have ``meta['val']`` (``memc.infer.infer``); parameters may be fake. Time per token is the
+    slower of computing and reading at the target's peak rates, plus one launch per kernel; targets without rates
+    get none. State is read at the rate of attention where the target has one. The rates of the target ``cpu`` are
+    per core: ``threads`` (default: all cores) multiplies them. Of a mixture of experts every expert counts, so its
+    figures are upper bounds. An encoder holds no state and decodes nothing: it has neither bytes of state nor time
+    per token.
     """
     decoded = contexts if program.model.decoder else ()
     kinds = _parameter_kinds(program)
@@ -240,10 +261,12 @@ def decode_ms(asked: Demand, target: Target, weights: str = "fp32", threads: int
     peak, bandwidth = target.flops.get(weights) or target.flops.get("fp32"), target.memory_bandwidth
     if not peak or not bandwidth:
         return None
+    computing = asked.flops / peak
+    reading = asked.weight_bytes / bandwidth + asked.state_bytes_read / (target.state_bandwidth or bandwidth)
     if target.name == "cpu":
         used = threads or machine.cores()
-        peak, bandwidth = peak * used, bandwidth * min(used, 8)  # a socket's channels feed about eight cores
-    return 1e3 * (max(asked.flops / peak, asked.bytes_read / bandwidth) + asked.kernels * target.launch_overhead)
+        computing, reading = computing / used, reading / min(used, CHANNELS)
+    return 1e3 * (max(computing, reading) + asked.kernels * target.launch_overhead)
 
 
 def _seconds(program: Program, written: float, target: Target) -> float:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from memc.cli import completing
 from memc.cli.console import Console
 from memc.cli.options import (
     NATURAL,
@@ -29,11 +30,28 @@ WEIGHTS = ("fp32", "fp16", "bf16", "int8", "int4")
     "memc convert ./my-model -o out --fit 'state<=0.25x,ppl<=1.05x' --data book.txt --dry-run",
 )
 @model_argument
-@click.option("-o", "--out", required=True, metavar="OUT", help="Folder of the artifact.")
-@click.option("--target", default="cpu", show_default=True, help="Hardware to convert for (memc targets).")
-@click.option("--recipe", metavar="NAME|FILE", help="Recipe by name (memc recipes) or file.")
-@click.option("--pass", "passes", multiple=True, metavar="SPEC", help="A pass, after those of the recipe; repeatable.")
-@click.option("--backend", help="Backend, instead of the target's own.")
+@click.option(
+    "-o", "--out", required=True, metavar="OUT", help="Folder of the artifact.", shell_complete=completing.folders
+)
+@click.option(
+    "--target",
+    default="cpu",
+    show_default=True,
+    help="Hardware to convert for (memc targets).",
+    shell_complete=completing.targets,
+)
+@click.option(
+    "--recipe", metavar="NAME|FILE", help="Recipe by name (memc recipes) or file.", shell_complete=completing.recipes
+)
+@click.option(
+    "--pass",
+    "passes",
+    multiple=True,
+    metavar="SPEC",
+    help="A pass, after those of the recipe; repeatable.",
+    shell_complete=completing.passes,
+)
+@click.option("--backend", help="Backend, instead of the target's own.", shell_complete=completing.backends)
 @click.option("--weights", type=click.Choice(WEIGHTS), help="Type of the lowered weights.")
 @click.option("--context", type=POSITIVE, metavar="N", help="Capacity of growing states, in tokens.")
 @click.option(

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from memc.cost import Demand, decode_ms
+from memc.cost import NOTHING, Demand, decode_ms
 from memc.fit.limits import Limit, Limits
 from memc.fit.menu import Menu
 from memc.search import Choice, Selection, frontier
@@ -41,7 +41,7 @@ class Chooser:
     def fits(self) -> Sequence[Fit]:
         """The choices of least loss for every amount that they may cost."""
         layers = list(self.menu.layers)
-        nothing = dict.fromkeys(self.menu.original, Demand(0.0, 0.0, 0, 0))
+        nothing = dict.fromkeys(self.menu.original, NOTHING)
         blocks = [
             [Choice(0.0, self._costs(nothing))]
             + [Choice(one.distance.kl_mean, self._costs(one.more)) for one in self.menu.layers[layer]]
@@ -113,11 +113,5 @@ class Chooser:
         }
         asks = {}
         for context, original in self.menu.original.items():
-            parts = [original, *(entry.more[context] for entry in picked.values())]
-            asks[context] = Demand(
-                sum(part.flops for part in parts),
-                sum(part.bytes_read for part in parts),
-                sum(part.kernels for part in parts),
-                sum(part.state_bytes for part in parts),
-            )
+            asks[context] = sum((entry.more[context] for entry in picked.values()), original)
         return Fit({layer: entry.setting for layer, entry in picked.items()}, asks, selection.loss)

@@ -115,7 +115,7 @@ def make_menu(
             for index in fits:
                 if (_shape(block), index) not in more:
                     result = demands(makes(layer, index), contexts, weights)
-                    more[_shape(block), index] = {c: _difference(result[c], asks()[c]) for c in contexts}
+                    more[_shape(block), index] = {c: result[c] - asks()[c] for c in contexts}
             layers[layer] = tuple(
                 Entry(index, more[_shape(block), index], kept.found[_key(layer, settings[index])]) for index in fits
             )
@@ -175,12 +175,3 @@ def _key(layer: int, setting: Pass) -> str:
 def _shape(block: AttentionBlock) -> str:
     """Say what the cost of an attention depends on."""
     return repr((block.num_heads, block.num_kv_heads, block.head_dim, block.value_dim, block.mask))
-
-
-def _difference(result: Demand, original: Demand) -> Demand:
-    return Demand(
-        result.flops - original.flops,
-        result.bytes_read - original.bytes_read,
-        result.kernels - original.kernels,
-        result.state_bytes - original.state_bytes,
-    )

@@ -308,6 +308,23 @@ class GenerateDocument(Document):
     state_bytes: int
 
 
+class ServeDocument(Document):
+    """``memc serve``, once it listens. ``url`` is what clients take for a base; ``model`` is its name there."""
+
+    schema_: Literal["memc.serve/1"] = Field(default="memc.serve/1", alias="schema")
+    artifact: str
+    url: str
+    model: str
+
+
+class CompletionDocument(Document):
+    """``memc completion``."""
+
+    schema_: Literal["memc.completion/1"] = Field(default="memc.completion/1", alias="schema")
+    shell: str
+    script: str
+
+
 class OptionFacts(Facts):
     """One option of a pass."""
 
@@ -359,6 +376,28 @@ class TargetsDocument(Document):
 
     schema_: Literal["memc.targets/1"] = Field(default="memc.targets/1", alias="schema")
     targets: list[TargetRow]
+
+
+class TargetRates(Facts):
+    """What predictions are made with, per core: bytes and operations per second, and seconds of a launch."""
+
+    memory_bandwidth: float | None = None
+    state_bandwidth: float | None = None
+    disk_bandwidth: float | None = None
+    flops: dict[str, float] = Field(default_factory=dict)
+    launch_overhead: float = 0.0
+
+
+class CalibrateDocument(Document):
+    """``memc targets calibrate``: the rates of the target ``cpu`` as they were and as they are in ``path`` now."""
+
+    schema_: Literal["memc.calibrate/1"] = Field(default="memc.calibrate/1", alias="schema")
+    path: str
+    machine: str
+    threads: int
+    seconds: float
+    before: TargetRates
+    after: TargetRates
 
 
 class RecipeRow(Facts):
