@@ -307,13 +307,13 @@ def norm(*, center: bool = False, weight: bool = True, bias: bool = False) -> Pr
 
 
 def bank_ffn(*activations: str, units: int = 6) -> Program:
-    """Tokens to vectors, a layer for each activation that adds ``memc::bank_ffn`` with a block of its own, logits."""
+    """Tokens to vectors, to which ``memc::bank_ffn`` adds a block for each activation, side by side, logits."""
     b = Builder()
     blocks = [b.fetch(f"bank_{layer}", "B", 3, units, 24) for layer in range(len(activations))]
-    x = b.embed(24)
+    x = total = b.embed(24)
     for activation, block in zip(activations, blocks, strict=True):
-        x = b.call(aten.add.Tensor, x, b.call(torch.ops.memc.bank_ffn.default, x, block, activation))
-    return b.finish(b.linear(x, "logits", VOCAB, 24))
+        total = b.call(aten.add.Tensor, total, b.call(torch.ops.memc.bank_ffn.default, x, block, activation))
+    return b.finish(b.linear(total, "logits", VOCAB, 24))
 
 
 def full_attention(
