@@ -48,10 +48,10 @@ def sample_text(program: Program, seed: int, *, sequences: int = SEQUENCES, leng
     # Steps of one token cost as much as reading the model: one in bfloat16, which has products of its own on CPUs, is
     # not converted for each of them. How likely a token is need not be known to more digits than that.
     precision = torch.bfloat16 if program_dtype(program) == torch.bfloat16 else torch.float32
-    tokens, state = drawn[:, :1], program.new_state(sequences)
+    tokens, state, fetched = drawn[:, :1], program.new_state(sequences), program.nothing_fetched(sequences)
     text = [tokens]
     for index in range(length - 1):
-        outputs = run(program, (tokens, torch.full((sequences, 1), index)), state, precision)
+        outputs = run(program, (tokens, torch.full((sequences, 1), index), *fetched), state, precision)
         state = outputs[len(program.outputs) :]
         # In float64, so that the draw depends on no rounding of a sum over the vocabulary.
         chances = outputs[0][:, -1, :vocab].double().softmax(-1)
