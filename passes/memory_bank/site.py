@@ -122,9 +122,13 @@ class MemoryBank(Pass):
         activation = block.activation if block.gate is not None else PLAIN
         fetched = editor.add_fetched(_input_name(block.layer), ("B", 3, self.units, block.width))
 
+        flat = len(shape(block.output)) == 2
+
         def added(t: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-            made = torch.ops.memc.bank_ffn.default(t["x"], t["block"], activation)
-            output = t["output"]
+            x, output = t["x"], t["output"]
+            rows = x.unflatten(0, (t["block"].shape[0], -1)) if flat else x
+            made = torch.ops.memc.bank_ffn.default(rows, t["block"], activation)
+            made = made.flatten(0, 1) if flat else made
             return (output + (made if made.dtype == output.dtype else made.to(output.dtype)),)
 
         inputs = {"x": block.input, "block": fetched, "output": block.output}
@@ -152,7 +156,8 @@ def _refuse(program: Program, block: FeedForwardBlock, in_layer: int) -> tuple[s
     if any(spec.name == _input_name(block.layer) for spec in program.inputs):
         return "banked", "the layer has a bank's block already"
     tokens, width = program.placeholders()[0].meta["val"].shape, block.width
-    for node in (block.input, block.output):
-        if tuple(map(str, shape(node))) != tuple(map(str, (*tokens, width))):
-            return "shape", f"{node.name} is {list(map(str, shape(node)))}, not a vector of {width} for each token"
+    forms = [list(map(str, form)) for form in ((*tokens, width), (math.prod(tokens), width))]
+    sizes = [list(map(str, shape(node))) for node in (block.input, block.output)]
+    if sizes[0] != sizes[1] or sizes[0] not in forms:
+        return "shape", f"it maps {sizes[0]} to {sizes[1]}, not a vector of {width} for each token to another"
     return None
