@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -11,20 +12,28 @@ import numpy.typing as npt
 import onnx
 import pytest
 import torch
+from rich.console import Console
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from memc import api
-from memc.artifact import read_manifest
+from memc.artifact import read_manifest, seal
+from memc.backend import LowerOptions
+from memc.backends.eager import EagerBackend
+from memc.backends.onnx import OnnxBackend
 from memc.cli import main
+from memc.conversion.lowering import lower
 from memc.errors import MemcError
 from memc.plugins import load_kernels
 from memc.program import Program
 from memc.program_io import load_program
 from memc.report.read import read_report
+from memc.report.html import render
+from memc.report.terminal import convert_view
+from memc.report.text import FETCHED
 from memc.runtime import Session, load
-from tests.backends.onnx_support import build
+from memc.target import get_target
 from tests.core.runtime_fakes import make_session
 from tests.core.tiny import tiny_program
 
@@ -38,9 +47,12 @@ Blocks = dict[str, npt.NDArray[np.float32]]
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     place = tmp_path_factory.mktemp("banked")
-    for backend in ("eager", "onnx"):
-        api.convert(tiny_program(), place / backend, passes=[SPEC], backend=backend, threads=1)
-    build(load_program(place / "eager" / "program"), place / "int8", weights="int8")
+    api.convert(tiny_program(), place / "onnx", passes=[SPEC], threads=1)
+    program = load_program(place / "onnx" / "program")
+    for name, backend, weights in (("eager", EagerBackend(), "fp32"), ("int8", OnnxBackend(), "int8")):
+        folder = place / name
+        _, manifest = lower(program, backend, get_target("cpu"), folder, LowerOptions(weights, 64, 1))
+        seal(folder, manifest)
     return {path.name: path for path in place.iterdir()}
 
 
@@ -64,18 +76,22 @@ def expected(program: Program, row: list[int], blocks: Blocks, index: int) -> np
 
 
 def test_the_manifest_and_the_reports_name_what_is_fetched(folders: dict[str, Path]) -> None:
-    for folder in (folders["eager"], folders["onnx"]):
+    for folder in folders.values():
         ports = [port for port in read_manifest(folder).inputs if port.role == "fetched"]
         assert [(port.name, port.dtype, port.shape) for port in ports] == [
             ("bank_0", "float32", ["B", 3, 6, 24]),
             ("bank_1", "float32", ["B", 3, 6, 24]),
         ]
-        assert [spec.name for spec in load_program(folder / "program").fetched] == ["bank_0", "bank_1"]
-        report = read_report(folder)
-        assert report.convert is not None and report.convert.original is not None
-        assert report.convert.predicted.fetched_bytes == 2 * 3 * 6 * 24 * 4
-        read, before = (side.bytes_read_per_token for side in (report.convert.predicted, report.convert.original))
-        assert all(read[context] - before[context] == 2 * 3 * 6 * 24 * 4 for context in read)
+    assert [spec.name for spec in load_program(folders["onnx"] / "program").fetched] == ["bank_0", "bank_1"]
+    report = read_report(folders["onnx"])
+    assert report.convert is not None and report.convert.original is not None
+    assert report.convert.predicted.fetched_bytes == 2 * 3 * 6 * 24 * 4
+    read, before = (side.bytes_read_per_token for side in (report.convert.predicted, report.convert.original))
+    assert all(read[context] - before[context] == 2 * 3 * 6 * 24 * 4 for context in read)
+    console = Console(record=True, width=200, file=io.StringIO())
+    console.print(convert_view(report.convert))
+    assert FETCHED in console.export_text()
+    assert FETCHED in render(report)
     assert "bank_0, bank_1" in read_manifest(folders["onnx"]).how_to_run
 
 
@@ -88,7 +104,7 @@ def test_nothing_fetched_is_the_original(session: Session) -> None:
 
 
 def test_a_batch_has_a_block_for_each_sequence(session: Session, folders: dict[str, Path]) -> None:
-    program = load_program(folders["eager"] / "program")
+    program = load_program(folders["onnx"] / "program")
     blocks = blocks_of(session, 3)
     found = session.logits(ROWS, **blocks)
     for index, row in enumerate(ROWS):
