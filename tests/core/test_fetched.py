@@ -28,8 +28,8 @@ from memc.errors import MemcError
 from memc.plugins import load_kernels
 from memc.program import Program
 from memc.program_io import load_program
-from memc.report.read import read_report
 from memc.report.html import render
+from memc.report.read import read_report
 from memc.report.terminal import convert_view
 from memc.report.text import FETCHED
 from memc.runtime import Session, load
