@@ -134,6 +134,7 @@ def predict(
         decode_ms={context: ms for context, ms in decode.items() if ms is not None},
         state_bytes={context: asked[context].state_bytes for context in decoded},
         weight_bytes=int(weight_bytes),
+        fetched_bytes=program.fetched_bytes,
         peak_rss_bytes=int(_BASE_RSS + _loaded(program, source_bytes, weight_bytes)),
         disk_bytes=int(source_bytes + weight_bytes),
         seconds=_seconds(program, source_bytes + weight_bytes, target),

@@ -95,7 +95,7 @@ class Pass(Configurable, ABC):
     "choices": ...})``, built with :func:`option`. The spec string ``name:option=value,...`` round-trips.
     """
 
-    kind = "pass"
+    noun = "pass"
 
     @abstractmethod
     def plan(self, program: Program, target: Target) -> Plan:

@@ -90,7 +90,10 @@ class EagerRunner(Runner):
         if not isinstance(state, EagerState):
             raise TypeError(f"a state of the eager backend, not {type(state).__name__}")
         given = self.gather(tokens, positions, inputs)
-        fed = [torch.tensor(given[s.name], dtype=s.dtype, device=self.device) for s in self.program.inputs]
+        # Not copied where it need not be: what is fetched can be as large as a layer, and comes with every token.
+        arrays = [np.require(given[spec.name], requirements=["C", "W"]) for spec in self.program.inputs]
+        specs = zip(arrays, self.program.inputs, strict=True)
+        fed = [torch.from_numpy(array).to(self.device, spec.dtype) for array, spec in specs]
         with torch.no_grad():
             try:
                 results = self.program(*fed, *(state.tensors[spec.name] for spec in self.program.states))

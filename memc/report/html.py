@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from memc.report import branches, charts, column, files, fit, heads, slider, training
 from memc.report import facts as f
 from memc.report import models as m
-from memc.report.text import amount, duration, escaped, layers, number, ratio, size
+from memc.report.text import FETCHED, amount, duration, escaped, layers, number, ratio, size
 
 MOVED = ("perplexity_ratio", "kl_mean")
 """Checks that say how far the outputs moved."""
@@ -110,6 +110,8 @@ def _costs(done: m.ConvertDocument) -> str:
     for context, new in sorted(after.state_bytes.items()):
         old = before.state_bytes.get(context)
         rows.append((f"state at {context} tokens", size(old), size(new), ratio(new, old)))
+    if after.fetched_bytes:
+        rows.append((FETCHED, size(before.fetched_bytes), size(after.fetched_bytes), ""))
     for context, read in sorted(after.bytes_read_per_token.items()):
         before_read = before.bytes_read_per_token.get(context)
         rows.append((f"read for a token at {context} tokens", size(before_read), size(read), ratio(read, before_read)))

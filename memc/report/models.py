@@ -44,13 +44,15 @@ class ByContext(Facts):
 class Predicted(ByContext):
     """Cost of a program on a target, predicted. ``flops_per_token`` is at the shortest context.
 
-    ``seconds`` is the time of the conversion itself.
+    ``fetched_bytes`` are fetched for a conversation, once, and read for each of its tokens, among
+    ``bytes_read_per_token``. ``seconds`` is the time of the conversion itself.
     """
 
     parameters: int
     flops_per_token: float
     flops_by_context: dict[int, float] = Field(default_factory=dict)
     weight_bytes: int = 0
+    fetched_bytes: int = 0
     peak_rss_bytes: int | None = None
     disk_bytes: int | None = None
     seconds: float | None = None
@@ -293,7 +295,10 @@ class BenchDocument(Document):
 
 
 class GenerateDocument(Document):
-    """``memc generate``. ``stopped`` tells whether a stop token or the length ended it."""
+    """``memc generate``. ``stopped`` tells whether a stop token or the length ended it.
+
+    ``fetched_bytes`` is the size of what the model takes that is fetched, zeros where no bank was given.
+    """
 
     schema_: Literal["memc.generate/1"] = Field(default="memc.generate/1", alias="schema")
     artifact: str
@@ -306,6 +311,7 @@ class GenerateDocument(Document):
     prefill_tokens_per_s: float | None = None
     decode_tokens_per_s: float | None = None
     state_bytes: int
+    fetched_bytes: int = 0
 
 
 class ServeDocument(Document):

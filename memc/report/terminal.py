@@ -13,7 +13,7 @@ from memc.report import facts as f
 from memc.report import models as m
 from memc.report.evaluation import eval_view
 from memc.report.layout import Cell, lines, stack, table, text, titled
-from memc.report.text import amount, brief, duration, layers, number, plain, ratio, size
+from memc.report.text import FETCHED, amount, brief, duration, layers, number, plain, ratio, size
 
 WORK_OF_INPUT = "work for an input"
 
@@ -222,6 +222,8 @@ def costs_table(document: m.ConvertDocument) -> RenderableType:
         old = before.state_bytes.get(context) if before else None
         new = after.state_bytes[context]
         rows.append((f"state at {context}", size(old), size(new), ratio(new, old)))
+    if after.fetched_bytes:
+        rows.append((FETCHED, size(before.fetched_bytes if before else None), size(after.fetched_bytes), ""))
     for context in sorted(after.bytes_read_per_token):
         was = before.bytes_read_per_token.get(context) if before else None
         now = after.bytes_read_per_token[context]

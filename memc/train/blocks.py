@@ -128,7 +128,8 @@ class Teacher:
     @torch.no_grad()
     def run(self, tokens: Tensor, positions: Tensor, learn: Callable[[int, dict[str, Tensor]], None]) -> None:
         """Run ``tokens [B,T]`` at ``positions`` and call ``learn(block, values)`` as soon as a block's are there."""
-        feed = dict(zip((spec.name for spec in self.program.inputs), (tokens, positions), strict=True))
+        given = (tokens, positions, *self.program.nothing_fetched(len(tokens), tokens.device))
+        feed = dict(zip((spec.name for spec in self.program.inputs), given, strict=True))
         states = {spec.name: spec for spec in self.program.states}
         values: dict[Node, Any] = {}
         missing = [set(names) for names in self.wanted]

@@ -49,10 +49,10 @@ def sample_text(program: Program, seed: int, *, sequences: int = SEQUENCES, leng
     # not converted for each of them. How likely a token is need not be known to more digits than that.
     precision = torch.bfloat16 if program_dtype(program) == torch.bfloat16 else torch.float32
     device = next(program.module.parameters()).device
-    tokens = drawn[:, :1].to(device)
+    tokens, fetched = drawn[:, :1].to(device), program.nothing_fetched(sequences, device)
     text, state = [tokens], program.new_state(sequences, device)
     for index in range(length - 1):
-        outputs = run(program, (tokens, torch.full_like(tokens, index)), state, precision)
+        outputs = run(program, (tokens, torch.full_like(tokens, index), *fetched), state, precision)
         state = outputs[len(program.outputs) :]
         # In float64, so that the draw depends on no rounding of a sum over the vocabulary.
         chances = outputs[0][:, -1, :vocab].double().softmax(-1)

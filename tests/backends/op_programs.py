@@ -32,6 +32,7 @@ class Builder:
         self.dtype = dtype
         self.vocab = vocab
         self.states: list[StateSpec] = []
+        self.fetched: list[InputSpec] = []
         self.next: list[Node] = []
         self.tokens = self.graph.placeholder("tokens")
         self.positions = self.graph.placeholder("positions")
@@ -52,6 +53,13 @@ class Builder:
     def state(self, name: str, *shape: int | str, dtype: torch.dtype | None = None, init: float = 0.0) -> Node:
         grows = next((axis for axis, size in enumerate(shape) if str(size).startswith("S")), None)
         self.states.append(StateSpec(name, dtype or self.dtype, shape, init, grows))
+        with self.graph.inserting_after(self._last_input):
+            self._last_input = self.graph.placeholder(name)
+        return self._last_input
+
+    def fetch(self, name: str, *shape: int | str) -> Node:
+        """An input of each sequence's own; before any state."""
+        self.fetched.append(InputSpec(name, "fetched", torch.float32, shape))
         with self.graph.inserting_after(self._last_input):
             self._last_input = self.graph.placeholder(name)
         return self._last_input
@@ -89,6 +97,7 @@ class Builder:
             (
                 InputSpec("tokens", "tokens", torch.int64, ("B", "T")),
                 InputSpec("positions", "positions", torch.int64, ("B", "T")),
+                *self.fetched,
             ),
             (OutputSpec("logits", self.dtype, ("B", "T", self.vocab)),),
             tuple(self.states),
@@ -295,6 +304,16 @@ def norm(*, center: bool = False, weight: bool = True, bias: bool = False) -> Pr
     shift = b.parameter("bias", 24, scale=1.0) if bias else None
     x = b.call(torch.ops.memc.norm.default, b.embed(24), w, shift, eps=1e-5, center=center)
     return b.finish(b.linear(x, "logits", VOCAB, 24))
+
+
+def bank_ffn(*activations: str, units: int = 6) -> Program:
+    """Tokens to vectors, to which ``memc::bank_ffn`` adds a block for each activation, side by side, logits."""
+    b = Builder()
+    blocks = [b.fetch(f"bank_{layer}", "B", 3, units, 24) for layer in range(len(activations))]
+    x = total = b.embed(24)
+    for activation, block in zip(activations, blocks, strict=True):
+        total = b.call(aten.add.Tensor, total, b.call(torch.ops.memc.bank_ffn.default, x, block, activation))
+    return b.finish(b.linear(total, "logits", VOCAB, 24))
 
 
 def full_attention(
