@@ -25,6 +25,7 @@ COMMANDS = {
     "bench": "Time prefill and decode over contexts, two sides interleaved.",
     "lower": "Lower a converted model again, for another target or backend.",
     "export": "Write a converted model as a Hugging Face folder.",
+    "bank": "Build and inspect a bank of blocks fetched by the text of a prompt.",
     "passes": "The rewrites, with their options.",
     "recipes": "The recipes that have a name.",
     "targets": "The hardware that can be converted for.",
