@@ -144,14 +144,14 @@ class Bank:
         return [cluster for cluster in near if not self._is_denied(cluster) and self.records.trained(cluster)]
 
     def fetch(self, path: TreePath) -> F32:
-        """Return the block of a path, ``[layers, 3, units, hidden]`` float32; zeros where there is none to be used.
+        """Return the block of a path, ``[layers, 3, units, width]`` float32; zeros where there is none to be used.
 
         Units of all levels stand one after the other, the coarsest first, in ``gate``, ``up`` and ``down`` alike.
         Raises ``MemcError``: E402 a record is damaged, E310 the file was cut short.
         """
         began = time.perf_counter()
         shape = self.shape
-        block = np.zeros((len(shape.layers), len(MATRICES), shape.units, shape.hidden), np.float32)
+        block = np.zeros((len(shape.layers), len(MATRICES), shape.units, shape.width), np.float32)
         for cluster in self.used(path):
             start = sum(shape.ranks[: len(cluster) - 1])
             block[:, :, start : start + shape.ranks[len(cluster) - 1]] = self._record(cluster)
@@ -159,7 +159,7 @@ class Bank:
         return block
 
     def inputs(self, paths: Sequence[TreePath]) -> dict[str, F32]:
-        """Return what a rewritten model takes: ``bank_<layer>`` with blocks ``[B, 3, units, hidden]``, one a path."""
+        """Return what a rewritten model takes: ``bank_<layer>`` with blocks ``[B, 3, units, width]``, one a path."""
         blocks = np.stack([self.fetch(path) for path in paths])
         return {f"bank_{layer}": np.ascontiguousarray(blocks[:, i]) for i, layer in enumerate(self.shape.layers)}
 

@@ -54,7 +54,6 @@ class BuildOptions:
     characters: int = 1000
     dtype: Dtype = "float32"
     seed: int = 0
-    remote_code: bool = False
     threads: int | None = None
 
     def __post_init__(self) -> None:
@@ -65,8 +64,31 @@ class BuildOptions:
             raise MemcError("E200", "a cluster has at least 2 children", "--branch", "give 2 or more")
 
 
+@dataclass(frozen=True)
+class BankModel:
+    """The model that a bank is for: its name, its digest, the layers that have a feed-forward block, its width."""
+
+    name: str
+    digest: str
+    layers: tuple[int, ...]
+    width: int
+
+    @classmethod
+    def of(cls, model: str, *, remote_code: bool = False) -> BankModel:
+        """Look at a model. Raises ``MemcError`` as ``capture_source``, and E307 for one without feed-forward blocks."""
+        captured = capture_source(model, remote_code=remote_code)
+        raised = raise_program(captured.program)
+        blocks = [block for block in raised.blocks if block.kind == "feed_forward"]
+        if not blocks:
+            hint = "memc inspect MODEL --why says what it has"
+            raise MemcError("E307", "model has no feed-forward block that a bank could add to", model, hint)
+        (width,) = {block.width for block in blocks}
+        info = captured.program.model
+        return cls(info.source, info.digest, tuple(sorted({block.layer for block in blocks})), width)
+
+
 def build_bank(
-    model: str,
+    model: BankModel,
     data: Sequence[str],
     out: Path,
     options: BuildOptions,
@@ -80,33 +102,31 @@ def build_bank(
     Passages are embedded, clustered level by level, and kept; records stay empty until they are trained. The same
     text, model, encoder and options give the same bank on the same machine, however often it was killed and run again.
 
-    Raises ``MemcError``: E204 ``out`` is in the way, E207 data that hold no text or fewer passages than clusters, E307
-    a model without a feed-forward block, E501 and E502 too little memory or disk; and as ``capture_source`` for the
-    model, ``prepare_encoder`` for the encoder.
+    Raises ``MemcError``: E204 ``out`` is in the way, E207 data that hold no text or fewer passages than clusters, E501
+    and E502 too little memory or disk; and as ``prepare_encoder`` for the encoder.
     """
     progress = progress or Silent()
     digests = [source_digest(source) for source in data]
     folder = OutFolder(out)
     folder.refuse_existing("", {}, force=force)
-    with progress.step(f"inspect {model}"):
-        facts = _model_facts(model, options)
-    _require_disk(out, data, facts.shape)
-    key = resume_key("bank", facts.digest, repr(options), *digests)
+    shape = BankShape(options.branch, options.ranks, model.layers, model.width, options.dtype)
+    _require_disk(out, data, shape)
+    key = resume_key("bank", repr(model), repr(options), *digests)
     if folder.open(key, fresh=fresh):
         progress.note(f"going on with {folder.partial}")
     place = folder.partial
     encoder_facts = prepare_encoder(options.encoder, place / ENCODER, progress)
-    count = _cut(place, data, facts.shape, options, progress)
-    _require_memory(count, encoder_facts.width, facts.shape)
+    count = _cut(place, data, shape, options, progress)
+    _require_memory(count, encoder_facts.width, shape)
     _embed(place, encoder_facts, count, options, progress)
-    tree = _cluster(place, count, encoder_facts.width, facts.shape, options.seed, progress)
+    tree = _cluster(place, count, encoder_facts.width, shape, options.seed, progress)
     tree.save(place / TREE)
-    write_records(place / RECORDS, facts.shape, ())
+    write_records(place / RECORDS, shape, ())
     manifest = BankManifest(
         version=__version__,
-        model=facts.name,
-        model_digest=facts.digest,
-        **vars(facts.shape),
+        model=model.name,
+        model_digest=model.digest,
+        **vars(shape),
         encoder=encoder_facts,
         passages=count,
         passage_characters=options.characters,
@@ -119,28 +139,6 @@ def build_bank(
     folder.finish()
     shutil.rmtree(out / "report", ignore_errors=True)  # its mark as a folder of ours
     return manifest
-
-
-@dataclass(frozen=True)
-class _ModelFacts:
-    name: str
-    digest: str
-    shape: BankShape
-
-
-def _model_facts(model: str, options: BuildOptions) -> _ModelFacts:
-    captured = capture_source(model, remote_code=options.remote_code)
-    raised = raise_program(captured.program)
-    blocks = [block for block in raised.blocks if block.kind == "feed_forward"]
-    if not blocks:
-        hint = "memc inspect MODEL --why says what it has"
-        raise MemcError("E307", "model has no feed-forward block that a bank could add to", model, hint)
-    layers = tuple(sorted({block.layer for block in blocks}))
-    (hidden,) = {block.hidden for block in blocks}
-    info = captured.program.model
-    return _ModelFacts(
-        info.source, info.digest, BankShape(options.branch, options.ranks, layers, hidden, options.dtype)
-    )
 
 
 def _require_disk(out: Path, data: Sequence[str], shape: BankShape) -> None:

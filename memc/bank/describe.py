@@ -16,16 +16,16 @@ def describe(bank: Bank, cluster: Cluster | None = None) -> BankDocument:
     """Describe a bank, and one of its clusters with the passages nearest to its centroid."""
     manifest, shape = bank.manifest, bank.shape
     per_source = np.bincount(bank.passages.sources, minlength=len(manifest.sources))
-    unit = len(shape.layers) * 3 * shape.hidden
+    unit = len(shape.layers) * 3 * shape.width
     return BankDocument(
         bank=str(bank.folder),
         model=manifest.model,
         model_digest=manifest.model_digest,
         encoder=manifest.encoder.source,
-        width=manifest.encoder.width,
+        encoder_width=manifest.encoder.width,
         branch=shape.branch,
         layers=list(shape.layers),
-        hidden=shape.hidden,
+        width=shape.width,
         dtype=shape.dtype,
         seed=manifest.seed,
         passages=len(bank.passages),

@@ -13,7 +13,7 @@ Cluster = tuple[int, ...]
 """A cluster by its way from the root: child numbers, the coarsest first. One of n numbers is of level n - 1."""
 
 MATRICES = ("gate", "up", "down")
-"""The matrices ``[units, hidden]`` of a block in one layer, in the order of a record."""
+"""The matrices ``[units, width]`` of a block in one layer, in the order of a record."""
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -24,13 +24,13 @@ class BankShape:
 
     Every cluster has ``branch`` children; ``ranks[l]`` is the number of hidden units that a record of level l adds to
     the feed-forward block of each of ``layers`` (decoder layers, sorted), 0 for a level that stores nothing;
-    ``hidden`` is the width of the model, ``dtype`` the type in the file.
+    ``width`` is that of the model, ``dtype`` the type in the file.
     """
 
     branch: int
     ranks: tuple[int, ...]
     layers: tuple[int, ...]
-    hidden: int
+    width: int
     dtype: Dtype = "float32"
 
     @property
@@ -53,8 +53,8 @@ class BankShape:
         return int(self.branch ** (level + 1))
 
     def record_shape(self, level: int) -> tuple[int, int, int, int]:
-        """Return ``[layers, 3, units, hidden]`` of a record."""
-        return len(self.layers), len(MATRICES), self.ranks[level], self.hidden
+        """Return ``[layers, 3, units, width]`` of a record."""
+        return len(self.layers), len(MATRICES), self.ranks[level], self.width
 
     def record_bytes(self, level: int) -> int:
         """Return the bytes of a record in the file."""

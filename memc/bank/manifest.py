@@ -34,7 +34,7 @@ class BankManifest(BaseModel):
     branch: int
     ranks: tuple[int, ...]
     layers: tuple[int, ...]
-    hidden: int
+    width: int
     dtype: Dtype
     encoder: EncoderFacts
     passages: int
@@ -46,7 +46,7 @@ class BankManifest(BaseModel):
     @property
     def shape(self) -> BankShape:
         """The sizes of the bank."""
-        return BankShape(self.branch, self.ranks, self.layers, self.hidden, self.dtype)
+        return BankShape(self.branch, self.ranks, self.layers, self.width, self.dtype)
 
 
 def seal(folder: Path, manifest: BankManifest) -> None:

@@ -1,7 +1,7 @@
 """The file of a bank's records: an index that stays in memory, and one aligned piece a cluster, checked when read.
 
 The file is ``memcbank``, a version, the length of a JSON header, the sha256 of header and index; header; index; then
-the records, each ``[layers, 3, units, hidden]`` and aligned to a page, so that fetching one is one sequential read. The
+the records, each ``[layers, 3, units, width]`` and aligned to a page, so that fetching one is one sequential read. The
 index has an offset and a sha256 for every cluster of every level that stores something. A cluster at offset 0 has not
 been trained; its block is zero.
 
@@ -40,12 +40,12 @@ class _Header(BaseModel):
     branch: int
     ranks: tuple[int, ...]
     layers: tuple[int, ...]
-    hidden: int
+    width: int
     dtype: Dtype
 
 
 def write_records(path: Path, shape: BankShape, records: Iterable[tuple[Cluster, F32]]) -> None:
-    """Write a file of records ``[layers, 3, units, hidden]`` float32, whole or not at all.
+    """Write a file of records ``[layers, 3, units, width]`` float32, whole or not at all.
 
     Clusters that do not come are untrained. The same records in the same order give the same bytes. Raises
     ``MemcError`` E403 for values that are not finite.
@@ -122,7 +122,7 @@ class RecordFile:
         return bool(self.shape.ranks[len(cluster) - 1]) and int(self._entry(cluster)["offset"]) != 0
 
     def read(self, cluster: Cluster) -> F32:
-        """Return the record of a cluster, ``[layers, 3, units, hidden]`` float32; zeros where it is untrained.
+        """Return the record of a cluster, ``[layers, 3, units, width]`` float32; zeros where it is untrained.
 
         Raises ``MemcError``: E402 when its digest differs, E310 when the file ends within it or cannot be read.
         """

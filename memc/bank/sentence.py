@@ -11,6 +11,7 @@ from memc.artifact import MANIFEST, read_manifest
 from memc.bank.encoder import EncoderFacts, Pooling
 from memc.conversion.folder import link_folder
 from memc.errors import MemcError
+from memc.frontend import capture_source
 from memc.frontend.hub import download, is_hub_id
 from memc.progress import Progress
 
@@ -41,16 +42,15 @@ def prepare_encoder(source: str, out: Path, progress: Progress) -> EncoderFacts:
     if not (out / MANIFEST).is_file():
         _convert(folder, source, out, progress)
     manifest = read_manifest(out)
-    shape = manifest.outputs[0].shape
-    taken = [port.name for port in manifest.inputs if port.role not in ("tokens", "positions", "keep")]
-    if manifest.decoder or taken or len(shape) != 3 or not isinstance(shape[-1], int):
-        reason = f"{manifest.family} is no encoder of text" + (f": it takes {', '.join(taken)} too" if taken else "")
-        raise MemcError("E208", reason, source, "give a sentence encoder like sentence-transformers/all-MiniLM-L6-v2")
+    width = manifest.outputs[0].shape[-1]
+    taken = [port.name for port in manifest.inputs if port.role == "other"]
+    if manifest.decoder or taken or not isinstance(width, int):
+        raise _no_encoder(manifest.family, source, taken)
     limits = [limit for limit in (said.limit, manifest.capacity) if limit]
     return EncoderFacts(
         source=manifest.source,
         digest=manifest.source_digest,
-        width=shape[-1],
+        width=width,
         limit=min(limits, default=LIMIT),
         pooling=said.pooling,
         normalize=said.normalize,
@@ -93,12 +93,21 @@ def _convert(folder: Path, source: str, out: Path, progress: Progress) -> None:
         return
     from memc import api
 
-    api.convert(folder if folder.is_dir() else source, out, recipe="dense", progress=progress)
+    program = capture_source(folder, weights=False).program
+    taken = [spec.name for spec in program.inputs if spec.role == "other"]
+    if program.model.decoder or taken:  # told before the minutes of a conversion
+        raise _no_encoder(program.model.family, source, taken)
+    api.convert(folder, out, recipe="dense", progress=progress)
     for pattern in FILES:
         for path in folder.glob(pattern):
             copy = out / path.relative_to(folder)
             copy.parent.mkdir(exist_ok=True)
             copy.write_bytes(path.read_bytes())
+
+
+def _no_encoder(family: str, source: str, taken: list[str]) -> MemcError:
+    reason = f"{family} is no encoder of text" + (f": it takes {', '.join(taken)} too" if taken else "")
+    return MemcError("E208", reason, source, "give a sentence encoder like sentence-transformers/all-MiniLM-L6-v2")
 
 
 def _json(path: Path) -> Any:

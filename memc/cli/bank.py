@@ -46,8 +46,8 @@ def command() -> None:
 @declare(
     "build",
     "memc bank build --model model.gguf --data notes.jsonl -o bank",
-    "memc bank build --model m.gguf --data a.txt --data b.txt --levels 2 --ranks 64,16 -o bank",
-    "memc bank build --model ./my-model --data a.txt --encoder ./enc --levels 1 --ranks 8 -o bank",
+    "memc bank build --model m.gguf --data a.txt --levels 2 --ranks 64,16 -o bank",
+    "memc bank build --model m.gguf --data a.txt --encoder ./encoder -o bank",
 )
 @click.option("--model", required=True, metavar="MODEL", help="Model that the blocks are for.")
 @click.option(
@@ -102,7 +102,7 @@ def build(
     if len(chosen) != levels:
         reason = f"{len(chosen)} ranks for {levels} levels"
         raise MemcError("E200", reason, "--ranks", f"give one a level, like {','.join(['16'] * levels)}")
-    from memc.bank.build import BuildOptions, build_bank
+    from memc.bank.build import BankModel, BuildOptions, build_bank
 
     options = BuildOptions(
         ranks=tuple(chosen),
@@ -111,10 +111,11 @@ def build(
         characters=passage,
         dtype=dtype,
         seed=seed or 0,
-        remote_code=remote_code,
         threads=threads,
     )
-    build_bank(model, data, Path(out), options, fresh=fresh, force=force, progress=console)
+    with console.step(f"inspect {model}"):
+        owner = BankModel.of(model, remote_code=remote_code)
+    build_bank(owner, data, Path(out), options, fresh=fresh, force=force, progress=console)
     _show(console, out, None)
 
 

@@ -70,10 +70,10 @@ class BankDocument(Document):
     model: str
     model_digest: str
     encoder: str
-    width: int
+    encoder_width: int
     branch: int
     layers: list[int]
-    hidden: int
+    width: int
     dtype: str
     seed: int
     passages: int
@@ -88,19 +88,21 @@ class BankDocument(Document):
 
 def bank_view(document: BankDocument) -> RenderableType:
     """Show the tree of a bank, its sizes and balance; of one cluster its nearest passages."""
+    encoder = f"{document.encoder} (width {document.encoder_width})"
     facts = [
         document.bank,
-        f"for {document.model}, layers {layers(document.layers)} of width {document.hidden}, {document.dtype}",
-        f"{amount(document.passages)} passages by {document.encoder} (width {document.width}), seed {document.seed}",
+        f"for {document.model}, layers {layers(document.layers)} of width {document.width}, {document.dtype}",
+        f"{amount(document.passages)} passages by {encoder}, seed {document.seed}",
         f"a path adds {amount(document.fetched_parameters)} parameters, of {amount(document.bank_parameters)} in all; "
         f"fetching it takes {document.predicted_seconds * 1000:.3g} ms (predicted)",
     ]
     return stack(
         lines(facts),
         table(
-            ["level", ">units", ">clusters", ">empty", ">trained", ">passages", ">balance", ">record", ">all", "in"],
+            ["level", ">units", ">clusters", ">trained", ">passages", ">balance", ">record", "in"],
             map(_level, document.levels),
         ),
+        lines(f"level {row.level}: {row.empty} clusters have no passages" for row in document.levels if row.empty),
         titled("sources", table(["file", ">passages"], [(n, str(c)) for n, c in document.sources.items()])),
         _cluster(document.cluster) if document.cluster else None,
         None if any(level.trained for level in document.levels) else lines(["untrained: every block is zero"]),
@@ -113,12 +115,10 @@ def _level(level: BankLevel) -> tuple[str, ...]:
         str(level.level),
         str(level.rank),
         str(level.clusters),
-        str(level.empty),
         str(level.trained) if stored else "-",
         f"{level.smallest}-{level.largest}",
         number(level.balance),
         size(level.record_bytes) if stored else "-",
-        size(level.level_bytes) if stored else "-",
         level.tier or "-",
     )
 
