@@ -55,6 +55,7 @@ class Bank:
         manifest: BankManifest,
         *,
         deny: Sequence[Cluster] = (),
+        generic: bool = False,
         memory_bytes: int = MEMORY,
         threads: int | None = None,
     ) -> None:
@@ -67,6 +68,7 @@ class Bank:
         if self.records.shape != self.shape:
             raise MemcError("E310", "records are not of this bank", str(folder / RECORDS), "build the bank again")
         self.deny = tuple(deny)
+        self.generic = generic
         self.cost = FetchCost()
         widening = 4 // self.shape.itemsize  # records are float32 in memory
         self.placements = self.plan([memory(memory_bytes // 2 // widening), DISK])
@@ -85,22 +87,24 @@ class Bank:
         folder: str | Path,
         *,
         deny: Iterable[str] = (),
+        generic: bool = False,
         memory_bytes: int = MEMORY,
         threads: int | None = None,
         verify: bool = False,
     ) -> Bank:
         """Open the bank in a folder.
 
-        ``deny`` names clusters (``0.3.1``) that are never read, with all below them; ``memory_bytes`` is for records,
-        ``threads`` for the encoder. ``verify`` checks the digest of every file. Raises ``MemcError``: E310 no bank, or
+        ``deny`` names clusters (``0.3.1``) that are never read, with all below them. With ``generic`` a text that is
+        like nothing in the bank gets the generic block, if it is trained; ``memory_bytes`` is for records, ``threads``
+        for the encoder. ``verify`` checks the digest of every file. Raises ``MemcError``: E310 no bank, or
         an incomplete one; E402 a digest differs; E200 a denied cluster that there is not.
         """
         place = Path(folder)
         manifest = read_manifest(place, verify=verify)
         denied = [parse_cluster(text, manifest.shape) for text in deny]
-        bank = cls(place, manifest, deny=denied, memory_bytes=memory_bytes, threads=threads)
+        bank = cls(place, manifest, deny=denied, generic=generic, memory_bytes=memory_bytes, threads=threads)
         if verify:
-            for level in bank.shape.storing():
+            for level in (-1, *bank.shape.storing()):
                 for cluster in bank.shape.all_clusters(level):
                     bank.records.read(cluster)
         return bank
@@ -139,7 +143,12 @@ class Bank:
         return self.tree.descend(embedding)
 
     def used(self, path: TreePath) -> list[Cluster]:
-        """Return the clusters of a path whose records are fetched: near ones that are trained and not denied."""
+        """Return the clusters of a path whose records are fetched: near ones that are trained and not denied.
+
+        The generic block, of the root, comes alone.
+        """
+        if path.depth == 0:
+            return [()] if self.generic and self.records.trained(()) else []
         near = [path.near[: level + 1] for level in self.shape.storing() if level < path.depth]
         return [cluster for cluster in near if not self._is_denied(cluster) and self.records.trained(cluster)]
 
@@ -153,8 +162,9 @@ class Bank:
         shape = self.shape
         block = np.zeros((len(shape.layers), len(MATRICES), shape.units, shape.width), np.float32)
         for cluster in self.used(path):
-            start = sum(shape.ranks[: len(cluster) - 1])
-            block[:, :, start : start + shape.ranks[len(cluster) - 1]] = self._record(cluster)
+            level = len(cluster) - 1
+            start = sum(shape.ranks[: max(level, 0)])
+            block[:, :, start : start + shape.rank(level)] = self._record(cluster)
         self.cost.seconds += time.perf_counter() - began
         return block
 

@@ -10,7 +10,10 @@ from typing import Literal
 from memc.errors import MemcError
 
 Cluster = tuple[int, ...]
-"""A cluster by its way from the root: child numbers, the coarsest first. One of n numbers is of level n - 1."""
+"""A cluster by its way from the root: child numbers, the coarsest first. One of n numbers is of level n - 1.
+
+The root, of no numbers, is the generic block: as many units as a whole path, trained on all passages.
+"""
 
 MATRICES = ("gate", "up", "down")
 """The matrices ``[units, width]`` of a block in one layer, in the order of a record."""
@@ -48,13 +51,17 @@ class BankShape:
         """Bytes of a value in the file."""
         return 4 if self.dtype == "float32" else 2
 
+    def rank(self, level: int) -> int:
+        """Return the hidden units of a record of a level; level -1 is the generic block."""
+        return self.units if level < 0 else self.ranks[level]
+
     def clusters(self, level: int) -> int:
         """Return how many clusters a level has."""
         return int(self.branch ** (level + 1))
 
     def record_shape(self, level: int) -> tuple[int, int, int, int]:
         """Return ``[layers, 3, units, width]`` of a record."""
-        return len(self.layers), len(MATRICES), self.ranks[level], self.width
+        return len(self.layers), len(MATRICES), self.rank(level), self.width
 
     def record_bytes(self, level: int) -> int:
         """Return the bytes of a record in the file."""
@@ -89,8 +96,8 @@ class BankShape:
 
 
 def name(cluster: Cluster) -> str:
-    """Return a cluster as it is written: ``0.3.1``."""
-    return ".".join(map(str, cluster))
+    """Return a cluster as it is written: ``0.3.1``; the root is ``generic``."""
+    return ".".join(map(str, cluster)) or "generic"
 
 
 def parse_cluster(text: str, shape: BankShape) -> Cluster:

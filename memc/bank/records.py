@@ -2,8 +2,8 @@
 
 The file is ``memcbank``, a version, the length of a JSON header, the sha256 of header and index; header; index; then
 the records, each ``[layers, 3, units, width]`` and aligned to a page, so that fetching one is one sequential read. The
-index has an offset and a sha256 for every cluster of every level that stores something. A cluster at offset 0 has not
-been trained; its block is zero.
+index has an offset and a sha256 for the generic block and for every cluster of every level that stores something. What
+is at offset 0 has not been trained; its block is zero.
 
 Records are read by position and not through a mapping: a mapping kills the process when the file is cut short under it.
 """
@@ -119,7 +119,7 @@ class RecordFile:
 
     def trained(self, cluster: Cluster) -> bool:
         """Tell whether a cluster has a record."""
-        return bool(self.shape.ranks[len(cluster) - 1]) and int(self._entry(cluster)["offset"]) != 0
+        return bool(self.shape.rank(len(cluster) - 1)) and int(self._entry(cluster)["offset"]) != 0
 
     def read(self, cluster: Cluster) -> F32:
         """Return the record of a cluster, ``[layers, 3, units, width]`` float32; zeros where it is untrained.
@@ -161,17 +161,21 @@ class RecordFile:
 
 
 def _empty_index(shape: BankShape) -> npt.NDArray[Any]:
-    return np.zeros(sum(shape.clusters(level) for level in shape.storing()), _ENTRY)
+    return np.zeros(sum(shape.clusters(level) for level in _levels(shape)), _ENTRY)
+
+
+def _levels(shape: BankShape) -> list[int]:
+    return [-1, *shape.storing()]
 
 
 def _slot(shape: BankShape, cluster: Cluster) -> int:
     level = len(cluster) - 1
-    return sum(shape.clusters(above) for above in shape.storing() if above < level) + shape.number(cluster)
+    return sum(shape.clusters(above) for above in _levels(shape) if above < level) + shape.number(cluster)
 
 
 def _end(shape: BankShape, entries: npt.NDArray[Any]) -> int:
     """Return where the last record ends."""
-    sizes = np.concatenate([np.full(shape.clusters(level), shape.record_bytes(level)) for level in shape.storing()])
+    sizes = np.concatenate([np.full(shape.clusters(level), shape.record_bytes(level)) for level in _levels(shape)])
     written = entries["offset"] != 0
     return int((entries["offset"].astype(np.int64) + sizes)[written].max(initial=0))
 

@@ -52,6 +52,15 @@ def test_a_text_that_is_like_nothing_gets_zeros(folder: Path) -> None:
     assert not bank.fetch(path).any() and bank.cost.read == 0
 
 
+def test_a_text_that_is_like_nothing_gets_the_generic_block_where_asked_for(folder: Path, tmp_path: Path) -> None:
+    far = -embeddings().sum(axis=0)
+    bank = Bank.open(folder, generic=True, deny=["0", "1"])
+    assert np.array_equal(bank.fetch(bank.retrieve(far)), records()[()])
+    assert not bank.fetch(bank.retrieve(embeddings()[0])).any()
+    untrained = Bank.open(write_bank(tmp_path / "other"), generic=True)
+    assert not untrained.fetch(untrained.retrieve(far)).any()
+
+
 def test_an_untrained_bank_gives_zeros(tmp_path: Path) -> None:
     bank = Bank.open(write_bank(tmp_path / "bank"))
     path = bank.retrieve(embeddings()[0])

@@ -110,7 +110,7 @@ def records(shape: BankShape = SHAPE, seed: int = 0) -> dict[tuple[int, ...], np
     generator = np.random.default_rng(seed)
     return {
         cluster: generator.normal(size=shape.record_shape(level)).astype(np.float32)
-        for level in shape.storing()
+        for level in (-1, *shape.storing())
         for cluster in shape.all_clusters(level)
     }
 
