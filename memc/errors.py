@@ -29,6 +29,7 @@ CODES: dict[str, tuple[Exit, str]] = {
     "E206": (Exit.USAGE, "prompt or context is past the capacity"),
     "E207": (Exit.USAGE, "text or data file cannot be used"),
     "E208": (Exit.USAGE, "the artifact cannot do what was asked"),
+    "E209": (Exit.USAGE, "no choice keeps the limits"),
     "E301": (Exit.MODEL, "model not found"),
     "E302": (Exit.MODEL, "model file unreadable, truncated or corrupt"),
     "E303": (Exit.MODEL, "configuration and weights disagree"),

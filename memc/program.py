@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
+from torch.fx.node import map_aggregate
 
 from memc.artifact import held
 from memc.plugins import load_kernels
@@ -129,6 +130,16 @@ class Program:
         load_kernels()
         result: tuple[Tensor, ...] = self.module(*args)
         return result
+
+    def make_tensors_on(self, device: torch.device) -> None:
+        """Have the graph make on ``device`` the tensors that it makes on its own, in place."""
+
+        def change(item: Any) -> Any:
+            return device if isinstance(item, torch.device) else item
+
+        for node in self.module.graph.nodes:
+            node.args, node.kwargs = map_aggregate(node.args, change), map_aggregate(node.kwargs, change)
+        self.module.recompile()
 
     def new_state(self, batch: int, device: torch.device | str = "cpu") -> tuple[Tensor, ...]:
         """Allocate the states of ``batch`` fresh sequences."""

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.fx.node import map_aggregate
 
 from memc.artifact import Manifest
 from memc.backend import Runner, RunState
@@ -52,7 +50,8 @@ class EagerRunner(Runner):
         """Move the program to ``device``; the program belongs to the runner from then on."""
         self.program, self.manifest, self.device = program, manifest, torch.device(device)
         if self.device.type != "cpu":
-            _move(program, self.device)
+            program.module.to(self.device)
+            program.make_tensors_on(self.device)
         program.module.requires_grad_(False)
 
     def new_state(self, batch: int, capacity: int | None = None) -> EagerState:
@@ -117,15 +116,3 @@ def _fits(sizes: tuple[int, ...], shape: tuple[int | str, ...]) -> bool:
     return len(sizes) == len(shape) and all(
         isinstance(want, str) or size == want for size, want in zip(sizes, shape, strict=True)
     )
-
-
-def _move(program: Program, device: torch.device) -> None:
-    """Move parameters, and the tensors that the graph makes on its own, to ``device``."""
-    program.module.to(device)
-
-    def change(item: Any) -> Any:
-        return device if isinstance(item, torch.device) else item
-
-    for node in program.module.graph.nodes:
-        node.args, node.kwargs = map_aggregate(node.args, change), map_aggregate(node.kwargs, change)
-    program.module.recompile()

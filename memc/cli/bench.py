@@ -6,6 +6,7 @@ from contextlib import ExitStack
 
 import click
 
+from memc.cli import completing
 from memc.cli.console import Console
 from memc.cli.options import POSITIVE, Numbers, declare, out_argument, seed_option, threads_option
 from memc.cli.sessions import open_sessions
@@ -19,7 +20,9 @@ from memc.cli.sessions import open_sessions
 )
 @out_argument
 @click.option("--contexts", type=Numbers(), default="512,4096,32768", show_default=True, help="Prompt lengths.")
-@click.option("--against", metavar="OUT|MODEL", help="Time another artifact or model, in turns.")
+@click.option(
+    "--against", metavar="OUT|MODEL", help="Time another artifact or model, in turns.", shell_complete=completing.files
+)
 @click.option("--steps", type=POSITIVE, default=24, show_default=True, metavar="N", help="Decode steps to time.")
 @seed_option
 @threads_option

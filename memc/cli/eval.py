@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from memc.cli import completing
 from memc.cli.console import Console
 from memc.cli.options import NATURAL, POSITIVE, Numbers, declare, out_argument, seed_option, threads_option
 from memc.cli.sessions import open_sessions
@@ -26,7 +27,10 @@ CONTEXT = 512
 )
 @out_argument
 @click.option(
-    "--text", metavar="FILE", help="Predict a text file, .jsonl with a text on each line, or .npy of token ids."
+    "--text",
+    metavar="FILE",
+    help="Predict a text file, .jsonl with a text on each line, or .npy of token ids.",
+    shell_complete=completing.files,
 )
 @click.option("--context", type=POSITIVE, metavar="N", help=f"Tokens of each window of the text.  [default: {CONTEXT}]")
 @click.option("--contexts", type=Numbers(), help="Several windows in one go.")
@@ -36,7 +40,12 @@ CONTEXT = 512
 @click.option(
     "--samples", type=POSITIVE, default=10, show_default=True, metavar="N", help="Sequences a task, length and depth."
 )
-@click.option("--against", metavar="OUT|MODEL", help="Compare with another artifact or model, the reference.")
+@click.option(
+    "--against",
+    metavar="OUT|MODEL",
+    help="Compare with another artifact or model, the reference.",
+    shell_complete=completing.files,
+)
 @click.option(
     "--free-run", type=NATURAL, metavar="N", help="Tokens both go on by from the text, greedily.  [default: 256]"
 )

@@ -8,6 +8,7 @@ from typing import Any, Concatenate, ParamSpec
 
 import click
 
+from memc.cli import completing
 from memc.cli.console import Console
 from memc.cli.invocation import Invocation
 
@@ -98,8 +99,8 @@ class Naturals(click.ParamType[list[int]]):
 POSITIVE = click.IntRange(min=1)
 NATURAL = click.IntRange(min=0)
 
-model_argument = click.argument("model", metavar="MODEL")
-out_argument = click.argument("out", metavar="OUT")
+model_argument = click.argument("model", metavar="MODEL", shell_complete=completing.files)
+out_argument = click.argument("out", metavar="OUT", shell_complete=completing.folders)
 remote_code_option = click.option("--remote-code", is_flag=True, help="Run code that comes with the model.")
 threads_option = click.option("--threads", type=POSITIVE, help="Threads of the runtime.")
 seed_option = click.option("--seed", type=NATURAL, help="Seed of everything random.")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from memc.cli import completing
 from memc.cli.console import Console
 from memc.cli.options import NATURAL, declare
 from memc.errors import MemcError
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     "memc report out --pass linearize --layer 7 --why",
     "memc report diff out1 out2",
 )
-@click.argument("arguments", nargs=-1, required=True, metavar="OUT | diff OUT1 OUT2")
+@click.argument("arguments", nargs=-1, required=True, metavar="OUT | diff OUT1 OUT2", shell_complete=completing.folders)
 @click.option("--html", is_flag=False, flag_value="", metavar="[FILE]", help="Write a page (OUT/report/report.html).")
 @click.option("--pass", "pass_name", metavar="NAME", help="Show one pass: its layers, and the share of each branch.")
 @click.option("--layer", type=NATURAL, help="Show one layer of that pass.")

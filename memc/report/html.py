@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from memc.report import branches, charts, column, files, heads, slider, training
+from memc.report import branches, charts, column, files, fit, heads, slider, training
 from memc.report import facts as f
 from memc.report import models as m
 from memc.report.text import amount, duration, escaped, layers, number, ratio, size
@@ -52,6 +52,7 @@ def _sections(report: m.ReportDocument) -> Iterable[str]:
         yield f"<p>For <b>{escaped(done.target)}</b> {how}.</p>\n"
         yield slider.section(done.curves)
         yield _costs(done)
+        yield _fit(done.fit) if done.fit is not None else ""
     yield _passes(report.passes)
     if report.quality is not None:
         yield _quality(report.quality)
@@ -119,6 +120,18 @@ def _costs(done: m.ConvertDocument) -> str:
         rows.append(("disk", "", size(done.measured.disk_bytes), ""))
         rows.append(("peak memory of the conversion", "", size(done.measured.peak_rss_bytes), ""))
     return _table("Cost", ["", ">original", ">converted", ">ratio"], rows)
+
+
+def _fit(facts: files.FitFacts) -> str:
+    """Show how limits were kept, by what, and what every layer would lose by each setting."""
+    settings = list(dict.fromkeys(spec for one in facts.layers for spec in one.kl))
+    rows = [
+        (str(one.layer), one.spec or "as it is", *(number(one.kl.get(spec)) for spec in settings))
+        for one in facts.layers
+    ]
+    lost = _table("KL of each layer alone, nats a token", [">layer", "chosen", *(f">{s}" for s in settings)], rows)
+    told = f"<p>{escaped(fit.summary(facts))}.</p>\n"
+    return _table("Fit to limits", fit.LIMITS, fit.limit_rows(facts)) + told + lost
 
 
 def _passes(passes: Sequence[files.PassReportFile]) -> str:

@@ -62,6 +62,26 @@ def targets_view(document: m.TargetsDocument) -> RenderableType:
     )
 
 
+def calibrate_view(document: m.CalibrateDocument) -> RenderableType:
+    """Show the rates of this machine as they were taken for and as they were measured."""
+    both = (document.before, document.after)
+    rows = [
+        ("weights read", *(amount(rates.memory_bandwidth, "B/s") for rates in both)),
+        ("state read", *(amount(rates.state_bandwidth or rates.memory_bandwidth, "B/s") for rates in both)),
+        *(
+            (f"products, {weights}", *(amount(rates.flops.get(weights), "FLOP/s") for rates in both))
+            for weights in document.after.flops
+        ),
+        ("launch", *(f"{1e6 * rates.launch_overhead:.3g} us" for rates in both)),
+        ("disk written", *(amount(rates.disk_bandwidth, "B/s") for rates in both)),
+    ]
+    return stack(
+        text(document.machine),
+        table(["per core", ">before", ">measured"], rows),
+        text(f"wrote {document.path}"),
+    )
+
+
 def doctor_view(document: m.DoctorDocument) -> RenderableType:
     """Show versions, backends, kernels, and the coverage table where asked."""
     head = [f"memc {document.version}, Python {document.python}", document.machine]

@@ -18,7 +18,15 @@ from memc.report.facts import (
     SiteFacts,
     SkippedFacts,
 )
-from memc.report.files import AblationFacts, CaptureReport, PassReportFile, RaiseReport, TrainingFacts, VerifyReport
+from memc.report.files import (
+    AblationFacts,
+    CaptureReport,
+    FitFacts,
+    PassReportFile,
+    RaiseReport,
+    TrainingFacts,
+    VerifyReport,
+)
 
 
 class ByContext(Facts):
@@ -103,7 +111,7 @@ class ConvertDocument(Document):
 
     ``original`` is the prediction for the unrewritten program on the same target; ``curves`` have both sides,
     ``original`` and ``converted``, at many contexts. ``untrained`` is true when a pass made parameters that nothing has
-    trained. ``next`` lists commands to type.
+    trained. ``fit`` tells how limits were kept, where they chose the passes. ``next`` lists commands to type.
     """
 
     schema_: Literal["memc.convert/1"] = Field(default="memc.convert/1", alias="schema")
@@ -115,6 +123,7 @@ class ConvertDocument(Document):
     dry_run: bool = False
     model: ModelFacts | None = None
     passes: list[PassFacts] = Field(default_factory=list)
+    fit: FitFacts | None = None
     original: Predicted | None = None
     predicted: Predicted
     curves: dict[str, ByContext] = Field(default_factory=dict)
@@ -299,6 +308,23 @@ class GenerateDocument(Document):
     state_bytes: int
 
 
+class ServeDocument(Document):
+    """``memc serve``, once it listens. ``url`` is what clients take for a base; ``model`` is its name there."""
+
+    schema_: Literal["memc.serve/1"] = Field(default="memc.serve/1", alias="schema")
+    artifact: str
+    url: str
+    model: str
+
+
+class CompletionDocument(Document):
+    """``memc completion``."""
+
+    schema_: Literal["memc.completion/1"] = Field(default="memc.completion/1", alias="schema")
+    shell: str
+    script: str
+
+
 class OptionFacts(Facts):
     """One option of a pass."""
 
@@ -350,6 +376,28 @@ class TargetsDocument(Document):
 
     schema_: Literal["memc.targets/1"] = Field(default="memc.targets/1", alias="schema")
     targets: list[TargetRow]
+
+
+class TargetRates(Facts):
+    """What predictions are made with, per core: bytes and operations per second, and seconds of a launch."""
+
+    memory_bandwidth: float | None = None
+    state_bandwidth: float | None = None
+    disk_bandwidth: float | None = None
+    flops: dict[str, float] = Field(default_factory=dict)
+    launch_overhead: float = 0.0
+
+
+class CalibrateDocument(Document):
+    """``memc targets calibrate``: the rates of the target ``cpu`` as they were and as they are in ``path`` now."""
+
+    schema_: Literal["memc.calibrate/1"] = Field(default="memc.calibrate/1", alias="schema")
+    path: str
+    machine: str
+    threads: int
+    seconds: float
+    before: TargetRates
+    after: TargetRates
 
 
 class RecipeRow(Facts):

@@ -94,10 +94,10 @@ def generate(
     session: Session, prompts: Sequence[Any], state: SessionState | None, options: GenerateOptions
 ) -> list[Generation]:
     """Run the loop to its end; see ``Session.generate``."""
-    run = _Run(session, prompts, state, options)
+    run = Run(session, prompts, state, options)
     notify = options.get("on_text")
     for row, piece in run.pieces():
-        if notify is not None:
+        if notify is not None and piece:
             notify(row, piece)
     return run.results()
 
@@ -106,15 +106,16 @@ def stream(session: Session, prompt: Any, state: SessionState | None, options: G
     """Check everything at once, then return the pieces as they come; see ``Session.stream``."""
     if not one_prompt(prompt):
         raise MemcError("E200", "stream takes one prompt", next="call generate with on_text for several")
-    run = _Run(session, [prompt], state, options)
+    run = Run(session, [prompt], state, options)
     _ = session.text.tokenizer  # pieces of text need one, whatever the prompt is
     notify = options.get("on_text")
 
     def pieces() -> Iterator[str]:
         for row, piece in run.pieces():
-            if notify is not None:
-                notify(row, piece)
-            yield piece
+            if piece:
+                if notify is not None:
+                    notify(row, piece)
+                yield piece
 
     return pieces()
 
@@ -145,12 +146,13 @@ class _Row:
         return piece
 
 
-class _Run:
-    """One call of ``generate``: everything is checked when it is made, before the model runs."""
+class Run:
+    """One call of ``generate``, for callers that look between two tokens. It is checked whole when it is made."""
 
     def __init__(
         self, session: Session, prompts: Sequence[Any], state: SessionState | None, options: GenerateOptions
     ) -> None:
+        """Check prompts and options and allocate the state; raises as ``Session.generate`` does."""
         session.require_decoder()
         self.session = session
         self.limit = at_least("max_new_tokens", options.get("max_new_tokens", MAX_NEW_TOKENS), 1)
@@ -186,7 +188,10 @@ class _Run:
         return self.session.new_state(len(self.prompts), needed) if state is None else state
 
     def pieces(self) -> Iterator[tuple[int, str]]:
-        """Run, yielding ``(row, piece of text)``; pieces may be held back but are never empty."""
+        """Run, yielding ``(row, piece of text)`` for every token drawn; a piece that is held back is empty.
+
+        What is not asked for is not run: whoever stops here stops the model.
+        """
         began = time.perf_counter()
         logits = self.session.prefill(self.prompts, self.state)
         self.prefill_seconds = time.perf_counter() - began
@@ -195,8 +200,8 @@ class _Run:
             drawn = [-1 if r.finish else self.sampler.draw(i, logits[i]) for i, r in enumerate(self.rows)]
             self.decode_seconds += time.perf_counter() - began
             for index, (row, token) in enumerate(zip(self.rows, drawn, strict=True)):
-                if token >= 0 and (piece := row.take(token, self.stop_ids, self.limit)):
-                    yield index, piece
+                if token >= 0:
+                    yield index, row.take(token, self.stop_ids, self.limit)
             if all(row.finish for row in self.rows):
                 return
             began = time.perf_counter()
