@@ -39,6 +39,7 @@ CODES: dict[str, tuple[Exit, str]] = {
     "E307": (Exit.MODEL, "a pass matched nothing"),
     "E308": (Exit.MODEL, "tokenizer missing"),
     "E309": (Exit.MODEL, "artifact missing, incomplete or of another schema"),
+    "E310": (Exit.MODEL, "memory bank missing, cut short, of another schema or of another model"),
     "E401": (Exit.VERIFICATION, "verification failed"),
     "E402": (Exit.VERIFICATION, "digest does not match"),
     "E403": (Exit.VERIFICATION, "non-finite values"),
