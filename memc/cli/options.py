@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Concatenate, ParamSpec
 
 import click
@@ -11,6 +12,7 @@ import click
 from memc.cli import completing
 from memc.cli.console import Console
 from memc.cli.invocation import Invocation
+from memc.errors import MemcError
 
 P = ParamSpec("P")
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -94,6 +96,21 @@ class Naturals(click.ParamType[list[int]]):
         if not all(part.isdecimal() for part in parts):
             self.fail(f"{value!r} is not a list of numbers like 64,16,0", param, ctx)
         return [int(part) for part in parts]
+
+
+def html_option(help: str) -> Decorator:
+    """Return the option ``--html FILE`` of a command whose result has a page."""
+    return click.option("--html", metavar="FILE", help=help, shell_complete=completing.files)
+
+
+def write_page(console: Console, path: str, page: str) -> None:
+    """Write a page and say so. Raises ``MemcError`` E200 where its folder does not exist."""
+    try:
+        Path(path).write_text(page, encoding="utf-8")
+    except FileNotFoundError:
+        hint = "make it, or give another file"
+        raise MemcError("E200", "folder of the page does not exist", path, hint) from None
+    console.note(f"wrote {path}")
 
 
 POSITIVE = click.IntRange(min=1)

@@ -517,6 +517,39 @@ class Difference(Facts):
     ratio: float | None = None
 
 
+class CompareRow(Facts):
+    """One artifact beside others. Costs are predicted; ``perplexity_ratio`` and ``kl_mean`` are to its original.
+
+    ``text`` is what they were measured on. ``fronts`` names the sizes for which no other is as small and as near.
+    """
+
+    out: str
+    source: str = ""
+    digest: str = ""
+    passes: list[str] = Field(default_factory=list)
+    weights: str = ""
+    finished: bool = False
+    stopped: str = ""
+    verified: bool = False
+    parameters: int | None = None
+    state_bytes: int | None = None
+    bytes_read_per_token: float | None = None
+    decode_ms: float | None = None
+    text: str = ""
+    perplexity_ratio: float | None = None
+    kl_mean: float | None = None
+    fronts: list[str] = Field(default_factory=list)
+
+
+class CompareDocument(Document):
+    """``memc report compare``: artifacts in the order they were given, at one ``context``."""
+
+    schema_: Literal["memc.compare/1"] = Field(default="memc.compare/1", alias="schema")
+    context: int | None
+    rows: list[CompareRow]
+    warnings: list[str] = Field(default_factory=list)
+
+
 class DiffDocument(Document):
     """``memc report diff``."""
 
