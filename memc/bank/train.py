@@ -42,7 +42,7 @@ from memc.train.loop import (
 from memc.train.parallel import ALONE, Processes
 
 FOLDER = "training"
-"""Where a bank keeps its checkpoints, and of each job that is done what it was like."""
+"""Where a bank keeps checkpoints, and of each job that is done its records and what it was like."""
 
 POINTS = 20
 
@@ -156,21 +156,20 @@ def parse_job(text: str, bank: Bank) -> Cluster:
 
 
 def merge_jobs(bank: Bank) -> None:
-    """Put the records that jobs have written into the bank's file, in one rename, and remove theirs.
+    """Put the records that jobs have written into the bank's file, in one rename.
 
-    Raises ``MemcError`` E310 for records of another bank.
+    Those of other machines too, where somebody has put their files into the folder. Raises ``MemcError`` E310 for
+    records of another bank.
     """
-    paths = sorted((bank.folder / FOLDER).glob("*.bank"))
-    files = [RecordFile(path) for path in paths]
+    files = [RecordFile(path) for path in sorted((bank.folder / FOLDER).glob("*.bank"))]
     for file in files:
         if file.shape != bank.shape:
             raise MemcError("E310", "trained blocks are of another bank", str(file.path), "remove them")
     if files:
         write_records(bank.folder / RECORDS, bank.shape, _merged(bank.shape, [*files, bank.records]))
         bank.reopen()
-    for path, file in zip(paths, files, strict=True):
+    for file in files:
         file.close()
-        path.unlink()
 
 
 def _merged(shape: BankShape, files: Sequence[RecordFile]) -> Iterator[tuple[Cluster, Any]]:
