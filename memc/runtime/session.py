@@ -25,6 +25,7 @@ from memc.runtime.text import Text
 
 if TYPE_CHECKING:
     from memc.interop import SessionModel
+    from memc.report.models import ReportDocument
 
 F32 = npt.NDArray[np.float32]
 I64 = npt.NDArray[np.int64]
@@ -95,6 +96,12 @@ class Session:
     def capacity(self) -> int | None:
         """Most tokens that one sequence may have, None for no limit."""
         return self.manifest.capacity
+
+    def report(self) -> ReportDocument:
+        """Return the report of the artifact, shown as a page in a notebook. Raises ``MemcError`` E309 without one."""
+        from memc.report.read import read_report
+
+        return read_report(self.folder)
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text. Raises ``MemcError`` E308 without a tokenizer."""

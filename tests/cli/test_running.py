@@ -20,6 +20,7 @@ from memc.artifact import read_manifest
 from memc.cli import main
 from memc.report import models as m
 from memc.report.read import read_report
+from memc.report.tools import ServeDocument
 from tests.core.runtime_fakes import CORPUS, byte_tokenizer, make_artifact, metaspace_tokenizer
 from tests.core.tiny import tiny_program
 
@@ -281,7 +282,7 @@ def test_serve_answers_until_a_signal_and_ends_in_order(stop: signal.Signals, ou
     assert main(["serve", out, "--port", str(port), "--json", "--name", "tiny"]) == 0
     caller.join()
     shown = capsys.readouterr()
-    document = m.ServeDocument.model_validate_json(shown.out)
+    document = ServeDocument.model_validate_json(shown.out)
     assert (document.url, document.model) == (f"http://127.0.0.1:{port}/v1", "tiny")
     assert "serving tiny" in shown.err and "Traceback" not in shown.err
     assert [answer.status_code for answer in answers] == [200]
