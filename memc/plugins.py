@@ -19,7 +19,11 @@ BUILTIN = {
         "linearize": "memc.passes.linearize:Linearize",
         "prune": "memc.passes.prune:Prune",
     },
-    "memc.backends": {"eager": "memc.backends.eager:EagerBackend", "onnx": "memc.backends.onnx:OnnxBackend"},
+    "memc.backends": {
+        "eager": "memc.backends.eager:EagerBackend",
+        "onnx": "memc.backends.onnx:OnnxBackend",
+        "tvm": "memc.backends.tvm:TvmBackend",
+    },
 }
 
 

@@ -12,7 +12,7 @@ import torch
 
 from memc.backends.onnx.calls import DOMAIN, LINEAR
 from memc.backends.onnx.capability import has_kernel
-from memc.backends.onnx.quantise import BLOCK, quantise
+from memc.quantise import BLOCK, quantise
 
 BITS = {"int8": 8, "int4": 4}
 

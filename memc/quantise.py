@@ -1,4 +1,4 @@
-"""Weights in blocks of 8 or 4 bits, as MatMulNBits reads them."""
+"""Weights in blocks of 8 or 4 bits, in the order of bytes that ONNX Runtime's MatMulNBits reads."""
 
 from __future__ import annotations
 
