@@ -23,7 +23,7 @@ class TvmBackend(Backend):
     """Lowers raised programs to native code by TVM, with functions of its own for all that takes time."""
 
     name: ClassVar[str] = "tvm"
-    weights: ClassVar[tuple[str, ...]] = ("fp32",)
+    weights: ClassVar[tuple[str, ...]] = ("fp32", "int8", "int4")
 
     def missing(self) -> str:
         """Return which of TVM's packages is not there in the version that works, and the command that installs it."""

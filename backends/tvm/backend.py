@@ -19,7 +19,7 @@ from memc.program import Program
 from memc.target import Target
 from memc.tensor_file import LateTensor, write_tensors
 
-WEIGHTS = ("fp32",)
+WEIGHTS = ("fp32", "int8", "int4")
 
 
 def supports(node: Node, target: Target) -> Yes | No:

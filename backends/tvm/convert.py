@@ -11,9 +11,10 @@ import numpy as np
 from torch.fx import Node
 from tvm import relax, tirx
 
+from memc.backends.tvm.isa import Tile
 from memc.backends.tvm.kernels.attention import Range, attention, full_attention
-from memc.backends.tvm.kernels.common import SLOTS, PrimFunc, Scores, Tile
-from memc.backends.tvm.kernels.linear import linear
+from memc.backends.tvm.kernels.common import SLOTS, PrimFunc, Scores
+from memc.backends.tvm.kernels.linear import linear, quantised_linear
 from memc.backends.tvm.kernels.memory import Memory, linear_memory
 from memc.backends.tvm.kernels.simple import embedding, norm, rotary
 from memc.backends.tvm.kernels.window import Ring, window_memory
@@ -43,7 +44,10 @@ class Converters:
             "window_memory": self._window_memory,
             "linear_memory": self._linear_memory,
         }
-        return {f"tvm_{name}.default": form for name, form in forms.items()}
+        own = {f"tvm_{name}.default": form for name, form in forms.items()}
+        # The importer bounds whole numbers by infinity, which they do not have, and knows a view by one name alone.
+        clamps = dict.fromkeys(("clamp.default", "clamp_min.default", "clamp_max.default"), _clamp)
+        return {**own, **clamps, "_unsafe_view.default": _view}
 
     def _function(self, importer: Importer, make: Callable[..., PrimFunc], *args: Any, **options: Any) -> Any:
         key = (make.__name__, args, tuple(sorted(options.items())))
@@ -53,11 +57,16 @@ class Converters:
 
     def _linear(self, node: Node, importer: Importer) -> Var:
         x, weight, bias, out = _arguments(node)
-        x = importer.env[x]
-        (stored,) = (importer.env[part] for part in weight)
-        rows = _flat(importer, x, 1)
-        made = self._function(importer, linear, out, _size(x, -1), self._tile, bias=bias is not None)
-        y = _call(importer, made, [rows, stored, _or_nothing(importer, bias)], [_size(rows, 0), out])
+        x, stored = importer.env[x], [importer.env[part] for part in weight]
+        rows, into = _flat(importer, x, 1), _size(x, -1)
+        if len(stored) == 1:
+            made = self._function(importer, linear, out, into, self._tile, bias=bias is not None)
+        else:
+            bits = 4 if len(stored) == 3 else 8
+            options = {"bits": bits, "bias": bias is not None}
+            made = self._function(importer, quantised_linear, out, into, self._tile, **options)
+            stored += [_nothing(importer, "uint8", 1)] if bits == 8 else []
+        y = _call(importer, made, [rows, *stored, _or_nothing(importer, bias)], [_size(rows, 0), out])
         return _reshape(importer, y, [*_shape(x)[:-1], out])
 
     def _embedding(self, node: Node, importer: Importer) -> Var:
@@ -130,6 +139,23 @@ class Converters:
         made = self._function(importer, linear_memory, m)
         inputs = [q, k, v, decay, places, state, _or_nothing(importer, beta)]
         return _call(importer, made, inputs, [*_shape(q)[:3], m.value_dim])
+
+
+def _clamp(node: Node, importer: Importer) -> Var:
+    """Convert ``aten.clamp`` with the bounds that are there."""
+    x, *values = importer.retrieve_args(node)
+    name = str(node.target).split(".")[1]
+    given = dict(zip({"clamp_min": ["min"], "clamp_max": ["max"]}.get(name, ["min", "max"]), values, strict=False))
+    bounds = {**given, **node.kwargs}
+    for bound, form in (("min", relax.op.maximum), ("max", relax.op.minimum)):
+        if bounds.get(bound) is not None:
+            x = importer.block_builder.emit(form(x, relax.const(bounds[bound], x.ty.dtype)))
+    return x
+
+
+def _view(node: Node, importer: Importer) -> Var:
+    x, shape = importer.retrieve_args(node)
+    return _reshape(importer, x, shape)
 
 
 def _arguments(node: Node) -> list[Any]:

@@ -8,10 +8,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from memc.backends.tvm.kernels.common import Tile
 from memc.target import Target
 
 HOST = "x86_64"
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Outputs and rows of a product that stay in registers: ``columns`` is a multiple of the vector's width."""
+
+    columns: int
+    rows: int
+
 
 _AVX2 = frozenset({"sse4_2", "popcnt", "avx", "avx2", "fma", "f16c", "bmi1", "bmi2", "abm", "movbe"})
 _AVX512 = frozenset({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"})

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -31,12 +34,26 @@ def require_tvm() -> None:
             raise MemcError("E602", f"{name} {found} is installed, {wanted} is needed", "backend tvm", INSTALL)
 
 
+@contextmanager
+def _without_torch() -> Iterator[None]:
+    """Keep ``tvm_ffi`` from importing torch, as it does wherever torch is installed: it would take seconds."""
+    if "torch" in sys.modules:
+        yield
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]  # an import of it fails, which tvm_ffi provides for
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
+
+
 @cache
 def load_runtime() -> Any:
     """Open the runtime library and return ``tvm_ffi``; raises ``MemcError`` E602 where it does not load."""
     require_tvm()
-    import tvm_ffi
-    from tvm_ffi.libinfo import load_lib_ctypes
+    with _without_torch():
+        import tvm_ffi
+        from tvm_ffi.libinfo import load_lib_ctypes
 
     found = find_spec("tvm")
     assert found is not None and found.submodule_search_locations

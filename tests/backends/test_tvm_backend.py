@@ -20,7 +20,7 @@ from memc.artifact import read_manifest
 from memc.backend import No, Yes
 from memc.backends.tvm import TvmBackend, convert, library
 from memc.backends.tvm import runner as running
-from memc.backends.tvm.kernels.common import Tile
+from memc.backends.tvm.isa import Tile
 from memc.dialect import OPS, op_spec
 from memc.errors import Exit, MemcError
 from memc.plugins import load_plugin

@@ -9,7 +9,8 @@ import pytest
 import torch
 from tvm_support import build
 
-from memc.program import Program
+from memc.program import Program, get_tensor
+from memc.quantise import quantise
 from tests.backends.runs import SCENARIOS, compare, span
 
 TOLERANCE = 1e-4
@@ -30,6 +31,30 @@ def test_compiled_op_equals_reference(case: str, tmp_path: Path) -> None:
     runner = build(program, tmp_path)
     worst = {name: compare(program, runner, calls) for name, calls in SCENARIOS.items()}
     assert max(worst.values()) < TOLERANCE, worst
+
+
+def dequantised(program: Program, bits: int) -> Program:
+    """The program with what the codes of its matrices stand for; the last one has 8 bits, tables stay as they are."""
+    copy = program.copy()
+    products = copy.module.graph.find_nodes(op="call_function", target=ops.aten.linear.default)
+    for index, node in enumerate(products):
+        weight = get_tensor(copy.module, node.args[1].target).detach()
+        values = quantise(weight.numpy(), 8 if node is products[-1] else bits).values(weight.shape[1])
+        copy.module.register_buffer(f"values{index}", torch.from_numpy(values.copy()))
+        with copy.module.graph.inserting_before(node):
+            read = copy.module.graph.get_attr(f"values{index}")
+        node.args = (node.args[0], read, *node.args[2:])
+    copy.module.recompile()
+    return copy
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_quantised_weights_are_what_their_codes_stand_for(weights: str, tmp_path: Path) -> None:
+    program = ops.llama("attention", layers=1)
+    runner = build(program, tmp_path, weights=weights)
+    reference = dequantised(program, int(weights[3:]))
+    assert compare(reference, runner, SCENARIOS["pieces"]) < TOLERANCE
+    assert compare(program, runner, SCENARIOS["pieces"]) > 10 * TOLERANCE
 
 
 @pytest.mark.conformance

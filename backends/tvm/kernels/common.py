@@ -25,14 +25,6 @@ Buffer = Any
 PrimFunc = Any
 
 
-@dataclass(frozen=True)
-class Tile:
-    """Outputs and rows of a product that stay in registers: ``columns`` is a multiple of the vector's width."""
-
-    columns: int
-    rows: int
-
-
 def exp(x: Expression) -> Expression:
     """Return e^x, vectorised, to about two units in the last place (Cephes ``expf``); 0 below the normal numbers."""
     bounded = T.min(T.max(x, T.float32(-87.0)), T.float32(88.0))

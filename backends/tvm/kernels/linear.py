@@ -6,7 +6,8 @@ from functools import cache
 
 from tvm.script import tirx as T
 
-from memc.backends.tvm.kernels.common import PrimFunc, Tile
+from memc.backends.tvm.isa import Tile
+from memc.backends.tvm.kernels.common import PrimFunc
 
 BLOCK = 32
 """Inputs that share a scale."""
