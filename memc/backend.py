@@ -143,6 +143,10 @@ class Backend(ABC):
     weights: ClassVar[tuple[str, ...]]
     """Weight types that it takes."""
 
+    def missing(self) -> str:
+        """Return why it cannot be used on this machine and what to type next, empty when it can. Cheap."""
+        return ""
+
     @abstractmethod
     def supports(self, node: Node, target: Target) -> Yes | No:
         """Tell whether and how it lowers one node of a raised program."""
