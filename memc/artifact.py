@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from memc.errors import MemcError
@@ -24,6 +26,10 @@ class Port(BaseModel):
     role: Literal["tokens", "positions", "fetched", "keep", "other", "logits"]
     dtype: str
     shape: list[int | str]
+
+    def nothing(self, batch: int) -> npt.NDArray[np.generic]:
+        """Return what ``batch`` sequences are given that nothing is fetched for: zeros."""
+        return np.zeros([batch if size == "B" else int(size) for size in self.shape], self.dtype)
 
 
 class State(BaseModel):

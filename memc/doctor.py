@@ -10,6 +10,7 @@ from importlib.resources import files
 from pydantic import TypeAdapter, ValidationError
 
 from memc import __version__, machine
+from memc.backend import Backend
 from memc.errors import MemcError
 from memc.plugins import load_plugin, registered
 from memc.report.models import BackendRow, CoverageRow, DoctorDocument
@@ -18,7 +19,7 @@ from memc.target import Target, targets
 
 PACKAGES = (
     "torch", "transformers", "safetensors", "tokenizers", "gguf", "numpy", "pydantic", "onnx", "onnxscript",
-    "onnxruntime", "triton", "apache-tvm",
+    "onnxruntime", "triton", "apache-tvm", "apache-tvm-ffi",
 )  # fmt: skip
 BACKEND_PACKAGES = {"eager": "torch", "onnx": "onnxruntime", "triton": "triton", "tvm": "apache-tvm"}
 """The distribution that a backend runs on, for its version."""
@@ -41,10 +42,10 @@ def backend_reason(name: str) -> str:
     if name not in registered("memc.backends"):
         return f"backend {name!r} is not part of this version of memc"
     try:
-        load_plugin("memc.backends", name)
+        backend: Backend = load_plugin("memc.backends", name)()
     except MemcError as error:
         return error.message
-    return ""
+    return backend.missing()
 
 
 def require_backend(target: Target, backend: str | None = None) -> str:

@@ -47,6 +47,8 @@ def command(
     from memc.report.models import GenerateDocument
 
     session = runtime.load(out, threads=threads)
+    if any(port.role == "fetched" for port in session.manifest.inputs):
+        console.note("no bank was given: nothing is fetched, and the model answers as it would without one")
     result = session.generate(
         prompt,
         max_new_tokens=max_new_tokens,
@@ -69,6 +71,7 @@ def command(
             prefill_tokens_per_s=result.timing.prefill_tokens_per_s,
             decode_tokens_per_s=result.timing.decode_tokens_per_s,
             state_bytes=result.state_bytes,
+            fetched_bytes=result.fetched_bytes,
         )
         console.text(document.to_json() + "\n")
     else:

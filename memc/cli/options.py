@@ -83,6 +83,21 @@ class Numbers(click.ParamType[list[int]]):
         return sorted({int(part) for part in parts})
 
 
+class Naturals(click.ParamType[list[int]]):
+    """Whole numbers from 0 on in their order, separated by commas."""
+
+    name = "N,N,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
+        """Split and check."""
+        if isinstance(value, list):
+            return value
+        parts = [part.strip() for part in str(value).split(",")]
+        if not all(part.isdecimal() for part in parts):
+            self.fail(f"{value!r} is not a list of numbers like 64,16,0", param, ctx)
+        return [int(part) for part in parts]
+
+
 def html_option(help: str) -> Decorator:
     """Return the option ``--html FILE`` of a command whose result has a page."""
     return click.option("--html", metavar="FILE", help=help, shell_complete=completing.files)

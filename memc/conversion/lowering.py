@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -66,14 +67,15 @@ def verify_lowered(
 ) -> list[CheckResult]:
     """Compare a lowered program with the program itself: an odd number of tokens at once, then one at a time.
 
-    A program that is no decoder gets one input of one token in place of the second, all else drawn. With float32
+    What is fetched is drawn, so that it shows. A program that is no decoder gets one input of one token in place of the
+    second, all else drawn. With float32
     weights the logits must agree within ``TOLERANCE`` or ten times the noise ``floor``; with others the difference is
     measured, and the perplexity on ``text`` with those weights beside that with float32.
     """
     tokens = take(text, 2, 13)
-    expected = whole(program, tokens)
+    expected, fetched = whole(program, tokens, fetch=True), _fetched(program, tokens)
     if program.model.decoder:
-        values = {"13 tokens at once": _difference(_run(runner, tokens, [13]), expected)}
+        values = {"13 tokens at once": _difference(_run(runner, tokens, [13], fetched), expected)}
     else:
         one = tokens[:1, :1]
         values = {
@@ -81,7 +83,7 @@ def verify_lowered(
             "one input, of one token": _difference(_run_inputs(runner, program, one), whole(program, one)),
         }
     if streams(program):
-        values["one token at a time"] = _difference(_run(runner, tokens, [7, *[1] * 6]), expected)
+        values["one token at a time"] = _difference(_run(runner, tokens, [7, *[1] * 6], fetched), expected)
     worst = max(values, key=lambda name: math.inf if math.isnan(values[name]) else values[name])
     exact = weights in EXACT_WEIGHTS
     budget = max(TOLERANCE, 10 * (floor or 0.0)) if exact else None
@@ -140,7 +142,19 @@ def lowered_perplexity(runner: Runner, tokens: Tensor, piece: int = 128) -> floa
     return math.exp(min(total / max(count, 1), 700.0)) if not math.isnan(total) else math.nan
 
 
-def _run(runner: Runner, tokens: Tensor, sizes: list[int], last: int | None = None) -> Tensor:
+def _fetched(program: Program, tokens: Tensor) -> dict[str, np.ndarray]:
+    """Return what is fetched for ``tokens``, drawn, by name."""
+    drawn = zip(program.inputs, inputs_of(program, tokens, fetch=True), strict=True)
+    return {spec.name: value.numpy() for spec, value in drawn if spec.role == "fetched"}
+
+
+def _run(
+    runner: Runner,
+    tokens: Tensor,
+    sizes: list[int],
+    fetched: Mapping[str, np.ndarray] | None = None,
+    last: int | None = None,
+) -> Tensor:
     """Run tokens in calls of these sizes and return the logits, of the ``last`` columns where that is given."""
     state = runner.new_state(tokens.shape[0], sum(sizes))
     positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int64), tuple(tokens.shape))
@@ -149,7 +163,7 @@ def _run(runner: Runner, tokens: Tensor, sizes: list[int], last: int | None = No
         part = slice(start, start + size)
         ids = np.ascontiguousarray(tokens[:, part].numpy())
         keep = None if last is None else np.arange(min(max(tokens.shape[1] - last - start, 0), size - 1), size)
-        found = runner.run(ids, np.ascontiguousarray(positions[:, part]), state, keep)
+        found = runner.run(ids, np.ascontiguousarray(positions[:, part]), state, keep, fetched)
         parts.append(torch.from_numpy(np.array(found)))
         start += size
     return torch.cat(parts, 1)[:, -last if last else 0 :]

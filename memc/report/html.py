@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from memc.report import branches, charts, column, files, heads, slider, training
+from memc.report import branches, charts, column, files, fit, heads, slider, training
 from memc.report import facts as f
 from memc.report import models as m
 from memc.report.page import page, table
-from memc.report.text import amount, duration, escaped, layers, number, ratio, size
+from memc.report.text import FETCHED, amount, duration, escaped, layers, number, ratio, size
 
 MOVED = ("perplexity_ratio", "kl_mean")
 """Checks that say how far the outputs moved."""
@@ -36,6 +36,7 @@ def _sections(report: m.ReportDocument) -> Iterable[str]:
         yield f"<p>For <b>{escaped(done.target)}</b> {how}.</p>\n"
         yield slider.section(done.curves)
         yield _costs(done)
+        yield _fit(done.fit) if done.fit is not None else ""
     yield _passes(report.passes)
     if report.quality is not None:
         yield _quality(report.quality)
@@ -78,6 +79,8 @@ def _costs(done: m.ConvertDocument) -> str:
     for context, new in sorted(after.state_bytes.items()):
         old = before.state_bytes.get(context)
         rows.append((f"state at {context} tokens", size(old), size(new), ratio(new, old)))
+    if after.fetched_bytes:
+        rows.append((FETCHED, size(before.fetched_bytes), size(after.fetched_bytes), ""))
     for context, read in sorted(after.bytes_read_per_token.items()):
         before_read = before.bytes_read_per_token.get(context)
         rows.append((f"read for a token at {context} tokens", size(before_read), size(read), ratio(read, before_read)))
@@ -88,6 +91,18 @@ def _costs(done: m.ConvertDocument) -> str:
         rows.append(("disk", "", size(done.measured.disk_bytes), ""))
         rows.append(("peak memory of the conversion", "", size(done.measured.peak_rss_bytes), ""))
     return table("Cost", ["", ">original", ">converted", ">ratio"], rows)
+
+
+def _fit(facts: files.FitFacts) -> str:
+    """Show how limits were kept, by what, and what every layer would lose by each setting."""
+    settings = list(dict.fromkeys(spec for one in facts.layers for spec in one.kl))
+    rows = [
+        (str(one.layer), one.spec or "as it is", *(number(one.kl.get(spec)) for spec in settings))
+        for one in facts.layers
+    ]
+    lost = table("KL of each layer alone, nats a token", [">layer", "chosen", *(f">{s}" for s in settings)], rows)
+    told = f"<p>{escaped(fit.summary(facts))}.</p>\n"
+    return table("Fit to limits", fit.LIMITS, fit.limit_rows(facts)) + told + lost
 
 
 def _passes(passes: Sequence[files.PassReportFile]) -> str:

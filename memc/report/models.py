@@ -19,7 +19,15 @@ from memc.report.facts import (
     SiteFacts,
     SkippedFacts,
 )
-from memc.report.files import AblationFacts, CaptureReport, PassReportFile, RaiseReport, TrainingFacts, VerifyReport
+from memc.report.files import (
+    AblationFacts,
+    CaptureReport,
+    FitFacts,
+    PassReportFile,
+    RaiseReport,
+    TrainingFacts,
+    VerifyReport,
+)
 
 
 class ByContext(Facts):
@@ -37,13 +45,15 @@ class ByContext(Facts):
 class Predicted(ByContext):
     """Cost of a program on a target, predicted. ``flops_per_token`` is at the shortest context.
 
-    ``seconds`` is the time of the conversion itself.
+    ``fetched_bytes`` are fetched for a conversation, once, and read for each of its tokens, among
+    ``bytes_read_per_token``. ``seconds`` is the time of the conversion itself.
     """
 
     parameters: int
     flops_per_token: float
     flops_by_context: dict[int, float] = Field(default_factory=dict)
     weight_bytes: int = 0
+    fetched_bytes: int = 0
     peak_rss_bytes: int | None = None
     disk_bytes: int | None = None
     seconds: float | None = None
@@ -104,7 +114,7 @@ class ConvertDocument(Document):
 
     ``original`` is the prediction for the unrewritten program on the same target; ``curves`` have both sides,
     ``original`` and ``converted``, at many contexts. ``untrained`` is true when a pass made parameters that nothing has
-    trained. ``next`` lists commands to type.
+    trained. ``fit`` tells how limits were kept, where they chose the passes. ``next`` lists commands to type.
     """
 
     schema_: Literal["memc.convert/1"] = Field(default="memc.convert/1", alias="schema")
@@ -116,6 +126,7 @@ class ConvertDocument(Document):
     dry_run: bool = False
     model: ModelFacts | None = None
     passes: list[PassFacts] = Field(default_factory=list)
+    fit: FitFacts | None = None
     original: Predicted | None = None
     predicted: Predicted
     curves: dict[str, ByContext] = Field(default_factory=dict)
@@ -291,7 +302,10 @@ class BenchDocument(Shown):
 
 
 class GenerateDocument(Document):
-    """``memc generate``. ``stopped`` tells whether a stop token or the length ended it."""
+    """``memc generate``. ``stopped`` tells whether a stop token or the length ended it.
+
+    ``fetched_bytes`` is the size of what the model takes that is fetched, zeros where no bank was given.
+    """
 
     schema_: Literal["memc.generate/1"] = Field(default="memc.generate/1", alias="schema")
     artifact: str
@@ -304,6 +318,7 @@ class GenerateDocument(Document):
     prefill_tokens_per_s: float | None = None
     decode_tokens_per_s: float | None = None
     state_bytes: int
+    fetched_bytes: int = 0
 
 
 class OptionFacts(Facts):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeGuard
 import numpy as np
 
 from memc.errors import MemcError
+from memc.runtime.inputs import Fetched, fetched_inputs
 from memc.runtime.sampling import Sampler, Sampling, at_least
 from memc.runtime.text import Text, TextStream
 
@@ -69,7 +70,7 @@ class Generation:
 
     ``ids`` are all tokens drawn, the one that ended the row included. ``text`` follows on the prompt's text, without
     special tokens and without what ended the row; None when the artifact has no tokenizer. ``timing`` and
-    ``state_bytes`` are of the whole batch, ``seed`` of this row.
+    ``state_bytes`` and ``fetched_bytes`` are of the whole batch, ``seed`` of this row.
     """
 
     text: str | None
@@ -79,6 +80,7 @@ class Generation:
     seed: int
     timing: Timing
     state_bytes: int
+    fetched_bytes: int
 
 
 def one_prompt(prompt: Any) -> TypeGuard[str | list[int] | Conversation]:
@@ -91,10 +93,14 @@ def one_prompt(prompt: Any) -> TypeGuard[str | list[int] | Conversation]:
 
 
 def generate(
-    session: Session, prompts: Sequence[Any], state: SessionState | None, options: GenerateOptions
+    session: Session,
+    prompts: Sequence[Any],
+    state: SessionState | None,
+    options: GenerateOptions,
+    fetched: Fetched | None = None,
 ) -> list[Generation]:
     """Run the loop to its end; see ``Session.generate``."""
-    run = Run(session, prompts, state, options)
+    run = Run(session, prompts, state, options, fetched)
     notify = options.get("on_text")
     for row, piece in run.pieces():
         if notify is not None and piece:
@@ -102,11 +108,17 @@ def generate(
     return run.results()
 
 
-def stream(session: Session, prompt: Any, state: SessionState | None, options: GenerateOptions) -> Iterator[str]:
+def stream(
+    session: Session,
+    prompt: Any,
+    state: SessionState | None,
+    options: GenerateOptions,
+    fetched: Fetched | None = None,
+) -> Iterator[str]:
     """Check everything at once, then return the pieces as they come; see ``Session.stream``."""
     if not one_prompt(prompt):
         raise MemcError("E200", "stream takes one prompt", next="call generate with on_text for several")
-    run = Run(session, [prompt], state, options)
+    run = Run(session, [prompt], state, options, fetched)
     _ = session.text.tokenizer  # pieces of text need one, whatever the prompt is
     notify = options.get("on_text")
 
@@ -150,7 +162,12 @@ class Run:
     """One call of ``generate``, for callers that look between two tokens. It is checked whole when it is made."""
 
     def __init__(
-        self, session: Session, prompts: Sequence[Any], state: SessionState | None, options: GenerateOptions
+        self,
+        session: Session,
+        prompts: Sequence[Any],
+        state: SessionState | None,
+        options: GenerateOptions,
+        fetched: Fetched | None = None,
     ) -> None:
         """Check prompts and options and allocate the state; raises as ``Session.generate`` does."""
         session.require_decoder()
@@ -167,6 +184,7 @@ class Run:
             raise MemcError("E200", f"{len(prompts)} prompts for a state of {len(fresh)} sequences")
         chat = options.get("chat", False)
         self.prompts = [_ids(session.text, prompt, chat, new) for prompt, new in zip(prompts, fresh, strict=True)]
+        self.fetched = fetched_inputs(session.manifest, fetched or {}, len(prompts))
         self.state = self._state(state)
         if stops:
             _ = session.text.tokenizer  # a stop text needs one
@@ -193,7 +211,7 @@ class Run:
         What is not asked for is not run: whoever stops here stops the model.
         """
         began = time.perf_counter()
-        logits = self.session.prefill(self.prompts, self.state)
+        logits = self.session.prefill(self.prompts, self.state, fetched=self.fetched)
         self.prefill_seconds = time.perf_counter() - began
         while True:
             began = time.perf_counter()
@@ -226,6 +244,7 @@ class Run:
                 seed=self.seed + index,
                 timing=timing,
                 state_bytes=self.state.bytes,
+                fetched_bytes=self.state.fetched_bytes,
             )
             for index, (row, prompt) in enumerate(zip(self.rows, self.prompts, strict=True))
         ]
