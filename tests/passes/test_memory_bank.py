@@ -141,7 +141,7 @@ def test_it_follows_the_other_passes(before: str) -> None:
     assert split_invariance(banked, tokens).passed
 
 
-@pytest.mark.parametrize("after", OTHERS)
+@pytest.mark.parametrize("after", OTHERS[:2])
 def test_other_passes_may_follow_it(after: str) -> None:
     second = parse_spec(after)
     banked = bank(tiny())
@@ -151,6 +151,13 @@ def test_other_passes_may_follow_it(after: str) -> None:
     assert report.sites and not well_formed(result)
     torch.testing.assert_close(run(result, tokens), run(plain, tokens), rtol=0, atol=1e-5)
     assert not torch.equal(run(result, tokens, blocks_of(result, 2)), run(result, tokens))
+
+
+def test_pruning_does_not_follow_it() -> None:
+    for unit in ("ffn", "layers"):
+        plan = parse_spec(f"prune:unit={unit},protect=none,round=4").plan(bank(tiny()), TARGET)
+        assert not plan.sites
+        assert {rejection.code for rejection in plan.rejections} == {"fetched"}
 
 
 def test_sequences_have_blocks_of_their_own() -> None:
