@@ -304,7 +304,7 @@ class BenchDocument(Shown):
 class GenerateDocument(Document):
     """``memc generate``. ``stopped`` tells whether a stop token or the length ended it.
 
-    ``fetched_bytes`` is the size of what the model takes that is fetched, zeros where no bank was given.
+    ``fetched_bytes`` is the size of what was fetched, 0 where no bank was given.
     """
 
     schema_: Literal["memc.generate/1"] = Field(default="memc.generate/1", alias="schema")
