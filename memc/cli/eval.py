@@ -49,6 +49,12 @@ CONTEXT = 512
 @click.option(
     "--free-run", type=NATURAL, metavar="N", help="Tokens both go on by from the text, greedily.  [default: 256]"
 )
+@click.option(
+    "--bank",
+    metavar="BANK",
+    help="Fetch for OUT the blocks that each window or question belongs to.",
+    shell_complete=completing.folders,
+)
 @seed_option
 @threads_option
 def command(
@@ -63,6 +69,7 @@ def command(
     samples: int,
     against: str | None,
     free_run: int | None,
+    bank: str | None,
     seed: int | None,
     threads: int | None,
 ) -> None:
@@ -71,6 +78,8 @@ def command(
     OUT may also be a model, which is then taken as it is. Divergences are of OUT from what it is compared against.
     Tasks need no data: mqar, joint_recall, copy, passkey, needle_single, needle_multikey, needle_multivalue,
     needle_multiquery, variable_tracking, common_words, frequent_words.
+
+    With a bank each window of the text is looked up whole, as a document is that is known before it is read.
     """
     from memc.data import holds_ids, read_documents, read_ids, tokenize
     from memc.evaluate.measure import measure_tasks, measure_text
@@ -90,6 +99,8 @@ def command(
         sides = open_sessions(sources, console, stack, threads=threads)
         for side in sides.values():
             side.require_decoder()
+        if bank is not None:
+            sides["a"] = _with_bank(sides["a"], bank, threads)
         document = EvalDocument(sides={name: EvalSide(source=source) for name, source in sources.items()})
         if against is not None:
             _check_tokenizers(sides["a"], sides["b"], against, needed=text is not None and not ids_given)
@@ -100,6 +111,13 @@ def command(
         if tasks:
             measure_tasks(document, sides, tasks, lengths, samples, seed or 0, console)
     console.show(document, lambda: eval_view(document))
+
+
+def _with_bank(session: Session, folder: str, threads: int | None) -> Session:
+    from memc.bank import Bank
+    from memc.bank.session import BankSession
+
+    return BankSession(session, Bank.open(folder, threads=threads))
 
 
 def _windows(context: int | None, contexts: list[int] | None) -> list[int]:
