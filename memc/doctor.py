@@ -10,14 +10,16 @@ from importlib.resources import files
 from pydantic import TypeAdapter, ValidationError
 
 from memc import __version__, machine
+from memc.backend import Backend
 from memc.errors import MemcError
 from memc.plugins import load_plugin, registered
-from memc.report.models import BackendRow, CoverageRow, DoctorDocument, TargetRow, TargetsDocument
+from memc.report.models import BackendRow, CoverageRow, DoctorDocument
+from memc.report.tools import TargetRow, TargetsDocument
 from memc.target import Target, targets
 
 PACKAGES = (
     "torch", "transformers", "safetensors", "tokenizers", "gguf", "numpy", "pydantic", "onnx", "onnxscript",
-    "onnxruntime", "triton", "apache-tvm",
+    "onnxruntime", "triton", "apache-tvm", "apache-tvm-ffi",
 )  # fmt: skip
 BACKEND_PACKAGES = {"eager": "torch", "onnx": "onnxruntime", "triton": "triton", "tvm": "apache-tvm"}
 """The distribution that a backend runs on, for its version."""
@@ -40,10 +42,10 @@ def backend_reason(name: str) -> str:
     if name not in registered("memc.backends"):
         return f"backend {name!r} is not part of this version of memc"
     try:
-        load_plugin("memc.backends", name)
+        backend: Backend = load_plugin("memc.backends", name)()
     except MemcError as error:
         return error.message
-    return ""
+    return backend.missing()
 
 
 def require_backend(target: Target, backend: str | None = None) -> str:
@@ -91,7 +93,7 @@ def examine(*, coverage: bool = False) -> DoctorDocument:
 
 
 def _backend(name: str) -> BackendRow:
-    reason = backend_reason(name)
+    reason = backend_reason(name) or load_plugin("memc.backends", name)().self_test()
     weights = [] if reason else list(load_plugin("memc.backends", name).weights)
     found = package_version(BACKEND_PACKAGES.get(name, name)) or ""
     return BackendRow(name=name, available=not reason, reason=reason, version=found, weights=weights)

@@ -20,7 +20,11 @@ BUILTIN = {
         "prune": "memc.passes.prune:Prune",
         "memory_bank": "memc.passes.memory_bank:MemoryBank",
     },
-    "memc.backends": {"eager": "memc.backends.eager:EagerBackend", "onnx": "memc.backends.onnx:OnnxBackend"},
+    "memc.backends": {
+        "eager": "memc.backends.eager:EagerBackend",
+        "onnx": "memc.backends.onnx:OnnxBackend",
+        "tvm": "memc.backends.tvm:TvmBackend",
+    },
 }
 
 

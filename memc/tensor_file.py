@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,16 @@ _NAMES = {
 }
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+@dataclass(frozen=True)
+class LateTensor:
+    """A tensor whose values ``make`` returns when they are written."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor | LateTensor]) -> None:
     """Write ``tensors`` in the safetensors format, holding at most one contiguous copy at a time.
 
     Wide types come first, then by name, so that every tensor is aligned and equal tensors give equal bytes.
@@ -43,7 +54,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     end = 0
     for name in order:
         value = tensors[name]
-        start, end = end, end + value.numel() * value.dtype.itemsize
+        start, end = end, end + math.prod(value.shape) * value.dtype.itemsize
         header[name] = {"dtype": _NAMES[value.dtype], "shape": list(value.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -53,7 +64,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         stream.write(len(text).to_bytes(8, "little"))
         stream.write(text)
         for name in order:
-            value = tensors[name].detach().contiguous().cpu()
+            given = tensors[name]
+            value = (given.make() if isinstance(given, LateTensor) else given).detach().contiguous().cpu()
             if value.numel():
                 stream.write(value.reshape(-1).view(torch.uint8).numpy().data)
     partial.replace(path)

@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import onnx.parser
 import onnx_ir as ir
 import torch
-from torch.export import Dim
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from memc.backends.onnx.alike import Sample, repeat
 from memc.backends.onnx.calls import DOMAIN
 from memc.backends.onnx.capability import OPSET
-from memc.backends.onnx.graph import Prepared, source_of
+from memc.backends.onnx.graph import Prepared
 from memc.errors import MemcError
 from memc.infer import Propagation
+from memc.prepare import TensorSpec, export_module, first_line, named_node, source_of
 from memc.program import InputSpec, Program
-
-_Spec = tuple[torch.dtype, tuple[int | str, ...]]
-
-# At least 2 and all distinct: export specialises on 0 and 1, and takes equal sizes for one.
-EXAMPLE = {"K": 2, "B": 3, "T": 5, "U": 7, "S": 11}
 
 
 def export(program: Program, prepared: Prepared) -> ir.Model:
@@ -48,44 +42,17 @@ def export(program: Program, prepared: Prepared) -> ir.Model:
     return model
 
 
-def _longest(program: Program) -> int | None:
-    """Return the bound of a length that an encoder cuts its table of positions to; a decoder looks positions up.
-
-    One less than the table: at the whole of it the cut is none, which export takes for another graph. It runs the same.
-    """
-    limit = program.model.longest
-    return None if program.model.decoder or limit is None else limit - 1
-
-
-def _export(program: Program, module: GraphModule, specs: Mapping[str, _Spec]) -> ir.Model:
+def _export(program: Program, module: GraphModule, specs: Mapping[str, TensorSpec]) -> ir.Model:
     """Run torch's exporters on a module whose placeholders are among ``specs``."""
-    inputs = [specs[str(node.target)] for node in module.graph.find_nodes(op="placeholder")]
-    names = {symbol for _, shape in inputs for symbol in shape if isinstance(symbol, str)}
-    longest = _longest(program)
-    # The pages of a state have a size of their own here: what ties it to the tokens' is arithmetic that no op checks.
-    dims = {
-        name: Dim(name.replace("/", "_"), min=1, max=longest if name in ("T", "U") else None) for name in sorted(names)
-    }
-    example = tuple(
-        torch.zeros([_example(size) if isinstance(size, str) else size for size in shape], dtype=dtype)
-        for dtype, shape in inputs
-    )
-    dynamic = tuple({i: dims[s] for i, s in enumerate(shape) if isinstance(s, str)} for _, shape in inputs)
     with _reporting(program), _quiet(), torch.no_grad():
-        exported = torch.export.export(module, example, dynamic_shapes=dynamic)
+        exported = export_module(program, module, specs)
         onnx_program = torch.onnx.export(exported, (), dynamo=True, opset_version=OPSET, verbose=False)
     assert onnx_program is not None
     return onnx_program.model
 
 
-def _example(symbol: str) -> int:
-    """Return an example of a size; pages get one for each page size."""
-    _, _, page = symbol.partition("/")
-    return max(EXAMPLE.values()) + 2 + int(page) if page else EXAMPLE[symbol]
-
-
-def _input_specs(program: Program, prepared: Prepared) -> dict[str, _Spec]:
-    specs: dict[str, _Spec] = {}
+def _input_specs(program: Program, prepared: Prepared) -> dict[str, TensorSpec]:
+    specs: dict[str, TensorSpec] = {}
     for spec in program.inputs:
         specs[spec.name] = (torch.float32 if spec.dtype.is_floating_point else spec.dtype, spec.shape)
     if prepared.keep:
@@ -183,26 +150,9 @@ def _reporting(program: Program) -> Iterator[None]:
         yield
     except (torch.onnx.errors.OnnxExporterError, RuntimeError, TypeError, ValueError, NotImplementedError) as error:
         text = f"{error} {error.__cause__ or ''}"
-        node = _named_node(program, text)
+        node = named_node(program, text)
         what = str(node.target) if node is not None else "this program"
-        reason = _first_line(error.__cause__ or error)
+        reason = first_line(error.__cause__ or error)
         where = source_of(node) if node is not None else ""
         message = f"onnx cannot lower {what}: {reason}"
         raise MemcError("E601", message, where, "memc passes, or another backend") from error
-
-
-def _named_node(program: Program, text: str) -> Node | None:
-    """Find the first node whose op the exporter's message names, as it is or as what it was decomposed into."""
-    named = set(re.findall(r"torch\.ops\.\w+\.(\w+)", text)) | set(re.findall(r"\b\w+::(\w+)", text))
-    for node in program.module.graph.nodes:
-        if isinstance(node.target, torch._ops.OpOverload):
-            op = str(node.target).split(".")[1]
-            if any(op == name or op.endswith(f"_{name}") for name in named):
-                found: Node = node
-                return found
-    return None
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__

@@ -9,34 +9,33 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.node import map_aggregate
 
 from memc.backends.onnx import attend, bank, calls, functions, sparse, window
 from memc.backends.onnx.capability import has_kernel
 from memc.backends.onnx.functions import Function
 from memc.backends.onnx.simplify import simplify
-from memc.backends.onnx.support import MICROSOFT, is_memc, memory, plain_reason, scores, shape, used_outputs
+from memc.backends.onnx.support import MICROSOFT, memory, plain_reason, scores
 from memc.dialect import arguments, op_spec
 from memc.errors import MemcError
 from memc.kernels.sparse_attention.choose import Rule
+from memc.prepare import (
+    HALF,
+    in_float32,
+    insert_keep,
+    is_memc,
+    join_tied,
+    match_linear,
+    replace_node,
+    results,
+    set_results,
+    shape,
+    source_of,
+    used_outputs,
+)
 from memc.program import Program, StateSpec, named_tensors, set_tensor
 
-HALF = (torch.float16, torch.bfloat16)
 LARGE = 1 << 20
 """Elements from which a tensor is converted at writing time."""
-
-_aten = torch.ops.aten
-ELEMENTWISE = frozenset(
-    {
-        _aten.mul.Tensor,
-        _aten.mul.Scalar,
-        _aten.div.Tensor,
-        _aten.div.Scalar,
-        _aten.tanh.default,
-        _aten.to.dtype,
-        _aten._to_copy.default,
-    }
-)
 
 
 @dataclass
@@ -108,13 +107,13 @@ class _Rewriter:
         if spec is None or spec.name not in self.forms():
             raise _refuse(node, "it is no dialect op that this backend knows")
         with self.graph.inserting_before(node):
-            results = self.forms()[spec.name](node, arguments(node))
-        if len(results) == 1:
-            _replace(node, results[0])
+            made = self.forms()[spec.name](node, arguments(node))
+        if len(made) == 1:
+            replace_node(node, made[0])
         else:
             for user in list(node.users):
-                result = results[int(str(user.args[1]))]
-                _replace(user, result)
+                result = made[int(str(user.args[1]))]
+                replace_node(user, result)
                 if user.users:
                     raise _refuse(node, "an output that the lowered form does not have is read")
                 self.graph.erase_node(user)
@@ -242,14 +241,6 @@ class _Rewriter:
         self.dropped.add(str(past.target))
 
 
-def _replace(old: Node, new: Node | None) -> None:
-    if new is not None:
-        # Later forms read sizes off the nodes that they take.
-        if new.op != "placeholder":
-            new.meta = dict(old.meta)
-        old.replace_all_uses_with(new)
-
-
 def _identity(argument: Any) -> Any:
     """Name what a node reads, so that two get_attr nodes of one tensor are the same."""
     return ("attr", argument.target) if isinstance(argument, Node) and argument.op == "get_attr" else argument
@@ -261,11 +252,6 @@ def _qkv(a: Mapping[str, Any]) -> list[Node]:
 
 def _extra(a: Mapping[str, Any]) -> list[Node]:
     return [a[name] for name in ("slopes", "sink_logits") if a.get(name) is not None]
-
-
-def source_of(node: Node) -> str:
-    """Return the line of the model's own source that a node comes from, as raising recorded it."""
-    return str(node.meta.get("memc", {}).get("source", "")) or node.name
 
 
 def _refuse(node: Node, reason: str) -> MemcError:
@@ -280,21 +266,21 @@ def prepare(program: Program, *, portable: bool = False) -> Prepared:
     copy = program.copy()
     module, graph = copy.module, copy.module.graph
     late = _to_float32(module)
-    _join_tied(module)
-    results = _results(graph)
+    join_tied(module)
+    returned = results(graph)
     count = len(copy.outputs)
     placeholders = copy.placeholders()[len(copy.inputs) :]
     states = {str(node.target): spec for node, spec in zip(placeholders, copy.states, strict=True)}
-    rewriter = _Rewriter(graph, states, dict(zip(states, results[count:], strict=True)), portable)
+    rewriter = _Rewriter(graph, states, dict(zip(states, returned[count:], strict=True)), portable)
     for node in list(graph.nodes):
         if is_memc(node.target):
             rewriter.rewrite(node)
-    keep = _insert_keep(copy, placeholders[0] if placeholders else None)
+    keep = insert_keep(copy, placeholders[0] if placeholders else None)
     _mark_linears(graph)
     simplify(graph)
-    results = _results(graph)
-    kept = [result for result, name in zip(results[count:], states, strict=True) if name not in rewriter.dropped]
-    _set_results(graph, [*results[:count], *kept])
+    returned = results(graph)
+    kept = [result for result, name in zip(returned[count:], states, strict=True) if name not in rewriter.dropped]
+    set_results(graph, [*returned[:count], *kept])
     for node in placeholders:
         if node.target in rewriter.dropped:
             graph.erase_node(node)
@@ -327,89 +313,18 @@ def _to_float32(module: GraphModule) -> dict[str, torch.Tensor]:
             late[name] = tensor.detach()
         set_tensor(module, name, made[id(tensor)], trainable=False)
     for node in module.graph.nodes:
-        node.args = map_aggregate(node.args, _wide)
-        node.kwargs = map_aggregate(node.kwargs, _wide)
+        node.args = in_float32(node.args)
+        node.kwargs = in_float32(node.kwargs)
     return late
-
-
-def _join_tied(module: GraphModule) -> None:
-    """Read a tensor that has several names by the first of them, so that it is written once."""
-    first: dict[int, str] = {}
-    names = {name: first.setdefault(id(tensor), name) for name, tensor in named_tensors(module)}
-    for node in module.graph.find_nodes(op="get_attr"):
-        node.target = names.get(node.target, node.target)
-
-
-def _wide(argument: Any) -> Any:
-    return torch.float32 if argument in HALF else argument
-
-
-def _insert_keep(program: Program, before: Node | None) -> bool:
-    """Add the input ``keep [K]`` and select its columns where that first suffices: at the input of the last linear.
-
-    Walks back from the logits through ops on each element alone; where that ends elsewhere, selects the logits.
-    A program whose first output has no token axis gets no such input.
-    """
-    if program.outputs[0].shape[:2] != ("B", "T"):
-        return False
-    graph = program.module.graph
-    results = _results(graph)
-    node = results[0]
-    while len(node.users) == 1 and node.target in ELEMENTWISE and _others_constant(node):
-        node = node.all_input_nodes[0]
-    linear = len(node.users) == 1 and node.target is torch.ops.aten.linear.default
-    with graph.inserting_before(before or _first_compute(graph)):
-        keep = graph.placeholder("keep")
-    chosen = node.all_input_nodes[0] if linear else results[0]
-    with graph.inserting_after(chosen):
-        selected = graph.call_function(torch.ops.aten.index_select.default, (chosen, 1, keep))
-    if linear:
-        node.args = (selected, *node.args[1:])
-    else:
-        _set_results(graph, [selected, *results[1:]])
-    return True
 
 
 def _mark_linears(graph: Graph) -> None:
     """Turn products with a stored matrix into markers, so that the exporter neither folds nor copies weights."""
     for node in list(graph.nodes):
-        match node.target, node.args:
-            case (_aten.linear.default, (Node() as x, Node(op="get_attr") as weight, *bias)):
-                args = (False, x, weight, *bias)
-            case (_aten.addmm.default, (Node() as bias_, Node() as x, Node(op="get_attr") as weight)) if (
-                not node.kwargs
-            ):
-                args = (True, x, weight, bias_)
-            case ((_aten.mm.default | _aten.matmul.default), (Node() as x, Node(op="get_attr") as weight)):
-                if len(shape(weight)) != 2:
-                    continue
-                args = (True, x, weight)
-            case _:
-                continue
+        if (found := match_linear(node)) is None:
+            continue
+        turned, x, weight, bias = found
         with graph.inserting_before(node):
-            marker = graph.call_function(calls.linear, args)
-        _replace(node, marker)
+            marker = graph.call_function(calls.linear, (turned, x, weight, *([] if bias is None else [bias])))
+        replace_node(node, marker)
         graph.erase_node(node)
-
-
-def _first_compute(graph: Graph) -> Node:
-    node: Node = next(node for node in graph.nodes if node.op != "placeholder")
-    return node
-
-
-def _results(graph: Graph) -> list[Node]:
-    """Return the outputs of a graph, which returns a flat tuple."""
-    returned = graph.output_node().args[0]
-    assert isinstance(returned, tuple | list)
-    return [result for result in returned if isinstance(result, Node)]
-
-
-def _set_results(graph: Graph, results: list[Node]) -> None:
-    graph.output_node().args = (tuple(results),)
-
-
-def _others_constant(node: Node) -> bool:
-    return isinstance(node.args[0], Node) and all(
-        not isinstance(argument, Node) or (argument.op == "get_attr" and argument.meta["val"].numel() == 1)
-        for argument in node.args[1:]
-    )

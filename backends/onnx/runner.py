@@ -11,11 +11,9 @@ import numpy.typing as npt
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
-from memc.artifact import Manifest, held
-from memc.backend import Runner, RunState
+from memc.artifact import Manifest
 from memc.errors import MemcError
-
-Array = npt.NDArray[np.generic]
+from memc.runtime.slots import Array, SlotRunner, SlotState
 
 _LOAD_ERRORS = (
     errors.Fail,
@@ -28,71 +26,40 @@ _LOAD_ERRORS = (
 )
 
 
-class OnnxState(RunState):
+class OnnxState(SlotState):
     """States of a batch: two buffers that take turns for each swapped state, one for each that is updated in place."""
 
-    def __init__(self, runner: OnnxRunner, arrays: dict[str, Array], lengths: npt.NDArray[np.int64]) -> None:
+    def __init__(self, runner: SlotRunner, arrays: dict[str, Array], lengths: npt.NDArray[np.int64]) -> None:
         """Hold ``arrays`` of every state; ``lengths [B]`` tokens are in the growing ones."""
-        self.batch = len(lengths)
-        self.lengths = lengths
-        self._runner = runner
-        self._arrays = [arrays, {}]
+        super().__init__(runner, arrays, lengths)
+        self._other: dict[str, Array] = {}
         self._turn = 0
         self._bindings: list[Any] = []
 
     @property
     def current(self) -> dict[str, Array]:
         """The arrays that the next call reads, growing ones with all their slots."""
-        return self._arrays[self._turn]
-
-    @property
-    def held(self) -> int:
-        """Tokens that the longest sequence holds in growing states."""
-        return int(self.lengths.max(initial=0))
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of the states; the buffers in which swapped ones take turns are not counted twice."""
-        return sum(self.current[s.input].nbytes for s in self._runner.manifest.states)
-
-    def copy(self) -> OnnxState:
-        """Return an independent copy."""
-        return self.select(list(range(self.batch)))
-
-    def select(self, rows: list[int]) -> OnnxState:
-        """Return a copy of some rows, in this order."""
-        chosen = {name: np.ascontiguousarray(array[rows]) for name, array in self.current.items()}
-        return OnnxState(self._runner, chosen, self.lengths[rows])
-
-    def arrays(self) -> dict[str, Array]:
-        """Return a copy of every state, growing ones cut to the tokens of the longest sequence."""
-        return {
-            state.input: (
-                array if state.grows is None else _cut(array, state.grows, held(state.shape[state.grows], self.held))
-            ).copy()
-            for state in self._runner.manifest.states
-            for array in (self.current[state.input],)
-        }
+        return self._other if self._turn else self._arrays
 
     def binding(self) -> Any:
         """Return the binding of the states for the next call, made on the first one."""
         if not self._bindings:
-            states = self._runner.manifest.states
-            first = self._arrays[0]
-            self._arrays[1] = {
+            first, states = self._arrays, self._runner.manifest.states
+            self._other = {
                 s.input: first[s.input] if s.update == "alias" else np.empty_like(first[s.input]) for s in states
             }
-            self._bindings = [self._bind(0), self._bind(1)]
+            self._bindings = [self._bind(first, self._other), self._bind(self._other, first)]
         return self._bindings[self._turn]
 
-    def _bind(self, turn: int) -> Any:
+    def _bind(self, read: dict[str, Array], written: dict[str, Array]) -> Any:
+        assert isinstance(self._runner, OnnxRunner)
         binding = self._runner.session.io_binding()
         for port in self._runner.manifest.outputs[1:]:
             binding.bind_output(port.name, "cpu")
         for state in self._runner.manifest.states:
             for array, bind, name in (
-                (self._arrays[turn][state.input], binding.bind_input, state.input),
-                (self._arrays[1 - turn][state.input], binding.bind_output, state.output),
+                (read[state.input], binding.bind_input, state.input),
+                (written[state.input], binding.bind_output, state.output),
             ):
                 bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
         return binding
@@ -100,17 +67,18 @@ class OnnxState(RunState):
     def advance(self, positions: npt.NDArray[np.int64]) -> None:
         """Take the outputs of a finished call for the state."""
         self._turn = 1 - self._turn
-        reached = positions.max(axis=1) + 1
-        self.lengths = np.where(reached > 0, reached, self.lengths)
+        super().advance(positions)
 
 
-class OnnxRunner(Runner):
+class OnnxRunner(SlotRunner):
     """A session on one lowered file."""
+
+    state_type = OnnxState
 
     def __init__(self, folder: Path, manifest: Manifest, threads: int | None = None) -> None:
         """Open the file with ``threads`` threads inside an op (None: the runtime's choice)."""
+        super().__init__(manifest)
         self.folder = folder
-        self.manifest = manifest
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.inter_op_num_threads = 1
@@ -126,104 +94,13 @@ class OnnxRunner(Runner):
             raise MemcError(
                 "E602", f"onnxruntime cannot load the file: {reason}", str(path), "convert again"
             ) from error
-        self._keep = next((port.name for port in manifest.inputs if port.role == "keep"), None)
-        self._positions = next((port.name for port in manifest.inputs if port.role == "positions"), None)
         self._logits = manifest.outputs[0]
-        self._grows = any(state.grows is not None for state in manifest.states)
 
-    def new_state(self, batch: int, capacity: int | None = None) -> OnnxState:
-        """Allocate fresh states; memory of growing ones is touched only as tokens come."""
-        slots = self._capacity(capacity) + 1
-        arrays: dict[str, Array] = {}
-        for state in self.manifest.states:
-            sizes = [batch if n == "B" else held(n, slots) for n in state.shape]
-            filled = np.zeros(sizes, state.dtype)
-            if state.init:
-                filled.fill(state.init)
-            arrays[state.input] = filled
-        return OnnxState(self, arrays, np.zeros(batch, np.int64))
-
-    def restore(self, arrays: Mapping[str, Array], capacity: int | None = None) -> OnnxState:
-        """Rebuild a state; raises ``MemcError`` E208 for arrays of another artifact and E206 past the capacity."""
-        names = [state.input for state in self.manifest.states]
-        if sorted(names) != sorted(arrays):
-            missing = sorted(set(names) ^ set(arrays))
-            raise MemcError("E208", f"the saved state is of another artifact: {', '.join(missing[:3])}", "state")
-        if not names:
-            return self.new_state(1, capacity)
-        fresh = self.new_state(len(arrays[names[0]]), capacity)
-        for state in self.manifest.states:
-            source, target = arrays[state.input], fresh.current[state.input]
-            if state.grows is not None:
-                size = source.shape[state.grows]
-                if state.shape[state.grows] == "S":
-                    self._check_capacity(size, target.shape[state.grows] - 1)
-                    fresh.lengths = np.full(fresh.batch, size, np.int64)
-                target = _cut(target, state.grows, size)
-            if source.shape != target.shape or source.dtype != target.dtype:
-                raise MemcError("E208", f"the saved state {state.input} has shape {source.shape}, not {target.shape}")
-            target[...] = source
-        return fresh
-
-    def run(
-        self,
-        tokens: npt.NDArray[np.int64] | None,
-        positions: npt.NDArray[np.int64] | None,
-        state: RunState,
-        keep: npt.NDArray[np.int64] | None = None,
-        inputs: Mapping[str, Array] | None = None,
+    def call(
+        self, feeds: dict[str, Array], sizes: Mapping[str, int], state: Any, keep: npt.NDArray[np.int64] | None
     ) -> npt.NDArray[np.float32]:
-        """Run new tokens and advance ``state``; see ``Runner.run``.
-
-        A call in which a row starts another sequence runs one sequence of each row after the other where states grow:
-        their buffers have one slot a position, which the new sequence would overwrite while the tokens before it still
-        read them. Raises ``MemcError`` E206 for a position past the capacity.
-        """
-        assert isinstance(state, OnnxState)
-        feeds = self.gather(tokens, positions, inputs)
-        places: Any = feeds[self._positions] if self._positions is not None else None
-        if places is None:
-            return self._call(feeds, None, state, keep)
-        self._check(places, state)
-        sequence = _sequences(places)
-        if not self._grows or not sequence.any():
-            return self._call(feeds, places, state, keep)
-        columns = np.arange(places.shape[1]) if keep is None else np.asarray(keep, np.int64)
-        logits: npt.NDArray[np.float32] | None = None
-        for number in range(int(sequence.max()) + 1):
-            mine = sequence == number
-            reached = np.flatnonzero(mine.any(axis=0))
-            part = slice(int(reached[0]), int(reached[-1]) + 1)
-            wanted = np.flatnonzero(mine[:, columns].any(axis=0))
-            # One column must be named even when none is wanted.
-            local = columns[wanted] - part.start if len(wanted) else np.zeros(1, np.int64)
-            found = self._call(self._part(feeds, part), np.where(mine, places, -1)[:, part], state, local)
-            if logits is None:
-                logits = np.empty((found.shape[0], len(columns), *found.shape[2:]), np.float32)
-            row, column = np.nonzero(mine[:, columns[wanted]])
-            logits[row, wanted[column]] = found[row, column]
-        assert logits is not None
-        return logits
-
-    def _part(self, feeds: Mapping[str, Array], columns: slice) -> dict[str, Array]:
-        """Cut every input that has an axis of tokens to some columns."""
-        cut = dict(feeds)
-        for port in self.manifest.inputs:
-            if "T" in port.shape:
-                cut[port.name] = feeds[port.name][(slice(None),) * port.shape.index("T") + (columns,)]
-        return cut
-
-    def _call(
-        self, feeds: dict[str, Array], places: Any, state: OnnxState, keep: npt.NDArray[np.int64] | None
-    ) -> npt.NDArray[np.float32]:
-        if self._positions is not None:
-            feeds[self._positions] = places
+        """Run the file once on ``feeds`` and the bound states; see ``SlotRunner.call``."""
         binding = state.binding()
-        ports = [port for port in self.manifest.inputs if port.role != "keep"]
-        sizes = {n: size for p in ports for n, size in zip(p.shape, feeds[p.name].shape, strict=True)}
-        if self._keep is not None:
-            feeds[self._keep] = np.arange(sizes["T"]) if keep is None else np.asarray(keep, np.int64)
-            sizes["K"] = len(feeds[self._keep])
         for name, array in feeds.items():
             binding.bind_cpu_input(name, np.ascontiguousarray(array))
         # A buffer of our own: reading the outputs back would wrap every state anew.
@@ -236,35 +113,4 @@ class OnnxRunner(Runner):
             if "out of data bounds" not in reason:
                 raise
             raise MemcError("E200", f"an input is out of range: {reason}", self.manifest.source) from error
-        if places is not None:
-            state.advance(places)
-        return logits if self._keep is not None or keep is None else logits[:, keep]
-
-    def _capacity(self, capacity: int | None) -> int:
-        return capacity or self.manifest.capacity or 0
-
-    def _check(self, positions: npt.NDArray[np.int64], state: OnnxState) -> None:
-        if not self._grows:
-            if self.manifest.capacity is not None:
-                self._check_capacity(int(positions.max()) + 1, self.manifest.capacity)
-            return
-        grown = next(s for s in self.manifest.states if "S" in s.shape)
-        slots = state.current[grown.input].shape[grown.grows or 0]
-        self._check_capacity(int(positions.max()) + 1, slots - 1)
-
-    @staticmethod
-    def _check_capacity(tokens: int, capacity: int) -> None:
-        if tokens > capacity:
-            hint = f"convert with --context {tokens} or more"
-            raise MemcError("E206", f"a sequence of {tokens} tokens is past the capacity of {capacity}", "state", hint)
-
-
-def _sequences(positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Return for ``positions [B,T]`` how many sequences have started in the row after tokens of another one."""
-    starts = np.zeros(positions.shape, np.int64)
-    starts[:, 1:] = (positions[:, 1:] == 0) & (np.maximum.accumulate(positions, axis=1)[:, :-1] >= 0)
-    return starts.cumsum(axis=1)
-
-
-def _cut(array: Array, axis: int, size: int) -> Array:
-    return array[(slice(None),) * axis + (slice(0, size),)]
+        return logits

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch.fx import Node
 
 from memc.backend import No, Yes
@@ -13,20 +12,11 @@ from memc.backends.onnx.attend import Scores
 from memc.backends.onnx.capability import has_kernel
 from memc.backends.onnx.functions import Memory
 from memc.dialect import arguments, op_spec
+from memc.prepare import shape, used_outputs
 
 MICROSOFT = "com.microsoft"
 
 _WITH_LSE = ("window_memory", "sparse_attention")
-
-
-def shape(node: Node) -> tuple[Any, ...]:
-    """Return the recorded shape of a node's tensor."""
-    return tuple(node.meta["val"].shape)
-
-
-def used_outputs(node: Node) -> set[int]:
-    """Return which outputs of a node with several are read."""
-    return {int(str(user.args[1])) for user in node.users if user.users}
 
 
 def scores(node: Node, a: Mapping[str, Any]) -> Scores:
@@ -106,8 +96,3 @@ def form(node: Node) -> Yes | No:
                 return Yes("FusedMatMul with each sequence's block, float32")
             return Yes("Transpose, MatMul with each sequence's block, float32: this runtime has no FusedMatMul")
     return No(f"memc::{spec.name} has no lowered form in this backend")
-
-
-def is_memc(target: object) -> bool:
-    """Tell whether a node's target is of the ``memc::`` namespace, known to the dialect or not."""
-    return isinstance(target, torch._ops.OpOverload) and target.namespace == "memc"

@@ -12,12 +12,7 @@ import torch
 
 from memc.backends.onnx.calls import DOMAIN, LINEAR
 from memc.backends.onnx.capability import has_kernel
-from memc.backends.onnx.quantise import BLOCK, quantise
-
-BITS = {"int8": 8, "int4": 4}
-
-NARROW = 16
-"""A matrix with less than one output for so many inputs stays float32: gates and scales, small and of much effect."""
+from memc.quantise import BITS, BLOCK, NARROW, quantise
 
 
 @dataclass

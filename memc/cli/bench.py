@@ -60,7 +60,5 @@ def command(
             sides, contexts, threads=threads, steps=steps, seed=seed or 0, sources=sources, progress=console
         )
     if html is not None:
-        from memc.report.pictures import bench_page
-
-        write_page(console, html, bench_page(document))
+        write_page(console, html, document.to_html())
     console.show(document, lambda: bench_view(document))

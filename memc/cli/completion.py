@@ -25,7 +25,7 @@ def command(console: Console, shell: str) -> None:
     from click.shell_completion import get_completion_class
 
     from memc.cli.app import memc
-    from memc.report.models import CompletionDocument
+    from memc.report.tools import CompletionDocument
 
     kind = get_completion_class(shell)
     assert kind is not None

@@ -92,23 +92,20 @@ def _one_pass(document: ReportDocument, name: str) -> PassReportFile:
 
 
 def _write_html(console: Console, document: ReportDocument, html: str) -> None:
-    from memc.report.html import render
-
     if console.json:
         console.text(document.to_json() + "\n")
-    write_page(console, html or str(Path(document.out) / "report" / "report.html"), render(document))
+    write_page(console, html or str(Path(document.out) / "report" / "report.html"), document.to_html())
 
 
 def _compare(console: Console, outs: Sequence[str], html: str | None) -> None:
     from memc.report.compare import compare, compare_view
-    from memc.report.pictures import compare_page
     from memc.report.read import read_report
 
     if html == "":
         raise MemcError("E200", "a comparison belongs to no one OUT", "--html", "give a file: --html choice.html")
     document = compare([read_report(Path(out)) for out in outs])
     if html is not None:
-        write_page(console, html, compare_page(document))
+        write_page(console, html, document.to_html())
     console.show(document, lambda: compare_view(document))
 
 

@@ -55,7 +55,7 @@ def command(
             raise
         raise MemcError("E602", f"{error.name} is not installed", next="pip install 'memc[serve]'") from None
     from memc import runtime
-    from memc.report.models import ServeDocument
+    from memc.report.tools import ServeDocument
     from memc.serve.server import is_loopback
 
     limits = Limits(concurrent, queue, max_tokens, max_new_tokens, max_body, keep)

@@ -47,7 +47,7 @@ def _calibrate(console: Console, threads: int | None, output: str | None) -> Non
     from memc import machine
     from memc.calibrate import calibrate
     from memc.report.listings import calibrate_view
-    from memc.report.models import CalibrateDocument, TargetRates
+    from memc.report.tools import CalibrateDocument, TargetRates
     from memc.target import Target, get_target, user_folder, write_target
 
     def rates(target: Target) -> TargetRates:

@@ -10,12 +10,13 @@ from memc.report import models as m
 from memc.report.layout import lines, stack, table
 from memc.report.slider import SHOWN
 from memc.report.text import number, size
+from memc.report.tools import CompareDocument, CompareRow
 
 SIZES = {"state_bytes": "state of a sequence", "bytes_read_per_token": "read for a token"}
 """What a choice is between, beside quality: fields of a row, and what they are called."""
 
 
-def compare(reports: Sequence[m.ReportDocument]) -> m.CompareDocument:
+def compare(reports: Sequence[m.ReportDocument]) -> CompareDocument:
     """Put several reports beside each other, at the longest context up to ``SHOWN`` that all were planned for.
 
     A row is on the front of a size when no other is as small and as near to its original (KL), and better in one of the
@@ -29,13 +30,13 @@ def compare(reports: Sequence[m.ReportDocument]) -> m.CompareDocument:
         for row in rows:
             if _choice(row, size_of) is not None and not any(_beats(other, row, size_of) for other in rows):
                 row.fronts.append(size_of)
-    return m.CompareDocument(context=context, rows=rows, warnings=list(_warnings(rows, reports)))
+    return CompareDocument(context=context, rows=rows, warnings=list(_warnings(rows, reports)))
 
 
-def _row(report: m.ReportDocument, context: int | None) -> m.CompareRow:
+def _row(report: m.ReportDocument, context: int | None) -> CompareRow:
     done = report.convert
     model = done.model if done else report.capture.model if report.capture else None
-    row = m.CompareRow(
+    row = CompareRow(
         out=report.out,
         source=model.source if model else "",
         digest=model.digest if model else "",
@@ -55,7 +56,7 @@ def _row(report: m.ReportDocument, context: int | None) -> m.CompareRow:
     return row
 
 
-def _quality(row: m.CompareRow, report: m.ReportDocument) -> None:
+def _quality(row: CompareRow, report: m.ReportDocument) -> None:
     """Take what was measured on held-out text, else what the checks of the conversion say."""
     if report.quality is not None and report.quality.by_context:
         last = report.quality.by_context[-1]
@@ -72,20 +73,20 @@ def _quality(row: m.CompareRow, report: m.ReportDocument) -> None:
     row.text = report.verify.text if report.verify else ""
 
 
-def _beats(one: m.CompareRow, other: m.CompareRow, size_of: str) -> bool:
+def _beats(one: CompareRow, other: CompareRow, size_of: str) -> bool:
     left, right = _choice(one, size_of), _choice(other, size_of)
     if left is None or right is None:
         return False
     return left != right and left[0] <= right[0] and left[1] <= right[1]
 
 
-def _choice(row: m.CompareRow, size_of: str) -> tuple[float, float] | None:
+def _choice(row: CompareRow, size_of: str) -> tuple[float, float] | None:
     """Return a size and the distance from the original, None where either is not known."""
     found = getattr(row, size_of)
     return None if found is None or row.kl_mean is None else (found, row.kl_mean)
 
 
-def _warnings(rows: Sequence[m.CompareRow], reports: Sequence[m.ReportDocument]) -> Iterator[str]:
+def _warnings(rows: Sequence[CompareRow], reports: Sequence[m.ReportDocument]) -> Iterator[str]:
     for row in rows:
         if not row.finished:
             yield f"{row.out} did not finish: {row.stopped or 'the conversion was interrupted'}"
@@ -97,7 +98,7 @@ def _warnings(rows: Sequence[m.CompareRow], reports: Sequence[m.ReportDocument])
         yield "quality was measured on different texts"
 
 
-def compare_view(document: m.CompareDocument) -> RenderableType:
+def compare_view(document: CompareDocument) -> RenderableType:
     """Show the artifacts, one a line, by numbers that are explained above."""
     rows = [
         (
@@ -119,7 +120,7 @@ def compare_view(document: m.CompareDocument) -> RenderableType:
     )
 
 
-def describe(row: m.CompareRow) -> str:
+def describe(row: CompareRow) -> str:
     """Say in a few words what an artifact is."""
     what = ", ".join(row.passes) or "as it is"
     return f"{what}, {row.weights}" if row.weights else what

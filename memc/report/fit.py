@@ -8,7 +8,7 @@ from memc.report.text import layers, number, ratio, size
 LIMITS = ("limit", ">original", ">reached", ">ratio", ">used")
 """Heads of :func:`limit_rows`."""
 
-CHOSEN = ("setting", "layers", ">KL alone")
+CHOSEN = ("setting", "layers", ">KL, summed")
 """Heads of :func:`chosen_rows`."""
 
 

@@ -8,6 +8,7 @@ from memc.report import branches, charts, column, files, fit, heads, slider, tra
 from memc.report import facts as f
 from memc.report import models as m
 from memc.report.page import page, table
+from memc.report.terminal import steps_done
 from memc.report.text import FETCHED, amount, duration, escaped, layers, number, ratio, size
 
 MOVED = ("perplexity_ratio", "kl_mean")
@@ -27,6 +28,8 @@ def _sections(report: m.ReportDocument) -> Iterable[str]:
     model = done.model if done else report.capture.model if report.capture else None
     yield f"<h1>{escaped(model.source if model else report.out)}</h1>\n"
     yield f"<p>{_verdict(report)}</p>\n"
+    if report.error is not None or done is None:
+        yield _reached(report)
     yield _answers(report)
     if model is not None:
         facts = f"{escaped(model.family)}, {amount(model.parameters)} parameters"
@@ -57,6 +60,13 @@ def _verdict(report: m.ReportDocument) -> str:
     word, kind = ("verified", "good") if report.convert.verified else ("not verified", "bad")
     untrained = "; untrained: new parameters have not been trained" if report.convert.untrained else ""
     return f'<span class="{kind}">{word}</span>{untrained}'
+
+
+def _reached(report: m.ReportDocument) -> str:
+    """Say how far a conversion came that did not come to its end, and what to type next."""
+    told = f"<p>How far it came: {escaped('; '.join(steps_done(report)) or 'nothing was finished')}.</p>\n"
+    following = report.error.next if report.error is not None else ""
+    return told + (f"<p>Next: <code>{escaped(following)}</code></p>\n" if following else "")
 
 
 def _answers(report: m.ReportDocument) -> str:

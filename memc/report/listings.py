@@ -9,6 +9,7 @@ from memc.report import models as m
 from memc.report.layout import lines, stack, table, text, titled
 from memc.report.terminal import checks_table
 from memc.report.text import amount, number, size
+from memc.report.tools import CalibrateDocument, TargetsDocument
 
 
 def passes_view(document: m.PassesDocument) -> RenderableType:
@@ -44,7 +45,7 @@ def recipes_view(document: m.RecipesDocument) -> RenderableType:
     return table(["recipe", "", "passes"], rows)
 
 
-def targets_view(document: m.TargetsDocument) -> RenderableType:
+def targets_view(document: TargetsDocument) -> RenderableType:
     """Show every target, and why some cannot be used here."""
     rows = [
         (
@@ -62,7 +63,7 @@ def targets_view(document: m.TargetsDocument) -> RenderableType:
     )
 
 
-def calibrate_view(document: m.CalibrateDocument) -> RenderableType:
+def calibrate_view(document: CalibrateDocument) -> RenderableType:
     """Show the rates of this machine as they were taken for and as they were measured."""
     both = (document.before, document.after)
     rows = [

@@ -16,6 +16,7 @@ from memc.report.facts import (
     ModelFacts,
     NearMissFacts,
     RelationFacts,
+    Shown,
     SiteFacts,
     SkippedFacts,
 )
@@ -284,7 +285,7 @@ class BenchRow(Facts):
     rss_bytes: int
 
 
-class BenchDocument(Document):
+class BenchDocument(Shown):
     """``memc bench``. ``sides`` maps a row's side to what was loaded for it."""
 
     schema_: Literal["memc.bench/1"] = Field(default="memc.bench/1", alias="schema")
@@ -294,12 +295,17 @@ class BenchDocument(Document):
     rows: list[BenchRow]
     warnings: list[str] = Field(default_factory=list)
 
+    def to_html(self) -> str:
+        """Render the timings as one page, which needs no network."""
+        from memc.report.pictures import bench_page
+
+        return bench_page(self)
+
 
 class GenerateDocument(Document):
     """``memc generate``. ``stopped`` tells whether a stop token or the length ended it.
 
-    ``fetched_bytes`` is the size of what the model takes that is fetched, zeros where no bank was given; ``bank`` says
-    what was used of one.
+    ``fetched_bytes`` is the size of what was fetched, 0 where no bank was given; ``bank`` says what was used of one.
     """
 
     schema_: Literal["memc.generate/1"] = Field(default="memc.generate/1", alias="schema")
@@ -315,23 +321,6 @@ class GenerateDocument(Document):
     state_bytes: int
     fetched_bytes: int = 0
     bank: BankUse | None = None
-
-
-class ServeDocument(Document):
-    """``memc serve``, once it listens. ``url`` is what clients take for a base; ``model`` is its name there."""
-
-    schema_: Literal["memc.serve/1"] = Field(default="memc.serve/1", alias="schema")
-    artifact: str
-    url: str
-    model: str
-
-
-class CompletionDocument(Document):
-    """``memc completion``."""
-
-    schema_: Literal["memc.completion/1"] = Field(default="memc.completion/1", alias="schema")
-    shell: str
-    script: str
 
 
 class OptionFacts(Facts):
@@ -363,50 +352,6 @@ class PassesDocument(Document):
 
     schema_: Literal["memc.passes/1"] = Field(default="memc.passes/1", alias="schema")
     passes: list[PassRow]
-
-
-class TargetRow(Facts):
-    """One target. ``reason`` says why it is not ``available`` here."""
-
-    name: str
-    description: str
-    kind: str
-    backend: str
-    instruction_set: str
-    memory_bytes: int | None = None
-    memory_bandwidth: float | None = None
-    flops: dict[str, float] = Field(default_factory=dict)
-    available: bool
-    reason: str = ""
-
-
-class TargetsDocument(Document):
-    """``memc targets``."""
-
-    schema_: Literal["memc.targets/1"] = Field(default="memc.targets/1", alias="schema")
-    targets: list[TargetRow]
-
-
-class TargetRates(Facts):
-    """What predictions are made with, per core: bytes and operations per second, and seconds of a launch."""
-
-    memory_bandwidth: float | None = None
-    state_bandwidth: float | None = None
-    disk_bandwidth: float | None = None
-    flops: dict[str, float] = Field(default_factory=dict)
-    launch_overhead: float = 0.0
-
-
-class CalibrateDocument(Document):
-    """``memc targets calibrate``: the rates of the target ``cpu`` as they were and as they are in ``path`` now."""
-
-    schema_: Literal["memc.calibrate/1"] = Field(default="memc.calibrate/1", alias="schema")
-    path: str
-    machine: str
-    threads: int
-    seconds: float
-    before: TargetRates
-    after: TargetRates
 
 
 class RecipeRow(Facts):
@@ -490,7 +435,7 @@ class ErrorDocument(Document):
         )
 
 
-class ReportDocument(Document):
+class ReportDocument(Shown):
     """``memc report``: all the report files of one artifact, finished or not.
 
     ``convert`` is ``report/convert.json`` (there once the conversion is planned), ``quality`` ``report/quality.json``
@@ -509,6 +454,12 @@ class ReportDocument(Document):
     quality: EvalDocument | None = None
     error: ErrorDocument | None = None
 
+    def to_html(self) -> str:
+        """Render the report as one page, which needs no network."""
+        from memc.report.html import render
+
+        return render(self)
+
 
 class Difference(Facts):
     """One fact that two artifacts disagree on; ``ratio`` is b over a where both are numbers."""
@@ -518,39 +469,6 @@ class Difference(Facts):
     a: str | int | float | bool | None
     b: str | int | float | bool | None
     ratio: float | None = None
-
-
-class CompareRow(Facts):
-    """One artifact beside others. Costs are predicted; ``perplexity_ratio`` and ``kl_mean`` are to its original.
-
-    ``text`` is what they were measured on. ``fronts`` names the sizes for which no other is as small and as near.
-    """
-
-    out: str
-    source: str = ""
-    digest: str = ""
-    passes: list[str] = Field(default_factory=list)
-    weights: str = ""
-    finished: bool = False
-    stopped: str = ""
-    verified: bool = False
-    parameters: int | None = None
-    state_bytes: int | None = None
-    bytes_read_per_token: float | None = None
-    decode_ms: float | None = None
-    text: str = ""
-    perplexity_ratio: float | None = None
-    kl_mean: float | None = None
-    fronts: list[str] = Field(default_factory=list)
-
-
-class CompareDocument(Document):
-    """``memc report compare``: artifacts in the order they were given, at one ``context``."""
-
-    schema_: Literal["memc.compare/1"] = Field(default="memc.compare/1", alias="schema")
-    context: int | None
-    rows: list[CompareRow]
-    warnings: list[str] = Field(default_factory=list)
 
 
 class DiffDocument(Document):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from html import escape
 
 from memc.report.text import escaped
 
@@ -30,6 +31,13 @@ def page(title: str, body: str, style: str = "", policy: str = POLICY) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         f"<title>{escaped(title)}</title><style>{STYLE}{style}</style></head>\n"
         f"<body><main>\n{body}</main></body></html>\n"
+    )
+
+
+def embedded(page: str) -> str:
+    """Put a whole page into a frame of its own, as a notebook shows it inline: its style stays within."""
+    return (
+        f'<iframe srcdoc="{escape(page)}" sandbox="allow-scripts" width="100%" height="600" style="border:0"></iframe>'
     )
 
 

@@ -9,6 +9,7 @@ from memc.report import models as m
 from memc.report.compare import SIZES, describe
 from memc.report.page import page, table
 from memc.report.text import escaped, number, size
+from memc.report.tools import CompareDocument, CompareRow
 
 STYLE = charts.STYLE + charts.SIDE_BY_SIDE
 
@@ -53,7 +54,7 @@ def _curves(document: m.BenchDocument, names: dict[str, str], field: str, unit: 
     ]
 
 
-def compare_page(document: m.CompareDocument) -> str:
+def compare_page(document: CompareDocument) -> str:
     """Render several artifacts as one page: what is small against what is good, and every figure in a table."""
     at = f" at {document.context:,} tokens" if document.context is not None else ""
     pictures = [
@@ -85,7 +86,7 @@ def compare_page(document: m.CompareDocument) -> str:
     return page("memc report compare", f"{body}<p>{said}</p>\n{_told(document.warnings)}", STYLE)
 
 
-def _outcome(row: m.CompareRow) -> str:
+def _outcome(row: CompareRow) -> str:
     if row.finished:
         return "verified" if row.verified else "not verified"
     return row.stopped or "unfinished"

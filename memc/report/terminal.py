@@ -150,7 +150,7 @@ def fit_view(facts: files.FitFacts | None) -> RenderableType | None:
     if facts is None:
         return None
     limits, chosen = table(fit.LIMITS, fit.limit_rows(facts)), table(fit.CHOSEN, fit.chosen_rows(facts))
-    return Group(text("fit to limits", "bold"), limits, text(""), chosen, text(fit.summary(facts)))
+    return Group(text("fit to limits", "bold"), limits, text(""), chosen, text(""), text(fit.summary(facts)))
 
 
 def passes_table(passes: Sequence[m.PassFacts]) -> RenderableType:

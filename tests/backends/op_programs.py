@@ -15,6 +15,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 import memc.dialect  # noqa: F401  defines the ops
 from memc.artifact import held
+from memc.dialect.bank_ffn import ACTIVATIONS
 from memc.dialect.sparse_attention import description
 from memc.program import InputSpec, ModelInfo, OutputSpec, Program, StateSpec
 
@@ -375,3 +376,43 @@ def llama(
     if softcap:
         logits = b.call(aten.mul.Tensor, b.call(aten.tanh.default, b.call(aten.div.Tensor, logits, softcap)), softcap)
     return b.finish(logits)
+
+
+CASES: dict[str, Callable[[], Program]] = {
+    "norm": norm,
+    "norm centred with bias": lambda: norm(center=True, bias=True),
+    "norm without weight": lambda: norm(weight=False, bias=True),
+    "rotary": lambda: rotary(rotated=4),
+    "rotary interleaved": lambda: rotary(interleaved=True, scaling=1.3, rotated=6, head=10),
+    "full": full_attention,
+    "full, no mask": lambda: full_attention(positions=False),
+    "full, bias": lambda: full_attention(bias=True),
+    "full, sink logits": lambda: full_attention(sink_logits=True, softcap=2.0),
+    "window": window_memory,
+    "window of 1": lambda: window_memory(window=1, sinks=0, left=True),
+    "window, every option": lambda: window_memory(slopes=True, sink_logits=True, lse=True, left=True, softcap=2.0),
+    "window, log-sum-exp": lambda: window_memory(lse=True, groups=6),
+    "attention": lambda: attention(layers=2, window=4),
+    "attention, every option": lambda: attention(slopes=True, sink_logits=True, softcap=2.0),
+    "attention, chunk": lambda: attention(chunk=4),
+    "sparse": lambda: sparse_attention(layers=2),
+    "sparse, moments, guarded": lambda: sparse_attention(method="moments", dense_below=7, groups=6),
+    "sparse, by channels": lambda: sparse_attention(method="lowbit", channels=3, layers=2, dense_below=5),
+    "sparse, by channels, again": lambda: sparse_attention(
+        method="lowbit", channels=2, rerank=2, groups=3, page=3, budget=9, window=4, sink_logits=True, lse=True
+    ),
+    "sparse, ranked again": lambda: sparse_attention(rerank=2, groups=1, page=3, budget=6, sinks=0),
+    "sparse, every option": lambda: sparse_attention(
+        rerank=3, dense_below=4, sink_logits=True, lse=True, softcap=2.0, layers=2, page=1, budget=4
+    ),
+    "bank": lambda: bank_ffn("silu", "silu"),
+    "bank, every activation": lambda: bank_ffn(*ACTIVATIONS, units=3),
+    "gated": linear_memory,
+    "gated, strong": lambda: linear_memory(strength=50.0, per_channel=False, groups=6),
+    "gated, shut": lambda: linear_memory(strength=float("inf")),
+    "gated delta": lambda: linear_memory(update="gated_delta", strength=40.0),
+    "gated delta per head": lambda: linear_memory(update="gated_delta", per_channel=False),
+    "llama, window": lambda: llama(softcap=3.0),
+    "llama, dense": lambda: llama("attention"),
+}
+"""Every dialect op, with the options that take forms of their own."""

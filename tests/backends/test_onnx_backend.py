@@ -19,10 +19,10 @@ from torch.fx import Graph
 from memc.artifact import read_manifest
 from memc.backend import LowerOptions, No, Yes
 from memc.backends.onnx import OnnxBackend
-from memc.backends.onnx.quantise import quantise
 from memc.backends.onnx.runner import OnnxRunner
 from memc.dialect import OPS, op_spec
 from memc.errors import MemcError
+from memc.quantise import quantise
 from memc.target import get_target
 
 CPU = get_target("cpu")

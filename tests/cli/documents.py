@@ -266,6 +266,31 @@ def converted(*, dry_run: bool = False) -> m.ConvertDocument:
     )
 
 
+def fitted() -> files.FitFacts:
+    """Three settings over thirty layers; the second limit binds."""
+    settings = ["sparsify:budget=256,dense_below=512", "window:window=64", "window"]
+    layers = [
+        files.FitLayer(
+            layer=layer,
+            spec=["", settings[1], settings[2], settings[1]][layer % 4] if layer != 5 else settings[0],
+            kl={spec: 0.001 * (1 + layer % 3) / (1 + index) for index, spec in enumerate(settings)},
+        )
+        for layer in range(30)
+    ]
+    return files.FitFacts(
+        limits=[
+            files.FitLimit(limit="state@32k<=0.5x", reached=6.0e8, original=1.5e9, used=0.8),
+            files.FitLimit(limit="ppl<=1.05x", reached=1.047, original=1.0, used=0.997),
+        ],
+        layers=layers,
+        kl_expected=0.0325,
+        kl_mean=0.04125,
+        perplexity_ratio=1.047,
+        tokens=2048,
+        seconds=211.5,
+    )
+
+
 def predicted(saving: int) -> m.Predicted:
     return m.Predicted(
         parameters=134_515_008,

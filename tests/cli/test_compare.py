@@ -14,6 +14,7 @@ from memc.report import models as m
 from memc.report.compare import compare, compare_view
 from memc.report.pictures import bench_page, compare_page
 from memc.report.read import VERIFY
+from memc.report.tools import CompareDocument
 from tests.cli import documents as d
 from tests.cli.test_views import report, text_of, trained
 
@@ -35,7 +36,7 @@ def dense() -> m.ReportDocument:
     return found
 
 
-def chosen(name: str = "large") -> m.CompareDocument:
+def chosen(name: str = "large") -> CompareDocument:
     """Three on the front of the state, one that is beaten, one that stopped."""
     return compare(
         [dense(), made(name, 2, 0.01), made("beaten", 2, 0.02), made("small", 8, 0.03), report(finished=False)]
@@ -143,7 +144,7 @@ def test_the_command_compares_and_writes_a_page(tmp_path: Path, capsys: pytest.C
     assert "E401 verification failed" in shown.out and f"wrote {page}" in shown.err
     assert "3 artifacts" in page.read_text()
     assert main([*words, "--json"]) == 0
-    document = m.CompareDocument.model_validate_json(capsys.readouterr().out)
+    document = CompareDocument.model_validate_json(capsys.readouterr().out)
     assert [row.out for row in document.rows] == [*outs, str(failed)]
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from memc.cli import main
 from memc.cli.completion import SHELLS
-from memc.report.models import CompletionDocument
+from memc.report.tools import CompletionDocument
 
 
 def offered(words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> list[str]:

@@ -20,6 +20,7 @@ from memc.artifact import read_manifest
 from memc.cli import main
 from memc.report import models as m
 from memc.report.read import read_report
+from memc.report.tools import ServeDocument
 from tests.core.runtime_fakes import CORPUS, byte_tokenizer, make_artifact, metaspace_tokenizer
 from tests.core.tiny import tiny_program
 
@@ -247,6 +248,27 @@ def test_bench_takes_turns_and_leaves_out_what_does_not_fit(out: str, tmp_path: 
     assert capsys.readouterr().err.splitlines()[-1].startswith("E206")
 
 
+def test_bench_of_other_tokenizers_says_so_and_eval_refuses(
+    out: str, text: str, tmp_path: Path, capsys: Capture
+) -> None:
+    other = str(make_artifact(tmp_path / "other", tokenizer=metaspace_tokenizer()))
+    bare = str(make_artifact(tmp_path / "bare"))
+    for against, said in ((other, True), (bare, False), (out, False)):
+        assert main(["bench", out, "--against", against, "--contexts", "8", "--steps", "1", "--json"]) == 0
+        document = m.BenchDocument.model_validate_json(capsys.readouterr().out)
+        assert any("different tokenizers" in warning for warning in document.warnings) == said
+    assert main(["eval", out, "--text", text, "--against", other]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("E208 the two have different tokenizers")
+
+
+def test_bench_draws(out: str, tmp_path: Path, capsys: Capture) -> None:
+    page = tmp_path / "bench.html"
+    assert main(["bench", out, "--contexts", "8,16", "--steps", "1", "--html", str(page)]) == 0
+    assert "context" in capsys.readouterr().out and page.read_text().count("<svg") == 3
+    assert main(["bench", out, "--contexts", "8", "--steps", "1", "--html", str(tmp_path / "no" / "x.html")]) == 2
+    assert "folder of the page does not exist" in capsys.readouterr().err
+
+
 def test_lower_makes_a_second_artifact(tmp_path: Path, capsys: Capture) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     api.convert(tiny_program(), first, passes=["window:window=8,sinks=2"], backend="eager")
@@ -281,7 +303,7 @@ def test_serve_answers_until_a_signal_and_ends_in_order(stop: signal.Signals, ou
     assert main(["serve", out, "--port", str(port), "--json", "--name", "tiny"]) == 0
     caller.join()
     shown = capsys.readouterr()
-    document = m.ServeDocument.model_validate_json(shown.out)
+    document = ServeDocument.model_validate_json(shown.out)
     assert (document.url, document.model) == (f"http://127.0.0.1:{port}/v1", "tiny")
     assert "serving tiny" in shown.err and "Traceback" not in shown.err
     assert [answer.status_code for answer in answers] == [200]

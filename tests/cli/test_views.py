@@ -68,6 +68,7 @@ VIEWS: dict[str, Callable[[], RenderableType]] = {
     "inspect": lambda: terminal.inspect_view(d.inspected()),
     "inspect-why": lambda: terminal.inspect_view(d.inspected(), layer=7, why=True),
     "convert": lambda: terminal.convert_view(d.converted()),
+    "convert-fit": lambda: terminal.convert_view(d.converted().model_copy(update={"fit": d.fitted()})),
     "convert-dry-run": lambda: terminal.convert_view(d.converted(dry_run=True)),
     "report": lambda: terminal.report_view(report()),
     "report-unfinished": lambda: terminal.report_view(report(finished=False)),

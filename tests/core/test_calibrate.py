@@ -15,7 +15,7 @@ from memc import machine
 from memc.cli import main
 from memc.cost import predict
 from memc.errors import MemcError
-from memc.report.models import CalibrateDocument
+from memc.report.tools import CalibrateDocument
 from memc.target import Target, get_target, targets, write_target
 from tests.core.runtime_fakes import FakeRunner, make_manifest
 from tests.core.tiny import tiny_program

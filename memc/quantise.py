@@ -1,4 +1,4 @@
-"""Weights in blocks of 8 or 4 bits, as MatMulNBits reads them."""
+"""Weights in blocks of 8 or 4 bits, in the order of bytes that ONNX Runtime's MatMulNBits reads."""
 
 from __future__ import annotations
 
@@ -9,8 +9,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+BITS = {"int8": 8, "int4": 4}
+
 BLOCK = 32
 """Consecutive input channels that share one scale."""
+
+NARROW = 16
+"""A matrix with less than one output for so many inputs stays float32: gates and scales, small and of much effect."""
 
 _STRETCHES = (0.92, 1.0, 1.06)
 """Scales tried for a 4-bit block, against the one that just spans it: clipping the ends can cost less than it gains."""
@@ -34,14 +39,22 @@ class Quantised:
     scales: Floats
     zeros: Codes | None
 
+    def code_steps(self) -> Codes:
+        """Return the codes ``[out, blocks * 32]``, one to a byte."""
+        codes = self.codes if self.zeros is None else _unpacked(self.codes)
+        return codes.reshape(len(codes), -1)
+
+    def zero_steps(self) -> Codes:
+        """Return the zero points ``[out, blocks]`` in the same steps."""
+        if self.zeros is None:
+            return np.full(self.scales.shape, 128, np.uint8)
+        return _unpacked(self.zeros)[:, : self.scales.shape[1]]
+
     def values(self, into: int) -> Floats:
         """Return the weight ``[out, into]`` that the codes stand for."""
         out, blocks = self.scales.shape
-        if self.zeros is None:
-            steps = self.codes.astype(np.float32) - 128.0
-        else:
-            zeros = _unpacked(self.zeros)[:, :blocks, None].astype(np.float32)
-            steps = _unpacked(self.codes).astype(np.float32) - zeros
+        codes = self.code_steps().reshape(out, blocks, BLOCK).astype(np.float32)
+        steps = codes - self.zero_steps()[..., None].astype(np.float32)
         back: Floats = (steps * self.scales[..., None]).astype(np.float32)
         return back.reshape(out, blocks * BLOCK)[:, :into]
 

@@ -1,0 +1,108 @@
+"""Lowering to a library: check, rewrite, compile, store the parameters."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+from torch.fx import Node
+
+from memc.backend import Lowered, LowerOptions, No, Yes
+from memc.backends.tvm import support
+from memc.backends.tvm.isa import Isa, isa_of, knows, runs_here
+from memc.backends.tvm.library import INSTALL, REQUIRED, require_tvm, try_compiler
+from memc.backends.tvm.runner import INFO, LIBRARY, PARAMETERS, LibraryInfo
+from memc.backends.tvm.text import HOW_TO_RUN
+from memc.errors import MemcError
+from memc.prepare import capacity_of, is_memc, ports, source_of
+from memc.program import Program
+from memc.target import Target
+from memc.tensor_file import LateTensor, write_tensors
+
+WEIGHTS = ("fp32", "int8", "int4")
+
+
+def supports(node: Node, target: Target) -> Yes | No:
+    """Tell whether and how a node is lowered; ATen ops are proven by the import itself."""
+    if reason := _refuses_target(target):
+        return No(reason)
+    return support.form(node) if is_memc(node.target) else Yes("Relax, fused by TVM")
+
+
+def refuses_weights(weights: str, target: Target) -> str | None:
+    """Tell why a weight type is refused on a target, or None."""
+    if reason := _refuses_target(target):
+        return reason
+    if weights in ("fp16", "bf16"):
+        return f"the functions of the tvm backend compute in float32: {weights} would be cast at every step"
+    if weights not in WEIGHTS:
+        return f"unknown weight type {weights!r}: {', '.join(WEIGHTS)}"
+    return None
+
+
+def lower(program: Program, target: Target, folder: Path, options: LowerOptions) -> Lowered:
+    """Write library, parameters and description under ``folder/lowered/tvm``; see ``Backend.lower``."""
+    forms = _check(program, target)
+    require_tvm()
+    if reason := try_compiler():
+        raise MemcError("E602", reason, "backend tvm", INSTALL)
+    from memc.backends.tvm.build import ENTRY, build
+    from memc.backends.tvm.graph import prepare
+    from memc.backends.tvm.weights import Parameters
+
+    isa = isa_of(target)
+    prepared = prepare(program, Parameters(isa.tile, options.weights))
+    path = folder / LIBRARY
+    build(program, prepared, isa, path)
+    stored = {p.source: LateTensor(p.dtype, p.shape, p.make) for p in prepared.parameters}
+    write_tensors(path.parent / PARAMETERS, stored)
+    in_place = frozenset(state.name for state in prepared.states)
+    inputs, outputs, states, symbols = ports(program, prepared.states, in_place, keep=prepared.keep)
+    info = LibraryInfo(
+        entry=ENTRY,
+        machine=isa.machine,
+        features=sorted(isa.features),
+        options=isa.options,
+        versions=REQUIRED,
+        inputs=[port.name for port in inputs],
+        states=[state.input for state in states],
+        parameters=list(stored),
+        limits=prepared.limits,
+    )
+    (path.parent / INFO).write_text(info.model_dump_json(indent=1) + "\n")
+    return Lowered(
+        str(LIBRARY),
+        inputs,
+        outputs,
+        states,
+        capacity_of(program, options, grows=any(state.grows is not None for state in states)),
+        symbols,
+        HOW_TO_RUN.format(path=LIBRARY),
+        {**forms, "weights": prepared.summary, "library": _library(isa, target)},
+    )
+
+
+def _library(isa: Isa, target: Target) -> str:
+    """Say for what the library is, and where it has not been run."""
+    options = ", ".join(f"{name} {value}" for name, value in isa.options.items() if name != "kind")
+    return f"{isa.machine} ({options})" + ("" if runs_here(target) else "; compiled, not run: this machine lacks it")
+
+
+def _refuses_target(target: Target) -> str | None:
+    if target.kind != "cpu" or not knows(target):
+        return f"the tvm backend compiles for CPUs, {target.name} is a {target.kind} target ({target.instruction_set})"
+    return None
+
+
+def _check(program: Program, target: Target) -> dict[str, str]:
+    """Return the form of each dialect op, the commonest first; raises E601 at the first op that has none."""
+    forms: dict[str, Counter[str]] = {}
+    for node in program.module.graph.nodes:
+        if node.op != "call_function":
+            continue
+        match supports(node, target):
+            case No(reason):
+                raise MemcError("E601", f"tvm cannot lower {node.target}: {reason}", where=source_of(node))
+            case Yes(how) if is_memc(node.target):
+                forms.setdefault(node.target.name().partition("::")[2], Counter())[how] += 1
+    return {op: "; ".join(f"{how} (x{n})" for how, n in found.most_common()) for op, found in forms.items()}

@@ -1,0 +1,75 @@
+"""From the prepared graph to a shared library: torch.export, Relax, TVM's stock pipeline, the linker."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import tvm
+from torch.export import ExportedProgram
+from tvm import relax
+from tvm.relax.frontend.torch import from_exported_program
+from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
+
+from memc.backends.tvm.convert import Converters
+from memc.backends.tvm.graph import Prepared
+from memc.backends.tvm.isa import Isa
+from memc.errors import MemcError
+from memc.prepare import export_module, first_line, named_node, source_of
+from memc.program import Program
+
+ENTRY = "main"
+
+
+def build(program: Program, prepared: Prepared, isa: Isa, path: Path) -> None:
+    """Compile and link the library ``path``; its function ``main`` takes the placeholders in their order.
+
+    Raises ``MemcError`` E601 that names the op which the importer refuses, E602 without a linker for the target.
+    """
+    if isa.compiler is not None and shutil.which(isa.compiler) is None:
+        hint = f"apt-get install gcc-{isa.compiler.removesuffix('-gcc')}"
+        raise MemcError("E602", f"{isa.compiler} is needed to link for {isa.machine}", "backend tvm", hint)
+    with _reporting(program):
+        converters = Converters(isa.tile).table()
+        exported = _decomposed(export_module(program, prepared.module, prepared.specs), set(converters))
+        module = from_exported_program(exported, custom_convert_map=converters, run_ep_decomposition=False)
+        target = tvm.target.Target(isa.options)
+        executable = _compile(module, target)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    options: dict[str, Any] = {"cc": isa.compiler} if isa.compiler is not None else {}
+    executable.export_library(str(path), **options)
+
+
+def _decomposed(exported: ExportedProgram, converters: set[str]) -> ExportedProgram:
+    """Take apart the ops that the importer has no converter of, and no others: it takes most as they are."""
+    known = converters | set(ExportedProgramImporter().convert_map)
+    targets = {node.target for node in exported.graph.nodes if isinstance(node.target, torch._ops.OpOverload)}
+    table = torch.export.default_decompositions()
+    wanted = {target: table[target] for target in targets if target.__name__ not in known and target in table}
+    return exported.run_decompositions(wanted) if wanted else exported
+
+
+def _compile(module: Any, target: Any) -> Any:
+    # tvm.compile's own pipeline for CPUs fuses nothing.
+    pipeline = relax.get_default_pipeline(target)
+    with target:
+        return tvm.compile(module, target=target, relax_pipeline=pipeline)
+
+
+@contextmanager
+def _reporting(program: Program) -> Iterator[None]:
+    """Turn what torch's exporter and TVM's importer raise into E601 with the op and the source line where known."""
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError, AssertionError, NotImplementedError, KeyError) as error:
+        node = named_node(program, str(error))
+        what = str(node.target) if node is not None else "this program"
+        where = source_of(node) if node is not None else ""
+        message = f"tvm cannot lower {what}: {first_line(error)}"
+        raise MemcError("E601", message, where, "another --backend") from error
+    except torch._dynamo.exc.TorchDynamoException as error:
+        raise MemcError("E601", f"tvm cannot lower this program: {first_line(error)}") from error

@@ -1,0 +1,292 @@
+"""From a raised program to a graph of ATen ops and the backend's own, all of whose tensors are inputs."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from memc.backends.tvm import ops
+from memc.backends.tvm.kernels.common import SLOTS
+from memc.backends.tvm.weights import Parameter, Parameters
+from memc.dialect import arguments, op_spec
+from memc.errors import MemcError
+from memc.prepare import (
+    TensorSpec,
+    in_float32,
+    insert_keep,
+    is_memc,
+    join_tied,
+    match_linear,
+    replace_node,
+    results,
+    set_results,
+    shape,
+    source_of,
+    used_outputs,
+)
+from memc.program import Program, StateSpec, get_tensor
+
+_aten = torch.ops.aten
+
+
+@dataclass
+class Prepared:
+    """A program ready for import: placeholders are the inputs (``keep`` last), the states, then the parameters.
+
+    It returns the outputs alone: states are written in place. ``limits`` are the rows of the tables that whole inputs
+    are looked up in.
+    """
+
+    module: GraphModule
+    specs: dict[str, TensorSpec]
+    states: tuple[StateSpec, ...]
+    parameters: list[Parameter]
+    limits: dict[str, int]
+    keep: bool
+    summary: str
+
+
+@dataclass
+class _Rewriter:
+    """Replaces dialect nodes one at a time."""
+
+    graph: Graph
+    states: dict[str, StateSpec]
+    outputs: dict[str, Node]
+    angles: dict[tuple[Any, ...], tuple[Node, Node]] = field(default_factory=dict)
+    dropped: set[str] = field(default_factory=set)
+
+    def forms(self) -> dict[str, Callable[[Node, Mapping[str, Any]], Sequence[Node | None]]]:
+        """The lowering of each dialect op: the nodes of its outputs but states, None for one that nobody reads."""
+        return {
+            "rotary": self.rotary,
+            "norm": self.norm,
+            "full_attention": self.full_attention,
+            "attention": self.attention,
+            "window_memory": self.window_memory,
+            "linear_memory": self.linear_memory,
+        }
+
+    def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
+        return self.graph.call_function(target, args, kwargs)
+
+    def rewrite(self, node: Node) -> None:
+        spec = op_spec(node.target)
+        assert spec is not None, "checked before anything is rewritten"
+        a = arguments(node)
+        for name, index in spec.states.items():
+            self._require_direct(node, a[name], index)
+        with self.graph.inserting_before(node):
+            made = self.forms()[spec.name](node, a)
+        if not spec.states and len(made) == 1:
+            replace_node(node, made[0])
+            self.graph.erase_node(node)
+            return
+        for user in list(node.users):
+            index = int(str(user.args[1]))
+            replace_node(user, made[index] if index < len(made) else a[_state_of(spec.states, index)])
+            self.graph.erase_node(user)
+        self.graph.erase_node(node)
+
+    def rotary(self, node: Node, a: Mapping[str, Any]) -> list[Node]:
+        key = (a["positions"], a["inv_freq"].target, a["scaling"])
+        if key not in self.angles:
+            places = self.call(_aten._to_copy.default, a["positions"], dtype=torch.float32)
+            angle = self.call(_aten.mul.Tensor, self.call(_aten.unsqueeze.default, places, -1), a["inv_freq"])
+            turned = self.call(_aten.cos.default, angle), self.call(_aten.sin.default, angle)
+            scaled = [self.call(_aten.mul.Tensor, part, a["scaling"]) if a["scaling"] != 1 else part for part in turned]
+            self.angles[key] = scaled[0], scaled[1]
+        return [self.call(ops.rotary, a["x"], *self.angles[key], a["interleaved"])]
+
+    def norm(self, node: Node, a: Mapping[str, Any]) -> list[Node]:
+        return [self.call(ops.norm, a["x"], a["weight"], a["bias"], float(a["eps"]), a["center"])]
+
+    def full_attention(self, node: Node, a: Mapping[str, Any]) -> list[Node]:
+        names = ("query", "key", "value", "key_positions", "bias", "sink_logits", "scale", "softcap")
+        return [self.call(ops.full_attention, *(a[name] for name in names))]
+
+    def attention(self, node: Node, a: Mapping[str, Any]) -> list[Node]:
+        self._pack(a["past_key"])
+        self.dropped.add(str(a["past_positions"].target))
+        names = ("query", "key", "value", "positions", "past_key", "past_value", "slopes", "sink_logits")
+        rule = ("scale", "softcap", "window", "chunk", "prefix")
+        return [self.call(ops.attention, *(a[name] for name in (*names, *rule)))]
+
+    def window_memory(self, node: Node, a: Mapping[str, Any]) -> list[Node | None]:
+        self._pack(a["past_key"])
+        self.dropped.add(str(a["past_positions"].target))
+        used = used_outputs(node)
+        names = ("query", "key", "value", "positions", "past_key", "past_value", "slopes", "sink_logits")
+        rule = ("scale", "softcap", "window", "sinks")
+        made = self.call(ops.window_memory, *(a[name] for name in (*names, *rule)), 1 in used, bool({2, 3} & used))
+        parts = [self.call(operator.getitem, made, index) for index in range(4)]
+        return [*parts, self._left_position(a) if 4 in used else None]
+
+    def linear_memory(self, node: Node, a: Mapping[str, Any]) -> list[Node]:
+        names = ("query", "key", "value", "log_decay", "positions", "state", "beta")
+        return [self.call(ops.linear_memory, *(a[name] for name in names))]
+
+    def _left_position(self, a: Mapping[str, Any]) -> Node:
+        place = self.call(_aten.sub.Tensor, a["positions"], a["window"])
+        nothing = self.call(_aten.full_like.default, place, -1)
+        return self.call(_aten.where.self, self.call(_aten.ge.Scalar, place, a["sinks"]), place, nothing)
+
+    def _pack(self, past_key: Node) -> None:
+        """Let a state of keys ``[B,G,S,D]`` hold them a tile of slots at a time."""
+        spec = self.states[str(past_key.target)]
+        batch, groups, slots, size = spec.shape
+        tiles = f"{slots}/{SLOTS}" if isinstance(slots, str) else -(-slots // SLOTS)
+        self.states[str(past_key.target)] = replace(spec, shape=(batch, groups, tiles, size, SLOTS))
+
+    def _require_direct(self, node: Node, past: Node, index: int) -> None:
+        """Refuse a state that is not read by this node alone, or whose next value is not just this node's."""
+        nexts = [user for user in node.users if user.args[1] == index]
+        alone = past.target in self.states and set(past.users) == {node}
+        if not alone or len(nexts) != 1 or self.outputs[str(past.target)] is not nexts[0] or len(nexts[0].users) != 1:
+            reason = f"its state {past} is read or changed by other ops, one that is written in place cannot be"
+            raise MemcError("E601", f"tvm cannot lower {node.target}: {reason}", where=source_of(node))
+
+
+def _state_of(states: Mapping[str, int], index: int) -> str:
+    return next(name for name, output in states.items() if output == index)
+
+
+def prepare(program: Program, parameters: Parameters) -> Prepared:
+    """Rewrite a copy of ``program`` for import, in float32; ``parameters`` decides how each tensor is stored.
+
+    Raises ``MemcError`` E601.
+    """
+    copy = program.copy()
+    module, graph = copy.module, copy.module.graph
+    join_tied(module)
+    placeholders = copy.placeholders()
+    inputs, held = placeholders[: len(copy.inputs)], placeholders[len(copy.inputs) :]
+    states = {str(node.target): spec for node, spec in zip(held, copy.states, strict=True)}
+    returned, count = results(graph), len(copy.outputs)
+    rewriter = _Rewriter(graph, states, dict(zip(states, returned[count:], strict=True)))
+    for node in list(graph.nodes):
+        node.args, node.kwargs = in_float32(node.args), in_float32(node.kwargs)
+        if is_memc(node.target):
+            rewriter.rewrite(node)
+    keep = insert_keep(copy, held[0] if held else None)
+    set_results(graph, results(graph)[:count])
+    for node in held:
+        if node.target in rewriter.dropped:
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+    _count_from_the_front(graph)
+    _replace_products(graph, module, parameters)
+    _replace_head_products(graph, module, parameters)
+    limits = _replace_tables(graph, module, parameters, {node: str(node.target) for node in inputs})
+    _pass_tensors(graph, module, parameters)
+    graph.eliminate_dead_code()
+    graph.lint()
+    module.recompile()
+    remaining = tuple(replace(s, dtype=in_float32(s.dtype)) for n, s in states.items() if n not in rewriter.dropped)
+    read = {str(node.target) for node in graph.find_nodes(op="placeholder")}
+    used = [parameter for parameter in parameters.values() if parameter.name in read]
+    specs: dict[str, TensorSpec] = {spec.name: (in_float32(spec.dtype), spec.shape) for spec in copy.inputs}
+    specs |= {"keep": (torch.int64, ("K",))} if keep else {}
+    specs |= {str(node.target): _spec_of(states[str(node.target)]) for node in held if node.target in read}
+    specs |= {parameter.name: (parameter.dtype, parameter.shape) for parameter in used}
+    return Prepared(module, specs, remaining, used, limits, keep, parameters.summary)
+
+
+def _spec_of(spec: StateSpec) -> TensorSpec:
+    return in_float32(spec.dtype), spec.shape
+
+
+def _input(graph: Graph, parameter: Parameter) -> Node:
+    """Return the placeholder of a parameter, made behind the others where it is new."""
+    known = graph.find_nodes(op="placeholder")
+    for node in known:
+        if node.target == parameter.name:
+            found: Node = node
+            return found
+    with graph.inserting_after(known[-1]):
+        return graph.placeholder(parameter.name)
+
+
+def _replace_products(graph: Graph, module: GraphModule, parameters: Parameters) -> None:
+    """Turn products with a stored matrix into the backend's own, the last one marked as what makes the logits."""
+    products = [node for node in graph.nodes if match_linear(node) is not None]
+    for node in products:
+        found = match_linear(node)  # again: what it reads may have been replaced
+        assert found is not None
+        turned, x, weight, bias = found
+        tensor = get_tensor(module, str(weight.target))
+        out = int(tensor.shape[1 if turned else 0])
+        stored = parameters.matrix(str(weight.target), tensor, turned, last=node is products[-1])
+        with graph.inserting_before(node):
+            made = graph.call_function(ops.linear, (x, [_input(graph, part) for part in stored], bias, out))
+        replace_node(node, made)
+        graph.erase_node(node)
+
+
+def _count_from_the_front(graph: Graph) -> None:
+    """Make indices that count from the end count from the front: the importer reads them as they are.
+
+    Raises ``MemcError`` E601 for one on an axis whose size is known at run time only.
+    """
+    for target, places in ((_aten.select.int, (2,)), (_aten.slice.Tensor, (2, 3))):
+        for node in graph.find_nodes(op="call_function", target=target):
+            args = list(node.args)
+            for place in places:
+                if place < len(args) and isinstance(args[place], int) and args[place] < 0:
+                    size = shape(args[0])[args[1]]
+                    if not isinstance(size, int):
+                        reason = "it counts from the end of an axis whose size is known at run time only"
+                        raise MemcError("E601", f"tvm cannot lower {target}: {reason}", where=source_of(node))
+                    args[place] += size
+            node.args = tuple(args)
+
+
+def _replace_head_products(graph: Graph, module: GraphModule, parameters: Parameters) -> None:
+    """Turn products with a stored matrix for each head, of ``[B,H,T,D]`` with ``[H,D,F]``, into the backend's own."""
+    for node in graph.find_nodes(op="call_function", target=_aten.matmul.default):
+        match node.args:
+            case (Node() as x, Node(op="get_attr") as weight) if (
+                len(shape(weight)) == 3 and len(shape(x)) == 4 and shape(x)[1] == shape(weight)[0]
+            ):
+                tensor = get_tensor(module, str(weight.target))
+                with graph.inserting_before(node):
+                    stored = _input(graph, parameters.heads(str(weight.target), tensor))
+                    made = graph.call_function(ops.head_linear, (x, stored, int(tensor.shape[2])))
+                replace_node(node, made)
+                graph.erase_node(node)
+
+
+def _replace_tables(
+    graph: Graph, module: GraphModule, parameters: Parameters, inputs: Mapping[Node, str]
+) -> dict[str, int]:
+    """Turn look-ups into the backend's own; return the rows of the tables that whole inputs are looked up in."""
+    limits: dict[str, int] = {}
+    for node in graph.find_nodes(op="call_function", target=_aten.embedding.default):
+        match node.args:
+            case (Node(op="get_attr") as table, Node() as ids, *_):
+                tensor = get_tensor(module, str(table.target))
+                rows, width = map(int, tensor.shape)
+                with graph.inserting_before(node):
+                    stored = _input(graph, parameters.table(str(table.target), tensor))
+                    made = graph.call_function(ops.embedding, (stored, ids, rows, width))
+                replace_node(node, made)
+                graph.erase_node(node)
+                if ids in inputs:
+                    limits[inputs[ids]] = min(rows, limits.get(inputs[ids], rows))
+    return limits
+
+
+def _pass_tensors(graph: Graph, module: GraphModule, parameters: Parameters) -> None:
+    """Make every other stored tensor an input."""
+    for node in list(graph.find_nodes(op="get_attr")):
+        if node.users:
+            tensor = get_tensor(module, str(node.target))
+            passed = _input(graph, parameters.plain(str(node.target), tensor))
+            passed.meta = dict(node.meta)
+            node.replace_all_uses_with(passed)
+        graph.erase_node(node)

@@ -1,0 +1,105 @@
+"""What a target is for TVM: its code generator, the tile that its registers hold, its linker, the flags it needs."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from memc.target import Target
+
+HOST = "x86_64"
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Outputs and rows of a product that stay in registers: ``columns`` is a multiple of the vector's width."""
+
+    columns: int
+    rows: int
+
+
+def columns_of(out: int, tile: Tile) -> int:
+    """Return the columns of a tile for a product of few outputs: no more than they fill, by 16."""
+    return min(tile.columns, -(-out // 16) * 16)
+
+
+_AVX2 = frozenset({"sse4_2", "popcnt", "avx", "avx2", "fma", "f16c", "bmi1", "bmi2", "abm", "movbe"})
+_AVX512 = frozenset({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"})
+_LATER = frozenset(
+    {
+        *("avx512ifma", "avx512vbmi", "avx512_vbmi2", "avx512_vnni", "avx512_bitalg", "avx512_vpopcntdq"),
+        *("avx512_bf16", "avx512_fp16", "avx_vnni", "amx_tile", "amx_int8", "amx_bf16", "gfni", "vaes"),
+        *("vpclmulqdq", "sha_ni", "aes", "pclmulqdq", "adx", "rdseed", "clflushopt", "clwb", "rdpid", "fsgsbase"),
+    }
+)
+EXTENSIONS = _AVX2 | _AVX512 | _LATER
+"""Extensions of x86-64 that a compiler may use when it knows a processor by its name, as Linux names them."""
+
+
+@dataclass(frozen=True)
+class Isa:
+    """One instruction set: ``kind`` of TVM's target with its options, and the flags a processor must have to run it."""
+
+    machine: str
+    options: dict[str, Any] = field(hash=False)
+    tile: Tile
+    features: frozenset[str] = frozenset()
+    compiler: str | None = None
+    """The C compiler that links for it, None for the host's."""
+
+
+def processor_flags() -> frozenset[str]:
+    """Return the flags of this processor as Linux names them; empty where the system does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    for line in lines:
+        name, _, value = line.partition(":")
+        if name.strip() in ("flags", "Features"):
+            return frozenset(value.split())
+    return frozenset()
+
+
+def _cross(triple: str, machine: str, tile: Tile, *features: str) -> Isa:
+    options = {"kind": "llvm", "mtriple": triple, **({"mattr": list(features)} if features else {})}
+    return Isa(machine, options, tile, compiler=None if platform.machine() == machine else f"{triple}-gcc")
+
+
+def _host() -> Isa:
+    from tvm.target.codegen import llvm_get_system_cpu
+
+    flags = processor_flags()
+    tile = Tile(64, 4) if "avx512f" in flags else Tile(16, 6) if "avx2" in flags else Tile(16, 4)
+    # Not "native", for which TVM quietly takes the oldest processor there is.
+    return Isa(platform.machine(), {"kind": "llvm", "mcpu": str(llvm_get_system_cpu())}, tile, flags & EXTENSIONS)
+
+
+_MAKERS: dict[str, Callable[[], Isa]] = {
+    "host": _host,
+    "x86-64-v3": lambda: Isa(HOST, {"kind": "llvm", "mcpu": "x86-64-v3"}, Tile(16, 6), _AVX2),
+    "x86-64-v4": lambda: Isa(HOST, {"kind": "llvm", "mcpu": "x86-64-v4"}, Tile(64, 4), _AVX2 | _AVX512),
+    "aarch64": lambda: _cross("aarch64-linux-gnu", "aarch64", Tile(16, 4), "+neon"),
+    "riscv64gcv": lambda: _cross("riscv64-linux-gnu", "riscv64", Tile(16, 4), "+m", "+a", "+f", "+d", "+c", "+v"),
+}
+
+
+def knows(target: Target) -> bool:
+    """Tell whether this backend compiles for a target."""
+    return target.instruction_set in _MAKERS
+
+
+def isa_of(target: Target) -> Isa:
+    """Return how to compile for a target that this backend knows; of the host it asks TVM."""
+    return _MAKERS[target.instruction_set]()
+
+
+def runs_here(target: Target) -> bool:
+    """Tell whether this machine has the instructions of a target."""
+    if target.instruction_set == "host":
+        return True
+    isa = isa_of(target)
+    return isa.machine == platform.machine() and isa.features <= processor_flags()

@@ -1,0 +1,170 @@
+"""What several functions need: the shape of a tile, a vectorised exponential, the rows of one softmax."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tvm.script import tirx as T
+
+SLOTS = 16
+"""Keys that lie together in the state of an attention, channel by channel: one vector of scores is their product."""
+
+KEYS = 4 * SLOTS
+"""Keys of one step of the online softmax."""
+
+ROWS = 8
+"""Rows of queries that share what is read of keys and values."""
+
+LOWEST = -1e30
+"""Stands for minus infinity, of which TVM's C code generator has no literal."""
+
+Expression = Any
+Buffer = Any
+PrimFunc = Any
+
+
+def exp(x: Expression) -> Expression:
+    """Return e^x, vectorised, to about two units in the last place (Cephes ``expf``); 0 below the normal numbers."""
+    bounded = T.min(T.max(x, T.float32(-87.0)), T.float32(88.0))
+    power = T.floor(bounded * T.float32(1.44269504088896341) + T.float32(0.5))
+    rest = bounded - power * T.float32(0.693359375) + power * T.float32(2.12194440e-4)
+    y = T.float32(1.9875691500e-4)
+    for coefficient in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+        y = y * rest + T.float32(coefficient)
+    y = y * rest * rest + rest + T.float32(1.0)
+    scale = T.reinterpret("float32", T.shift_left(T.Cast("int32", power) + 127, 23))
+    return T.Select(x < T.float32(-87.0), T.float32(0.0), y * scale)
+
+
+def tanh(x: Expression) -> Expression:
+    """Return tanh(x), vectorised, from :func:`exp`."""
+    bounded = T.min(T.max(x, T.float32(-15.0)), T.float32(15.0))
+    squared = exp(bounded + bounded)
+    return (squared - T.float32(1.0)) / (squared + T.float32(1.0))
+
+
+def heads_together(share: int) -> int:
+    """Return how many of the ``share`` query heads of one key-value head are done at once."""
+    return max(n for n in range(1, ROWS + 1) if share % n == 0)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Sizes of one softmax and how its scores are made; fields as the arguments of the dialect's ops."""
+
+    heads: int
+    groups: int
+    key_dim: int
+    value_dim: int
+    scale: float
+    softcap: float = 0.0
+    slopes: bool = False
+    sink_logits: bool = False
+
+
+@dataclass(frozen=True)
+class Keys:
+    """What one softmax reads, as functions that make expressions.
+
+    ``query(row, d)``; ``key(tile, d, lane)`` with ``SLOTS`` keys to a tile; ``value(slot, e)``; ``allowed(row, slot)``;
+    ``bias(row, slot)`` added to the scores, or None.
+    """
+
+    query: Callable[[Expression, Expression], Expression]
+    key: Callable[[Expression, Expression, Expression], Expression]
+    value: Callable[[Expression, Expression], Expression]
+    allowed: Callable[[Expression, Expression], Expression]
+    bias: Callable[[Expression, Expression], Expression] | None
+
+
+@T.inline
+def _add_values(rows, keys, first, count, scores, part, acc, start, width, blocks):
+    # Adds scores times values, one vector of channels of all rows at a time.
+    for block in T.serial(blocks):
+        for i in T.unroll(rows):
+            for e in T.vectorized(width):
+                part[i, e] = acc[i, start + block * width + e]
+        for j in T.serial(count):
+            for i in T.unroll(rows):
+                for e in T.vectorized(width):
+                    part[i, e] = part[i, e] + scores[i, j] * keys.value(first + j, start + block * width + e)
+        for i in T.unroll(rows):
+            for e in T.vectorized(width):
+                acc[i, start + block * width + e] = part[i, e]
+
+
+@T.inline
+def softmax_rows(rows, keys, low, high, tiles, s, top, total, acc):  # noqa: D103
+    # Online softmax (Milakov and Gimelshein 2018) of ``rows`` rows over slots ``low`` to ``high``, into ``top [rows]``,
+    # ``total [rows]`` and ``acc [rows, value_dim]``; keys beyond the last of ``tiles`` tiles are read from the last.
+    scores = T.alloc_buffer((rows, KEYS), "float32", scope="local")
+    product = T.alloc_buffer((rows, SLOTS), "float32", scope="local")
+    part = T.alloc_buffer((rows, 32), "float32", scope="local")
+    new = T.alloc_buffer((1,), "float32", scope="local")
+    shrink = T.alloc_buffer((1,), "float32", scope="local")
+    for i in T.serial(rows):
+        top[i] = T.float32(LOWEST)
+        total[i] = T.float32(0)
+        for e in T.serial(s.value_dim):
+            acc[i, e] = T.float32(0)
+    for step in T.serial(T.ceildiv(high, T.int64(KEYS)) - low // KEYS):
+        first = (low // KEYS + step) * KEYS
+        for tile in T.serial(KEYS // SLOTS):
+            for i in T.unroll(rows):
+                for j in T.vectorized(SLOTS):
+                    product[i, j] = T.float32(0)
+            for d in T.serial(s.key_dim):
+                for i in T.unroll(rows):
+                    for j in T.vectorized(SLOTS):
+                        product[i, j] = product[i, j] + keys.query(i, d) * keys.key(
+                            T.min(first // SLOTS + tile, tiles - 1), d, j
+                        )
+            for i in T.serial(rows):
+                for j in T.vectorized(SLOTS):
+                    product[i, j] = product[i, j] * T.float32(s.scale)
+                if s.softcap > 0:
+                    for j in T.vectorized(SLOTS):
+                        product[i, j] = tanh(product[i, j] / T.float32(s.softcap)) * T.float32(s.softcap)
+                if keys.bias is not None:
+                    for j in T.serial(SLOTS):
+                        if first + tile * SLOTS + j < high:
+                            product[i, j] = product[i, j] + keys.bias(i, first + tile * SLOTS + j)
+                for j in T.serial(SLOTS):
+                    scores[i, tile * SLOTS + j] = T.if_then_else(
+                        keys.allowed(i, first + tile * SLOTS + j), product[i, j], T.float32(LOWEST)
+                    )
+        for i in T.serial(rows):
+            new[0] = top[i]
+            for j in T.serial(KEYS):
+                new[0] = T.max(new[0], scores[i, j])
+            shrink[0] = exp(top[i] - new[0])
+            total[i] = total[i] * shrink[0]
+            top[i] = new[0]
+            for j in T.vectorized(KEYS):
+                scores[i, j] = T.Select(
+                    scores[i, j] > T.float32(0.5 * LOWEST), exp(scores[i, j] - new[0]), T.float32(0)
+                )
+            for j in T.serial(KEYS):
+                total[i] = total[i] + scores[i, j]
+            for e in T.serial(s.value_dim):
+                acc[i, e] = acc[i, e] * shrink[0]
+        held = T.min(high - first, T.int64(KEYS))
+        wide = T.meta_var(s.value_dim // 32)
+        narrow = T.meta_var(s.value_dim % 32 // 8)
+        _add_values(rows, keys, first, held, scores, part, acc, 0, 32, wide)
+        if narrow > 0:
+            _add_values(rows, keys, first, held, scores, part, acc, wide * 32, 8, narrow)
+        if s.value_dim % 8 > 0:
+            _add_values(rows, keys, first, held, scores, part, acc, wide * 32 + narrow * 8, 1, s.value_dim % 8)
+
+
+@T.inline
+def add_sink(row, sink, top, total, acc, width):  # noqa: D103
+    # Lets a learned logit without a value join the denominator.
+    newest = T.max(top[row], sink)
+    for e in T.serial(width):
+        acc[row, e] = acc[row, e] * exp(top[row] - newest)
+    total[row] = total[row] * exp(top[row] - newest) + exp(sink - newest)
+    top[row] = newest

@@ -1,0 +1,98 @@
+"""The backend's own functions as torch ops: each tells torch.export the types and shapes that come out, and no more.
+
+They are of a namespace of their own and their names begin with ``tvm_``: the importer looks converters up by the bare
+name, in which ops of two namespaces would collide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NAMESPACE = "memc_tvm"
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+
+def _define(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def decorate(fake: Callable[..., Any]) -> Callable[..., Any]:
+        _LIBRARY.define(f"tvm_{fake.__name__}{schema}")
+        torch.library.register_fake(f"{NAMESPACE}::tvm_{fake.__name__}", fake)
+        overload: Callable[..., Any] = getattr(torch.ops.memc_tvm, f"tvm_{fake.__name__}").default
+        return overload
+
+    return decorate
+
+
+@_define("(Tensor x, Tensor[] weight, Tensor? bias, int out) -> Tensor")
+def linear(x: Tensor, weight: list[Tensor], bias: Tensor | None, out: int) -> Tensor:
+    """``x [...,in]`` times a packed weight."""
+    return x.new_empty(*x.shape[:-1], out)
+
+
+@_define("(Tensor x, Tensor weight, int out) -> Tensor")
+def head_linear(x: Tensor, weight: Tensor, out: int) -> Tensor:
+    """``x [B,H,T,in]`` times a packed weight for each head."""
+    return x.new_empty(*x.shape[:3], out)
+
+
+@_define("(Tensor table, Tensor ids, int rows, int width) -> Tensor")
+def embedding(table: Tensor, ids: Tensor, rows: int, width: int) -> Tensor:
+    """Rows ``ids [...]`` of a table, packed as a weight or not."""
+    return table.new_empty(*ids.shape, width)
+
+
+@_define("(Tensor x, Tensor? weight, Tensor? bias, float eps, bool center) -> Tensor")
+def norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, center: bool) -> Tensor:
+    """``memc::norm``."""
+    return x.new_empty(x.shape)
+
+
+@_define("(Tensor x, Tensor cosine, Tensor sine, bool interleaved) -> Tensor")
+def rotary(x: Tensor, cosine: Tensor, sine: Tensor, interleaved: bool) -> Tensor:
+    """``memc::rotary`` with ``cosine`` and ``sine [B,T,R/2]``."""
+    return x.new_empty(x.shape)
+
+
+@_define(
+    "(Tensor query, Tensor key, Tensor value, Tensor positions, Tensor keys, Tensor values, Tensor? slopes,"
+    " Tensor? sink_logits, float scale, float softcap, int window, int chunk, int prefix) -> Tensor"
+)
+def attention(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
+    """``memc::attention`` without its states, which are written in place."""
+    return query.new_empty(*query.shape[:3], value.shape[3])
+
+
+@_define(
+    "(Tensor query, Tensor key, Tensor value, Tensor? key_positions, Tensor? bias, Tensor? sink_logits, float scale,"
+    " float softcap) -> Tensor"
+)
+def full_attention(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
+    """``memc::full_attention``."""
+    return query.new_empty(*query.shape[:3], value.shape[3])
+
+
+@_define(
+    "(Tensor query, Tensor key, Tensor value, Tensor positions, Tensor keys, Tensor values, Tensor? slopes,"
+    " Tensor? sink_logits, float scale, float softcap, int window, int sinks, bool lse, bool left)"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
+)
+def window_memory(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``memc::window_memory`` without its states: output, log-sum-exp, key and value that left, ``[1]`` if unread."""
+    *_, lse, left = rest
+    return (
+        query.new_empty(*query.shape[:3], value.shape[3]),
+        query.new_empty(query.shape[:3] if lse else [1]),
+        query.new_empty(key.shape if left else [1]),
+        query.new_empty(value.shape if left else [1]),
+    )
+
+
+@_define(
+    "(Tensor query, Tensor key, Tensor value, Tensor log_decay, Tensor positions, Tensor state, Tensor? beta) -> Tensor"
+)
+def linear_memory(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
+    """``memc::linear_memory`` without its state, which is written in place."""
+    return query.new_empty(*query.shape[:3], value.shape[3])

@@ -1,0 +1,50 @@
+"""Which form each node takes, and what the backend refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch.fx import Node
+
+from memc.backend import No, Yes
+from memc.backends.tvm.kernels.common import Scores
+from memc.dialect import arguments, op_spec
+from memc.prepare import shape
+
+
+def scores(a: Mapping[str, Any]) -> Scores:
+    """Read the sizes and the scores of an attention-like node from its arguments."""
+    query, value = shape(a["query"]), shape(a["value"])
+    return Scores(
+        heads=query[1],
+        groups=value[1],
+        key_dim=query[3],
+        value_dim=value[3],
+        scale=float(a["scale"]),
+        softcap=float(a["softcap"]),
+        slopes=a.get("slopes") is not None,
+        sink_logits=a["sink_logits"] is not None,
+    )
+
+
+def form(node: Node) -> Yes | No:
+    """Tell how a dialect node is lowered; ``No`` for an op that has no function here."""
+    spec = op_spec(node.target)
+    if spec is None:
+        return No(f"{node.target} is not a dialect op that this backend knows")
+    match spec.name:
+        case "rotary":
+            return Yes("own function, angles computed once")
+        case "norm":
+            return Yes("own function")
+        case "attention":
+            return Yes("own function over slots in place (slot = position), online softmax")
+        case "full_attention":
+            return Yes("own function, online softmax")
+        case "window_memory":
+            return Yes("own function over a ring of slots in place, online softmax")
+        case "linear_memory":
+            a = arguments(node)
+            return Yes(f"own function, {a['update']}, one step a token, state in place")
+    return No(f"memc::{spec.name} has no lowered form in this backend")

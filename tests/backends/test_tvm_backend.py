@@ -1,0 +1,191 @@
+"""What the tvm backend promises besides the values of single ops."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import op_programs as ops
+import pytest
+import torch
+from tvm.script import tirx as T
+from tvm_support import build, lower
+
+from memc.artifact import read_manifest
+from memc.backend import No, Yes
+from memc.backends.tvm import TvmBackend, convert, library
+from memc.backends.tvm import runner as running
+from memc.backends.tvm.isa import Tile
+from memc.dialect import OPS, op_spec
+from memc.errors import Exit, MemcError
+from memc.plugins import load_plugin
+from memc.target import get_target
+from tests.backends.runs import compare
+
+CPU = get_target("cpu")
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("decoder")
+    lower(ops.llama("attention", layers=1), folder)
+    return folder
+
+
+def load(folder: Path) -> running.TvmRunner:
+    return TvmBackend().load(folder, read_manifest(folder), 1)  # type: ignore[return-value]
+
+
+# ---- the library
+
+
+def test_states_are_written_in_place_and_the_table_is_stored_once(decoder: Path) -> None:
+    manifest, info = read_manifest(decoder), json.loads((decoder / "lowered/tvm/library.json").read_text())
+    assert all(state.update == "alias" for state in manifest.states)
+    assert [state.shape for state in manifest.states] == [["B", 2, "S/16", 8, 16], ["B", 2, "S", 8]]
+    assert sum("embedding" in name for name in info["parameters"]) == 1
+    assert info["limits"] == {"tokens": 37}
+    runner, positions = load(decoder), np.array([[0, 1, 2]])
+    state = runner.new_state(1)
+    before = {name: array.ctypes.data for name, array in state.current.items()}
+    runner.run(positions, positions, state)
+    assert before == {name: array.ctypes.data for name, array in state.current.items()}
+    assert state.current["past_value0"][0, 0, :3].any(axis=-1).all()
+    assert not state.current["past_value0"][0, 0, 3:].any()
+
+
+def test_state_round_trip_and_rows(decoder: Path) -> None:
+    runner = load(decoder)
+    positions = np.array([[0, 1, 2, 3], [-1, 0, 1, 2]])
+    state = runner.new_state(2)
+    runner.run(np.maximum(positions, 0), positions, state)
+    copies = [state.copy(), runner.restore(state.arrays()), state.select([1, 0])]
+    at = np.array([[4], [3]])
+    want = runner.run(at, at, state)
+    for copy, rows in zip(copies, ([0, 1], [0, 1], [1, 0]), strict=True):
+        np.testing.assert_array_equal(runner.run(at[rows], at[rows], copy), want[rows])
+
+
+def test_a_run_imports_no_torch_and_no_compiler(decoder: Path) -> None:
+    code = (
+        "import sys, numpy as np; from pathlib import Path; from memc.artifact import read_manifest;"
+        "from memc.backends.tvm import TvmBackend; f = Path(sys.argv[1]);"
+        "r = TvmBackend().load(f, read_manifest(f), 1); p = np.arange(5)[None];"
+        "assert np.isfinite(r.run(p, p, r.new_state(1))).all();"
+        "maps = Path('/proc/self/maps').read_text();"
+        "assert 'torch' not in sys.modules and 'tvm' not in sys.modules and 'libtvm_compiler' not in maps"
+    )
+    subprocess.run([sys.executable, "-c", code, str(decoder)], check=True)
+
+
+@pytest.mark.conformance
+def test_same_program_same_bytes(tmp_path: Path) -> None:
+    digests = []
+    for name in ("a", "b"):
+        lower(ops.norm(), tmp_path / name)
+        files = sorted((tmp_path / name / "lowered" / "tvm").iterdir())
+        digests.append([hashlib.sha256(file.read_bytes()).hexdigest() for file in files])
+    assert digests[0] == digests[1]
+
+
+def test_a_wrong_tail_loop_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def faulty(out: int, into: int, tile: Tile, *, bias: bool) -> Any:
+        columns, tiles, read = tile.columns, -(-out // tile.columns), out if bias else 1
+
+        @T.prim_func(private=True)
+        def linear(x_: T.handle, w_: T.handle, b_: T.handle, y_: T.handle):  # type: ignore[no-untyped-def]
+            m = T.int64()
+            x = T.match_buffer(x_, (m, into), "float32")
+            w = T.match_buffer(w_, (tiles, into, columns), "float32")
+            b = T.match_buffer(b_, (read,), "float32")
+            y = T.match_buffer(y_, (m, out), "float32")
+            for i in T.serial(m // tile.rows * tile.rows):  # and none for the rows that are left
+                for j in T.serial(out):
+                    y[i, j] = b[j] if bias else T.float32(0)
+                    for k in T.serial(into):
+                        y[i, j] = y[i, j] + x[i, k] * w[j // columns, k, j % columns]
+
+        return linear
+
+    monkeypatch.setattr(convert, "linear", faulty)
+    program = ops.norm()
+    runner = build(program, tmp_path)
+    assert compare(program, runner, [([list(range(8))], None)]) < 1e-4, "whole tiles are right"
+    state, positions = runner.new_state(1), np.arange(13)[None]
+    with torch.no_grad():
+        want = program.run(torch.from_numpy(positions)).numpy()
+    assert not np.abs(want - runner.run(positions, positions, state)).max() < 1e-4
+
+
+# ---- what is refused
+
+
+def test_every_dialect_op_has_a_form_or_a_reason() -> None:
+    answers = {}
+    for program in (ops.llama("attention"), ops.window_memory(), ops.linear_memory(), ops.full_attention()):
+        for node in program.module.graph.nodes:
+            if (spec := op_spec(node.target)) is not None:
+                answers[spec.name] = TvmBackend().supports(node, CPU)
+    assert all(isinstance(answer, Yes) for answer in answers.values())
+    assert set(OPS) - set(answers) == {"sparse_attention"}
+    sparse = next(n for n in ops.sparse_attention().module.graph.nodes if op_spec(n.target) is not None)
+    assert isinstance(TvmBackend().supports(sparse, CPU), No)
+
+
+def test_refusals_come_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(MemcError, match="sparse_attention") as refused:
+        lower(ops.sparse_attention(), tmp_path)
+    assert refused.value.code == "E601"
+    for weights in ("fp16", "bf16", "int3"):
+        with pytest.raises(MemcError, match=weights):
+            lower(ops.norm(), tmp_path, weights=weights)
+    with pytest.raises(MemcError, match="compiles for CPUs"):
+        lower(ops.norm(), tmp_path, target="nvidia-sm90")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_id_out_of_range_never_reaches_the_library(decoder: Path) -> None:
+    runner = load(decoder)
+    for token in (37, -1, 1 << 40):
+        with pytest.raises(MemcError, match="out of range") as refused:
+            runner.run(np.array([[token]]), np.array([[0]]), runner.new_state(1))
+        assert refused.value.code == "E200"
+    with pytest.raises(MemcError, match="capacity"):
+        runner.run(np.array([[1]]), np.array([[24]]), runner.new_state(1))
+
+
+@pytest.mark.parametrize("name", ["model.so", "parameters.safetensors", "library.json"])
+def test_a_changed_file_is_not_loaded(decoder: Path, tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "copy"
+    subprocess.run(["cp", "-r", str(decoder), str(folder)], check=True)
+    with (folder / "lowered" / "tvm" / name).open("r+b") as file:
+        file.write(b"\0")
+    with pytest.raises(MemcError, match=name) as refused:
+        load(folder)
+    assert refused.value.code == "E402"
+
+
+def test_a_library_for_another_processor_is_not_loaded(decoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(running, "processor_flags", frozenset)
+    with pytest.raises(MemcError, match="which this processor does not have") as refused:
+        load(decoder)
+    assert refused.value.exit_code == Exit.BACKEND
+    monkeypatch.setattr(running.platform, "machine", lambda: "riscv64")
+    with pytest.raises(MemcError, match="this machine is riscv64"):
+        load(decoder)
+
+
+def test_a_missing_or_wrong_tvm_is_named_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(library.REQUIRED, "apache-tvm-ffi", "0.0.1")
+    with pytest.raises(MemcError, match="pip install apache-tvm==") as refused:
+        library.require_tvm()
+    assert refused.value.exit_code == Exit.BACKEND
+    assert "pip install" in load_plugin("memc.backends", "tvm")().missing()
+    monkeypatch.setattr(library, "REQUIRED", {"no-such-package": "1"})
+    with pytest.raises(MemcError, match="not installed"):
+        library.require_tvm()
