@@ -19,6 +19,8 @@ from memc.runtime import Session
 from tests.bank.test_records import refused
 from tests.bank.tiny_bank import TOPICS, records, text
 
+pytestmark = pytest.mark.xdist_group("bank")  # they share what takes seconds to make
+
 
 @pytest.fixture(scope="module")
 def artifact(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -30,6 +30,8 @@ from memc.train.parallel import Processes
 from tests.bank.test_records import refused
 from tests.bank.tiny_bank import TOPICS, vocabulary, write_texts
 
+pytestmark = pytest.mark.xdist_group("bank")  # they share what takes seconds to make
+
 PASSAGES_EACH = 12
 SHAPE = BankShape(branch=2, ranks=(3, 2), layers=(0, 1), width=12)
 OPTIONS = TrainOptions(epochs=5, length=40, rate=0.1, held_out=0.1)
