@@ -84,8 +84,8 @@ def page(document: dict[str, Any]) -> str:
         f"{document['cpu']}; memc at {document['commit']}. SmolLM2-135M, frozen; a tree of {len(RANKS)} levels of"
         f" {BRANCH} over the first {CHARACTERS:,} characters of each text; {sum(RANKS)} units a layer ({RANKS});"
         f" sequences of {OPTIONS.length} tokens, {OPTIONS.epochs} epoch, rate {OPTIONS.rate}, one seed. Held out are"
-        " the last tenth of each text's passages, which find their cluster by their own text. A wrong block is that of the"
-        " next cluster of the first level that is trained.",
+        " the last tenth of each text's passages, which find their cluster by their own text. A wrong block is that of"
+        " the next cluster of the first level that is trained.",
         "## Perplexity over the original's, by block",
         grid(["cluster and its text", "tokens", "original", "its own", "generic", "a wrong one"], lines),
         "## Training",
