@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
@@ -42,15 +43,16 @@ def session(tmp_path: Path) -> Session:
 
 
 class Slow:
-    """Makes every call of a session's runner wait until it is let go, and counts the calls."""
+    """Makes every call of a session's runner wait until it is let go, then take a while, and counts the calls."""
 
-    def __init__(self, session: Session) -> None:
-        self.calls, self.go, self.inner = 0, threading.Event(), session.runner.run
+    def __init__(self, session: Session, seconds: float = 0.0) -> None:
+        self.calls, self.go, self.inner, self.seconds = 0, threading.Event(), session.runner.run, seconds
         session.runner.run = self.run  # type: ignore[method-assign]
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         self.calls += 1
         assert self.go.wait(20)
+        time.sleep(self.seconds)
         return self.inner(*args, **kwargs)
 
 
@@ -161,27 +163,24 @@ def test_their_client_raises_their_errors(theirs: openai.OpenAI) -> None:
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_stops_the_model(served: str, session: Session, stream: bool) -> None:
-    slow = Slow(session)
-    asking = threading.Thread(target=_ask, args=(served, {**PROMPT, "max_tokens": 900, "stream": stream}))
-    asking.start()
-    until(lambda: slow.calls > 0)
-    if not stream:
-        asking.join(20)  # it has no patience
+    slow = Slow(session, seconds=0.005)
+    with _asked(served, {**PROMPT, "max_tokens": 900, "stream": stream}) as link:
+        until(lambda: slow.calls > 0)
+        if stream:
+            slow.go.set()
+            assert link.recv(15) == b"HTTP/1.1 200 OK"
     slow.go.set()
-    asking.join(20)
     until(lambda: httpx2.get(served.removesuffix("/v1") + "/health").json()["requests"] == 0)
-    assert slow.calls < 300
+    assert slow.calls < 600
 
 
-def _ask(served: str, body: dict[str, Any]) -> None:
-    """Ask, and hang up at the first piece of the answer, or when there is none for a while."""
-    try:
-        with httpx2.stream(
-            "POST", f"{served}/completions", json=body, timeout=5 if body["stream"] else 0.2
-        ) as response:
-            next(response.iter_lines())
-    except httpx2.ReadTimeout:
-        pass
+def _asked(served: str, body: dict[str, Any]) -> socket.socket:
+    """Send a request for a completion and return the connection."""
+    url, content = httpx2.URL(served), json.dumps(body)
+    link = socket.create_connection((url.host, url.port or 0), timeout=20)
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {url.host}\r\nContent-Type: application/json\r\n"
+    link.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n{content}".encode())
+    return link
 
 
 def test_a_full_queue_is_refused_and_a_waiting_request_is_served(session: Session) -> None:
