@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,12 @@ MANIFEST = "memc.json"
 SCHEMA = "memc.artifact/1"
 
 
+@lru_cache(maxsize=8)
+def _zeros(shape: tuple[int, ...], dtype: str) -> npt.NDArray[np.generic]:
+    """Make zeros once for all inputs of one shape, which are as many as layers and come with every token."""
+    return np.zeros(shape, dtype)
+
+
 class Port(BaseModel):
     """One input or output of the lowered program. Sizes are numbers or symbols (``B``, ``T``, ``S``, ``K``)."""
 
@@ -28,8 +35,8 @@ class Port(BaseModel):
     shape: list[int | str]
 
     def nothing(self, batch: int) -> npt.NDArray[np.generic]:
-        """Return what ``batch`` sequences are given that nothing is fetched for: zeros."""
-        return np.zeros([batch if size == "B" else int(size) for size in self.shape], self.dtype)
+        """Return what ``batch`` sequences are given that nothing is fetched for: zeros, which are not to be written."""
+        return _zeros(tuple(batch if size == "B" else int(size) for size in self.shape), self.dtype)
 
 
 class State(BaseModel):

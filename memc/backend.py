@@ -147,6 +147,14 @@ class Backend(ABC):
         """Return why it cannot be used on this machine and what to type next, empty when it can. Cheap."""
         return ""
 
+    def self_test(self) -> str:
+        """Try it out, in seconds, and return what goes wrong, empty when it works."""
+        return self.missing()
+
+    def runs_here(self, target: Target) -> bool:
+        """Tell whether what it lowers for a target can be loaded on this machine."""
+        return True
+
     @abstractmethod
     def supports(self, node: Node, target: Target) -> Yes | No:
         """Tell whether and how it lowers one node of a raised program."""

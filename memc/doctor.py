@@ -93,7 +93,7 @@ def examine(*, coverage: bool = False) -> DoctorDocument:
 
 
 def _backend(name: str) -> BackendRow:
-    reason = backend_reason(name)
+    reason = backend_reason(name) or load_plugin("memc.backends", name)().self_test()
     weights = [] if reason else list(load_plugin("memc.backends", name).weights)
     found = package_version(BACKEND_PACKAGES.get(name, name)) or ""
     return BackendRow(name=name, available=not reason, reason=reason, version=found, weights=weights)

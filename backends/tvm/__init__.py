@@ -35,6 +35,18 @@ class TvmBackend(Backend):
             return f"{error.message}: {error.next}"
         return ""
 
+    def self_test(self) -> str:
+        """Compile and run a function in a process of its own, which a wrong TVM ends; return what goes wrong."""
+        from memc.backends.tvm.library import try_compiler
+
+        return self.missing() or try_compiler()
+
+    def runs_here(self, target: Target) -> bool:
+        """Tell whether this machine runs what is compiled for a target."""
+        from memc.backends.tvm.isa import runs_here
+
+        return runs_here(target)
+
     def supports(self, node: Node, target: Target) -> Yes | No:
         """Tell whether and how it lowers one node of a raised program."""
         from memc.backends.tvm.backend import supports

@@ -9,8 +9,8 @@ from torch.fx import Node
 
 from memc.backend import Lowered, LowerOptions, No, Yes
 from memc.backends.tvm import support
-from memc.backends.tvm.isa import isa_of, knows
-from memc.backends.tvm.library import REQUIRED, require_tvm
+from memc.backends.tvm.isa import Isa, isa_of, knows, runs_here
+from memc.backends.tvm.library import INSTALL, REQUIRED, require_tvm, try_compiler
 from memc.backends.tvm.runner import INFO, LIBRARY, PARAMETERS, LibraryInfo
 from memc.backends.tvm.text import HOW_TO_RUN
 from memc.errors import MemcError
@@ -44,6 +44,8 @@ def lower(program: Program, target: Target, folder: Path, options: LowerOptions)
     """Write library, parameters and description under ``folder/lowered/tvm``; see ``Backend.lower``."""
     forms = _check(program, target)
     require_tvm()
+    if reason := try_compiler():
+        raise MemcError("E602", reason, "backend tvm", INSTALL)
     from memc.backends.tvm.build import ENTRY, build
     from memc.backends.tvm.graph import prepare
     from memc.backends.tvm.weights import Parameters
@@ -76,8 +78,14 @@ def lower(program: Program, target: Target, folder: Path, options: LowerOptions)
         capacity_of(program, options, grows=any(state.grows is not None for state in states)),
         symbols,
         HOW_TO_RUN.format(path=LIBRARY),
-        {**forms, "weights": prepared.summary},
+        {**forms, "weights": prepared.summary, "library": _library(isa, target)},
     )
+
+
+def _library(isa: Isa, target: Target) -> str:
+    """Say for what the library is, and where it has not been run."""
+    options = ", ".join(f"{name} {value}" for name, value in isa.options.items() if name != "kind")
+    return f"{isa.machine} ({options})" + ("" if runs_here(target) else "; compiled, not run: this machine lacks it")
 
 
 def _refuses_target(target: Target) -> str | None:

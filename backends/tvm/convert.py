@@ -14,7 +14,7 @@ from tvm import relax, tirx
 from memc.backends.tvm.isa import Tile
 from memc.backends.tvm.kernels.attention import Range, attention, full_attention
 from memc.backends.tvm.kernels.common import SLOTS, PrimFunc, Scores
-from memc.backends.tvm.kernels.linear import linear, quantised_linear
+from memc.backends.tvm.kernels.linear import head_linear, linear, quantised_linear
 from memc.backends.tvm.kernels.memory import Memory, linear_memory
 from memc.backends.tvm.kernels.simple import embedding, norm, rotary
 from memc.backends.tvm.kernels.window import Ring, window_memory
@@ -36,6 +36,7 @@ class Converters:
         """Return the converters by the names under which the importer looks them up."""
         forms = {
             "linear": self._linear,
+            "head_linear": self._head_linear,
             "embedding": self._embedding,
             "norm": self._norm,
             "rotary": self._rotary,
@@ -68,6 +69,12 @@ class Converters:
             stored += [_nothing(importer, "uint8", 1)] if bits == 8 else []
         y = _call(importer, made, [rows, *stored, _or_nothing(importer, bias)], [_size(rows, 0), out])
         return _reshape(importer, y, [*_shape(x)[:-1], out])
+
+    def _head_linear(self, node: Node, importer: Importer) -> Var:
+        x, weight, out = _arguments(node)
+        x, stored = importer.env[x], importer.env[weight]
+        made = self._function(importer, head_linear, _size(x, 1), out, _size(x, 3), self._tile)
+        return _call(importer, made, [x, stored], [*_shape(x)[:3], out])
 
     def _embedding(self, node: Node, importer: Importer) -> Var:
         table, ids, rows, width = _arguments(node)

@@ -25,6 +25,7 @@ from memc.prepare import (
     replace_node,
     results,
     set_results,
+    shape,
     source_of,
     used_outputs,
 )
@@ -178,7 +179,9 @@ def prepare(program: Program, parameters: Parameters) -> Prepared:
         if node.target in rewriter.dropped:
             graph.erase_node(node)
     graph.eliminate_dead_code()
+    _count_from_the_front(graph)
     _replace_products(graph, module, parameters)
+    _replace_head_products(graph, module, parameters)
     limits = _replace_tables(graph, module, parameters, {node: str(node.target) for node in inputs})
     _pass_tensors(graph, module, parameters)
     graph.eliminate_dead_code()
@@ -223,6 +226,39 @@ def _replace_products(graph: Graph, module: GraphModule, parameters: Parameters)
             made = graph.call_function(ops.linear, (x, [_input(graph, part) for part in stored], bias, out))
         replace_node(node, made)
         graph.erase_node(node)
+
+
+def _count_from_the_front(graph: Graph) -> None:
+    """Make indices that count from the end count from the front: the importer reads them as they are.
+
+    Raises ``MemcError`` E601 for one on an axis whose size is known at run time only.
+    """
+    for target, places in ((_aten.select.int, (2,)), (_aten.slice.Tensor, (2, 3))):
+        for node in graph.find_nodes(op="call_function", target=target):
+            args = list(node.args)
+            for place in places:
+                if place < len(args) and isinstance(args[place], int) and args[place] < 0:
+                    size = shape(args[0])[args[1]]
+                    if not isinstance(size, int):
+                        reason = "it counts from the end of an axis whose size is known at run time only"
+                        raise MemcError("E601", f"tvm cannot lower {target}: {reason}", where=source_of(node))
+                    args[place] += size
+            node.args = tuple(args)
+
+
+def _replace_head_products(graph: Graph, module: GraphModule, parameters: Parameters) -> None:
+    """Turn products with a stored matrix for each head, of ``[B,H,T,D]`` with ``[H,D,F]``, into the backend's own."""
+    for node in graph.find_nodes(op="call_function", target=_aten.matmul.default):
+        match node.args:
+            case (Node() as x, Node(op="get_attr") as weight) if (
+                len(shape(weight)) == 3 and len(shape(x)) == 4 and shape(x)[1] == shape(weight)[0]
+            ):
+                tensor = get_tensor(module, str(weight.target))
+                with graph.inserting_before(node):
+                    stored = _input(graph, parameters.heads(str(weight.target), tensor))
+                    made = graph.call_function(ops.head_linear, (x, stored, int(tensor.shape[2])))
+                replace_node(node, made)
+                graph.erase_node(node)
 
 
 def _replace_tables(

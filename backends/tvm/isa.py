@@ -21,6 +21,11 @@ class Tile:
     rows: int
 
 
+def columns_of(out: int, tile: Tile) -> int:
+    """Return the columns of a tile for a product of few outputs: no more than they fill, by 16."""
+    return min(tile.columns, -(-out // 16) * 16)
+
+
 _AVX2 = frozenset({"sse4_2", "popcnt", "avx", "avx2", "fma", "f16c", "bmi1", "bmi2", "abm", "movbe"})
 _AVX512 = frozenset({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"})
 _LATER = frozenset(
@@ -90,3 +95,11 @@ def knows(target: Target) -> bool:
 def isa_of(target: Target) -> Isa:
     """Return how to compile for a target that this backend knows; of the host it asks TVM."""
     return _MAKERS[target.instruction_set]()
+
+
+def runs_here(target: Target) -> bool:
+    """Tell whether this machine has the instructions of a target."""
+    if target.instruction_set == "host":
+        return True
+    isa = isa_of(target)
+    return isa.machine == platform.machine() and isa.features <= processor_flags()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,19 @@ REQUIRED = {"apache-tvm": "0.27.0.post1", "apache-tvm-ffi": "0.1.14.post1"}
 
 INSTALL = "pip install " + " ".join(f"{name}=={wanted}" for name, wanted in REQUIRED.items())
 
+_TRIAL = """
+import numpy, tvm
+from tvm import te
+x = te.placeholder((4,), name="x")
+y = te.compute((4,), lambda i: x[i] + 1, name="y")
+built = tvm.compile(te.create_prim_func([x, y]), target=tvm.target.Target({"kind": "llvm"}))
+out = tvm.runtime.tensor(numpy.zeros(4, "float32"))
+built(tvm.runtime.tensor(numpy.ones(4, "float32")), out)
+assert (out.numpy() == 2).all()
+tvm.ir.save_json(tvm.tirx.IntImm("int64", 3))
+"""
+"""Compiles, runs, and writes a module down, which crashes where the two packages do not fit together."""
+
 CPU = 1
 POOLED = 2
 """Kind of device and of allocator as the virtual machine counts them."""
@@ -32,6 +46,21 @@ def require_tvm() -> None:
             raise MemcError("E602", f"{name} is not installed", "backend tvm", INSTALL) from error
         if found != wanted:
             raise MemcError("E602", f"{name} {found} is installed, {wanted} is needed", "backend tvm", INSTALL)
+
+
+@cache
+def try_compiler() -> str:
+    """Run a trial of the compiler in a process of its own and return what went wrong, empty when it works."""
+    try:
+        done = subprocess.run([sys.executable, "-c", _TRIAL], capture_output=True, text=True, timeout=120)
+    except subprocess.TimeoutExpired:
+        return "TVM's compiler hangs in a trial"
+    if done.returncode == 0:
+        return ""
+    ended = (
+        f"signal {-done.returncode}" if done.returncode < 0 else (done.stderr.strip().splitlines() or ["no word"])[-1]
+    )
+    return f"TVM's compiler does not pass a trial ({ended}): {INSTALL}"
 
 
 @contextmanager

@@ -32,6 +32,12 @@ def linear(x: Tensor, weight: list[Tensor], bias: Tensor | None, out: int) -> Te
     return x.new_empty(*x.shape[:-1], out)
 
 
+@_define("(Tensor x, Tensor weight, int out) -> Tensor")
+def head_linear(x: Tensor, weight: Tensor, out: int) -> Tensor:
+    """``x [B,H,T,in]`` times a packed weight for each head."""
+    return x.new_empty(*x.shape[:3], out)
+
+
 @_define("(Tensor table, Tensor ids, int rows, int width) -> Tensor")
 def embedding(table: Tensor, ids: Tensor, rows: int, width: int) -> Tensor:
     """Rows ``ids [...]`` of a table, packed as a weight or not."""

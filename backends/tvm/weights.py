@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from memc.backends.tvm.isa import Tile
+from memc.backends.tvm.isa import Tile, columns_of
 from memc.prepare import in_float32
 from memc.quantise import BITS, BLOCK, NARROW, quantise
 
@@ -119,6 +119,13 @@ class Parameters(Mapping[str, Parameter]):
             return self._add_quantised(f"{name}.q{bits}", matrix, bits)
         self._packed[name] = self._add(f"{name}.packed", torch.float32, matrix.shape(into), matrix.packed)
         return [self._packed[name]]
+
+    def heads(self, source: str, weight: Tensor) -> Parameter:
+        """Store a matrix ``[in, out]`` for each head, ``[H, in, out]``, in tiles of its outputs."""
+        matrices = [_Matrix(head, True, columns_of(int(weight.shape[2]), self.tile)) for head in weight.detach()]
+        shape = (len(matrices), *matrices[0].shape(int(weight.shape[1])))
+        packed = lambda: torch.stack([matrix.packed() for matrix in matrices])  # noqa: E731
+        return self._add(f"{source}.heads", torch.float32, shape, packed)
 
     def table(self, source: str, table: Tensor) -> Parameter:
         """Store a look-up table, or return the packed matrix where the same tensor is one: it is stored once."""

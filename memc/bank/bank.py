@@ -208,6 +208,13 @@ class Bank:
                 self._recent.popitem(last=False)
         return record
 
+    def reopen(self) -> None:
+        """Read records that were written since, from now on; what was in memory is forgotten."""
+        self.records.close()
+        self.records = RecordFile(self.folder / RECORDS)
+        for held in (self._held, self._recent, self._ahead):
+            held.clear()
+
     def close(self) -> None:
         """Close the files."""
         self._reader.shutdown()

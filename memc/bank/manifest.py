@@ -83,3 +83,10 @@ def read_manifest(folder: Path, *, verify: bool = False) -> BankManifest:
         if (verify or name == TREE) and sha256(folder / name) != digest:
             raise MemcError("E402", f"digest of {name} does not match bank.json", str(folder), "build it again")
     return manifest
+
+
+def require_model(manifest: BankManifest, digest: str, where: str) -> None:
+    """Raise ``MemcError`` E310 when the model of a digest is not the one that a bank is for."""
+    if digest != manifest.model_digest:
+        hint = f"give {manifest.model}, or build a bank for this model"
+        raise MemcError("E310", f"the bank is for another model, {manifest.model}", where, hint)

@@ -26,7 +26,7 @@ COMMANDS = {
     "serve": "Serve a converted model through OpenAI's HTTP interface.",
     "lower": "Lower a converted model again, for another target or backend.",
     "export": "Write a converted model as a Hugging Face folder.",
-    "bank": "Build and inspect a bank of blocks fetched by the text of a prompt.",
+    "bank": "Build, train and inspect a bank of blocks fetched by a prompt's text.",
     "passes": "The rewrites, with their options.",
     "recipes": "The recipes that have a name.",
     "targets": "The hardware that can be converted for.",

@@ -59,6 +59,12 @@ CONTEXT = 512
 @click.option(
     "--free-run", type=NATURAL, metavar="N", help="Tokens both go on by from the text, greedily.  [default: 256]"
 )
+@click.option(
+    "--bank",
+    metavar="BANK",
+    help="Fetch for OUT the blocks that each window or question belongs to.",
+    shell_complete=completing.folders,
+)
 @html_option("Write a page with pictures.")
 @seed_option
 @threads_option
@@ -74,6 +80,7 @@ def command(
     samples: int,
     against: str | None,
     free_run: int | None,
+    bank: str | None,
     html: str | None,
     seed: int | None,
     threads: int | None,
@@ -83,6 +90,8 @@ def command(
     OUT may also be a model, which is then taken as it is. Divergences are of OUT from what it is compared against.
     Tasks need no data: mqar, joint_recall, copy, passkey, needle_single, needle_multikey, needle_multivalue,
     needle_multiquery, variable_tracking, common_words, frequent_words.
+
+    With a bank each window of the text is looked up whole, as a document is that is known before it is read.
     """
     from memc.data import holds_ids, read_documents, read_ids, tokenize
     from memc.evaluate.measure import measure_tasks, measure_text
@@ -102,6 +111,8 @@ def command(
         sides = open_sessions(sources, console, stack, threads=threads)
         for side in sides.values():
             side.require_decoder()
+        if bank is not None:
+            sides["a"] = _with_bank(sides["a"], bank, threads)
         document = EvalDocument(sides={name: EvalSide(source=source) for name, source in sources.items()})
         if against is not None:
             _check_tokenizers(sides["a"], sides["b"], against, needed=text is not None and not ids_given)
@@ -114,6 +125,13 @@ def command(
     if html is not None:
         write_page(console, html, document.to_html())
     console.show(document, lambda: eval_view(document))
+
+
+def _with_bank(session: Session, folder: str, threads: int | None) -> Session:
+    from memc.bank import Bank
+    from memc.bank.session import BankSession
+
+    return BankSession(session, Bank.open(folder, threads=threads))
 
 
 def _windows(context: int | None, contexts: list[int] | None) -> list[int]:

@@ -247,10 +247,12 @@ class _Conversion:
                 link_folder(stage, place / "program")
             shutil.rmtree(place / "lowered", ignore_errors=True)
             lowered, manifest = lower(program, request.backend, request.target, place, options)
-        with self.steps.step("verify_lowered", "verify what was lowered"):
-            runner = request.backend.load(place, manifest, request.threads)
-            checks += verify_lowered(runner, program, text, request.weights, floor)
-        self.steps.seconds["verify"] += self.steps.seconds.pop("verify_lowered")
+        runner = None
+        if request.backend.runs_here(request.target):
+            with self.steps.step("verify_lowered", "verify what was lowered"):
+                runner = request.backend.load(place, manifest, request.threads)
+                checks += verify_lowered(runner, program, text, request.weights, floor)
+            self.steps.seconds["verify"] += self.steps.seconds.pop("verify_lowered")
         if original is not None:
             with self.steps.step("speed", "time the result beside the original"):
                 checks += self._check_speed(original, runner, options)
@@ -262,7 +264,7 @@ class _Conversion:
         )
         self.folder.write_report("verify.json", verified)
         require_passed(checks)
-        if self.quality is not None:
+        if self.quality is not None and runner is not None:
             with self.steps.step("quality", "measure quality"):
                 progress = self.steps.progress
                 found = self.quality(manifest, runner, folder=place, seed=request.recipe.seed, progress=progress)
@@ -276,10 +278,10 @@ class _Conversion:
         self.folder.finish()
         return document
 
-    def _check_speed(self, original: Program, runner: Runner, options: LowerOptions) -> list[CheckResult]:
+    def _check_speed(self, original: Program, runner: Runner | None, options: LowerOptions) -> list[CheckResult]:
         request, place = self.request, self.folder.partial
         budgets = _speed_budgets(request, self.passes)
-        if not fits_beside(self.document):
+        if runner is None or not fits_beside(self.document):
             return modelled(self.document, budgets)
         return check_speed(original, runner, place, request.backend, request.target, options, budgets)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import Field
@@ -9,7 +10,7 @@ from rich.console import RenderableType
 
 from memc.report.facts import Document, Facts
 from memc.report.layout import lines, stack, table, titled
-from memc.report.text import amount, layers, number, size
+from memc.report.text import amount, duration, layers, number, size
 
 SHOWN = 70
 """Characters of a passage that are shown in a table."""
@@ -84,6 +85,101 @@ class BankDocument(Document):
     predicted_seconds: float
     levels: list[BankLevel]
     cluster: BankCluster | None = None
+
+
+class BankUse(Facts):
+    """What a bank gave for one text, and what it cost.
+
+    ``cluster`` is where descent ended, ``near`` the deepest part of it that the text is near (empty for none),
+    ``distances`` and ``limits`` are by level; ``used`` are the records whose units were added.
+    """
+
+    bank: str
+    cluster: str
+    near: str
+    distances: list[float]
+    limits: list[float]
+    used: list[str]
+    records_read: int
+    bytes_read: int
+    retrieve_seconds: float
+    fetch_seconds: float
+
+    def line(self) -> str:
+        """Say it in one line."""
+        cost = f"retrieved in {self.retrieve_seconds * 1000:.3g} ms, fetched in {self.fetch_seconds * 1000:.3g} ms"
+        read = f"{self.records_read} records, {size(self.bytes_read)} read; {cost}"
+        if not self.near:
+            far = f"distance {number(self.distances[0])}, limit {number(self.limits[0])}"
+            what = "the generic block" if self.used else "nothing is fetched"
+            return f"bank: the prompt is like nothing in it ({far}): {what}; {read}"
+        used = f"cluster {', '.join(self.used)}" if self.used else f"nothing of cluster {self.near}"
+        return f"bank: {used} (distance {number(self.distances[self.near.count('.')])}); {read}"
+
+
+class BankJob(Facts):
+    """One job of a bank's training: a subtree below the root, or ``generic``. Losses are nats a token, in training."""
+
+    job: str
+    passages: int
+    blocks: int
+    steps: int
+    tokens: int
+    loss_first: float | None = None
+    loss_last: float | None = None
+    seconds: float = 0.0
+
+
+class BankHeldOut(Facts):
+    """Perplexity of held-out passages of one cluster: without a block, with its own, the generic, and a wrong one."""
+
+    cluster: str
+    tokens: int
+    original: float
+    block: float
+    generic: float | None = None
+    wrong: float | None = None
+
+
+class BankTrainDocument(Document):
+    """``memc bank train``."""
+
+    schema_: Literal["memc.bank-train/1"] = Field(default="memc.bank-train/1", alias="schema")
+    bank: str
+    jobs: list[BankJob]
+    held_out: list[BankHeldOut] = Field(default_factory=list)
+
+    def ratio(self, side: Literal["block", "generic", "wrong"]) -> float | None:
+        """Return perplexity with a block over that without, on all that was held out; None where it was not run."""
+        found = [(row.tokens, getattr(row, side), row.original) for row in self.held_out]
+        logs = [(tokens, tokens * math.log(value / original)) for tokens, value, original in found if value is not None]
+        return math.exp(sum(log for _, log in logs) / sum(tokens for tokens, _ in logs)) if logs else None
+
+
+def bank_train_view(document: BankTrainDocument) -> RenderableType:
+    """Show what was trained, and perplexities of the passages that were held out."""
+    jobs = [
+        (
+            job.job,
+            str(job.passages),
+            str(job.blocks),
+            amount(job.tokens),
+            f"{number(job.loss_first)} -> {number(job.loss_last)}",
+            duration(job.seconds),
+        )
+        for job in document.jobs
+    ]
+    rows = [
+        (row.cluster, str(row.tokens), *map(number, (row.original, row.block, row.generic, row.wrong)))
+        for row in document.held_out
+    ]
+    totals = [("over original", "", "1", *(number(document.ratio(side)) for side in ("block", "generic", "wrong")))]
+    columns = ["cluster", ">tokens", ">without", ">its own", ">generic", ">a wrong one"]
+    return stack(
+        lines([document.bank]),
+        table(["job", ">passages", ">blocks", ">tokens", ">loss", ">time"], jobs),
+        titled("perplexity of held-out passages, by block", table(columns, [*rows, *totals])) if rows else None,
+    )
 
 
 def bank_view(document: BankDocument) -> RenderableType:

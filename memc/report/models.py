@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from memc.errors import MemcError
+from memc.report.bank import BankUse
 from memc.report.facts import (
     BlockFacts,
     CheckFacts,
@@ -317,7 +318,7 @@ class BenchDocument(Shown):
 class GenerateDocument(Document):
     """``memc generate``. ``stopped`` tells whether a stop token or the length ended it.
 
-    ``fetched_bytes`` is the size of what the model takes that is fetched, zeros where no bank was given.
+    ``fetched_bytes`` is the size of what was fetched, 0 where no bank was given; ``bank`` says what was used of one.
     """
 
     schema_: Literal["memc.generate/1"] = Field(default="memc.generate/1", alias="schema")
@@ -332,6 +333,7 @@ class GenerateDocument(Document):
     decode_tokens_per_s: float | None = None
     state_bytes: int
     fetched_bytes: int = 0
+    bank: BankUse | None = None
 
 
 class OptionFacts(Facts):

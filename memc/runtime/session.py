@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Unpack, overload
+from typing import TYPE_CHECKING, Any, Unpack, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -54,7 +54,7 @@ class SessionState:
 
     A session advances it in place; ``Session.fork`` makes an independent copy. ``lengths [B]`` int64;
     ``last [B,vocab]`` float32, None before the first token. ``capacity`` is the most tokens a row may have, None for
-    no limit. ``fetched`` holds what is given to every call, by input name, zeros where nothing is fetched.
+    no limit. ``fetched`` holds what was fetched, by input name, and is given to every call.
     """
 
     run: RunState
@@ -75,7 +75,7 @@ class SessionState:
 
     @property
     def fetched_bytes(self) -> int:
-        """Bytes of what is fetched."""
+        """Bytes of what was fetched."""
         return sum(array.nbytes for array in self.fetched.values())
 
 
@@ -154,7 +154,6 @@ class Session:
         whole = any("T" in port.shape for port in self.manifest.inputs if port.name in named)
         width = longest if whole else chunk or self.chunk
         state = self.runner.new_state(len(rows), longest)
-        named = {**self._nothing(len(rows)), **named}
         zeros = np.zeros(len(rows), np.int64)
         for start in range(0, longest, width):
             tokens, positions = _columns(rows, zeros, start, min(start + width, longest))
@@ -199,7 +198,7 @@ class Session:
         at_least("batch", batch, 1)
         if capacity is not None:
             self.require_room(at_least("capacity", capacity, 1), self.capacity)
-        given = {**self._nothing(batch), **fetched_inputs(self.manifest, fetched or {}, batch)}
+        given = fetched_inputs(self.manifest, fetched or {}, batch)
         run = self.runner.new_state(batch, capacity)
         return SessionState(run, np.zeros(batch, np.int64), None, self._limit(capacity), given)
 
@@ -344,13 +343,8 @@ class Session:
         lengths = arrays["lengths"]
         limit = self._limit(capacity)
         self.require_room(int(lengths.max()), limit)
-        held = {name.removeprefix("state."): array for name, array in arrays.items() if name.startswith("state.")}
-        fetched = {name: arrays[f"fetched.{name}"] for name in self._nothing(len(lengths))}
+        held, fetched = _below(arrays, "state."), _below(arrays, "fetched.")
         return SessionState(self.runner.restore(held, capacity), lengths, arrays.get("last"), limit, fetched)
-
-    def _nothing(self, batch: int) -> dict[str, Array]:
-        """Return what ``batch`` sequences are given that nothing is fetched for."""
-        return {port.name: port.nothing(batch) for port in self.manifest.inputs if port.role == "fetched"}
 
     def _limit(self, capacity: int | None) -> int | None:
         """Return the capacity of a state: the room allocated counts only where a state grows."""
@@ -392,6 +386,10 @@ class Session:
                 size = "" if limit is None else f" of {limit} tokens"
                 raise MemcError("E200", f"token id {bad[0]} in row {index} is outside of the vocabulary{size}")
         return rows
+
+
+def _below(arrays: Mapping[str, npt.NDArray[Any]], prefix: str) -> dict[str, Array]:
+    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
 
 
 def _columns(rows: Sequence[I64], lengths: I64, start: int, stop: int) -> tuple[I64, I64]:

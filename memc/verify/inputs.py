@@ -40,9 +40,10 @@ def inputs_of(program: Program, tokens: Tensor, *, fetch: bool = False) -> tuple
                 made.append(tokens.to(spec.dtype))
             case "positions":
                 made.append(positions_of(tokens).to(spec.dtype))
+            case "fetched" if fetch:
+                made.append(shape[-1] ** -0.5 * _drawn(spec, shape, 2, generator))
             case "fetched":
-                scale = shape[-1] ** -0.5 if fetch else 0.0
-                made.append(scale * _drawn(spec, shape, 2, generator))
+                made.append(torch.zeros(shape, dtype=spec.dtype))
             case "other":
                 made.append(_drawn(spec, shape, rows_read(program, node) or 2, generator))
     return tuple(made)

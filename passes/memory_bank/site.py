@@ -104,7 +104,7 @@ class MemoryBank(Pass):
         blocks = [block for block in _feed_forward(editor.program) if (block.layer, block.path) in planned]
         details: dict[str, Any] = {str(block.layer): self._rewrite(editor, block) for block in blocks}
         result = editor.finish()
-        details |= {"levels": list(self.levels), "fetched_bytes": result.fetched_bytes}
+        details["total"] = {"levels": list(self.levels), "fetched_bytes": result.fetched_bytes}
         return result, PassReport(plan.spec, plan.sites, plan.rejections, plan.relations, details=details)
 
     def _named(self, known: set[int]) -> set[int]:

@@ -6,12 +6,12 @@ import json
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from memc import api
 from memc.bank import Bank
 from memc.bank.build import BLOCK, BankModel, BuildOptions, build_bank
 from memc.bank.encoder import Encoder
@@ -21,37 +21,7 @@ from memc.bank.sentence import SentenceFacts, prepare_encoder, sentence_facts
 from memc.cli import main
 from memc.progress import Silent
 from tests.bank.test_records import refused
-from tests.bank.tiny_bank import TOPICS, WIDTH, text, words, write_encoder, write_model, write_texts
-
-MODEL = BankModel("tiny", "0", (0, 1), 12)
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Hold a model, an encoder converted once, and texts."""
-    folder = tmp_path_factory.mktemp("bank")
-    write_model(folder / "model")
-    sentence = write_encoder(folder / "sentence")
-    api.convert(sentence, folder / "encoder", recipe="dense", backend="eager")  # onnx takes ten times as long
-    for name in ("modules.json", "sentence_bert_config.json"):
-        (folder / "encoder" / name).write_bytes((sentence / name).read_bytes())
-    write_texts(folder / "texts", 40)
-    return folder
-
-
-def sources(place: Path) -> list[str]:
-    return sorted(map(str, (place / "texts").glob("*.jsonl")))
-
-
-def options(place: Path, **changed: object) -> BuildOptions:
-    given: dict[str, object] = {"ranks": (4, 2), "branch": 4, "encoder": str(place / "encoder"), "seed": 7}
-    return BuildOptions(**{**given, **changed})  # type: ignore[arg-type]
-
-
-@pytest.fixture(scope="module")
-def built(place: Path) -> Path:
-    build_bank(MODEL, sources(place), place / "bank", options(place))
-    return place / "bank"
+from tests.bank.tiny_bank import TOPICS, WIDTH, text, words, write_encoder, write_texts
 
 
 def test_topics_become_clusters_and_texts_find_them(built: Path) -> None:
@@ -75,19 +45,23 @@ def test_every_passage_is_where_descent_leads(built: Path) -> None:
     assert sum(bank.tree.counts[1]) == len(bank.passages) == 160
 
 
-def test_the_same_seed_gives_the_same_bytes(place: Path, built: Path, tmp_path: Path) -> None:
-    build_bank(MODEL, sources(place), tmp_path / "bank", options(place))
+def test_the_same_seed_gives_the_same_bytes(
+    place: Path, built: Path, tmp_path: Path, owner: BankModel, sources: list[str], options: BuildOptions
+) -> None:
+    build_bank(owner, sources, tmp_path / "bank", options)
     names = sorted(p.relative_to(built) for p in built.rglob("*") if p.is_file() and ENCODER not in p.parts)
     assert all((tmp_path / "bank" / name).read_bytes() == (built / name).read_bytes() for name in names)
 
 
-def test_a_build_that_is_killed_goes_on(place: Path, built: Path, tmp_path: Path) -> None:
+def test_a_build_that_is_killed_goes_on(
+    place: Path, built: Path, tmp_path: Path, owner: BankModel, sources: list[str], options: BuildOptions
+) -> None:
     out = tmp_path / "bank"
     child = os.fork()
     if child == 0:
         encode = Encoder.encode
         Encoder.encode = lambda self, texts: (time.sleep(0.5), encode(self, texts))[1]  # type: ignore[method-assign]
-        build_bank(MODEL, sources(place), out, options(place))
+        build_bank(owner, sources, out, options)
         os._exit(0)
     embedded = tmp_path / "bank.partial" / "passages" / EMBEDDINGS
     began = time.monotonic()
@@ -100,40 +74,51 @@ def test_a_build_that_is_killed_goes_on(place: Path, built: Path, tmp_path: Path
     with embedded.open("ab") as stream:
         stream.write(b"half a row")
     before = embedded.stat().st_mtime
-    build_bank(MODEL, sources(place), out, options(place))
+    build_bank(owner, sources, out, options)
     assert (out / "passages" / EMBEDDINGS).stat().st_mtime > before
     for name in ("bank.json", "tree.safetensors", "passages/embeddings.bin", "passages/clusters.bin", "records.bank"):
         assert (out / name).read_bytes() == (built / name).read_bytes(), name
 
 
-def test_what_is_built_already_or_otherwise_is_not_gone_on_with(place: Path, built: Path, tmp_path: Path) -> None:
-    refused("E204", build_bank, MODEL, sources(place), built, options(place))
+def test_what_is_built_already_or_otherwise_is_not_gone_on_with(
+    place: Path, built: Path, tmp_path: Path, owner: BankModel, sources: list[str], options: BuildOptions
+) -> None:
+    refused("E204", build_bank, owner, sources, built, options)
     out = tmp_path / "bank"
     few = str(write_texts(tmp_path / "few", 1)[0])
-    refused("E207", build_bank, MODEL, [few], out, options(place))
-    refused("E204", build_bank, MODEL, sources(place), out, options(place))
-    build_bank(MODEL, sources(place), out, options(place), fresh=True)
+    refused("E207", build_bank, owner, [few], out, options)
+    refused("E204", build_bank, owner, sources, out, options)
+    build_bank(owner, sources, out, options, fresh=True)
 
 
-def test_data_that_are_no_bank_are_refused(place: Path, tmp_path: Path) -> None:
+def test_data_that_are_no_bank_are_refused(
+    place: Path, tmp_path: Path, owner: BankModel, options: BuildOptions
+) -> None:
     empty = tmp_path / "empty.txt"
     empty.write_text(" \n")
-    refused("E207", build_bank, MODEL, [str(empty)], tmp_path / "a", options(place))
-    refused("E207", build_bank, MODEL, [str(tmp_path / "none")], tmp_path / "b", options(place))
+    refused("E207", build_bank, owner, [str(empty)], tmp_path / "a", options)
+    refused("E207", build_bank, owner, [str(tmp_path / "none")], tmp_path / "b", options)
     few = [str(tmp_path / "few.jsonl")]
     Path(few[0]).write_text(json.dumps({"text": "w0x1"}))
-    message = refused("E207", build_bank, MODEL, few, tmp_path / "c", options(place))
+    message = refused("E207", build_bank, owner, few, tmp_path / "c", options)
     assert "1 passages, fewer than the 16 clusters" in message
     for wrong in ({"ranks": (0, 0)}, {"ranks": ()}, {"branch": 1}, {"ranks": (4, -1)}):
-        refused("E200", lambda wrong=wrong: options(place, **wrong))
+        refused("E200", lambda wrong=wrong: replace(options, **wrong))
 
 
-def test_little_disk_or_memory_is_told_before(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_little_disk_or_memory_is_told_before(
+    place: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    owner: BankModel,
+    sources: list[str],
+    options: BuildOptions,
+) -> None:
     monkeypatch.setattr("memc.bank.build.ENCODER_BYTES", 1 << 60)
-    refused("E502", build_bank, MODEL, sources(place), tmp_path / "a", options(place))
+    refused("E502", build_bank, owner, sources, tmp_path / "a", options)
     monkeypatch.undo()
     monkeypatch.setattr("memc.bank.build.memory_bytes", lambda: 100)
-    refused("E501", build_bank, MODEL, sources(place), tmp_path / "b", options(place))
+    refused("E501", build_bank, owner, sources, tmp_path / "b", options)
 
 
 def test_a_decoder_is_no_encoder(place: Path, tmp_path: Path) -> None:
@@ -197,9 +182,9 @@ def test_passages_end_where_text_does() -> None:
     assert list(cut(["  \n "], 200)) == [] and list(cut([], 200)) == []
 
 
-def test_the_commands(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_commands(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], sources: list[str]) -> None:
     out = str(tmp_path / "bank")
-    words = ["bank", "build", "--model", str(place / "model"), "--data", *sources(place)[:1], "-o", out]
+    words = ["bank", "build", "--model", str(place / "model"), "--data", *sources[:1], "-o", out]
     sizes = ["--levels", "1", "--branch", "2", "--ranks", "3", "--encoder", str(place / "encoder")]
     assert main([*words, "--levels", "2", "--ranks", "3"]) == 2
     assert "1 ranks for 2 levels" in capsys.readouterr().err

@@ -44,12 +44,27 @@ def write_texts(folder: Path, passages: int = 12) -> list[str]:
     return files
 
 
+def vocabulary() -> list[str]:
+    """Return all tokens, the special ones first."""
+    return ["[PAD]", "[CLS]", "[SEP]", "[UNK]", *(word for topic in range(TOPICS) for word in words(topic))]
+
+
+def word_tokenizer(single: str) -> Tokenizer:
+    """Return a tokenizer of whole words that frames a text as ``single`` says."""
+    names = vocabulary()
+    tokenizer = Tokenizer(models.WordLevel({name: number for number, name in enumerate(names)}, unk_token="[UNK]"))
+    tokenizer.add_special_tokens(["[PAD]", "[CLS]", "[SEP]"])
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
+    return tokenizer
+
+
 def write_encoder(folder: Path, *, width: int = WIDTH) -> Path:
     """Write a random BERT with a tokenizer of whole words, as sentence-transformers would."""
     from transformers import BertConfig, BertModel
 
     torch.manual_seed(0)
-    names = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", *(word for topic in range(TOPICS) for word in words(topic))]
+    names = vocabulary()
     config = BertConfig(
         vocab_size=len(names),
         hidden_size=width,
@@ -64,12 +79,7 @@ def write_encoder(folder: Path, *, width: int = WIDTH) -> Path:
     with torch.no_grad():  # words of a topic are alike
         model.embeddings.word_embeddings.weight[4:] = 2 * centres + 0.3 * torch.randn(TOPICS * WORDS, width)
     model.save_pretrained(folder)
-    tokenizer = Tokenizer(models.WordLevel({name: number for number, name in enumerate(names)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
-    )
-    tokenizer.save(str(folder / "tokenizer.json"))
+    word_tokenizer("[CLS] $A [SEP]").save(str(folder / "tokenizer.json"))
     kinds = [("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize")]
     modules = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for kind, path in kinds]
     (folder / "modules.json").write_text(json.dumps(modules))
@@ -80,20 +90,22 @@ def write_encoder(folder: Path, *, width: int = WIDTH) -> Path:
 
 
 def write_model(folder: Path) -> Path:
-    """Write a random decoder of two layers without a tokenizer."""
+    """Write a random decoder of two layers, with a tokenizer of whole words."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=31,
+        vocab_size=len(vocabulary()),
         hidden_size=12,
         intermediate_size=20,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
+        initializer_range=0.5,
         max_position_embeddings=64,
     )
     LlamaForCausalLM(config).eval().save_pretrained(folder)
+    word_tokenizer("[CLS] $A").save(str(folder / "tokenizer.json"))
     return folder
 
 

@@ -514,3 +514,24 @@ def bank(*, trained: bool = False, cluster: bool = False) -> b.BankDocument:
         levels=levels,
         cluster=found if cluster else None,
     )
+
+
+def bank_trained() -> b.BankTrainDocument:
+    jobs = [
+        b.BankJob(
+            job=job,
+            passages=passages,
+            blocks=17,
+            steps=passages,
+            tokens=256 * passages,
+            loss_first=3.75,
+            loss_last=3.25 if passages else None,
+            seconds=passages / 2,
+        )
+        for job, passages in (("0", 812), ("15", 1466), ("generic", 2278))
+    ]
+    rows = [
+        b.BankHeldOut(cluster="0", tokens=2040, original=38.5, block=32.25, generic=32.5, wrong=39.125),
+        b.BankHeldOut(cluster="15", tokens=1530, original=50.25, block=34.5, generic=None, wrong=51.0),
+    ]
+    return b.BankTrainDocument(bank="bank", jobs=jobs, held_out=rows)

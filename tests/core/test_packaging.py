@@ -23,6 +23,7 @@ CONTENTS = (
     "memc/passes/prune/__init__.py",
     "memc/backends/eager/__init__.py",
     "memc/backends/onnx/__init__.py",
+    "memc/backends/tvm/__init__.py",
     "memc/kernels/__init__.py",
     "memc/recipes/long-context.yaml",
     "memc/recipes/streaming.yaml",

@@ -6,7 +6,7 @@ from functools import cache
 
 from tvm.script import tirx as T
 
-from memc.backends.tvm.isa import Tile
+from memc.backends.tvm.isa import Tile, columns_of
 from memc.backends.tvm.kernels.common import PrimFunc
 
 BLOCK = 32
@@ -70,6 +70,49 @@ def linear(out: int, into: int, tile: Tile, *, bias: bool) -> PrimFunc:
                 block(x, w, y, b, index, m // tile.rows * tile.rows + rest, 1)
 
     return linear_
+
+
+@cache
+def head_linear(heads: int, out: int, into: int, tile: Tile) -> PrimFunc:
+    """Make ``y [B,heads,T,out] = x [B,heads,T,into] w`` with a weight for each head.
+
+    ``w [heads, ceil(out / columns), into, columns]``, as of :func:`linear`.
+    """
+    columns = columns_of(out, tile)
+    tiles = -(-out // columns)
+
+    @T.inline
+    def block(x, w, y, b, h, index, row, rows):
+        acc = T.alloc_buffer((rows, columns), "float32", scope="local")
+        _clear(acc, rows, columns)
+        for k in T.serial(into):
+            for i in T.unroll(rows):
+                for j in T.vectorized(columns):
+                    acc[i, j] = acc[i, j] + x[b, h, row + i, k] * w[h, index, k, j]
+        for i in T.unroll(rows):
+            if out % columns == 0:
+                for j in T.vectorized(columns):
+                    y[b, h, row + i, index * columns + j] = acc[i, j]
+            else:
+                for j in T.serial(columns):
+                    if index * columns + j < out:
+                        y[b, h, row + i, index * columns + j] = acc[i, j]
+
+    @T.prim_func(private=True)
+    def head_linear_(x_: T.handle, w_: T.handle, y_: T.handle):
+        T.func_attr({"tirx.noalias": True})
+        batch, tokens = T.int64(), T.int64()
+        x = T.match_buffer(x_, (batch, heads, tokens, into), "float32")
+        w = T.match_buffer(w_, (heads, tiles, into, columns), "float32")
+        y = T.match_buffer(y_, (batch, heads, tokens, out), "float32")
+        for unit in T.parallel(batch * heads):
+            for index in T.serial(tiles):
+                for group in T.serial(tokens // tile.rows):
+                    block(x, w, y, unit // heads, unit % heads, index, group * tile.rows, tile.rows)
+                for rest in T.serial(tokens % tile.rows):
+                    block(x, w, y, unit // heads, unit % heads, index, tokens // tile.rows * tile.rows + rest, 1)
+
+    return head_linear_
 
 
 @cache

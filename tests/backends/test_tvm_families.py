@@ -1,0 +1,33 @@
+"""Captured families run in the tvm backend as in the program, unrewritten and after each pass that it takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tvm_support import build
+
+from tests.backends.runs import SCENARIOS, compare
+from tests.backends.test_families_lowered import rewrite
+from tests.core.test_families import raised
+
+TOLERANCE = 1e-4
+FAMILIES = ("llama", "gemma2", "phi3", "bloom", "gpt2")
+PASSES = ("", "window:window=4,sinks=2", "linearize:window=4,sinks=2,feature_size=12")
+QUICK = {("gpt2", ""), ("llama", PASSES[2])}
+
+CASES = [
+    pytest.param(name, spec, marks=() if (name, spec) in QUICK else pytest.mark.conformance)
+    for name in FAMILIES
+    for spec in PASSES
+    if (name, spec) != ("bloom", PASSES[2])  # rejected: it cannot hold ALiBi
+]
+
+
+@pytest.mark.parametrize(("name", "spec"), CASES)
+def test_a_family_runs_compiled(name: str, spec: str, tmp_path: Path) -> None:
+    program = rewrite(name, spec) if spec else raised(name)[0].program
+    assert program is not None
+    runner = build(program, tmp_path)
+    for scenario in ("prompt", "pieces", "padding"):
+        assert compare(program, runner, SCENARIOS[scenario]) < TOLERANCE, scenario
