@@ -250,6 +250,36 @@ def test_a_conversation_goes_on_from_its_state(session: Session) -> None:
     talk(session, script)
 
 
+def test_what_is_fetched_is_settled_by_the_whole_first_prompt(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[int]] = []
+    given: list[Any] = []
+    prefill = session.prefill
+
+    def noted(ids: Any, state: Any, *, fetched: Any = None) -> Any:
+        given.append(fetched or {})
+        return prefill(ids, state)
+
+    monkeypatch.setattr(session, "chunk", 4)
+    monkeypatch.setattr(session, "prefill", noted)
+    monkeypatch.setattr(session, "fetch", lambda rows: asked.append(rows[0].tolist()) or {"bank_0": len(asked)})
+    ids = list(range(20, 31))
+
+    async def script(made: httpx2.AsyncClient) -> None:
+        first = await made.post("/v1/completions", json={**PROMPT, "prompt": ids, "max_tokens": 2})
+        assert first.json()["usage"]["prompt_tokens"] == 11
+        assert asked == [ids] and given == [{"bank_0": 1}, {}, {}, {}]
+        first_ids = session.generate(ids, max_new_tokens=2).ids
+        given.clear()
+        longer = {**PROMPT, "prompt": [*ids, *first_ids, 7, 8, 9, 7, 8, 9], "max_tokens": 1}
+        again = await made.post("/v1/completions", json=longer)
+        assert again.json()["usage"]["prompt_tokens_details"]["cached_tokens"] == 12
+        assert asked == [ids] and not any(given), "a conversation keeps what it has"
+
+    talk(session, script)
+
+
 def test_states_that_grow_are_not_kept(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     grown = make(tmp_path, grows=True)
