@@ -318,6 +318,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"prompt": ["a", "b"]}, "prompt"),
     ({"prompt": []}, ""),
     ({"prompt": [400]}, ""),
+    ({"prompt": [1 << 70]}, "prompt"),
+    ({"prompt": [-1]}, "prompt"),
+    ({"prompt": "a\ud800"}, ""),
+    ({"prompt": "a", "temperature": float("nan")}, ""),
+    ({"prompt": "a", "\ud800": 1}, ""),
     ({"prompt": "a", "logprobs": 0}, "logprobs"),
     ({"prompt": "a", "logit_bias": {"5": 1}}, "logit_bias"),
     ({"prompt": "a", "n": 2}, "n"),
@@ -329,7 +334,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 def test_what_is_wrong_is_named(session: Session) -> None:
     async def script(made: httpx2.AsyncClient) -> None:
         for body, param in REFUSED:
-            answer = await made.post("/v1/completions", json={"model": "tiny", **body})
+            content = json.dumps({"model": "tiny", **body})
+            answer = await made.post("/v1/completions", content=content, headers={"content-type": "application/json"})
             error = answer.json()["error"]
             assert answer.status_code == 400, body
             assert error["type"] == "invalid_request_error" and error["message"]
