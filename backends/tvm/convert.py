@@ -46,9 +46,10 @@ class Converters:
             "linear_memory": self._linear_memory,
         }
         own = {f"tvm_{name}.default": form for name, form in forms.items()}
-        # The importer bounds whole numbers by infinity, which they do not have, and knows a view by one name alone.
+        # The importer bounds whole numbers by infinity, which they do not have, knows a view by one name alone, and
+        # lets an index out of range read other memory.
         clamps = dict.fromkeys(("clamp.default", "clamp_min.default", "clamp_max.default"), _clamp)
-        return {**own, **clamps, "_unsafe_view.default": _view}
+        return {**own, **clamps, "_unsafe_view.default": _view, "index_select.default": _index_select}
 
     def _function(self, importer: Importer, make: Callable[..., PrimFunc], *args: Any, **options: Any) -> Any:
         key = (make.__name__, args, tuple(sorted(options.items())))
@@ -158,6 +159,11 @@ def _clamp(node: Node, importer: Importer) -> Var:
         if bounds.get(bound) is not None:
             x = importer.block_builder.emit(form(x, relax.const(bounds[bound], x.ty.dtype)))
     return x
+
+
+def _index_select(node: Node, importer: Importer) -> Var:
+    x, axis, index = importer.retrieve_args(node)
+    return importer.block_builder.emit(relax.op.take(x, index, axis, mode="clip"))
 
 
 def _view(node: Node, importer: Importer) -> Var:

@@ -81,7 +81,8 @@ class TvmRunner(SlotRunner):
         self, feeds: dict[str, Array], sizes: Mapping[str, int], state: Any, keep: npt.NDArray[np.int64] | None
     ) -> npt.NDArray[np.float32]:
         """Run the library once; see ``SlotRunner.call``. Raises ``MemcError`` E200 for ids out of range."""
-        for name, rows in self.info.limits.items():
+        limits = {**self.info.limits, **({self.keep: sizes["T"]} if self.keep is not None else {})}
+        for name, rows in limits.items():
             if feeds[name].size and not (feeds[name].min() >= 0 and feeds[name].max() < rows):
                 message = f"an input is out of range: {name} holds ids that are not below {rows}"
                 raise MemcError("E200", message, self.manifest.source)
