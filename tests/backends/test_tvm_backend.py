@@ -71,6 +71,14 @@ def test_state_round_trip_and_rows(decoder: Path) -> None:
         np.testing.assert_array_equal(runner.run(at[rows], at[rows], copy), want[rows])
 
 
+def test_threads_change_nothing(decoder: Path) -> None:
+    positions = np.array([np.arange(11), np.arange(11) - 1])
+    one, two = load(decoder), TvmBackend().load(decoder, read_manifest(decoder), 2)
+    found = two.run(np.maximum(positions, 0), positions, two.new_state(2))
+    np.testing.assert_array_equal(one.run(np.maximum(positions, 0), positions, one.new_state(2)), found)
+    load(decoder)  # the pool of threads is the process's
+
+
 def test_a_run_imports_no_torch_and_no_compiler(decoder: Path) -> None:
     code = (
         "import sys, numpy as np; from pathlib import Path; from memc.artifact import read_manifest;"

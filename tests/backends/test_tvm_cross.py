@@ -26,6 +26,7 @@ from memc.conversion.again import lower_again
 from memc.errors import MemcError
 from memc.recipe import Recipe
 from memc.target import get_target
+from tests.families import raw_program
 
 DRIVER = Path(__file__).with_name("kernel_driver.c")
 ARM = isa_of(get_target("aarch64"))
@@ -137,7 +138,8 @@ def test_a_library_for_another_processor_links_and_is_refused_here(tmp_path: Pat
 @needs_gcc
 @pytest.mark.conformance
 def test_a_conversion_for_another_processor_says_that_it_was_not_run(tmp_path: Path) -> None:
-    document = convert(ops.llama("attention", layers=1), tmp_path / "out", target="aarch64", recipe=Recipe(recipe=1))
+    program, _ = raw_program("llama")
+    document = convert(program, tmp_path / "out", target="aarch64", recipe=Recipe(recipe=1))
     assert document.backend == "tvm"
     assert "compiled, not run" in document.forms["library"]
     assert "lowered_logits" not in {check.name for check in document.checks}
