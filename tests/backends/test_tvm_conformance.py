@@ -53,7 +53,8 @@ def test_quantised_weights_are_what_their_codes_stand_for(weights: str, tmp_path
     program = ops.llama("attention", layers=1)
     runner = build(program, tmp_path, weights=weights)
     reference = dequantised(program, int(weights[3:]))
-    assert compare(reference, runner, SCENARIOS["pieces"]) < TOLERANCE
+    for scenario in ("pieces", "restart inside"):  # few rows, whose values are made as they are read, and many
+        assert compare(reference, runner, SCENARIOS[scenario]) < TOLERANCE
     assert compare(program, runner, SCENARIOS["pieces"]) > 10 * TOLERANCE
 
 
