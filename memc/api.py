@@ -51,6 +51,7 @@ def convert(
     context: int | None = None,
     data: Sequence[str] = (),
     tokens: int | None = None,
+    fit: str | None = None,
     dry_run: bool = False,
     fresh: bool = False,
     force: bool = False,
@@ -63,12 +64,13 @@ def convert(
     """Convert a model into the artifact ``out`` and return the document that says what was done.
 
     ``model`` is what the command line takes, or a program that ``memc.capture`` made.
-    ``recipe`` is a name, a file or a ``Recipe``; None is ``long-context``, or no recipe where ``passes`` are given. The
-    other options replace what the recipe says; ``passes`` come after its own. Raises ``MemcError`` as
-    ``memc.conversion.driver.convert_model``, and E201 to E203 for a recipe, pass, target or backend that is not right.
+    ``recipe`` is a name, a file or a ``Recipe``; None is ``long-context``, or no recipe where ``passes`` or limits to
+    ``fit`` are given. The other options replace what the recipe says; ``passes`` come after its own. Raises
+    ``MemcError`` as ``memc.conversion.driver.convert_model``, and E201 to E203 for a recipe, pass, target or backend
+    that is not right.
     """
     if recipe is None:
-        recipe = Recipe(recipe=1) if passes else "long-context"
+        recipe = Recipe(recipe=1) if passes or fit else "long-context"
     chosen = load_recipe(recipe) if isinstance(recipe, str) else recipe
     resolved = chosen.resolved(
         passes=passes,
@@ -77,6 +79,7 @@ def convert(
         weights=weights or chosen.weights or "fp32",
         context=context,
         seed=seed,
+        fit=fit,
     )
     hardware = get_target(target)
     request = Request(

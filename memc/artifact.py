@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from memc.errors import MemcError
 
 MANIFEST = "memc.json"
 SCHEMA = "memc.artifact/1"
+
+
+@lru_cache(maxsize=8)
+def _zeros(shape: tuple[int, ...], dtype: str) -> npt.NDArray[np.generic]:
+    """Make zeros once for all inputs of one shape, which are as many as layers and come with every token."""
+    return np.zeros(shape, dtype)
 
 
 class Port(BaseModel):
@@ -24,6 +33,10 @@ class Port(BaseModel):
     role: Literal["tokens", "positions", "fetched", "keep", "other", "logits"]
     dtype: str
     shape: list[int | str]
+
+    def nothing(self, batch: int) -> npt.NDArray[np.generic]:
+        """Return what ``batch`` sequences are given that nothing is fetched for: zeros, which are not to be written."""
+        return _zeros(tuple(batch if size == "B" else int(size) for size in self.shape), self.dtype)
 
 
 class State(BaseModel):

@@ -109,10 +109,11 @@ class Runner(ABC):
     ) -> npt.NDArray[np.float32]:
         """Run ``tokens [B,T]`` at ``positions [B,T]`` (-1 is padding) and advance ``state`` in place.
 
-        ``inputs`` are all others by name; tokens or positions that are None are looked for there, and those that the
-        program does not take are not read. ``keep [K]`` lists the columns whose logits are wanted, all when None.
-        Returns the first output as float32, a decoder's logits ``[B,K,vocab]``. Raises ``MemcError`` E208 for an input
-        that is missing, E200 for values that the program cannot take.
+        ``inputs`` are all others by name; tokens or positions that are None are looked for there, those that the
+        program does not take are not read, and what is fetched is zero where it is not given. ``keep [K]`` lists the
+        columns whose logits are wanted, all when None. Returns the first output as float32, a decoder's logits
+        ``[B,K,vocab]``. Raises ``MemcError`` E208 for an input that is missing, E200 for values that the program cannot
+        take.
         """
 
     def gather(
@@ -127,6 +128,8 @@ class Runner(ABC):
             given = {"tokens": tokens, "positions": positions}.get(port.role)
             if given is not None:
                 found[port.name] = given
+            elif port.role == "fetched" and tokens is not None and port.name not in found:
+                found[port.name] = port.nothing(len(tokens))
             elif port.name not in found and port.role != "keep":
                 hint = f"give {port.name}=ARRAY of {port.dtype} {port.shape}"
                 raise MemcError("E208", f"the model's input {port.name!r} is not given", self.manifest.source, hint)

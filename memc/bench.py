@@ -86,6 +86,10 @@ def bench(
         sides=dict(sources or {name: str(session.folder) for name, session in sides.items()}),
         rows=[],
     )
+    if not _cut_alike(list(sides.values())):
+        document.warnings.append(
+            "the two have different tokenizers: a token of one is not as much text as one of the other"
+        )
     random = np.random.default_rng(seed)
     for context in sorted(contexts):
         fitting = {name: side for name, side in sides.items() if _fits(side, context + steps + WARM_UP)}
@@ -102,6 +106,12 @@ def bench(
         largest = min(side.capacity or 0 for side in sides.values())
         raise MemcError("E206", "every context is past the capacity", next=f"--contexts {max(largest // 2, 1)}")
     return document
+
+
+def _cut_alike(sides: Sequence[Session]) -> bool:
+    """Tell whether tokens mean the same to all sides, as far as they say."""
+    told = [side for side in sides if (side.folder / "tokenizer.json").is_file()]
+    return all(side.text.cuts_like(told[0].text) for side in told[1:])
 
 
 def _start(name: str, session: Session, context: int, steps: int, random: np.random.Generator) -> Runner:

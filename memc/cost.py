@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -46,6 +46,9 @@ A larger one stays in its file, in its own type, and its parameters are converte
 WORKING = 6
 """Copies in float32 of the largest parameter that lowering and checking hold at once, at most."""
 
+CHANNELS = 8
+"""Cores that a socket's memory channels feed: more of them read no more."""
+
 # Memory of the process itself, with torch and the runtime loaded, and time of a conversion for one graph node.
 _BASE_RSS = 800_000_000
 _BASE_SECONDS = 10.0
@@ -61,6 +64,44 @@ class Work:
     kernels: int
 
 
+@dataclass(frozen=True)
+class Demand:
+    """What one new token of one sequence asks of the hardware at a context; ``state_bytes`` are held there."""
+
+    flops: float
+    weight_bytes: float
+    state_bytes_read: float
+    kernels: int
+    state_bytes: int
+
+    @property
+    def bytes_read(self) -> float:
+        """Bytes of weights and of states that are read."""
+        return self.weight_bytes + self.state_bytes_read
+
+    def __add__(self, other: Demand) -> Demand:
+        """Return what both ask together."""
+        return Demand(*(mine + its for mine, its in zip(astuple(self), astuple(other), strict=True)))
+
+    def __sub__(self, other: Demand) -> Demand:
+        """Return what this one asks more."""
+        return Demand(*(mine - its for mine, its in zip(astuple(self), astuple(other), strict=True)))
+
+
+NOTHING = Demand(0.0, 0.0, 0.0, 0, 0)
+
+
+def demands(program: Program, contexts: Sequence[int], weights: str = "fp32") -> dict[int, Demand]:
+    """Return what a token asks at each context, its weights (of a type) read once; as :func:`predict` counts it."""
+    kinds = _parameter_kinds(program)
+    read = sum(_read(tensor, kinds.get(name, set()), weights) for name, tensor in _parameters(program))
+    done = {context: work(program, context) for context in contexts}
+    return {
+        context: Demand(one.flops, read, one.state_bytes_read, one.kernels, program.state_bytes(context))
+        for context, one in done.items()
+    }
+
+
 def predict(
     program: Program,
     target: Target,
@@ -71,29 +112,29 @@ def predict(
 ) -> Predicted:
     """Predict the cost of a program on a target.
 
-    Every node must have ``meta['val']`` (``memc.infer.infer``); parameters may be fake. Time per token is the slower of
-    computing and reading at the target's peak rates, plus one launch per kernel; targets without rates get none. The
-    rates of the target ``cpu`` are per core: ``threads`` (default: all cores) multiplies them. Of a mixture of experts
-    every expert counts, so its figures are upper bounds. An encoder holds no state and decodes nothing: it has neither
-    bytes of state nor time per token.
+    Every node must have ``meta['val']`` (``memc.infer.infer``); parameters may be fake. Time per token is the
+    slower of computing and reading at the target's peak rates, plus one launch per kernel; targets without rates
+    get none. State is read at the rate of attention where the target has one. The rates of the target ``cpu`` are
+    per core: ``threads`` (default: all cores) multiplies them. Of a mixture of experts every expert counts, so its
+    figures are upper bounds. An encoder holds no state and decodes nothing: it has neither bytes of state nor time
+    per token.
     """
     decoded = contexts if program.model.decoder else ()
     kinds = _parameter_kinds(program)
     weight_bytes = sum(_stored(tensor, kinds.get(name, set()), weights) for name, tensor in _parameters(program))
-    read = sum(_read(tensor, kinds.get(name, set()), weights) for name, tensor in _parameters(program))
-    done = {context: work(program, context) for context in contexts}
-    bytes_read = {context: read + one.state_bytes_read for context, one in done.items()}
+    asked = demands(program, contexts, weights)
     source_bytes = sum(tensor.numel() * tensor.element_size() for _, tensor in _parameters(program))
-    decode = {c: _decode_ms(done[c], bytes_read[c], target, weights, threads) for c in decoded}
-    flops = {context: one.flops for context, one in done.items()}
+    decode = {context: decode_ms(asked[context], target, weights, threads) for context in decoded}
+    flops = {context: one.flops for context, one in asked.items()}
     return Predicted(
         parameters=program.parameter_count,
         flops_per_token=flops[min(flops)] if flops else 0.0,
         flops_by_context=flops,
-        bytes_read_per_token={context: bytes_read[context] for context in decoded},
+        bytes_read_per_token={context: asked[context].bytes_read for context in decoded},
         decode_ms={context: ms for context, ms in decode.items() if ms is not None},
-        state_bytes={context: program.state_bytes(context) for context in decoded},
+        state_bytes={context: asked[context].state_bytes for context in decoded},
         weight_bytes=int(weight_bytes),
+        fetched_bytes=program.fetched_bytes,
         peak_rss_bytes=int(_BASE_RSS + _loaded(program, source_bytes, weight_bytes)),
         disk_bytes=int(source_bytes + weight_bytes),
         seconds=_seconds(program, source_bytes + weight_bytes, target),
@@ -216,14 +257,17 @@ def _hint(size: Any) -> int:
     return int(hint) if hint is not None else 1
 
 
-def _decode_ms(work: Work, bytes_read: float, target: Target, weights: str, threads: int | None) -> float | None:
+def decode_ms(asked: Demand, target: Target, weights: str = "fp32", threads: int | None = None) -> float | None:
+    """Return the time of a token in milliseconds by the target's roofline, None where it has no rates."""
     peak, bandwidth = target.flops.get(weights) or target.flops.get("fp32"), target.memory_bandwidth
     if not peak or not bandwidth:
         return None
+    computing = asked.flops / peak
+    reading = asked.weight_bytes / bandwidth + asked.state_bytes_read / (target.state_bandwidth or bandwidth)
     if target.name == "cpu":
         used = threads or machine.cores()
-        peak, bandwidth = peak * used, bandwidth * min(used, 8)  # a socket's channels feed about eight cores
-    return 1e3 * (max(work.flops / peak, bytes_read / bandwidth) + work.kernels * target.launch_overhead)
+        computing, reading = computing / used, reading / min(used, CHANNELS)
+    return 1e3 * (max(computing, reading) + asked.kernels * target.launch_overhead)
 
 
 def _seconds(program: Program, written: float, target: Target) -> float:

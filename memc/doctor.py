@@ -13,7 +13,8 @@ from memc import __version__, machine
 from memc.backend import Backend
 from memc.errors import MemcError
 from memc.plugins import load_plugin, registered
-from memc.report.models import BackendRow, CoverageRow, DoctorDocument, TargetRow, TargetsDocument
+from memc.report.models import BackendRow, CoverageRow, DoctorDocument
+from memc.report.tools import TargetRow, TargetsDocument
 from memc.target import Target, targets
 
 PACKAGES = (

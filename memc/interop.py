@@ -60,7 +60,7 @@ class SessionModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         """Wrap a session. Raises ``MemcError`` E208 for an encoder."""
         session.require_decoder()
         manifest = session.manifest
-        others = [port.name for port in manifest.inputs if port.role not in ("tokens", "positions", "keep")]
+        others = [port.name for port in manifest.inputs if port.role == "other"]
         if others:
             raise MemcError("E208", f"transformers gives no {', '.join(others)}", str(session.folder))
         super().__init__(
@@ -154,7 +154,11 @@ class SessionModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             wanted = keep[(keep >= start) & (keep < start + chunk)] - start
             columns = wanted if len(wanted) else np.zeros(1, np.int64)  # one must be named even when none is
             logits = self.session.runner.run(
-                np.ascontiguousarray(tokens[:, part]), np.ascontiguousarray(positions[:, part]), state.run, columns
+                np.ascontiguousarray(tokens[:, part]),
+                np.ascontiguousarray(positions[:, part]),
+                state.run,
+                columns,
+                state.fetched,
             )
             found += [np.array(logits)] if len(wanted) else []
         state.lengths = ends[:, -1].astype(np.int64)

@@ -29,6 +29,19 @@ def memory_bytes() -> int | None:
         return total
 
 
+def cache_bytes() -> int | None:
+    """Return the bytes of the largest cache of a core, None where the system does not tell."""
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    found = []
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        try:
+            text = path.read_text().strip()
+            found.append(int(text.rstrip("KMG")) * units.get(text[-1:], 1))
+        except (OSError, ValueError):
+            continue
+    return max(found, default=None)
+
+
 def cpu_name() -> str:
     """Return the processor's name as the system gives it."""
     try:

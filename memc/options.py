@@ -15,7 +15,7 @@ from memc.plugins import did_you_mean
 class Configurable:
     """A frozen dataclass whose fields, declared with :func:`option`, are its options; its spec string round-trips."""
 
-    kind: ClassVar[str]
+    noun: ClassVar[str]
     """What it is called in a message: pass or task."""
     name: ClassVar[str]
 
@@ -45,7 +45,7 @@ class Configurable:
         for key, value in options.items():
             name = key.replace("-", "_")
             if name not in fields:
-                what = f"{cls.kind} {cls.name!r} has no option {key!r}"
+                what = f"{cls.noun} {cls.name!r} has no option {key!r}"
                 raise MemcError("E203", what, next=did_you_mean(key, fields))
             values[name] = parse_option(cls.name, fields[name], value)
         return cls(**values)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -95,7 +95,7 @@ class Pass(Configurable, ABC):
     "choices": ...})``, built with :func:`option`. The spec string ``name:option=value,...`` round-trips.
     """
 
-    kind = "pass"
+    noun = "pass"
 
     @abstractmethod
     def plan(self, program: Program, target: Target) -> Plan:
@@ -138,6 +138,17 @@ class Pass(Configurable, ABC):
     def needs_training(self) -> str | None:
         """Return the option, as written, that only training can settle, or None."""
         return None
+
+    def offers(self) -> tuple[Self, ...]:
+        """Return the settings among which a conversion that is to fit limits chooses for every layer.
+
+        None unless the pass needs no training and can be told by :meth:`only` which layers to rewrite.
+        """
+        return ()
+
+    def only(self, layers: Collection[int], present: Collection[int]) -> Self:
+        """Return the pass rewriting ``layers`` alone of those ``present``; ``TypeError`` where it offers nothing."""
+        raise TypeError(f"pass {self.name!r} cannot be told which layers to rewrite")
 
     def settle(self, layers: Iterable[int]) -> Self:
         """Return the pass with the layers named that stay as they are; raises ``TypeError`` if nothing is open."""

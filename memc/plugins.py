@@ -18,6 +18,7 @@ BUILTIN = {
         "sparsify": "memc.passes.sparsify:Sparsify",
         "linearize": "memc.passes.linearize:Linearize",
         "prune": "memc.passes.prune:Prune",
+        "memory_bank": "memc.passes.memory_bank:MemoryBank",
     },
     "memc.backends": {
         "eager": "memc.backends.eager:EagerBackend",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
+from torch.fx.node import map_aggregate
 
 from memc.artifact import held
 from memc.plugins import load_kernels
@@ -22,7 +24,11 @@ InputRole = Literal["tokens", "positions", "fetched", "other"]
 
 @dataclass(frozen=True)
 class InputSpec:
-    """One placeholder of the graph that is not a state."""
+    """One placeholder of the graph that is not a state.
+
+    One of role ``fetched`` has the sizes ``B`` and fixed ones, stands before the states, and is held with a sequence
+    from call to call; all zeros is what a sequence has that nothing is fetched for.
+    """
 
     name: str
     role: InputRole
@@ -130,18 +136,48 @@ class Program:
         result: tuple[Tensor, ...] = self.module(*args)
         return result
 
+    def make_tensors_on(self, device: torch.device) -> None:
+        """Have the graph make on ``device`` the tensors that it makes on its own, in place."""
+
+        def change(item: Any) -> Any:
+            return device if isinstance(item, torch.device) else item
+
+        for node in self.module.graph.nodes:
+            node.args, node.kwargs = map_aggregate(node.args, change), map_aggregate(node.kwargs, change)
+        self.module.recompile()
+
     def new_state(self, batch: int, device: torch.device | str = "cpu") -> tuple[Tensor, ...]:
         """Allocate the states of ``batch`` fresh sequences."""
         return tuple(spec.empty(batch, device) for spec in self.states)
 
+    def nothing_fetched(self, batch: int, device: torch.device | str = "cpu") -> tuple[Tensor, ...]:
+        """Return the fetched inputs of ``batch`` sequences that nothing is fetched for: zeros."""
+        shapes = [[batch if size == "B" else int(size) for size in spec.shape] for spec in self.fetched]
+        return tuple(
+            torch.zeros(shape, dtype=spec.dtype, device=device)
+            for shape, spec in zip(shapes, self.fetched, strict=True)
+        )
+
     def run(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Return the logits ``[B, T, vocab]`` of ``tokens [B, T]`` from an empty state.
+        """Return the logits ``[B, T, vocab]`` of ``tokens [B, T]`` from an empty state, with nothing fetched.
 
         ``positions [B, T]`` defaults to 0, 1, 2, ...; -1 marks padding.
         """
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        return self(tokens, positions, *self.new_state(tokens.shape[0], tokens.device))[0]
+        batch, device = tokens.shape[0], tokens.device
+        return self(tokens, positions, *self.nothing_fetched(batch, device), *self.new_state(batch, device))[0]
+
+    @property
+    def fetched(self) -> tuple[InputSpec, ...]:
+        """The inputs that are fetched for each sequence."""
+        return tuple(spec for spec in self.inputs if spec.role == "fetched")
+
+    @property
+    def fetched_bytes(self) -> int:
+        """Bytes that are fetched for one sequence, once, and read for each of its tokens."""
+        sizes = (math.prod(size for size in spec.shape if isinstance(size, int)) for spec in self.fetched)
+        return sum(size * spec.dtype.itemsize for size, spec in zip(sizes, self.fetched, strict=True))
 
     @property
     def is_fake(self) -> bool:

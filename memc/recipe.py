@@ -80,7 +80,7 @@ class Recipe(BaseModel):
 
     Unknown keys are refused. ``data`` train what the passes add, recover what they take away, and verify the result;
     ``tokens`` says how many are trained on, 0 for none, and then all of ``data`` is there to verify. ``context`` is in
-    tokens.
+    tokens. ``fit`` are limits in place of passes, which are chosen to keep them.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -88,6 +88,7 @@ class Recipe(BaseModel):
     recipe: Literal[1]
     summary: str = ""
     passes: list[PassEntry] = Field(default_factory=list)
+    fit: str | None = None
     train: Train | None = None
     data: list[str] = Field(default_factory=list)
     tokens: int | None = Field(default=None, ge=0)
@@ -129,6 +130,7 @@ class Recipe(BaseModel):
         weights: str | None = None,
         context: int | None = None,
         seed: int | None = None,
+        fit: str | None = None,
     ) -> Recipe:
         """Return the recipe with what the command line adds: passes at the end, the rest in place of its own.
 
@@ -140,6 +142,7 @@ class Recipe(BaseModel):
             "weights": weights,
             "context": context,
             "seed": seed,
+            "fit": fit,
         }
         values = self.model_dump() | {key: value for key, value in given.items() if value is not None}
         values["passes"] = [*self.passes, *passes]

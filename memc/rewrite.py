@@ -18,7 +18,7 @@ from torch.nn import Parameter
 from memc.artifact import held
 from memc.dialect import arguments, op_spec
 from memc.infer import infer, mode_of
-from memc.program import Program, Provenance, StateSpec, get_tensor, named_tensors, set_tensor
+from memc.program import Dim, InputSpec, Program, Provenance, StateSpec, get_tensor, named_tensors, set_tensor
 
 
 @dataclass
@@ -69,6 +69,20 @@ class Editor:
             node = self.graph.placeholder(spec.name)
         node.meta["val"] = self._fresh(spec, after)
         self._states.insert(self._states.index(self._state(after)) + 1, _State(spec, node, node))
+        return node
+
+    def add_fetched(self, name: str, shape: tuple[Dim, ...]) -> Node:
+        """Add a float32 input ``[B, ...]`` that is fetched for each sequence, behind the others; return its node."""
+        inputs = self.program.inputs
+        last = self.program.placeholders()[len(inputs) - 1]
+        self.program.inputs = (*inputs, InputSpec(name, "fetched", torch.float32, shape))
+        with self.graph.inserting_after(last):
+            node = self.graph.placeholder(name)
+        like: Tensor = last.meta["val"]
+        mode = mode_of(like)
+        assert mode is not None
+        with mode:
+            node.meta["val"] = like.new_empty([like.shape[0], *map(int, shape[1:])], dtype=torch.float32)
         return node
 
     def set_next(self, placeholder: Node, value: Node) -> None:

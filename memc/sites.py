@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import torch
 
@@ -73,6 +73,12 @@ def auto_share(keep: str) -> float | None:
 def listed(layers: Iterable[int]) -> str:
     """Write layers as the option ``keep`` has them."""
     return f"[{','.join(map(str, sorted(layers)))}]"
+
+
+def all_but(layers: Collection[int], present: Collection[int]) -> str:
+    """Write the option ``keep`` that rewrites ``layers`` alone of those ``present``."""
+    others = set(present) - set(layers)
+    return listed(others) if others else "none"
 
 
 def check_heads(pass_name: str, keep: str, option: str = "keep") -> bool:

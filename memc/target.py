@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import tomllib
 from functools import cache
 from importlib.resources import files
@@ -25,17 +27,23 @@ class Target(BaseModel):
     instruction_set: str
     memory_bytes: int | None = None
     memory_bandwidth: float | None = Field(default=None, description="bytes per second")
+    state_bandwidth: float | None = Field(
+        default=None, description="bytes of state per second that attention gets through, where less than of memory"
+    )
     cache_bytes: int | None = None
     disk_bandwidth: float | None = Field(default=None, description="bytes per second")
     flops: dict[str, float] = Field(default_factory=dict, description="peak operations per second by weight type")
     launch_overhead: float = Field(default=0.0, description="seconds per kernel")
 
 
-def _folders() -> list[Path]:
-    import os
-
+def user_folder() -> Path:
+    """Return the folder of the user's own targets."""
     config = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
-    return [Path(str(files("memc"))) / "targets", config / "memc" / "targets"]
+    return config / "memc" / "targets"
+
+
+def _folders() -> list[Path]:
+    return [Path(str(files("memc"))) / "targets", user_folder()]
 
 
 @cache
@@ -61,3 +69,18 @@ def get_target(name: str) -> Target:
     if name not in targets():
         raise MemcError("E202", f"unknown target {name!r}", next=did_you_mean(name, targets()))
     return targets()[name]
+
+
+def write_target(target: Target, path: Path) -> None:
+    """Write a target as a file that is read as one. Raises ``MemcError`` E502 where that cannot be."""
+    values = target.model_dump(exclude_none=True)
+    flops = values.pop("flops")
+    # A text of JSON is one of TOML, and so is a number.
+    lines = [f"{name} = {json.dumps(value)}" for name, value in values.items()]
+    lines += ["", "[flops]", *(f"{weights} = {json.dumps(rate)}" for weights, rate in flops.items())]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise MemcError("E502", f"the target cannot be written: {error.strerror}", str(path), "give -o FILE") from error
+    targets.cache_clear()

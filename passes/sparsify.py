@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -129,6 +129,14 @@ class Sparsify(Pass):
         roles = head_roles(program)
         kept = roles.best(share, [(block.layer, block.path) for block in blocks])
         return replace(self, retrieve=sites.listed_groups(kept)), {"heads": roles.to_json(kept)}
+
+    def offers(self) -> tuple[Sparsify, ...]:
+        """Offer two budgets, from where on the larger one pays."""
+        return tuple(replace(self, budget=budget, dense_below=512) for budget in (256, 512))
+
+    def only(self, layers: Collection[int], present: Collection[int]) -> Sparsify:
+        """Return the pass keeping every other layer."""
+        return replace(self, keep=sites.all_but(layers, present))
 
     def plan(self, program: Program, target: Target) -> Plan:
         """Choose every causal attention block that ``keep`` does not name."""

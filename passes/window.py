@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from torch.fx import Node
@@ -51,6 +52,14 @@ class Window(Pass):
         """Check every option."""
         super().__post_init__()
         sites.check_keep(self.name, self.keep)
+
+    def offers(self) -> tuple[Window, ...]:
+        """Offer windows a factor of four apart."""
+        return tuple(replace(self, window=window) for window in (64, 256, 1024))
+
+    def only(self, layers: Collection[int], present: Collection[int]) -> Window:
+        """Return the pass keeping every other layer."""
+        return replace(self, keep=sites.all_but(layers, present))
 
     def plan(self, program: Program, target: Target) -> Plan:
         """Choose every causal attention block that ``keep`` does not name."""

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.fx.node import map_aggregate
 
 from memc.artifact import Manifest
 from memc.backend import Runner, RunState
@@ -52,7 +50,8 @@ class EagerRunner(Runner):
         """Move the program to ``device``; the program belongs to the runner from then on."""
         self.program, self.manifest, self.device = program, manifest, torch.device(device)
         if self.device.type != "cpu":
-            _move(program, self.device)
+            program.module.to(self.device)
+            program.make_tensors_on(self.device)
         program.module.requires_grad_(False)
 
     def new_state(self, batch: int, capacity: int | None = None) -> EagerState:
@@ -91,7 +90,10 @@ class EagerRunner(Runner):
         if not isinstance(state, EagerState):
             raise TypeError(f"a state of the eager backend, not {type(state).__name__}")
         given = self.gather(tokens, positions, inputs)
-        fed = [torch.tensor(given[s.name], dtype=s.dtype, device=self.device) for s in self.program.inputs]
+        # Not copied where it need not be: what is fetched can be as large as a layer, and comes with every token.
+        arrays = [np.require(given[spec.name], requirements=["C", "W"]) for spec in self.program.inputs]
+        specs = zip(arrays, self.program.inputs, strict=True)
+        fed = [torch.from_numpy(array).to(self.device, spec.dtype) for array, spec in specs]
         with torch.no_grad():
             try:
                 results = self.program(*fed, *(state.tensors[spec.name] for spec in self.program.states))
@@ -117,15 +119,3 @@ def _fits(sizes: tuple[int, ...], shape: tuple[int | str, ...]) -> bool:
     return len(sizes) == len(shape) and all(
         isinstance(want, str) or size == want for size, want in zip(sizes, shape, strict=True)
     )
-
-
-def _move(program: Program, device: torch.device) -> None:
-    """Move parameters, and the tensors that the graph makes on its own, to ``device``."""
-    program.module.to(device)
-
-    def change(item: Any) -> Any:
-        return device if isinstance(item, torch.device) else item
-
-    for node in program.module.graph.nodes:
-        node.args, node.kwargs = map_aggregate(node.args, change), map_aggregate(node.kwargs, change)
-    program.module.recompile()

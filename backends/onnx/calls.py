@@ -28,7 +28,7 @@ def rotary_plan(name: str, positions: Tensor, inv_freq: Tensor) -> list[Tensor]:
 
 
 def like_first(name: str, *inputs: Tensor) -> Tensor:
-    """One output with the shape of the first input (rotary, norm)."""
+    """One output with the shape of the first input (rotary, norm, bank)."""
     return _call(name, inputs, (torch.float32, inputs[0].shape))[0]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from memc.backends.onnx import attend, calls, functions, sparse, window
+from memc.backends.onnx import attend, bank, calls, functions, sparse, window
 from memc.backends.onnx.capability import has_kernel
 from memc.backends.onnx.functions import Function
 from memc.backends.onnx.simplify import simplify
@@ -99,6 +99,7 @@ class _Rewriter:
             "sparse_attention": self.sparse_attention,
             "window_memory": self.window_memory,
             "linear_memory": self.linear_memory,
+            "bank_ffn": self.bank_ffn,
         }
 
     def rewrite(self, node: Node) -> None:
@@ -220,6 +221,10 @@ class _Rewriter:
         inputs = [a[name] for name in ("query", "key", "value", "log_decay", "state")]
         beta = [a["beta"]] if a["beta"] is not None else []
         return self.parts(self.call(calls.linear_memory, form, *inputs, *plan, *beta), 2)
+
+    def bank_ffn(self, node: Node, a: Mapping[str, Any]) -> list[Node]:
+        form = bank.bank_ffn(a["activation"], self.kernel("FusedMatMul", MICROSOFT))
+        return [self.call(calls.like_first, form, a["x"], a["block"])]
 
     def _is_state(self, node: Node, past: Node, index: int) -> bool:
         """Whether ``past`` is a state that only this node reads, and output ``index`` its next value and no more."""

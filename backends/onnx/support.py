@@ -91,4 +91,8 @@ def form(node: Node) -> Yes | No:
             if not has_kernel("LinearAttention", MICROSOFT):
                 return Yes("Scan, one step a token: this runtime has no kernel for LinearAttention")
             return Yes("com.microsoft LinearAttention")
+        case "bank_ffn":
+            if has_kernel("FusedMatMul", MICROSOFT):
+                return Yes("FusedMatMul with each sequence's block, float32")
+            return Yes("Transpose, MatMul with each sequence's block, float32: this runtime has no FusedMatMul")
     return No(f"memc::{spec.name} has no lowered form in this backend")

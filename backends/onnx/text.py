@@ -20,6 +20,11 @@ _WHOLE = "Feed {inputs}. There is no padding: the rows of a call are equally lon
 
 _KEEP = "keep [K] int64 lists the columns of tokens whose logits are wanted: [T - 1] for the last."
 
+_FETCHED = (
+    "Feed {fetched} in every call: what was fetched for each sequence, zeros where nothing was. The manifest has their "
+    "shapes."
+)
+
 _GROWS = (
     'States with "grows" are buffers of S slots, S = capacity + 1: slot p holds the token at position p, the last slot '
     "takes padding; a size S/n is S divided by n, rounded up. Allocate them once; S must be the same in all. Bound "
@@ -33,6 +38,9 @@ def how_to_run(path: str, inputs: list[Port], states: list[State]) -> str:
     fed = [f"{port.name} [{','.join(map(str, port.shape))}] {port.dtype}" for port in inputs if port.role != "keep"]
     positions = any(port.role == "positions" for port in inputs)
     parts = [_START.format(path=path), _POSITIONS if positions else _WHOLE.format(inputs=" and ".join(fed))]
+    fetched = [port.name for port in inputs if port.role == "fetched"]
+    if fetched:
+        parts.append(_FETCHED.format(fetched=", ".join(fetched)))
     if any(port.role == "keep" for port in inputs):
         parts.append(_KEEP)
     if any(state.grows is not None for state in states):

@@ -128,7 +128,8 @@ def rank_blocks(
             given = expected[name][:, exact:].float().log_softmax(-1)
             for index in range(len(totals)):
                 module, states = restored(before, after, objectives, [index] if index < len(objectives) else [])
-                logits = module(tokens[row], positions[row], *(spec.empty(1, tokens.device) for spec in states))
+                rest = (*after.nothing_fetched(1, tokens.device), *(spec.empty(1, tokens.device) for spec in states))
+                logits = module(tokens[row], positions[row], *rest)
                 found = logits[:, exact:].float().log_softmax(-1)
                 totals[index] += float((given.exp() * (given - found)).sum(-1).mean()) / len(rows)
                 advance(1)

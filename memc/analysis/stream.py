@@ -35,9 +35,10 @@ class Stream:
         self._at = 0
         device = next((p.device for p in program.module.parameters()), torch.device("cpu"))
         nodes, self._held = program.placeholders(), list[dict[Node, Any]]()
+        rest = (*program.nothing_fetched(1, device), *program.new_state(1, device))
         for row in range(len(calibration.tokens)):
             given = (part[row : row + 1].to(device) for part in (calibration.tokens, calibration.positions))
-            self._held.append(dict(zip(nodes, (*given, *program.new_state(1, device)), strict=True)))
+            self._held.append(dict(zip(nodes, (*given, *rest), strict=True)))
 
     def replace(self, node: Node, source: Node, function: Callable[[Tensor], Tensor]) -> None:
         """From here on compute ``node``, which is still to come, as a function of ``source``, which it reads."""

@@ -23,11 +23,14 @@ COMMANDS = {
     "generate": "Continue a prompt with a converted model.",
     "eval": "Perplexity of a text, and how far two models are apart.",
     "bench": "Time prefill and decode over contexts, two sides interleaved.",
+    "serve": "Serve a converted model through OpenAI's HTTP interface.",
     "lower": "Lower a converted model again, for another target or backend.",
     "export": "Write a converted model as a Hugging Face folder.",
+    "bank": "Build, train and inspect a bank of blocks fetched by a prompt's text.",
     "passes": "The rewrites, with their options.",
     "recipes": "The recipes that have a name.",
     "targets": "The hardware that can be converted for.",
+    "completion": "Completion for a shell, as a script of its own.",
     "doctor": "What is installed here and what works; model coverage.",
 }
 

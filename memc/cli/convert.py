@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from memc.cli import completing
 from memc.cli.console import Console
 from memc.cli.options import (
     NATURAL,
@@ -26,14 +27,31 @@ WEIGHTS = ("fp32", "fp16", "bf16", "int8", "int4")
     "convert",
     "memc convert model.gguf -o out --recipe long-context --data book.txt --tokens 200000",
     "memc convert ./my-model -o out --pass window:window=512 --weights int8",
-    "memc convert ./my-model -o out --recipe streaming --dry-run",
+    "memc convert ./my-model -o out --fit 'state<=0.25x,ppl<=1.05x' --data book.txt --dry-run",
 )
 @model_argument
-@click.option("-o", "--out", required=True, metavar="OUT", help="Folder of the artifact.")
-@click.option("--target", default="cpu", show_default=True, help="Hardware to convert for (memc targets).")
-@click.option("--recipe", metavar="NAME|FILE", help="Recipe by name (memc recipes) or file.")
-@click.option("--pass", "passes", multiple=True, metavar="SPEC", help="A pass, after those of the recipe; repeatable.")
-@click.option("--backend", help="Backend, instead of the target's own.")
+@click.option(
+    "-o", "--out", required=True, metavar="OUT", help="Folder of the artifact.", shell_complete=completing.folders
+)
+@click.option(
+    "--target",
+    default="cpu",
+    show_default=True,
+    help="Hardware to convert for (memc targets).",
+    shell_complete=completing.targets,
+)
+@click.option(
+    "--recipe", metavar="NAME|FILE", help="Recipe by name (memc recipes) or file.", shell_complete=completing.recipes
+)
+@click.option(
+    "--pass",
+    "passes",
+    multiple=True,
+    metavar="SPEC",
+    help="A pass, after those of the recipe; repeatable.",
+    shell_complete=completing.passes,
+)
+@click.option("--backend", help="Backend, instead of the target's own.", shell_complete=completing.backends)
 @click.option("--weights", type=click.Choice(WEIGHTS), help="Type of the lowered weights.")
 @click.option("--context", type=POSITIVE, metavar="N", help="Capacity of growing states, in tokens.")
 @click.option(
@@ -48,6 +66,7 @@ WEIGHTS = ("fp32", "fp16", "bf16", "int8", "int4")
     metavar="N",
     help="Tokens to train on (0: only verify).  [default: 200000, or what there is]",
 )
+@click.option("--fit", metavar="LIMITS", help="Choose the passes to keep limits: state, decode, ppl, kl (see below).")
 @click.option("--dry-run", is_flag=True, help="Print the plan; write nothing.")
 @click.option("--fresh", is_flag=True, help="Start over instead of resuming.")
 @click.option("--force", is_flag=True, help="Replace an OUT that exists.")
@@ -66,6 +85,7 @@ def command(
     context: int | None,
     data: tuple[str, ...],
     tokens: int | None,
+    fit: str | None,
     dry_run: bool,
     fresh: bool,
     force: bool,
@@ -78,15 +98,22 @@ def command(
     Without recipe and passes the recipe is long-context. With --data, what the passes add is trained to imitate the
     original, and a part of the text is held out to measure on. Run again after an interruption it goes on from the
     last verified pass, and within a training from the last checkpoint.
+
+    --fit takes limits in place of passes: state[@N]<=SIZE or Rx, decode[@N]>=Rx or <=Tms, ppl<=Rx, kl<=NATS, with
+    commas between; N is a context in tokens (32k, or --context), Rx is times the original. Every layer is measured
+    with what the passes offer for it (once, it is kept), and the choice that loses least, or without limits of cost is
+    quickest, is converted; nothing that needs training is among them.
     """
     if tokens is not None and not data:
         raise MemcError("E200", "--tokens goes with --data, which is not given", next="add --data FILE")
     from memc.doctor import require_backend
+    from memc.fit.limits import read_limits
     from memc.recipe import Recipe, load_recipe
     from memc.target import get_target
 
-    chosen = load_recipe(recipe or "long-context") if recipe or not passes else Recipe(recipe=1)
-    resolved = chosen.resolved(passes=passes)
+    chosen = load_recipe(recipe or "long-context") if recipe or not (passes or fit) else Recipe(recipe=1)
+    resolved = chosen.resolved(passes=passes, data=data, tokens=tokens, context=context, fit=fit)
+    read_limits(resolved)
     found = get_target(target)
     require_backend(found, backend)
     resolved.build()  # an error in a spec is told before the model is read
@@ -106,6 +133,7 @@ def command(
         context=context,
         data=list(data),
         tokens=tokens,
+        fit=fit,
         dry_run=dry_run,
         fresh=fresh,
         force=force,

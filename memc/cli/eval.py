@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from memc.cli import completing
 from memc.cli.console import Console
 from memc.cli.options import NATURAL, POSITIVE, Numbers, declare, out_argument, seed_option, threads_option
 from memc.cli.sessions import open_sessions
@@ -26,7 +27,10 @@ CONTEXT = 512
 )
 @out_argument
 @click.option(
-    "--text", metavar="FILE", help="Predict a text file, .jsonl with a text on each line, or .npy of token ids."
+    "--text",
+    metavar="FILE",
+    help="Predict a text file, .jsonl with a text on each line, or .npy of token ids.",
+    shell_complete=completing.files,
 )
 @click.option("--context", type=POSITIVE, metavar="N", help=f"Tokens of each window of the text.  [default: {CONTEXT}]")
 @click.option("--contexts", type=Numbers(), help="Several windows in one go.")
@@ -36,9 +40,20 @@ CONTEXT = 512
 @click.option(
     "--samples", type=POSITIVE, default=10, show_default=True, metavar="N", help="Sequences a task, length and depth."
 )
-@click.option("--against", metavar="OUT|MODEL", help="Compare with another artifact or model, the reference.")
+@click.option(
+    "--against",
+    metavar="OUT|MODEL",
+    help="Compare with another artifact or model, the reference.",
+    shell_complete=completing.files,
+)
 @click.option(
     "--free-run", type=NATURAL, metavar="N", help="Tokens both go on by from the text, greedily.  [default: 256]"
+)
+@click.option(
+    "--bank",
+    metavar="BANK",
+    help="Fetch for OUT the blocks that each window or question belongs to.",
+    shell_complete=completing.folders,
 )
 @seed_option
 @threads_option
@@ -54,6 +69,7 @@ def command(
     samples: int,
     against: str | None,
     free_run: int | None,
+    bank: str | None,
     seed: int | None,
     threads: int | None,
 ) -> None:
@@ -62,6 +78,8 @@ def command(
     OUT may also be a model, which is then taken as it is. Divergences are of OUT from what it is compared against.
     Tasks need no data: mqar, joint_recall, copy, passkey, needle_single, needle_multikey, needle_multivalue,
     needle_multiquery, variable_tracking, common_words, frequent_words.
+
+    With a bank each window of the text is looked up whole, as a document is that is known before it is read.
     """
     from memc.data import holds_ids, read_documents, read_ids, tokenize
     from memc.evaluate.measure import measure_tasks, measure_text
@@ -81,6 +99,8 @@ def command(
         sides = open_sessions(sources, console, stack, threads=threads)
         for side in sides.values():
             side.require_decoder()
+        if bank is not None:
+            sides["a"] = _with_bank(sides["a"], bank, threads)
         document = EvalDocument(sides={name: EvalSide(source=source) for name, source in sources.items()})
         if against is not None:
             _check_tokenizers(sides["a"], sides["b"], against, needed=text is not None and not ids_given)
@@ -93,6 +113,13 @@ def command(
     console.show(document, lambda: eval_view(document))
 
 
+def _with_bank(session: Session, folder: str, threads: int | None) -> Session:
+    from memc.bank import Bank
+    from memc.bank.session import BankSession
+
+    return BankSession(session, Bank.open(folder, threads=threads))
+
+
 def _windows(context: int | None, contexts: list[int] | None) -> list[int]:
     if context is not None and contexts is not None:
         raise MemcError("E200", "--context and --contexts exclude each other", next="give one of them")
@@ -103,13 +130,9 @@ def _windows(context: int | None, contexts: list[int] | None) -> list[int]:
     return windows
 
 
-TOKENIZER_PROBE = "The quick brown fox, 12345 naïve Übergrößen; def f(x):\n\treturn x ** 2  # 日本語"
-"""A text that two tokenizers hardly cut the same way unless they are one."""
-
-
 def _check_tokenizers(a: Session, b: Session, against: str, *, needed: bool) -> None:
     """Refuse two sides that cut text differently; where no text is needed, both may do without a tokenizer."""
     if not needed and not any((side.folder / "tokenizer.json").is_file() for side in (a, b)):
         return
-    if b.encode(TOKENIZER_PROBE) != a.encode(TOKENIZER_PROBE):
+    if not b.text.cuts_like(a.text):
         raise MemcError("E208", "the two have different tokenizers: their results do not compare", against)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from memc.cli import completing
 from memc.cli.console import Console
 from memc.cli.convert import WEIGHTS
 from memc.cli.options import POSITIVE, declare, invocation, out_argument, threads_option
@@ -18,9 +19,11 @@ from memc.cli.options import POSITIVE, declare, invocation, out_argument, thread
     "memc lower out --target x86-64-v3 --json",
 )
 @out_argument
-@click.option("--target", required=True, help="Hardware to lower for (memc targets).")
+@click.option(
+    "--target", required=True, help="Hardware to lower for (memc targets).", shell_complete=completing.targets
+)
 @click.option("-o", "--output", metavar="OUT2", help="Folder of the new artifact. [default: OUT-TARGET]")
-@click.option("--backend", help="Backend, instead of the target's own.")
+@click.option("--backend", help="Backend, instead of the target's own.", shell_complete=completing.backends)
 @click.option("--weights", type=click.Choice(WEIGHTS), help="Type of the lowered weights.")
 @click.option("--context", type=POSITIVE, metavar="N", help="Capacity of growing states, in tokens.")
 @click.option("--force", is_flag=True, help="Replace an artifact that exists.")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Concatenate, ParamSpec
 
 import click
 
+from memc.cli import completing
 from memc.cli.console import Console
 from memc.cli.invocation import Invocation
+from memc.errors import MemcError
 
 P = ParamSpec("P")
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -80,11 +83,41 @@ class Numbers(click.ParamType[list[int]]):
         return sorted({int(part) for part in parts})
 
 
+class Naturals(click.ParamType[list[int]]):
+    """Whole numbers from 0 on in their order, separated by commas."""
+
+    name = "N,N,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
+        """Split and check."""
+        if isinstance(value, list):
+            return value
+        parts = [part.strip() for part in str(value).split(",")]
+        if not all(part.isdecimal() for part in parts):
+            self.fail(f"{value!r} is not a list of numbers like 64,16,0", param, ctx)
+        return [int(part) for part in parts]
+
+
+def html_option(help: str) -> Decorator:
+    """Return the option ``--html FILE`` of a command whose result has a page."""
+    return click.option("--html", metavar="FILE", help=help, shell_complete=completing.files)
+
+
+def write_page(console: Console, path: str, page: str) -> None:
+    """Write a page and say so. Raises ``MemcError`` E200 where its folder does not exist."""
+    try:
+        Path(path).write_text(page, encoding="utf-8")
+    except FileNotFoundError:
+        hint = "make it, or give another file"
+        raise MemcError("E200", "folder of the page does not exist", path, hint) from None
+    console.note(f"wrote {path}")
+
+
 POSITIVE = click.IntRange(min=1)
 NATURAL = click.IntRange(min=0)
 
-model_argument = click.argument("model", metavar="MODEL")
-out_argument = click.argument("out", metavar="OUT")
+model_argument = click.argument("model", metavar="MODEL", shell_complete=completing.files)
+out_argument = click.argument("out", metavar="OUT", shell_complete=completing.folders)
 remote_code_option = click.option("--remote-code", is_flag=True, help="Run code that comes with the model.")
 threads_option = click.option("--threads", type=POSITIVE, help="Threads of the runtime.")
 seed_option = click.option("--seed", type=NATURAL, help="Seed of everything random.")

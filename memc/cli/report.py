@@ -1,14 +1,16 @@
-"""``memc report`` and ``memc report diff``."""
+"""``memc report``, ``memc report diff`` and ``memc report compare``."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from memc.cli import completing
 from memc.cli.console import Console
-from memc.cli.options import NATURAL, declare
+from memc.cli.options import NATURAL, declare, write_page
 from memc.errors import MemcError
 
 if TYPE_CHECKING:
@@ -20,9 +22,15 @@ if TYPE_CHECKING:
     "report",
     "memc report out",
     "memc report out --pass linearize --layer 7 --why",
-    "memc report diff out1 out2",
+    "memc report compare out1 out2 out3 --html choice.html",
 )
-@click.argument("arguments", nargs=-1, required=True, metavar="OUT | diff OUT1 OUT2")
+@click.argument(
+    "arguments",
+    nargs=-1,
+    required=True,
+    metavar="OUT | diff OUT1 OUT2 | compare OUT...",
+    shell_complete=completing.folders,
+)
 @click.option("--html", is_flag=False, flag_value="", metavar="[FILE]", help="Write a page (OUT/report/report.html).")
 @click.option("--pass", "pass_name", metavar="NAME", help="Show one pass: its layers, and the share of each branch.")
 @click.option("--layer", type=NATURAL, help="Show one layer of that pass.")
@@ -30,7 +38,10 @@ if TYPE_CHECKING:
 def command(
     console: Console, arguments: tuple[str, ...], html: str | None, pass_name: str | None, layer: int | None, why: bool
 ) -> None:
-    """Show what a conversion changed, what it cost and how far the outputs moved; or compare two.
+    """Show what a conversion changed, what it cost and how far the outputs moved; or compare some.
+
+    diff lists every fact that two disagree on. compare puts costs and quality of any number beside each other, and
+    says which of them no other beats.
 
     Of a trained pass it shows the distance from the original with each branch (memory, window) off.
 
@@ -41,8 +52,12 @@ def command(
     if arguments[0] == "diff" and len(arguments) == 3:
         _diff(console, *arguments[1:])
         return
+    if arguments[0] == "compare" and len(arguments) > 2:
+        _compare(console, arguments[1:], html)
+        return
     if len(arguments) != 1:
-        raise click.UsageError("give one OUT, or: diff OUT1 OUT2", click.get_current_context())
+        message = "give one OUT, or: diff OUT1 OUT2, or: compare OUT1 OUT2 ..."
+        raise click.UsageError(message, click.get_current_context())
     if (layer is not None or why) and pass_name is None:
         raise MemcError("E200", "--layer and --why go with --pass", next="add --pass NAME")
     document = read_report(Path(arguments[0]))
@@ -77,18 +92,21 @@ def _one_pass(document: ReportDocument, name: str) -> PassReportFile:
 
 
 def _write_html(console: Console, document: ReportDocument, html: str) -> None:
-    from memc.report.html import render
-
-    path = Path(html) if html else Path(document.out) / "report" / "report.html"
-    try:
-        path.write_text(render(document), encoding="utf-8")
-    except FileNotFoundError:
-        raise MemcError(
-            "E200", "folder of the page does not exist", str(path), "make it, or give another file"
-        ) from None
     if console.json:
         console.text(document.to_json() + "\n")
-    console.note(f"wrote {path}")
+    write_page(console, html or str(Path(document.out) / "report" / "report.html"), document.to_html())
+
+
+def _compare(console: Console, outs: Sequence[str], html: str | None) -> None:
+    from memc.report.compare import compare, compare_view
+    from memc.report.read import read_report
+
+    if html == "":
+        raise MemcError("E200", "a comparison belongs to no one OUT", "--html", "give a file: --html choice.html")
+    document = compare([read_report(Path(out)) for out in outs])
+    if html is not None:
+        write_page(console, html, document.to_html())
+    console.show(document, lambda: compare_view(document))
 
 
 def _diff(console: Console, a: str, b: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from memc.conversion.facts import (
     check_facts,
     pass_facts,
 )
+from memc.conversion.fitting import fit_recipe
 from memc.conversion.folder import OutFolder, folder_bytes, link_folder, require_space, resume_key
 from memc.conversion.lowering import chooses_from, lower, verify_lowered
 from memc.conversion.pipeline import PassRun, Pipeline
@@ -39,6 +40,7 @@ from memc.conversion.training import (
 )
 from memc.data import source_digest
 from memc.errors import MemcError
+from memc.fit.limits import read_limits
 from memc.frontend import Captured
 from memc.pipeline import Pass
 from memc.plugins import load_kernels
@@ -86,8 +88,9 @@ def _convert(request: Request, steps: Steps, processes: Processes) -> ConvertDoc
         raise MemcError(
             "E601", refusal, f"--weights {request.weights}", f"one of: {', '.join(request.backend.weights)}"
         )
+    limits = read_limits(request.recipe)
     passes = request.recipe.build()
-    training = trains(request.recipe, passes)
+    training = limits is None and trains(request.recipe, passes)
     if not request.dry_run and processes.leads:
         facts = {"source": source_name(request.model), "target": request.target.name, "backend": request.backend.name}
         folder.refuse_existing(recipe, facts, force=request.force)
@@ -95,7 +98,14 @@ def _convert(request: Request, steps: Steps, processes: Processes) -> ConvertDoc
     if request.threads is not None:
         torch.set_num_threads(request.threads)
     captured, program, raised = capture_and_raise(request, steps)
+    fitted = None
+    if limits is not None:
+        require_shareable(request.recipe, training, processes)
+        chosen, fitted = fit_recipe(request, limits, captured, raised.program, steps)
+        request = replace(request, recipe=chosen)
+        recipe, passes = chosen.to_yaml(), chosen.build()
     document = make_plan(request, steps, passes, captured, raised, training)
+    document.fit = fitted
     training &= any(facts.trains for facts in document.passes)
     require_mergeable(request.recipe, training, document.passes)
     quick = _promises_time(request, passes, raised.program)

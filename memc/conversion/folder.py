@@ -71,7 +71,7 @@ class OutFolder:
                 (self.partial / "report" / "error.json").unlink(missing_ok=True)
                 return True
             if not fresh:
-                reason = "an unfinished conversion of another recipe, source or version is here"
+                reason = "unfinished output of another recipe, source or version is here"
                 raise MemcError("E204", reason, str(self.partial), "add --fresh to start over, or give another OUT")
             shutil.rmtree(self.partial)
         marker.parent.mkdir(parents=True)
@@ -117,7 +117,7 @@ def require_space(folder: Path, needed: int) -> None:
         place = place.parent
     free = shutil.disk_usage(place).free
     if free < needed:
-        reason = f"conversion needs {needed / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free"
+        reason = f"output needs {needed / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free"
         raise MemcError("E502", reason, str(place), "free some, or give an OUT on another disk")
 
 

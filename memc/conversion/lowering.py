@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -72,15 +73,16 @@ def verify_lowered(
 ) -> list[CheckResult]:
     """Compare a lowered program with the program itself: tokens past its windows at once, then the last one at a time.
 
-    A program that is no decoder gets one input of one token in place of the second, all else drawn. With float32
+    What is fetched is drawn, so that it shows. A program that is no decoder gets one input of one token in place of the
+    second, all else drawn. With float32
     weights the logits must agree within ``TOLERANCE`` or ten times the noise ``floor``; with others the difference is
     measured, and the perplexity on ``text`` with those weights beside that with float32.
     """
     length = TOKENS + _longest_window(program, runner) if program.model.decoder else TOKENS
     tokens = take(text, 2, length)
-    expected = whole(program, tokens)
+    expected, fetched = whole(program, tokens, fetch=True), _fetched(program, tokens)
     if program.model.decoder:
-        values = {f"{length} tokens at once": _difference(_run(runner, tokens, [length]), expected)}
+        values = {f"{length} tokens at once": _difference(_run(runner, tokens, [length], fetched), expected)}
     else:
         one = tokens[:1, :1]
         values = {
@@ -88,7 +90,8 @@ def verify_lowered(
             "one input, of one token": _difference(_run_inputs(runner, program, one), whole(program, one)),
         }
     if streams(program):
-        values["one token at a time"] = _difference(_run(runner, tokens, [length - 6, *[1] * 6]), expected)
+        found = _run(runner, tokens, [length - 6, *[1] * 6], fetched)
+        values["one token at a time"] = _difference(found, expected)
     worst = max(values, key=lambda name: math.inf if math.isnan(values[name]) else values[name])
     exact = weights in EXACT_WEIGHTS
     budget = max(TOLERANCE, 10 * (floor or 0.0)) if exact else None
@@ -156,7 +159,19 @@ def lowered_perplexity(runner: Runner, tokens: Tensor, piece: int = 128) -> floa
     return math.exp(min(total / max(count, 1), 700.0)) if not math.isnan(total) else math.nan
 
 
-def _run(runner: Runner, tokens: Tensor, sizes: list[int], last: int | None = None) -> Tensor:
+def _fetched(program: Program, tokens: Tensor) -> dict[str, np.ndarray]:
+    """Return what is fetched for ``tokens``, drawn, by name."""
+    drawn = zip(program.inputs, inputs_of(program, tokens, fetch=True), strict=True)
+    return {spec.name: value.numpy() for spec, value in drawn if spec.role == "fetched"}
+
+
+def _run(
+    runner: Runner,
+    tokens: Tensor,
+    sizes: list[int],
+    fetched: Mapping[str, np.ndarray] | None = None,
+    last: int | None = None,
+) -> Tensor:
     """Run tokens in calls of these sizes and return the logits, of the ``last`` columns where that is given."""
     state = runner.new_state(tokens.shape[0], sum(sizes))
     positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int64), tuple(tokens.shape))
@@ -165,7 +180,7 @@ def _run(runner: Runner, tokens: Tensor, sizes: list[int], last: int | None = No
         part = slice(start, start + size)
         ids = np.ascontiguousarray(tokens[:, part].numpy())
         keep = None if last is None else np.arange(min(max(tokens.shape[1] - last - start, 0), size - 1), size)
-        found = runner.run(ids, np.ascontiguousarray(positions[:, part]), state, keep)
+        found = runner.run(ids, np.ascontiguousarray(positions[:, part]), state, keep, fetched)
         parts.append(torch.from_numpy(np.array(found)))
         start += size
     return torch.cat(parts, 1)[:, -last if last else 0 :]

@@ -60,7 +60,9 @@ def capture_and_raise(request: Request, steps: Steps) -> tuple[Captured, Program
 def _capture(request: Request) -> Captured:
     if isinstance(request.model, Program):
         return Captured(request.model, None, {})
-    return capture_source(request.model, remote_code=request.remote_code, weights=not request.dry_run)
+    return capture_source(
+        request.model, remote_code=request.remote_code, weights=not request.dry_run or request.recipe.fit is not None
+    )
 
 
 def require_raised(raised: Raised) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from torch.fx import Node
 
 from memc.dialect.attention import attention
+from memc.dialect.bank_ffn import bank_ffn
 from memc.dialect.base import Cost, OpSpec
 from memc.dialect.full_attention import full_attention
 from memc.dialect.linear_memory import linear_memory
@@ -20,7 +21,7 @@ from memc.dialect.window_memory import window_memory
 
 OPS: dict[str, OpSpec] = {
     spec.name: spec
-    for spec in (attention, full_attention, rotary, norm, window_memory, linear_memory, sparse_attention)
+    for spec in (attention, full_attention, rotary, norm, window_memory, linear_memory, sparse_attention, bank_ffn)
 }
 
 _BY_OVERLOAD = {spec.overload: spec for spec in OPS.values()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from memc.errors import MemcError
@@ -17,9 +18,10 @@ def is_hub_id(text: str) -> bool:
     return _ID.fullmatch(text) is not None and not text.startswith(".")
 
 
-def download(text: str, *, remote_code: bool, weights: bool) -> Path:
+def download(text: str, *, remote_code: bool, weights: bool, beside: Sequence[str] = ()) -> Path:
     """Return the local snapshot of a hub id; without ``weights`` only its small files are fetched.
 
+    ``beside`` are patterns of further files, in folders of the repository too.
     ``HF_HOME``, ``HF_TOKEN`` and ``HF_HUB_OFFLINE`` mean what they mean to ``huggingface_hub``.
 
     Raises ``MemcError`` E301 when the hub or the cache does not have the model or cannot be reached, E304 when the hub
@@ -35,6 +37,8 @@ def download(text: str, *, remote_code: bool, weights: bool) -> Path:
         folder = snapshot_download(
             match["repo"], revision=match["revision"], allow_patterns=patterns, ignore_patterns=["*/*"]
         )
+        if beside:
+            snapshot_download(match["repo"], revision=match["revision"], allow_patterns=list(beside))
     except GatedRepoError as error:
         hint = "accept its licence on huggingface.co and set HF_TOKEN"
         raise MemcError("E301", f"model {text!r} is gated", next=hint) from error

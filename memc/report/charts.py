@@ -8,14 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
-from memc.report.text import escaped, number
+from memc.report.text import escaped, number, size
 
 STYLE = """
 :root { --s0: #0b5cad; --s1: #a04a00; --s2: #6b2fa0; --s3: #0a6e4f; }
 @media (prefers-color-scheme: dark) { :root { --s0: #6cb6ff; --s1: #ffa657; --s2: #d2a8ff; --s3: #56d364; } }
 figure { margin: 1rem 0; max-width: 32rem; } figcaption { font-weight: 600; }
-.key { font-weight: 400; display: inline-block; border-top: 3px solid; margin-right: .5rem; }
+.key { font-weight: 400; display: inline-block; border-top: 3px solid; margin-right: .5rem;
+  overflow-wrap: anywhere; }
 svg { display: block; width: 100%; height: auto; } svg text { font: 11px system-ui, sans-serif; fill: currentColor; }
 svg .grid { stroke: var(--line); } .line { fill: none; stroke-width: 1.5; }
 .s0 { stroke: var(--s0); } .s1 { stroke: var(--s1); } .s2 { stroke: var(--s2); } .s3 { stroke: var(--s3); }
@@ -23,9 +25,13 @@ svg .grid { stroke: var(--line); } .line { fill: none; stroke-width: 1.5; }
 .key.s0 { border-color: var(--s0); } .key.s1 { border-top-style: dashed; border-color: var(--s1); }
 .key.s2 { border-top-style: dotted; border-color: var(--s2); }
 .key.s3 { border-top-style: double; border-color: var(--s3); }
+.spot { fill: none; stroke: var(--s0); stroke-width: 1.5; } .spot.full { fill: var(--s0); }
 .dot { fill: none; stroke-width: 1.5; } .bar { fill: none; stroke: var(--s0); } .bar.full { fill: var(--s0); }
 .cell { fill: var(--s0); stroke: var(--line); } .cell.kept { stroke: currentColor; stroke-width: 1.5; }
 """
+
+SIDE_BY_SIDE = ".charts { display: flex; flex-wrap: wrap; gap: 0 2rem; } .charts figure { flex: 1 1 18rem; }\n"
+"""Style of a ``div.charts``, whose figures stand beside each other where there is room."""
 
 WIDTH, HEIGHT = 320, 190
 LEFT, RIGHT, TOP, BOTTOM = 50, 310, 10, 160
@@ -63,6 +69,16 @@ class Heads:
     kept: Collection[int] = ()
 
 
+@dataclass(frozen=True)
+class Point:
+    """A choice: how large it is and how far from its original; ``front`` when nothing beats it."""
+
+    label: str
+    size: float
+    value: float
+    front: bool = False
+
+
 def line_chart(title: str, series: Sequence[Line], along: str = "step", *, doubling: bool = False) -> str:
     """Draw lines over steps, or what ``along`` names, on a logarithmic scale; nothing when no value can be drawn.
 
@@ -93,6 +109,41 @@ def line_chart(title: str, series: Sequence[Line], along: str = "step", *, doubl
     keys = "".join(f' <span class="key s{index}">{escaped(line.name)}</span>' for index, line in enumerate(drawn))
     said = "; ".join(_told(line, along) for line in drawn)
     return _figure(escaped(title) + ":" + keys, f"{title}. {said}", HEIGHT, [*grid, *ends, *marks])
+
+
+def scatter(title: str, points: Sequence[Point]) -> str:
+    """Draw choices by size, in bytes and at equal distances for equal ratios; nothing when none can be drawn.
+
+    Those on the front are filled and joined by a stair.
+    """
+    points = [point for point in points if 0 < point.size < math.inf and math.isfinite(point.value)]
+    if not points:
+        return ""
+    first, last = min(p.size for p in points), max(p.size for p in points)
+    low, high = min(p.value for p in points), max(p.value for p in points)
+    low, high = (low, high) if high > low else (low - 0.5 * abs(low or 1), high + 0.5 * abs(high or 1))
+
+    def place(point: Point) -> tuple[float, float]:
+        across = math.log(point.size / first) / math.log(last / first) if last > first else 0.5
+        return LEFT + 10 + across * (RIGHT - LEFT - 30), BOTTOM - 8 - (point.value - low) / (high - low) * 130
+
+    def rule(value: float) -> str:
+        return _rule(place(Point("", first, value))[1], f"{value:.3g}")
+
+    ends = [_label(LEFT, BOTTOM + 14, size(first), "start")]
+    ends += [_label(RIGHT, BOTTOM + 14, size(last), "end")] if last > first else []
+    best = [place(point) for point in sorted(points, key=lambda point: point.size) if point.front]
+    # A stair: what lies between two choices is no choice.
+    stair = best[:1] + [corner for (_, y), (x, below) in pairwise(best) for corner in ((x, y), (x, below))]
+    joined = " ".join(f"{x:.1f},{y:.1f}" for x, y in stair)
+    marks = [f'<polyline class="line s0" points="{joined}"/>']
+    for point in sorted(points, key=lambda point: point.front):
+        x, y = place(point)
+        kind, beside = ("spot full", y - 4) if point.front else ("spot", y + 14)
+        marks.append(f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="4"/>')
+        marks.append(_label(x + 7, beside, point.label, "start"))
+    said = "; ".join(f"{p.label}: {number(p.value)} for {size(p.size)}{', best' if p.front else ''}" for p in points)
+    return _figure(escaped(title), f"{title}. {said}", HEIGHT, [rule(low), rule(high), *ends, *marks])
 
 
 def bar_chart(title: str, bars: Sequence[Bar]) -> str:

@@ -90,6 +90,7 @@ def _costs(done: m.ConvertDocument) -> Iterator[tuple[tuple[str, str], Value]]:
     yield ("cost", "parameters"), done.predicted.parameters
     yield ("cost", "FLOP per token"), done.predicted.flops_per_token
     yield from _by_context("state bytes", done.predicted.state_bytes)
+    yield ("bytes", "fetched for a conversation"), done.predicted.fetched_bytes
     yield from _by_context("predicted ms", done.predicted.decode_ms)
     if done.measured is not None:
         yield from _by_context("measured ms", done.measured.decode_ms)

@@ -6,9 +6,12 @@ do not know. Keys named ``{context: ...}`` map a number of tokens to a value.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from memc.report.page import embedded
 
 CONTEXTS = (512, 4096, 32768)
 """Contexts at which state, cost and time are reported unless others are asked for."""
@@ -26,6 +29,17 @@ class Document(Facts):
     def to_json(self, indent: int | None = 1) -> str:
         """Render the document as JSON text; not-a-number and infinity become null."""
         return self.model_dump_json(by_alias=True, indent=indent)
+
+
+class Shown(Document):
+    """Base of the documents that a notebook shows as the page that they have."""
+
+    @abstractmethod
+    def to_html(self) -> str:
+        """Render the document as one page, which needs no network."""
+
+    def _repr_html_(self) -> str:
+        return embedded(self.to_html())
 
 
 class Timing(Facts):

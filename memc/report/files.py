@@ -129,14 +129,52 @@ class BranchFacts(Facts):
 class TrainingFacts(Facts):
     """What training a pass was like. ``tokens`` were asked for; ``branches`` is None where there are none.
 
-    ``transfer`` is None where a pass added nothing, and what it took away was recovered.
+    ``transfer`` is None where a pass added nothing, and what it took away was recovered. ``device`` is the processor
+    that computed, as its maker names it.
     """
 
     tokens: int
+    device: str = "cpu"
     transfer: TransferFacts | None = None
     choice: ChoiceFacts | None = None
     recovery: RecoveryFacts | None = None
     branches: BranchFacts | None = None
+
+
+class FitLimit(Facts):
+    """One limit of ``--fit``: what the choice reached and what the original has, in bytes, milliseconds, nats or times.
+
+    ``used`` is the share of the limit, at most 1; the limit that uses most of its own is the one that binds.
+    """
+
+    limit: str
+    reached: float
+    original: float
+    used: float
+
+
+class FitLayer(Facts):
+    """One layer: the setting that was chosen (empty: it stays) and the KL of each alone, in nats a token."""
+
+    layer: int
+    spec: str
+    kl: dict[str, float]
+
+
+class FitFacts(Facts):
+    """How a choice was fitted to limits.
+
+    ``kl_expected`` is the sum of the layers' own; ``kl_mean`` and ``perplexity_ratio`` were measured on ``tokens`` of
+    text that the choice was not made on.
+    """
+
+    limits: list[FitLimit]
+    layers: list[FitLayer]
+    kl_expected: float
+    kl_mean: float
+    perplexity_ratio: float
+    tokens: int
+    seconds: float = 0.0
 
 
 class LayerHeads(Facts):

@@ -4,38 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from memc.report import branches, charts, column, files, heads, slider, training
+from memc.report import branches, charts, column, files, fit, heads, slider, training
 from memc.report import facts as f
 from memc.report import models as m
-from memc.report.text import amount, duration, escaped, layers, number, ratio, size
+from memc.report.page import page, table
+from memc.report.terminal import steps_done
+from memc.report.text import FETCHED, amount, duration, escaped, layers, number, ratio, size
 
 MOVED = ("perplexity_ratio", "kl_mean")
 """Checks that say how far the outputs moved."""
-
-STYLE = """
-:root { color-scheme: light dark; --line: #8886; --good: #1a7f37; --bad: #c8102e; }
-@media (prefers-color-scheme: dark) { :root { --good: #56d364; --bad: #ff7b72; } }
-body { font: 1rem/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-div.wide { overflow-x: auto; } table { border-collapse: collapse; } caption { text-align: left; font-weight: 600; }
-dt { font-weight: 600; } dd { margin-left: 1rem; }
-th, td { text-align: left; padding: .25rem .75rem .25rem 0; border-bottom: 1px solid var(--line); }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-td:not(.n) { min-width: 6.5rem; } h1, h2, code, td { overflow-wrap: anywhere; } h2 { font-size: 1.2rem; }
-.good { color: var(--good); font-weight: 600; } .bad { color: var(--bad); font-weight: 600; }
-"""
 
 
 def render(report: m.ReportDocument) -> str:
     """Render a report as one HTML page; every string of the report is escaped."""
     title = f"memc report: {report.out}"
     body = "".join(_sections(report))
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta http-equiv="Content-Security-Policy" content="{slider.policy()}">'
-        f"<title>{escaped(title)}</title><style>{STYLE}{charts.STYLE}{slider.STYLE}{column.STYLE}</style></head>\n"
-        f"<body><main>\n{body}</main></body></html>\n"
-    )
+    style = charts.STYLE + charts.SIDE_BY_SIDE + slider.STYLE + column.STYLE
+    return page(title, body, style, slider.policy())
 
 
 def _sections(report: m.ReportDocument) -> Iterable[str]:
@@ -43,6 +28,8 @@ def _sections(report: m.ReportDocument) -> Iterable[str]:
     model = done.model if done else report.capture.model if report.capture else None
     yield f"<h1>{escaped(model.source if model else report.out)}</h1>\n"
     yield f"<p>{_verdict(report)}</p>\n"
+    if report.error is not None or done is None:
+        yield _reached(report)
     yield _answers(report)
     if model is not None:
         facts = f"{escaped(model.family)}, {amount(model.parameters)} parameters"
@@ -52,6 +39,7 @@ def _sections(report: m.ReportDocument) -> Iterable[str]:
         yield f"<p>For <b>{escaped(done.target)}</b> {how}.</p>\n"
         yield slider.section(done.curves)
         yield _costs(done)
+        yield _fit(done.fit) if done.fit is not None else ""
     yield _passes(report.passes)
     if report.quality is not None:
         yield _quality(report.quality)
@@ -74,6 +62,13 @@ def _verdict(report: m.ReportDocument) -> str:
     return f'<span class="{kind}">{word}</span>{untrained}'
 
 
+def _reached(report: m.ReportDocument) -> str:
+    """Say how far a conversion came that did not come to its end, and what to type next."""
+    told = f"<p>How far it came: {escaped('; '.join(steps_done(report)) or 'nothing was finished')}.</p>\n"
+    following = report.error.next if report.error is not None else ""
+    return told + (f"<p>Next: <code>{escaped(following)}</code></p>\n" if following else "")
+
+
 def _answers(report: m.ReportDocument) -> str:
     """Say what changed and how far the outputs moved, in a line each."""
     passes = [f"{item.spec}, {len(item.sites)} blocks" for item in report.passes] or ["nothing: the model as it is"]
@@ -88,27 +83,14 @@ def _answers(report: m.ReportDocument) -> str:
     return f"<dl>{told}</dl>\n"
 
 
-def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Make a table of cells that are text; a column whose name starts with ``>`` is of numbers."""
-    kinds = [' class="n"' if column.startswith(">") else "" for column in columns]
-    named = zip((escaped(column.removeprefix(">")) for column in columns), kinds, strict=True)
-    top = "".join(f'<th scope="col"{kind}>{name}</th>' for name, kind in named)
-    body = "".join(
-        "<tr>" + "".join(f"<td{kind}>{escaped(cell)}</td>" for cell, kind in zip(row, kinds, strict=True)) + "</tr>\n"
-        for row in rows
-    )
-    return (
-        f'<section><div class="wide" tabindex="0"><table><caption>{escaped(title)}</caption>'
-        f"<thead><tr>{top}</tr></thead><tbody>\n{body}</tbody></table></div></section>\n"
-    )
-
-
 def _costs(done: m.ConvertDocument) -> str:
     before, after = done.original or m.Predicted(parameters=0, flops_per_token=0), done.predicted
     rows = [("parameters", amount(before.parameters or None), amount(after.parameters), "")]
     for context, new in sorted(after.state_bytes.items()):
         old = before.state_bytes.get(context)
         rows.append((f"state at {context} tokens", size(old), size(new), ratio(new, old)))
+    if after.fetched_bytes:
+        rows.append((FETCHED, size(before.fetched_bytes), size(after.fetched_bytes), ""))
     for context, read in sorted(after.bytes_read_per_token.items()):
         before_read = before.bytes_read_per_token.get(context)
         rows.append((f"read for a token at {context} tokens", size(before_read), size(read), ratio(read, before_read)))
@@ -118,7 +100,19 @@ def _costs(done: m.ConvertDocument) -> str:
     if done.measured is not None:
         rows.append(("disk", "", size(done.measured.disk_bytes), ""))
         rows.append(("peak memory of the conversion", "", size(done.measured.peak_rss_bytes), ""))
-    return _table("Cost", ["", ">original", ">converted", ">ratio"], rows)
+    return table("Cost", ["", ">original", ">converted", ">ratio"], rows)
+
+
+def _fit(facts: files.FitFacts) -> str:
+    """Show how limits were kept, by what, and what every layer would lose by each setting."""
+    settings = list(dict.fromkeys(spec for one in facts.layers for spec in one.kl))
+    rows = [
+        (str(one.layer), one.spec or "as it is", *(number(one.kl.get(spec)) for spec in settings))
+        for one in facts.layers
+    ]
+    lost = table("KL of each layer alone, nats a token", [">layer", "chosen", *(f">{s}" for s in settings)], rows)
+    told = f"<p>{escaped(fit.summary(facts))}.</p>\n"
+    return table("Fit to limits", fit.LIMITS, fit.limit_rows(facts)) + told + lost
 
 
 def _passes(passes: Sequence[files.PassReportFile]) -> str:
@@ -131,8 +125,8 @@ def _passes(passes: Sequence[files.PassReportFile]) -> str:
             where = layers(site.layer for site in item.sites)
             rows.append((item.spec, where, str(len(item.skipped)), label, value, budget))
         left += [(item.name, str(skip.layer), skip.kind, f"{skip.code} {skip.reason}") for skip in item.skipped]
-    made = _table("Passes", ["pass", "layers", ">skipped", "relation", ">value", ">budget"], rows)
-    return made + (_table("Left alone", ["pass", ">layer", "block", "reason"], left) if left else "")
+    made = table("Passes", ["pass", "layers", ">skipped", "relation", ">value", ">budget"], rows)
+    return made + (table("Left alone", ["pass", ">layer", "block", "reason"], left) if left else "")
 
 
 def _quality(document: m.EvalDocument) -> str:
@@ -148,14 +142,14 @@ def _quality(document: m.EvalDocument) -> str:
         for row in document.by_context
     ]
     columns = [">window", f">perplexity {a.source}", f">{b.source}", ">ratio", ">KL mean", ">KL p99", ">same top token"]
-    made = _table("Measured on held-out text", columns, windows)
+    made = table("Measured on held-out text", columns, windows)
     if (free := document.free_running) is not None:
         said = f"{free.prompts} prompts of {free.prompt_tokens} tokens, {free.new_tokens} new ones"
         rows = [("equal before the first difference", number(free.equal_before)), ("equal in all", number(free.equal))]
-        made += _table(f"Free-running: {said}", ["", ">share"], rows)
+        made += table(f"Free-running: {said}", ["", ">share"], rows)
     if a.tasks:
         tasks = [(task, number(share), number(b.tasks.get(task))) for task, share in a.tasks.items()]
-        made += _table("Recall, share of right answers", ["task", f">{a.source}", f">{b.source}"], tasks)
+        made += table("Recall, share of right answers", ["task", f">{a.source}", f">{b.source}"], tasks)
     return made + "".join(f"<p>{escaped(warning)}</p>\n" for warning in document.warnings)
 
 
@@ -163,8 +157,8 @@ def _training(item: files.PassReportFile, facts: files.TrainingFacts) -> str:
     """Show what training a pass was like: stages, what was learned, losses over the steps, what each layer matters."""
     parts = [
         f"<h2>Training of {escaped(item.spec)}</h2>\n",
-        _table("Learned", ["", ""], training.fact_rows(facts)),
-        _table("Stages", training.STAGES, training.stage_rows(facts)),
+        table("Learned", ["", ""], training.fact_rows(facts)),
+        table("Stages", training.STAGES, training.stage_rows(facts)),
     ]
     if facts.transfer is not None:
         title = "Loss of transfer, weighted terms, mean of the layers"
@@ -185,7 +179,7 @@ def _training(item: files.PassReportFile, facts: files.TrainingFacts) -> str:
         parts += _branches(facts.branches)
     if rows := training.layer_rows(item):
         columns = [training.LAYERS[0].replace("layer", ">layer"), *training.LAYERS[1:]]
-        parts += [_table("Layers", columns, rows), f"<p>{escaped(training.LAYERS_NOTE)}.</p>\n"]
+        parts += [table("Layers", columns, rows), f"<p>{escaped(training.LAYERS_NOTE)}.</p>\n"]
     return "".join(parts)
 
 
@@ -193,7 +187,7 @@ def _branches(facts: files.BranchFacts) -> Iterable[str]:
     """Show the model without each branch, and what the first one carries beside what the original gives to it."""
     if facts.ablation is not None:
         title = f"Branches, {facts.ablation.tokens} held-out tokens past what is exact"
-        yield _table(title, branches.ABLATION, branches.ablation_rows(facts.ablation))
+        yield table(title, branches.ABLATION, branches.ablation_rows(facts.ablation))
         yield f"<p>{escaped(branches.ABLATION_NOTE)}.</p>\n"
     if facts.shares:
         due = f"the original gives to {facts.stands_for} (open)"
@@ -238,7 +232,7 @@ def _bars(choice: files.ChoiceFacts) -> list[charts.Bar]:
 
 def _checks(checks: Sequence[f.CheckFacts]) -> str:
     rows = [(c.name, number(c.value), number(c.budget), number(c.noise_floor), c.outcome, c.detail) for c in checks]
-    return _table("Checks", ["check", ">value", ">budget", ">noise floor", "", "detail"], rows)
+    return table("Checks", ["check", ">value", ">budget", ">noise floor", "", "detail"], rows)
 
 
 def _timing(report: m.ReportDocument) -> str:
@@ -248,4 +242,4 @@ def _timing(report: m.ReportDocument) -> str:
         for name, part in [*parts, ("verify", report.verify)]
         if part is not None
     ]
-    return _table("Time", ["step", ">seconds", ">peak memory"], rows)
+    return table("Time", ["step", ">seconds", ">peak memory"], rows)

@@ -24,7 +24,9 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Cell]]) -> Table:
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1), header_style="bold")
     for column in columns:
         right = column.startswith(">")
-        made.add_column(column.removeprefix(">"), justify="right" if right else "left", no_wrap=right, overflow="fold")
+        made.add_column(
+            text(column.removeprefix(">")), justify="right" if right else "left", no_wrap=right, overflow="fold"
+        )
     for row in rows:
         made.add_row(*(cell if isinstance(cell, Text) else text(cell) for cell in row))
     return made

@@ -9,6 +9,7 @@ from memc.report import models as m
 from memc.report.layout import lines, stack, table, text, titled
 from memc.report.terminal import checks_table
 from memc.report.text import amount, number, size
+from memc.report.tools import CalibrateDocument, TargetsDocument
 
 
 def passes_view(document: m.PassesDocument) -> RenderableType:
@@ -44,7 +45,7 @@ def recipes_view(document: m.RecipesDocument) -> RenderableType:
     return table(["recipe", "", "passes"], rows)
 
 
-def targets_view(document: m.TargetsDocument) -> RenderableType:
+def targets_view(document: TargetsDocument) -> RenderableType:
     """Show every target, and why some cannot be used here."""
     rows = [
         (
@@ -59,6 +60,26 @@ def targets_view(document: m.TargetsDocument) -> RenderableType:
     return stack(
         table(["target", "", "backend", ">bandwidth"], rows),
         titled("in parentheses: not available here", lines(f"  {reason}" for reason in reasons)),
+    )
+
+
+def calibrate_view(document: CalibrateDocument) -> RenderableType:
+    """Show the rates of this machine as they were taken for and as they were measured."""
+    both = (document.before, document.after)
+    rows = [
+        ("weights read", *(amount(rates.memory_bandwidth, "B/s") for rates in both)),
+        ("state read", *(amount(rates.state_bandwidth or rates.memory_bandwidth, "B/s") for rates in both)),
+        *(
+            (f"products, {weights}", *(amount(rates.flops.get(weights), "FLOP/s") for rates in both))
+            for weights in document.after.flops
+        ),
+        ("launch", *(f"{1e6 * rates.launch_overhead:.3g} us" for rates in both)),
+        ("disk written", *(amount(rates.disk_bandwidth, "B/s") for rates in both)),
+    ]
+    return stack(
+        text(document.machine),
+        table(["per core", ">before", ">measured"], rows),
+        text(f"wrote {document.path}"),
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from memc.errors import MemcError
+from memc.report.bank import BankUse
 from memc.report.facts import (
     BlockFacts,
     CheckFacts,
@@ -15,10 +16,19 @@ from memc.report.facts import (
     ModelFacts,
     NearMissFacts,
     RelationFacts,
+    Shown,
     SiteFacts,
     SkippedFacts,
 )
-from memc.report.files import AblationFacts, CaptureReport, PassReportFile, RaiseReport, TrainingFacts, VerifyReport
+from memc.report.files import (
+    AblationFacts,
+    CaptureReport,
+    FitFacts,
+    PassReportFile,
+    RaiseReport,
+    TrainingFacts,
+    VerifyReport,
+)
 
 
 class ByContext(Facts):
@@ -36,13 +46,15 @@ class ByContext(Facts):
 class Predicted(ByContext):
     """Cost of a program on a target, predicted. ``flops_per_token`` is at the shortest context.
 
-    ``seconds`` is the time of the conversion itself.
+    ``fetched_bytes`` are fetched for a conversation, once, and read for each of its tokens, among
+    ``bytes_read_per_token``. ``seconds`` is the time of the conversion itself.
     """
 
     parameters: int
     flops_per_token: float
     flops_by_context: dict[int, float] = Field(default_factory=dict)
     weight_bytes: int = 0
+    fetched_bytes: int = 0
     peak_rss_bytes: int | None = None
     disk_bytes: int | None = None
     seconds: float | None = None
@@ -103,7 +115,7 @@ class ConvertDocument(Document):
 
     ``original`` is the prediction for the unrewritten program on the same target; ``curves`` have both sides,
     ``original`` and ``converted``, at many contexts. ``untrained`` is true when a pass made parameters that nothing has
-    trained. ``next`` lists commands to type.
+    trained. ``fit`` tells how limits were kept, where they chose the passes. ``next`` lists commands to type.
     """
 
     schema_: Literal["memc.convert/1"] = Field(default="memc.convert/1", alias="schema")
@@ -115,6 +127,7 @@ class ConvertDocument(Document):
     dry_run: bool = False
     model: ModelFacts | None = None
     passes: list[PassFacts] = Field(default_factory=list)
+    fit: FitFacts | None = None
     original: Predicted | None = None
     predicted: Predicted
     curves: dict[str, ByContext] = Field(default_factory=dict)
@@ -272,7 +285,7 @@ class BenchRow(Facts):
     rss_bytes: int
 
 
-class BenchDocument(Document):
+class BenchDocument(Shown):
     """``memc bench``. ``sides`` maps a row's side to what was loaded for it."""
 
     schema_: Literal["memc.bench/1"] = Field(default="memc.bench/1", alias="schema")
@@ -282,9 +295,18 @@ class BenchDocument(Document):
     rows: list[BenchRow]
     warnings: list[str] = Field(default_factory=list)
 
+    def to_html(self) -> str:
+        """Render the timings as one page, which needs no network."""
+        from memc.report.pictures import bench_page
+
+        return bench_page(self)
+
 
 class GenerateDocument(Document):
-    """``memc generate``. ``stopped`` tells whether a stop token or the length ended it."""
+    """``memc generate``. ``stopped`` tells whether a stop token or the length ended it.
+
+    ``fetched_bytes`` is the size of what was fetched, 0 where no bank was given; ``bank`` says what was used of one.
+    """
 
     schema_: Literal["memc.generate/1"] = Field(default="memc.generate/1", alias="schema")
     artifact: str
@@ -297,6 +319,8 @@ class GenerateDocument(Document):
     prefill_tokens_per_s: float | None = None
     decode_tokens_per_s: float | None = None
     state_bytes: int
+    fetched_bytes: int = 0
+    bank: BankUse | None = None
 
 
 class OptionFacts(Facts):
@@ -328,28 +352,6 @@ class PassesDocument(Document):
 
     schema_: Literal["memc.passes/1"] = Field(default="memc.passes/1", alias="schema")
     passes: list[PassRow]
-
-
-class TargetRow(Facts):
-    """One target. ``reason`` says why it is not ``available`` here."""
-
-    name: str
-    description: str
-    kind: str
-    backend: str
-    instruction_set: str
-    memory_bytes: int | None = None
-    memory_bandwidth: float | None = None
-    flops: dict[str, float] = Field(default_factory=dict)
-    available: bool
-    reason: str = ""
-
-
-class TargetsDocument(Document):
-    """``memc targets``."""
-
-    schema_: Literal["memc.targets/1"] = Field(default="memc.targets/1", alias="schema")
-    targets: list[TargetRow]
 
 
 class RecipeRow(Facts):
@@ -433,7 +435,7 @@ class ErrorDocument(Document):
         )
 
 
-class ReportDocument(Document):
+class ReportDocument(Shown):
     """``memc report``: all the report files of one artifact, finished or not.
 
     ``convert`` is ``report/convert.json`` (there once the conversion is planned), ``quality`` ``report/quality.json``
@@ -451,6 +453,12 @@ class ReportDocument(Document):
     verify: VerifyReport | None = None
     quality: EvalDocument | None = None
     error: ErrorDocument | None = None
+
+    def to_html(self) -> str:
+        """Render the report as one page, which needs no network."""
+        from memc.report.html import render
+
+        return render(self)
 
 
 class Difference(Facts):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import TypeVar
@@ -61,5 +62,15 @@ def _read(path: Path, kind: type[D]) -> D | None:
     except FileNotFoundError:
         return None
     except (OSError, ValidationError) as error:
-        reason = str(error).splitlines()[0]
+        reason = _other_schema(path, kind) or str(error).splitlines()[0]
         raise MemcError("E309", f"report file does not parse: {reason}", str(path), "convert again") from error
+
+
+def _other_schema(path: Path, kind: type[f.Document]) -> str:
+    """Say which schema a file has, where it is another one than is read here."""
+    try:
+        found = json.loads(path.read_bytes())["schema"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return ""
+    known = kind.model_fields["schema_"].default
+    return "" if found == known else f"it has schema {found!r}, this memc reads {known!r}"

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from memc.report import charts
 from memc.report.models import ByContext
+from memc.report.page import POLICY
 from memc.report.text import escaped, number, ratio, size
 
 SHOWN = 32768
@@ -32,7 +33,6 @@ show();
 STYLE = """
 .context input { width: 100%; max-width: 32rem; accent-color: var(--s0); } .context td.n { min-width: 4.3rem; }
 .context tbody th { font-weight: 400; }
-.charts { display: flex; flex-wrap: wrap; gap: 0 2rem; } .charts figure { flex: 1 1 18rem; }
 @media print { .context input { display: none; } }
 """
 
@@ -46,7 +46,7 @@ _ROWS: tuple[tuple[str, str, str, Callable[[float | None], str]], ...] = (
 def policy() -> str:
     """Return the page's content security policy: nothing but its own style and this one script, by its digest."""
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-    return f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    return f"{POLICY}; script-src 'sha256-{digest}'"
 
 
 def section(curves: Mapping[str, ByContext]) -> str:

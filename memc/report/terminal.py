@@ -8,12 +8,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from memc.report import branches, files, heads, training
+from memc.report import branches, files, fit, heads, training
 from memc.report import facts as f
 from memc.report import models as m
 from memc.report.evaluation import eval_view
 from memc.report.layout import Cell, lines, stack, table, text, titled
-from memc.report.text import amount, brief, duration, layers, number, plain, ratio, size
+from memc.report.text import FETCHED, amount, brief, duration, layers, number, plain, ratio, size
 
 WORK_OF_INPUT = "work for an input"
 
@@ -127,6 +127,7 @@ def convert_view(document: m.ConvertDocument) -> RenderableType:
     """Show a conversion or the plan of one: passes, what they leave alone, costs, checks, what to type next."""
     return stack(
         _convert_head(document),
+        fit_view(document.fit),
         passes_table(document.passes),
         titled("left alone", skipped_table(document.passes)),
         *(training_view(item.spec, item.training) for item in document.passes),
@@ -142,6 +143,14 @@ def _convert_head(document: m.ConvertDocument) -> RenderableType:
     what = "plan, nothing written" if document.dry_run else document.out
     how = f"for {document.target} through {document.backend}, weights {document.weights}"
     return Group(*([model_line(document.model)] if document.model else []), text(f"-> {what}", "bold"), text(how))
+
+
+def fit_view(facts: files.FitFacts | None) -> RenderableType | None:
+    """Show how limits were kept and by what; None where none chose the passes."""
+    if facts is None:
+        return None
+    limits, chosen = table(fit.LIMITS, fit.limit_rows(facts)), table(fit.CHOSEN, fit.chosen_rows(facts))
+    return Group(text("fit to limits", "bold"), limits, text(""), chosen, text(""), text(fit.summary(facts)))
 
 
 def passes_table(passes: Sequence[m.PassFacts]) -> RenderableType:
@@ -213,6 +222,8 @@ def costs_table(document: m.ConvertDocument) -> RenderableType:
         old = before.state_bytes.get(context) if before else None
         new = after.state_bytes[context]
         rows.append((f"state at {context}", size(old), size(new), ratio(new, old)))
+    if after.fetched_bytes:
+        rows.append((FETCHED, size(before.fetched_bytes if before else None), size(after.fetched_bytes), ""))
     for context in sorted(after.bytes_read_per_token):
         was = before.bytes_read_per_token.get(context) if before else None
         now = after.bytes_read_per_token[context]

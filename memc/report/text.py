@@ -9,6 +9,9 @@ from itertools import pairwise
 FEW = 8
 """Most items of a list that are shown of a pass's facts; the report file has all."""
 
+FETCHED = "fetched once, read for a token"
+"""What the bytes are called that are fetched for a sequence."""
+
 
 def plain(text: str) -> str:
     """Make a foreign string safe to print: whatever is not printable or a line break becomes an escape."""

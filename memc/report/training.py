@@ -64,6 +64,8 @@ def _stage(name: str, steps: int, tokens: int, seconds: float) -> tuple[str, str
 def fact_rows(training: TrainingFacts) -> list[tuple[str, str]]:
     """Say in a few rows what was learned, where it stopped and which layers stayed."""
     rows = [("tokens", f"{amount(tokens_trained(training))} of the {amount(training.tokens)} asked for")]
+    if training.device != "cpu":
+        rows.append(("trained on", training.device))
     if errors := mean_errors(training):
         said = " -> ".join(f"{number(value)} {when}" for when, value in errors.items())
         count = len(training.transfer.errors["trained"]) if training.transfer and "trained" in errors else 0

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeGuard
 import numpy as np
 
 from memc.errors import MemcError
+from memc.runtime.inputs import Fetched, fetched_inputs
 from memc.runtime.sampling import Sampler, Sampling, at_least
 from memc.runtime.text import Text, TextStream
 
@@ -69,7 +70,7 @@ class Generation:
 
     ``ids`` are all tokens drawn, the one that ended the row included. ``text`` follows on the prompt's text, without
     special tokens and without what ended the row; None when the artifact has no tokenizer. ``timing`` and
-    ``state_bytes`` are of the whole batch, ``seed`` of this row.
+    ``state_bytes`` and ``fetched_bytes`` are of the whole batch, ``seed`` of this row.
     """
 
     text: str | None
@@ -79,6 +80,7 @@ class Generation:
     seed: int
     timing: Timing
     state_bytes: int
+    fetched_bytes: int
 
 
 def one_prompt(prompt: Any) -> TypeGuard[str | list[int] | Conversation]:
@@ -91,30 +93,41 @@ def one_prompt(prompt: Any) -> TypeGuard[str | list[int] | Conversation]:
 
 
 def generate(
-    session: Session, prompts: Sequence[Any], state: SessionState | None, options: GenerateOptions
+    session: Session,
+    prompts: Sequence[Any],
+    state: SessionState | None,
+    options: GenerateOptions,
+    fetched: Fetched | None = None,
 ) -> list[Generation]:
     """Run the loop to its end; see ``Session.generate``."""
-    run = _Run(session, prompts, state, options)
+    run = Run(session, prompts, state, options, fetched)
     notify = options.get("on_text")
     for row, piece in run.pieces():
-        if notify is not None:
+        if notify is not None and piece:
             notify(row, piece)
     return run.results()
 
 
-def stream(session: Session, prompt: Any, state: SessionState | None, options: GenerateOptions) -> Iterator[str]:
+def stream(
+    session: Session,
+    prompt: Any,
+    state: SessionState | None,
+    options: GenerateOptions,
+    fetched: Fetched | None = None,
+) -> Iterator[str]:
     """Check everything at once, then return the pieces as they come; see ``Session.stream``."""
     if not one_prompt(prompt):
         raise MemcError("E200", "stream takes one prompt", next="call generate with on_text for several")
-    run = _Run(session, [prompt], state, options)
+    run = Run(session, [prompt], state, options, fetched)
     _ = session.text.tokenizer  # pieces of text need one, whatever the prompt is
     notify = options.get("on_text")
 
     def pieces() -> Iterator[str]:
         for row, piece in run.pieces():
-            if notify is not None:
-                notify(row, piece)
-            yield piece
+            if piece:
+                if notify is not None:
+                    notify(row, piece)
+                yield piece
 
     return pieces()
 
@@ -145,12 +158,18 @@ class _Row:
         return piece
 
 
-class _Run:
-    """One call of ``generate``: everything is checked when it is made, before the model runs."""
+class Run:
+    """One call of ``generate``, for callers that look between two tokens. It is checked whole when it is made."""
 
     def __init__(
-        self, session: Session, prompts: Sequence[Any], state: SessionState | None, options: GenerateOptions
+        self,
+        session: Session,
+        prompts: Sequence[Any],
+        state: SessionState | None,
+        options: GenerateOptions,
+        fetched: Fetched | None = None,
     ) -> None:
+        """Check prompts and options and allocate the state; raises as ``Session.generate`` does."""
         session.require_decoder()
         self.session = session
         self.limit = at_least("max_new_tokens", options.get("max_new_tokens", MAX_NEW_TOKENS), 1)
@@ -165,6 +184,7 @@ class _Run:
             raise MemcError("E200", f"{len(prompts)} prompts for a state of {len(fresh)} sequences")
         chat = options.get("chat", False)
         self.prompts = [_ids(session.text, prompt, chat, new) for prompt, new in zip(prompts, fresh, strict=True)]
+        self.fetched = fetched_inputs(session.manifest, fetched or {}, len(prompts))
         self.state = self._state(state)
         if stops:
             _ = session.text.tokenizer  # a stop text needs one
@@ -186,17 +206,20 @@ class _Run:
         return self.session.new_state(len(self.prompts), needed) if state is None else state
 
     def pieces(self) -> Iterator[tuple[int, str]]:
-        """Run, yielding ``(row, piece of text)``; pieces may be held back but are never empty."""
+        """Run, yielding ``(row, piece of text)`` for every token drawn; a piece that is held back is empty.
+
+        What is not asked for is not run: whoever stops here stops the model.
+        """
         began = time.perf_counter()
-        logits = self.session.prefill(self.prompts, self.state)
+        logits = self.session.prefill(self.prompts, self.state, fetched=self.fetched)
         self.prefill_seconds = time.perf_counter() - began
         while True:
             began = time.perf_counter()
             drawn = [-1 if r.finish else self.sampler.draw(i, logits[i]) for i, r in enumerate(self.rows)]
             self.decode_seconds += time.perf_counter() - began
             for index, (row, token) in enumerate(zip(self.rows, drawn, strict=True)):
-                if token >= 0 and (piece := row.take(token, self.stop_ids, self.limit)):
-                    yield index, piece
+                if token >= 0:
+                    yield index, row.take(token, self.stop_ids, self.limit)
             if all(row.finish for row in self.rows):
                 return
             began = time.perf_counter()
@@ -221,6 +244,7 @@ class _Run:
                 seed=self.seed + index,
                 timing=timing,
                 state_bytes=self.state.bytes,
+                fetched_bytes=self.state.fetched_bytes,
             )
             for index, (row, prompt) in enumerate(zip(self.rows, self.prompts, strict=True))
         ]

@@ -12,6 +12,12 @@ from memc.errors import MemcError
 
 Array = npt.NDArray[np.generic]
 
+Fetched = Mapping[str, npt.ArrayLike]
+"""What is fetched for each sequence of a batch, by input name: ``[B,...]`` each, shapes as in the manifest.
+
+Arrays of the right type and layout are held as they are, not copied.
+"""
+
 
 def named_inputs(manifest: Manifest, inputs: Mapping[str, npt.ArrayLike], sizes: dict[str, int]) -> dict[str, Array]:
     """Return the inputs as arrays of the types that the manifest says.
@@ -28,6 +34,21 @@ def named_inputs(manifest: Manifest, inputs: Mapping[str, npt.ArrayLike], sizes:
         found[name] = _typed(port, np.asarray(value))
         _check_shape(port, found[name].shape, sizes)
     return found
+
+
+def fetched_inputs(manifest: Manifest, fetched: Fetched, batch: int) -> dict[str, Array]:
+    """Return what is fetched for ``batch`` sequences as :func:`named_inputs` does.
+
+    Raises ``MemcError`` E200 for a name that is none of what the model has fetched, and for a wrong type or shape.
+    """
+    known = [port.name for port in manifest.inputs if port.role == "fetched"]
+    if unknown := sorted(set(fetched) - set(known)):
+        has = (
+            f"it fetches {known[0]} to {known[-1]}" if len(known) > 1 else f"it fetches {', '.join(known) or 'nothing'}"
+        )
+        raise MemcError("E200", f"the model fetches no {unknown[0]!r}", next=has)
+    named = named_inputs(manifest, fetched, {"B": batch})
+    return {name: np.ascontiguousarray(array) for name, array in named.items()}
 
 
 def _typed(port: Port, array: Array) -> Array:

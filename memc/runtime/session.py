@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Unpack, overload
+from typing import TYPE_CHECKING, Any, Unpack, overload
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from memc.artifact import Manifest, read_manifest
 from memc.backend import Runner, RunState
 from memc.errors import MemcError
 from memc.plugins import load_plugin
 from memc.runtime.generate import Conversation, GenerateOptions, Generation, generate, one_prompt, stream
-from memc.runtime.inputs import named_inputs
+from memc.runtime.inputs import Array, Fetched, fetched_inputs, named_inputs
 from memc.runtime.sampling import at_least
+from memc.runtime.state_file import read_state, write_state
 from memc.runtime.text import Text
 
 if TYPE_CHECKING:
     from memc.interop import SessionModel
+    from memc.report.models import ReportDocument
 
 F32 = npt.NDArray[np.float32]
 I64 = npt.NDArray[np.int64]
@@ -32,7 +30,6 @@ Ids = npt.NDArray[np.integer] | Sequence[int] | Sequence[Sequence[int]] | Sequen
 """Token ids: ``[B,T]``, or one list a row, of any lengths, or the ids of a single row."""
 
 CHUNK = 256
-STATE_SCHEMA = "memc.state/1"
 
 
 def load(out: str | Path, *, threads: int | None = None, verify: bool = False, chunk: int = CHUNK) -> Session:
@@ -57,13 +54,14 @@ class SessionState:
 
     A session advances it in place; ``Session.fork`` makes an independent copy. ``lengths [B]`` int64;
     ``last [B,vocab]`` float32, None before the first token. ``capacity`` is the most tokens a row may have, None for
-    no limit.
+    no limit. ``fetched`` holds what was fetched, by input name, and is given to every call.
     """
 
     run: RunState
     lengths: I64
     last: F32 | None = None
     capacity: int | None = None
+    fetched: dict[str, Array] = field(default_factory=dict)
 
     @property
     def batch(self) -> int:
@@ -72,8 +70,13 @@ class SessionState:
 
     @property
     def bytes(self) -> int:
-        """Bytes of memory that the backend's states take."""
+        """Bytes of memory that the backend's states take; what is fetched is not counted."""
         return self.run.bytes
+
+    @property
+    def fetched_bytes(self) -> int:
+        """Bytes of what was fetched."""
+        return sum(array.nbytes for array in self.fetched.values())
 
 
 class Session:
@@ -96,6 +99,12 @@ class Session:
         """Most tokens that one sequence may have, None for no limit."""
         return self.manifest.capacity
 
+    def report(self) -> ReportDocument:
+        """Return the report of the artifact, shown as a page in a notebook. Raises ``MemcError`` E309 without one."""
+        from memc.report.read import read_report
+
+        return read_report(self.folder)
+
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text. Raises ``MemcError`` E308 without a tokenizer."""
         return self.text.encode(text)
@@ -109,7 +118,8 @@ class Session:
 
         T is the longest row's length; past a shorter row's end the logits are 0. Of an encoder it is the model's first
         output, whatever that is. What a model takes beside tokens, or instead of them, is given by name:
-        ``logits(ids, decoder_tokens=...)``, ``logits(pixel_values=...)``; ``manifest.inputs`` lists the names.
+        ``logits(ids, decoder_tokens=...)``, ``logits(pixel_values=...)``; ``manifest.inputs`` lists the names. What is
+        fetched is zero where it is not given.
 
         Raises ``MemcError``: E205 an empty row, E206 a row past the capacity, E208 an input is missing, E200 an id
         outside the vocabulary or an input of another name, type or shape.
@@ -132,7 +142,7 @@ class Session:
         """Yield ``(start, logits [B,C,vocab])`` for one chunk of columns after the other, from an empty state.
 
         The memory is that of one chunk; what stands at padded columns is undefined. An encoder runs whole, in one
-        piece, as does a model with further ``inputs``, given by name. Raises as ``logits`` does.
+        piece, as does a model with further ``inputs`` of each token, given by name. Raises as ``logits`` does.
         """
         if not self.manifest.decoder:
             yield 0, self._whole(ids, inputs or {})
@@ -141,7 +151,8 @@ class Session:
         longest = max(map(len, rows))
         named = named_inputs(self.manifest, inputs or {}, {"B": len(rows), "T": longest})
         self.require_room(longest, self.capacity)
-        width = longest if named else chunk or self.chunk
+        whole = any("T" in port.shape for port in self.manifest.inputs if port.name in named)
+        width = longest if whole else chunk or self.chunk
         state = self.runner.new_state(len(rows), longest)
         zeros = np.zeros(len(rows), np.int64)
         for start in range(0, longest, width):
@@ -176,25 +187,28 @@ class Session:
         assert out is not None
         return out
 
-    def new_state(self, batch: int = 1, capacity: int | None = None) -> SessionState:
+    def new_state(self, batch: int = 1, capacity: int | None = None, *, fetched: Fetched | None = None) -> SessionState:
         """Make the state of ``batch`` sequences that have seen nothing.
 
-        ``capacity`` is how many tokens growing states have room for; None for all that the artifact allows. Raises
-        ``MemcError``: E208 for an encoder, E206 when the artifact allows fewer, E200 for numbers below 1.
+        ``capacity`` is how many tokens growing states have room for; None for all that the artifact allows. ``fetched``
+        is held with the sequences, and zero where it is not given. Raises ``MemcError``: E208 for an encoder, E206 when
+        the artifact allows fewer, E200 for numbers below 1 and for a fetched input of another name, type or shape.
         """
         self.require_decoder()
         at_least("batch", batch, 1)
         if capacity is not None:
             self.require_room(at_least("capacity", capacity, 1), self.capacity)
+        given = fetched_inputs(self.manifest, fetched or {}, batch)
         run = self.runner.new_state(batch, capacity)
-        return SessionState(run, np.zeros(batch, np.int64), None, self._limit(capacity))
+        return SessionState(run, np.zeros(batch, np.int64), None, self._limit(capacity), given)
 
-    def prefill(self, ids: Ids, state: SessionState) -> F32:
+    def prefill(self, ids: Ids, state: SessionState, *, fetched: Fetched | None = None) -> F32:
         """Run the tokens of each row, of any lengths, after what ``state`` has seen; advance it in place.
 
-        Returns the logits ``[B,vocab]`` of each row's last token. A row without tokens stays as it is. Raises
-        ``MemcError``: E205 a row has no token and has seen none, E206 a row gets past the capacity, E200 wrong number
-        of rows or an id outside the vocabulary.
+        What is ``fetched`` takes the place of what the state holds, from here on. Returns the logits ``[B,vocab]`` of
+        each row's last token. A row without tokens stays as it is. Raises ``MemcError``: E205 a row has no token and
+        has seen none, E206 a row gets past the capacity, E200 wrong number of rows, an id outside the vocabulary, or a
+        fetched input of another name, type or shape.
         """
         rows = self._rows(ids)
         if len(rows) != state.batch:
@@ -204,6 +218,7 @@ class Session:
         if not total.all():
             raise MemcError("E205", f"row {int(total.argmin())} has no tokens")
         self.require_room(int(total[sizes > 0].max(initial=0)), state.capacity)
+        state.fetched = {**state.fetched, **fetched_inputs(self.manifest, fetched or {}, state.batch)}
         longest = int(sizes.max())
         for start in range(0, longest, self.chunk):
             stop = min(start + self.chunk, longest)
@@ -211,7 +226,7 @@ class Session:
             ending = np.flatnonzero((sizes > start) & (sizes <= stop))
             # Only the columns in which a row ends are wanted; one must be named even when none is.
             keep = np.unique(sizes[ending] - 1 - start) if len(ending) else np.zeros(1, np.int64)
-            logits = self.runner.run(tokens, positions, state.run, keep)
+            logits = self.runner.run(tokens, positions, state.run, keep, state.fetched)
             if state.last is None:
                 state.last = np.zeros((state.batch, logits.shape[2]), np.float32)
             state.last[ending] = logits[ending, np.searchsorted(keep, sizes[ending] - 1 - start)]
@@ -219,12 +234,19 @@ class Session:
         assert state.last is not None
         return state.last.copy()
 
-    def step(self, ids: npt.NDArray[np.integer] | Sequence[int], state: SessionState) -> F32:
+    def step(
+        self,
+        ids: npt.NDArray[np.integer] | Sequence[int],
+        state: SessionState,
+        *,
+        fetched: Fetched | None = None,
+    ) -> F32:
         """Run one token of each row, ``ids [B]``, and advance ``state``; -1 leaves a row as it is.
 
-        Returns the logits ``[B,vocab]`` of each row's last token. Raises as ``prefill`` does.
+        ``fetched`` and what is raised are as with ``prefill``. Returns the logits ``[B,vocab]`` of each row's last
+        token.
         """
-        return self.prefill([[] if number == -1 else [int(number)] for number in ids], state)
+        return self.prefill([[] if number == -1 else [int(number)] for number in ids], state, fetched=fetched)
 
     @overload
     def generate(
@@ -232,6 +254,7 @@ class Session:
         prompt: str | list[int] | Conversation,
         *,
         state: SessionState | None = None,
+        fetched: Fetched | None = None,
         **options: Unpack[GenerateOptions],
     ) -> Generation: ...
 
@@ -241,6 +264,7 @@ class Session:
         prompt: list[str] | list[list[int]] | list[Conversation],
         *,
         state: SessionState | None = None,
+        fetched: Fetched | None = None,
         **options: Unpack[GenerateOptions],
     ) -> list[Generation]: ...
 
@@ -249,29 +273,32 @@ class Session:
         prompt: str | list[int] | Conversation | list[str] | list[list[int]] | list[Conversation],
         *,
         state: SessionState | None = None,
+        fetched: Fetched | None = None,
         **options: Unpack[GenerateOptions],
     ) -> Generation | list[Generation]:
         """Continue a prompt, or each of a list of prompts as one batch; the options are in ``GenerateOptions``.
 
         A prompt is a text, a list of token ids, or with ``chat`` a text of the user or a list of messages. With
         ``state`` the prompts go on from what it has seen and it is advanced in place; the last token drawn is never
-        fed to it. Returns one ``Generation`` for one prompt, a list for a list. Raises ``MemcError``: E205 empty
-        prompt, E206 prompt and new tokens past the capacity, E208 the artifact is an encoder or has no chat template,
-        E308 text without a tokenizer, E200 an option out of range, E403 logits that are not finite.
+        fed to it. ``fetched`` is as with ``prefill``, a row for each prompt. Returns one ``Generation`` for one prompt,
+        a list for a list. Raises ``MemcError``: E205 empty prompt, E206 prompt and new tokens past the capacity, E208
+        the artifact is an encoder or has no chat template, E308 text without a tokenizer, E200 an option out of range
+        or a fetched input that does not fit, E403 logits that are not finite.
         """
         if one_prompt(prompt):
-            return generate(self, [prompt], state, options)[0]
-        return generate(self, prompt, state, options)
+            return generate(self, [prompt], state, options, fetched)[0]
+        return generate(self, prompt, state, options, fetched)
 
     def stream(
         self,
         prompt: str | list[int] | Conversation,
         *,
         state: SessionState | None = None,
+        fetched: Fetched | None = None,
         **options: Unpack[GenerateOptions],
     ) -> Iterator[str]:
         """Yield the text that ``generate`` would return, piece by piece as it is drawn. Raises as ``generate`` does."""
-        return stream(self, prompt, state, options)
+        return stream(self, prompt, state, options, fetched)
 
     def as_transformers(self) -> SessionModel:
         """Return a ``PreTrainedModel`` that runs this session, with ``generate``; needs torch and transformers.
@@ -283,25 +310,27 @@ class Session:
         return SessionModel(self)
 
     def fork(self, state: SessionState, rows: list[int] | None = None) -> SessionState:
-        """Return an independent copy of a state, or of some of its rows, in this order, repeats allowed."""
+        """Return an independent copy of a state, or of some of its rows, in this order, repeats allowed.
+
+        What is fetched goes with its row.
+        """
         run = state.run.copy() if rows is None else state.run.select(rows)
         chosen = list(range(state.batch)) if rows is None else rows
         last = None if state.last is None else state.last[chosen]
-        return SessionState(run, state.lengths[chosen], last, state.capacity)
+        fetched = {name: array[chosen] for name, array in state.fetched.items()}
+        return SessionState(run, state.lengths[chosen], last, state.capacity, fetched)
 
     def save(self, state: SessionState, path: str | Path) -> None:
-        """Write a state to one safetensors file, with the digest of this artifact.
+        """Write a state, and what is fetched, to one safetensors file, with the digest of this artifact.
 
         Raises ``MemcError`` E502 when it cannot be written.
         """
-        arrays = {f"state.{name}": np.ascontiguousarray(array) for name, array in state.run.arrays().items()}
-        arrays["lengths"] = np.ascontiguousarray(state.lengths)
+        arrays = {f"state.{name}": array for name, array in state.run.arrays().items()}
+        arrays |= {f"fetched.{name}": array for name, array in state.fetched.items()}
+        arrays["lengths"] = state.lengths
         if state.last is not None:
-            arrays["last"] = np.ascontiguousarray(state.last)
-        try:
-            save_file(arrays, path, metadata={"schema": STATE_SCHEMA, "artifact": _digest(self.manifest)})
-        except (SafetensorError, OSError) as error:
-            raise MemcError("E502", f"state cannot be written: {error}", str(path), "give another path") from error
+            arrays["last"] = state.last
+        write_state(path, self.manifest, arrays)
 
     def load_state(self, path: str | Path, capacity: int | None = None) -> SessionState:
         """Read a state that ``save`` wrote, with room for ``capacity`` tokens (None: all that the artifact allows).
@@ -309,24 +338,13 @@ class Session:
         Raises ``MemcError``: E309 when the file is missing or holds no state, E402 when another artifact made it, E206
         when the capacity is less than what it has seen.
         """
-        try:
-            with safe_open(path, framework="np") as file:
-                metadata = file.metadata() or {}
-                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        except (SafetensorError, OSError) as error:
-            raise MemcError("E309", f"no session state here: {error}", str(path)) from error
-        if metadata.get("schema") != STATE_SCHEMA or "lengths" not in arrays:
-            schema = metadata.get("schema")
-            raise MemcError("E309", f"file has schema {schema!r}, not {STATE_SCHEMA!r}", str(path))
-        if metadata.get("artifact") != _digest(self.manifest):
-            hint = "load it with the artifact that saved it, or prefill again"
-            raise MemcError("E402", "the state was saved by another artifact", str(path), hint)
+        arrays = read_state(path, self.manifest)
         self.require_decoder()
         lengths = arrays["lengths"]
         limit = self._limit(capacity)
         self.require_room(int(lengths.max()), limit)
-        held = {name.removeprefix("state."): array for name, array in arrays.items() if name.startswith("state.")}
-        return SessionState(self.runner.restore(held, capacity), lengths, arrays.get("last"), limit)
+        held, fetched = _below(arrays, "state."), _below(arrays, "fetched.")
+        return SessionState(self.runner.restore(held, capacity), lengths, arrays.get("last"), limit, fetched)
 
     def _limit(self, capacity: int | None) -> int | None:
         """Return the capacity of a state: the room allocated counts only where a state grows."""
@@ -370,6 +388,10 @@ class Session:
         return rows
 
 
+def _below(arrays: Mapping[str, npt.NDArray[Any]], prefix: str) -> dict[str, Array]:
+    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+
+
 def _columns(rows: Sequence[I64], lengths: I64, start: int, stop: int) -> tuple[I64, I64]:
     """Return tokens and positions ``[B, stop - start]`` of some columns; padding, at position -1, is on the right."""
     tokens = np.zeros((len(rows), stop - start), np.int64)
@@ -379,7 +401,3 @@ def _columns(rows: Sequence[I64], lengths: I64, start: int, stop: int) -> tuple[
         tokens[index, : len(piece)] = piece
         positions[index, : len(piece)] = lengths[index] + start + np.arange(len(piece))
     return tokens, positions
-
-
-def _digest(manifest: Manifest) -> str:
-    return hashlib.sha256(json.dumps(manifest.model_dump(by_alias=True), sort_keys=True).encode()).hexdigest()

@@ -21,6 +21,8 @@ Message = Mapping[str, Any]
 """One message of a conversation: ``role`` and ``content``, and whatever else its template reads."""
 
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# A text that two tokenizers hardly cut the same way unless they are one.
+_PROBE = "The quick brown fox, 12345 naïve Übergrößen; def f(x):\n\treturn x ** 2  # 日本語"
 _CONTEXT = 6
 _LONGEST = 64
 _HELD = 16
@@ -118,6 +120,10 @@ class Text:
         """Return the text of token ids; special tokens are left out."""
         text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
+
+    def cuts_like(self, other: Text) -> bool:
+        """Tell whether another tokenizer cuts text the same way, by one text. Raises ``MemcError`` E308 without one."""
+        return self.encode(_PROBE) == other.encode(_PROBE)
 
     def chat(self, messages: Sequence[Message]) -> str:
         """Render a conversation with the model's chat template, up to where the answer starts.

@@ -72,24 +72,33 @@ def cut_out(before: Program, after: Program, objective: BlockObjective) -> Stude
     Rewriting keeps the names of what it leaves alone, so a node of the same name in both is the same value.
     """
     shared = {node.name for node in before.module.graph.nodes if node.op != "get_attr"}
-    specs = {spec.name: spec for spec in after.states}
     nodes = {node.name: node for node in after.module.graph.nodes}
-    needed = leading_to(
-        [nodes[name] for name in objective.results], lambda node: node.name in shared and node.name not in specs
-    )
-    inputs = [n for n in after.module.graph.nodes if n in needed and n.name in shared and n.name not in specs]
-    states = [n for n in after.module.graph.nodes if n in needed and n.name in specs]
+    part = cut(after, [nodes[name] for name in objective.results], lambda node: node.name in shared)
+    return StudentBlock(objective, *part)
+
+
+def cut(
+    program: Program, results: Sequence[Node], given: Callable[[Node], bool]
+) -> tuple[GraphModule, tuple[str, ...], tuple[StateSpec, ...]]:
+    """Cut what computes ``results`` out of a program, down to the nodes that are ``given`` and to its states.
+
+    Returns a module over the program's own parameters that returns the results, and what it takes: the names of the
+    given nodes that it reads, then the states.
+    """
+    specs = {spec.name: spec for spec in program.states}
+    needed = leading_to(results, lambda node: given(node) and node.name not in specs)
+    found = [node for node in program.module.graph.nodes if node in needed]
+    inputs = [node for node in found if given(node) and node.name not in specs]
+    states = [node for node in found if node.name in specs]
     graph, mapping = Graph(), dict[Node, Node]()
     for node in (*inputs, *states):
         mapping[node] = graph.placeholder(node.name)
-    for node in after.module.graph.nodes:
-        if node in needed and node not in mapping:
+    for node in found:
+        if node not in mapping:
             mapping[node] = graph.node_copy(node, mapping.__getitem__)
-    graph.output(tuple(mapping[nodes[name]] for name in objective.results))
-    module = GraphModule(after.module, graph)
-    return StudentBlock(
-        objective, module, tuple(node.name for node in inputs), tuple(specs[node.name] for node in states)
-    )
+    graph.output(tuple(mapping[node] for node in results))
+    module = GraphModule(program.module, graph)
+    return module, tuple(node.name for node in inputs), tuple(specs[node.name] for node in states)
 
 
 @dataclass
@@ -119,7 +128,8 @@ class Teacher:
     @torch.no_grad()
     def run(self, tokens: Tensor, positions: Tensor, learn: Callable[[int, dict[str, Tensor]], None]) -> None:
         """Run ``tokens [B,T]`` at ``positions`` and call ``learn(block, values)`` as soon as a block's are there."""
-        feed = dict(zip((spec.name for spec in self.program.inputs), (tokens, positions), strict=True))
+        given = (tokens, positions, *self.program.nothing_fetched(len(tokens), tokens.device))
+        feed = dict(zip((spec.name for spec in self.program.inputs), given, strict=True))
         states = {spec.name: spec for spec in self.program.states}
         values: dict[Node, Any] = {}
         missing = [set(names) for names in self.wanted]

@@ -33,6 +33,10 @@ class Guard:
         """Return the guard of a single text."""
         return cls((GuardText(name, tokens, positions),))
 
+    def to(self, device: torch.device) -> Guard:
+        """Return the guard with its sequences on ``device``."""
+        return Guard(tuple(GuardText(t.name, t.tokens.to(device), t.positions.to(device)) for t in self.texts))
+
     @property
     def names(self) -> tuple[str, ...]:
         """The names of the texts."""

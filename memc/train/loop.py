@@ -83,9 +83,14 @@ def restore_optimiser(name: str, made: torch.optim.AdamW, tensors: Mapping[str, 
     """Give an optimiser back what :func:`optimiser_tensors` took."""
     for index, (parameter, _) in enumerate(_states(made)):
         prefix = f"{name}.{index}."
-        held = {key.removeprefix(prefix): value.clone() for key, value in tensors.items() if key.startswith(prefix)}
+        held = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         if held:
-            made.state[parameter] = held
+            made.state[parameter] = {key: _beside(parameter, value) for key, value in held.items()}
+
+
+def _beside(parameter: Tensor, value: Tensor) -> Tensor:
+    """Copy a value of an optimiser to where its parameter is; the number of steps, a scalar, AdamW keeps on the CPU."""
+    return value.to(parameter.device, copy=True) if value.dim() else value.clone()
 
 
 def _states(made: torch.optim.AdamW) -> Iterable[tuple[torch.nn.Parameter, dict[str, Any]]]:

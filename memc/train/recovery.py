@@ -99,15 +99,16 @@ class _Run:
 
     def divergence(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean KL over the tokens that are no padding, and the mean cross-entropy of the next token."""
-        state = self.recovery.after.new_state(tokens.shape[0], tokens.device)
+        after, batch, device = self.recovery.after, tokens.shape[0], tokens.device
+        rest = (*after.nothing_fetched(batch, device), *after.new_state(batch, device))
         real = positions >= 0
         if not self.recovery.imitates:
-            found = self.student(tokens, positions, *state)[0].float().log_softmax(-1)
+            found = self.student(tokens, positions, *rest)[0].float().log_softmax(-1)
             return found.new_zeros(()), _next_token(found, tokens, positions, real)
         name = self.teacher.wanted[0][0]
         expected: dict[str, Tensor] = {}
         self.teacher.run(tokens, positions, lambda _, values: expected.update(values))
-        logits = self.student(tokens, positions, *state)[0]
+        logits = self.student(tokens, positions, *rest)[0]
         given = expected[name].float().log_softmax(-1)
         found = logits.float().log_softmax(-1)
         kl = (given.exp() * (given - found)).sum(-1)[real].mean()

@@ -21,6 +21,7 @@ from memc.progress import Progress
 from memc.recipe import Train
 from memc.report.files import ChoiceFacts, CurveFacts, GuardFacts, RecoveryFacts, TrainingFacts, TransferFacts
 from memc.train.adapters import Adapter, add_adapters, attention_projections, block_projections, fold_adapters
+from memc.train.device import CPU, lent, name_of
 from memc.train.guard import Guard
 from memc.train.loop import Batches, Checkpoints, Curve, Schedule
 from memc.train.merge import merge_adapters
@@ -66,7 +67,8 @@ class Trainer:
 
     ``tokens`` are shared between transfer and recovery as ``settings`` say; recovery has all of them where a pass added
     nothing. ``batches`` of ``settings.batch`` sequences; ``guard`` is held out of them. ``key`` tells what the data and
-    the model are. Of several ``processes`` all call :meth:`train` alike, and the one that leads writes.
+    the model are. What trains computes on ``device``; programs come from the CPU and go back there. Of several
+    ``processes`` all call :meth:`train` alike, and the one that leads writes.
     """
 
     settings: Train
@@ -78,6 +80,7 @@ class Trainer:
     products: torch.dtype | None
     progress: Progress
     processes: Processes = ALONE
+    device: torch.device = CPU
 
     def train(self, pass_: Pass, before: Program, applied: Applied, apply: Apply, folder: Path | None) -> Rewritten:
         """Train what ``pass_`` added to ``before`` when it was ``applied``, or recover what it took away.
@@ -95,7 +98,8 @@ class Trainer:
             raise MemcError("E203", reason, pass_.spec, f"train: {{length: {4 * exact}}} in a recipe")
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-        facts = TrainingFacts(tokens=self.tokens, transfer=self._transfer(before, after, report, folder))
+        transfer = self._transfer(before, after, report, folder)
+        facts = TrainingFacts(tokens=self.tokens, device=name_of(self.device), transfer=transfer)
         if (share := pass_.open_share()) is not None:
             facts.choice = self._choose(before, after, report, share, folder)
             pass_ = pass_.settle(facts.choice.kept)
@@ -106,10 +110,11 @@ class Trainer:
         if self.recovery_steps:
             after, facts.recovery = self._recover(before, after, report, folder)
         if self.processes.leads:
-            tokens, positions = (part[:SILENCED] for part in self.guard.rows)
-            facts.branches = branches.measure_branches(
-                before, after, report.objectives, tokens, positions, self.progress
-            )
+            tokens, positions = (part[:SILENCED] for part in self.guard.to(self.device).rows)
+            with lent(self.device, before, after):
+                facts.branches = branches.measure_branches(
+                    before, after, report.objectives, tokens, positions, self.progress
+                )
         settled = replace(report, untrained=False, relations=pass_.trained_relations(plan))
         return Rewritten(pass_, plan, after, settled, transferred, facts)
 
@@ -125,7 +130,13 @@ class Trainer:
         shared = {id(value) for value in before.module.parameters()}
         self.processes.align(value.data for value in after.module.parameters() if id(value) not in shared)
         program, recovery = self._recover(before, after, report, folder)
-        return replace(done, program=program, facts=TrainingFacts(tokens=self.tokens, recovery=recovery))
+        facts = TrainingFacts(tokens=self.tokens, device=name_of(self.device), recovery=recovery)
+        return replace(done, program=program, facts=facts)
+
+    def _batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Return a step's batch where training computes."""
+        tokens, positions = self.batches(step)
+        return tokens.to(self.device), positions.to(self.device)
 
     @property
     def transfer_steps(self) -> int:
@@ -146,7 +157,13 @@ class Trainer:
         return round(tokens) // (self.settings.batch * self.settings.length * self.settings.accumulate)
 
     def _transfer(self, before: Program, after: Program, report: PassReport, folder: Path | None) -> TransferFacts:
-        began = time.perf_counter()
+        with lent(self.device, before, after):
+            return self._transfer_there(before, after, report, folder)
+
+    def _transfer_there(
+        self, before: Program, after: Program, report: PassReport, folder: Path | None
+    ) -> TransferFacts:
+        began, guard = time.perf_counter(), self.guard.to(self.device).rows
         transfer = Transfer(before, after, report.objectives, self.products, self.processes)
         checkpoints = self._checkpoints(folder, "transfer")
         path = folder / "transfer.json" if folder is not None else None
@@ -155,20 +172,20 @@ class Trainer:
             facts = TransferFacts.model_validate_json(path.read_text())
         else:
             facts = TransferFacts(steps=self.transfer_steps, tokens=0)
-            facts.errors["untrained"] = transfer.errors(*self.guard.rows)
+            facts.errors["untrained"] = transfer.errors(*guard)
             sequences = math.ceil(INITIAL / self.settings.length)
             with self.progress.step("first values in closed form"):
-                transfer.initialise(*_sequences(self.batches, sequences))
-            facts.errors["initial"] = transfer.errors(*self.guard.rows)
+                transfer.initialise(*_sequences(self._batch, sequences))
+            facts.errors["initial"] = transfer.errors(*guard)
         if path is not None and not begun and self.processes.leads:
             checkpoints.save(0, *transfer.start())
             _write(path, facts.model_dump_json())
         self.processes.wait()
         schedule = Schedule(self.transfer_steps)
         facts.curve = _curve(
-            transfer.train(self.batches, schedule, self.settings.rate, self.seed, checkpoints, self.progress)
+            transfer.train(self._batch, schedule, self.settings.rate, self.seed, checkpoints, self.progress)
         )
-        facts.errors["trained"] = transfer.errors(*self.guard.rows)
+        facts.errors["trained"] = transfer.errors(*guard)
         facts.tokens = self.transfer_steps * self.settings.batch * self.settings.length
         facts.seconds = time.perf_counter() - began
         return facts
@@ -186,10 +203,11 @@ class Trainer:
         if path is not None and path.is_file():
             return ChoiceFacts.model_validate_json(path.read_text())
         began = time.perf_counter()
-        tokens, positions = _sequences(self.batches, math.ceil(RANKED / self.settings.length))
-        ranking = analysis.rank_blocks(
-            before, after, report.objectives, tokens, positions, self.products, self.progress
-        )
+        tokens, positions = _sequences(self._batch, math.ceil(RANKED / self.settings.length))
+        with lent(self.device, before, after):
+            ranking = analysis.rank_blocks(
+                before, after, report.objectives, tokens, positions, self.products, self.progress
+            )
         layers = [objective.layer for objective in report.objectives]
         facts = ChoiceFacts(
             kept=sorted(layers[index] for index in ranking.blocks[: round(share * len(layers))]),
@@ -238,11 +256,13 @@ class Trainer:
         first = self.transfer_steps if report.objectives else 0
 
         def later(step: int) -> tuple[Tensor, Tensor]:
-            return self.batches(first + step)
+            return self._batch(first + step)
 
         schedule = Schedule(self.recovery_steps if report.objectives else self.only_recovery_steps)
         checkpoints = self._checkpoints(folder, "recovery")
-        result = recover(recovery, later, self.guard, schedule, checkpoints, self.progress)
+        with lent(self.device, before, trained):
+            guard = self.guard.to(self.device)
+            result = recover(recovery, later, guard, schedule, checkpoints, self.progress)
         facts = _recovery_facts(result, settings, time.perf_counter() - began)
         if merges:
             return merge_adapters(before, after, trained, adapters), facts

@@ -49,29 +49,32 @@ def run_all(
     return _run_nodes(program, cases, precision)
 
 
-def whole_all(program: Program, texts: Sequence[Tensor], precision: torch.dtype = torch.float32) -> list[Tensor]:
+def whole_all(
+    program: Program, texts: Sequence[Tensor], precision: torch.dtype = torch.float32, *, fetch: bool = False
+) -> list[Tensor]:
     """Return what :func:`whole` does for each of several ``tokens [B, T]``, run side by side.
 
     Where parameters are converted as they are used, a layer's states are made when it is reached and gone after it.
     """
+    given = [inputs_of(program, tokens, fetch=fetch) for tokens in texts]
     if _computes_in(program, precision):
         return [
-            program(*inputs_of(program, tokens), *program.new_state(tokens.shape[0], tokens.device))[0].to(precision)
-            for tokens in texts
+            program(*inputs, *program.new_state(tokens.shape[0], tokens.device))[0].to(precision)
+            for tokens, inputs in zip(texts, given, strict=True)
         ]
     cases: list[tuple[Any, ...]] = [
-        (*inputs_of(program, tokens), *(partial(spec.empty, tokens.shape[0], tokens.device) for spec in program.states))
-        for tokens in texts
+        (*inputs, *(partial(spec.empty, tokens.shape[0], tokens.device) for spec in program.states))
+        for tokens, inputs in zip(texts, given, strict=True)
     ]
     return [results[0].to(precision) for results in _run_nodes(program, cases, precision, outputs=1)]
 
 
-def whole(program: Program, tokens: Tensor, precision: torch.dtype = torch.float32) -> Tensor:
+def whole(program: Program, tokens: Tensor, precision: torch.dtype = torch.float32, *, fetch: bool = False) -> Tensor:
     """Return the first output (logits ``[B, T, vocab]``) for ``tokens [B, T]`` in one call from an empty state.
 
-    What else the program takes is that of :func:`memc.verify.inputs.inputs_of`.
+    What else the program takes, and what ``fetch`` says, is that of :func:`memc.verify.inputs.inputs_of`.
     """
-    return whole_all(program, [tokens], precision)[0]
+    return whole_all(program, [tokens], precision, fetch=fetch)[0]
 
 
 def rows(tokens: Tensor) -> list[Tensor]:
@@ -89,11 +92,12 @@ def pieces(
     program: Program, tokens: Tensor, sizes: Sequence[int], precision: torch.dtype = torch.float32
 ) -> Iterator[Tensor]:
     """Yield the logits ``[B, size, vocab]`` of consecutive pieces of ``tokens [B, T]``, the state carried along."""
-    state = program.new_state(tokens.shape[0], tokens.device)
+    batch, device = tokens.shape[0], tokens.device
+    state, fetched = program.new_state(batch, device), program.nothing_fetched(batch, device)
     start = 0
     for size in sizes:
         part = tokens[:, start : start + size]
-        outputs = run(program, (part, positions_of(part, start)), state, precision)
+        outputs = run(program, (part, positions_of(part, start), *fetched), state, precision)
         state = outputs[len(program.outputs) :]
         start += size
         yield outputs[0].to(precision)

@@ -20,25 +20,32 @@ def positions_of(tokens: Tensor, start: int = 0) -> Tensor:
     return torch.arange(start, start + tokens.shape[1], device=tokens.device).expand_as(tokens).contiguous()
 
 
-def inputs_of(program: Program, tokens: Tensor) -> tuple[Tensor, ...]:
+def inputs_of(program: Program, tokens: Tensor, *, fetch: bool = False) -> tuple[Tensor, ...]:
     """Return every input of a program but its states, for sequences of ``tokens [B, T]`` that start at position 0.
 
-    What is neither tokens nor positions (pixels, a decoder's tokens, masks) is drawn uniformly: floats from -1 to 1,
-    integers below what the table that they look up in has, 0 or 1 where they look up in none. The draw is a function of
-    the tokens, so that the same tokens give the same inputs to every program with these inputs.
+    What is fetched is zero, as where nothing is; with ``fetch`` it is drawn, small enough that a network of it gives
+    about what it is given. What is neither that nor tokens nor positions (pixels, a decoder's tokens, masks) is drawn
+    uniformly: floats from -1 to 1, integers below what the table that they look up in has, 0 or 1 where they look up in
+    none. The draw is a function of the tokens, so that the same tokens give the same inputs to every program with these
+    inputs.
     """
     batch, length = tokens.shape
     sizes = {"B": batch, "T": length, "U": length // 2 + 1}  # never past T, but where T is 1
     generator = torch.Generator().manual_seed(zlib.crc32(tokens.contiguous().numpy().tobytes()))
     made = []
     for node, spec in zip(program.placeholders(), program.inputs, strict=False):
-        if spec.role == "tokens":
-            made.append(tokens.to(spec.dtype))
-        elif spec.role == "positions":
-            made.append(positions_of(tokens).to(spec.dtype))
-        else:
-            shape = [sizes[size] if isinstance(size, str) else size for size in spec.shape]
-            made.append(_drawn(spec, shape, rows_read(program, node) or 2, generator))
+        shape = [sizes[size] if isinstance(size, str) else size for size in spec.shape]
+        match spec.role:
+            case "tokens":
+                made.append(tokens.to(spec.dtype))
+            case "positions":
+                made.append(positions_of(tokens).to(spec.dtype))
+            case "fetched" if fetch:
+                made.append(shape[-1] ** -0.5 * _drawn(spec, shape, 2, generator))
+            case "fetched":
+                made.append(torch.zeros(shape, dtype=spec.dtype))
+            case "other":
+                made.append(_drawn(spec, shape, rows_read(program, node) or 2, generator))
     return tuple(made)
 
 

@@ -14,7 +14,7 @@ from memc.errors import MemcError
 from memc.program import Program
 from memc.relation import Bounded, Close, Exact, Relation
 from memc.verify.execute import PIECE, logits, rows, run_all, streams, whole, whole_all
-from memc.verify.inputs import positions_of
+from memc.verify.inputs import inputs_of, positions_of
 from memc.verify.sites import first_bad_site
 from memc.verify.text import VerificationText, take
 
@@ -235,8 +235,8 @@ def _kl_detail(text: VerificationText) -> str:
 def split_invariance(program: Program, tokens: Tensor, floor: float = 0.0) -> CheckResult:
     """Check that ``tokens [B, T]`` give the same logits whole, by token, in odd pieces, padded, and row by row.
 
-    The budget is ``SPLIT_TOLERANCE`` or ten times the noise ``floor``. A program that does not claim to be
-    split-invariant passes with that said.
+    What is fetched is drawn, another block for each sequence. The budget is ``SPLIT_TOLERANCE`` or ten times the noise
+    ``floor``. A program that does not claim to be split-invariant passes with that said.
     """
     if not streams(program):
         return CheckResult("split_invariance", 0.0, None, None, True, "not claimed: an op depends on the split")
@@ -244,16 +244,17 @@ def split_invariance(program: Program, tokens: Tensor, floor: float = 0.0) -> Ch
     odd = [3] * (length // 3) + ([length % 3] if length % 3 else [])
     padded, positions, columns = _mixed_lengths(tokens)
     half = padded.shape[1] // 2
-    found = _together(
-        program,
-        [
-            _cut(tokens, positions_of(tokens), [length]),
-            _cut(tokens, positions_of(tokens), [1] * length),
-            _cut(tokens, positions_of(tokens), odd),
-            _cut(padded, positions, [half, padded.shape[1] - half]),
-            *(_cut(row, positions_of(row), [length]) for row in rows(tokens)),
-        ],
-    )
+    fetched = inputs_of(program, tokens, fetch=True)[2:]
+    sequences = [
+        _cut(tokens, positions_of(tokens), [length]),
+        _cut(tokens, positions_of(tokens), [1] * length),
+        _cut(tokens, positions_of(tokens), odd),
+        _cut(padded, positions, [half, padded.shape[1] - half]),
+    ]
+    alike = [fetched for _ in sequences]
+    sequences += [_cut(row, positions_of(row), [length]) for row in rows(tokens)]
+    alike += [tuple(block[index : index + 1] for block in fetched) for index in range(tokens.shape[0])]
+    found = _together(program, sequences, alike)
     expected, single, threes, mixed, *alone = found
     differences = {
         "one token at a time": single - expected,
@@ -271,16 +272,18 @@ def _cut(tokens: Tensor, positions: Tensor, sizes: list[int]) -> list[tuple[Tens
     return [(ids.contiguous(), where.contiguous()) for ids, where in parts]
 
 
-def _together(program: Program, sequences: list[list[tuple[Tensor, Tensor]]]) -> list[Tensor]:
+def _together(
+    program: Program, sequences: list[list[tuple[Tensor, Tensor]]], fetched: list[tuple[Tensor, ...]]
+) -> list[Tensor]:
     """Run sequences that are cut into pieces, each with its own state, the first pieces of all side by side and so on.
 
-    Returns the logits of each sequence.
+    ``fetched`` is what each is given beside its tokens in every call. Returns the logits of each sequence.
     """
     states = [program.new_state(parts[0][0].shape[0]) for parts in sequences]
     found: list[list[Tensor]] = [[] for _ in sequences]
     for step in range(max(map(len, sequences))):
         running = [index for index, parts in enumerate(sequences) if step < len(parts)]
-        cases = [(*sequences[index][step], *states[index]) for index in running]
+        cases = [(*sequences[index][step], *fetched[index], *states[index]) for index in running]
         for index, outputs in zip(running, run_all(program, cases), strict=True):
             # A sequence that is over needs no state: side by side they can outweigh the model.
             states[index] = outputs[len(program.outputs) :] if step + 1 < len(sequences[index]) else ()

@@ -48,18 +48,20 @@ def sample_text(program: Program, seed: int, *, sequences: int = SEQUENCES, leng
     # Steps of one token cost as much as reading the model: one in bfloat16, which has products of its own on CPUs, is
     # not converted for each of them. How likely a token is need not be known to more digits than that.
     precision = torch.bfloat16 if program_dtype(program) == torch.bfloat16 else torch.float32
-    tokens, state = drawn[:, :1], program.new_state(sequences)
-    text = [tokens]
+    device = next(program.module.parameters()).device
+    tokens, fetched = drawn[:, :1].to(device), program.nothing_fetched(sequences, device)
+    text, state = [tokens], program.new_state(sequences, device)
     for index in range(length - 1):
-        outputs = run(program, (tokens, torch.full((sequences, 1), index)), state, precision)
+        outputs = run(program, (tokens, torch.full_like(tokens, index), *fetched), state, precision)
         state = outputs[len(program.outputs) :]
         # In float64, so that the draw depends on no rounding of a sum over the vocabulary.
         chances = outputs[0][:, -1, :vocab].double().softmax(-1)
-        chosen = torch.searchsorted(chances.cumsum(-1), torch.rand(sequences, 1, generator=generator).double())
+        level = torch.rand(sequences, 1, generator=generator).double().to(device)
+        chosen = torch.searchsorted(chances.cumsum(-1), level)
         tokens = chosen.clamp(max=vocab - 1)
         text.append(tokens)
     origin = f"{sequences} sequences of {length} tokens sampled from the original, seed {seed}"
-    return VerificationText(torch.cat(text, 1), origin)
+    return VerificationText(torch.cat(text, 1).cpu(), origin)
 
 
 def past(text: VerificationText, length: int | None, most: int | None) -> VerificationText:

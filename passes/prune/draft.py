@@ -159,6 +159,8 @@ class Drafter:
     def _unprotected(self, block: Block, find: Callable[[Block], Found]) -> Found:
         if not self.program.model.decoder:
             raise BlockedError("encoder", "the model is no decoder")
+        if self.program.fetched:
+            raise BlockedError("fetched", "what the model fetches was made for its blocks as they are: prune it first")
         if block.layer in self._protected:
             raise BlockedError("protected", f"the option protect={self.protect} leaves this layer as it is")
         return find(block)

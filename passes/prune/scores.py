@@ -74,7 +74,7 @@ def taylor(program: Program, groups: Sequence[Group], calibration: Calibration) 
     for row in range(len(calibration.tokens)):
         tokens, positions = (part[row : row + 1] for part in (calibration.tokens, calibration.positions))
         run = _Gated(program, [linear_input(group.exit) for group in groups])
-        logits = run.run(tokens, positions, *program.new_state(1))[0]
+        logits = run.run(tokens, positions, *program.nothing_fetched(1), *program.new_state(1))[0]
         goes_on = positions[0, 1:] > 0
         loss = functional.cross_entropy(logits[0, :-1][goes_on].float(), tokens[0, 1:][goes_on])
         gates = [run.gates[linear_input(group.exit)] for group in groups]

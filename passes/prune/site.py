@@ -50,6 +50,7 @@ class Prune(Pass):
     Does not handle:
 
     - ``encoder``: models that are no decoders.
+    - ``fetched``: models with inputs that are fetched (``memory_bank``), made for the blocks as they are.
     - ``moe``: mixtures of experts, whose channels are chosen as they run.
     - ``protected``: the first and the last layer, or those that the option ``protect`` names.
     - ``norm``: heads under a norm that runs over all of them.

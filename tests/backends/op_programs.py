@@ -15,6 +15,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 import memc.dialect  # noqa: F401  defines the ops
 from memc.artifact import held
+from memc.dialect.bank_ffn import ACTIVATIONS
 from memc.dialect.sparse_attention import description
 from memc.program import InputSpec, ModelInfo, OutputSpec, Program, StateSpec
 
@@ -32,6 +33,7 @@ class Builder:
         self.dtype = dtype
         self.vocab = vocab
         self.states: list[StateSpec] = []
+        self.fetched: list[InputSpec] = []
         self.next: list[Node] = []
         self.tokens = self.graph.placeholder("tokens")
         self.positions = self.graph.placeholder("positions")
@@ -52,6 +54,13 @@ class Builder:
     def state(self, name: str, *shape: int | str, dtype: torch.dtype | None = None, init: float = 0.0) -> Node:
         grows = next((axis for axis, size in enumerate(shape) if str(size).startswith("S")), None)
         self.states.append(StateSpec(name, dtype or self.dtype, shape, init, grows))
+        with self.graph.inserting_after(self._last_input):
+            self._last_input = self.graph.placeholder(name)
+        return self._last_input
+
+    def fetch(self, name: str, *shape: int | str) -> Node:
+        """An input of each sequence's own; before any state."""
+        self.fetched.append(InputSpec(name, "fetched", torch.float32, shape))
         with self.graph.inserting_after(self._last_input):
             self._last_input = self.graph.placeholder(name)
         return self._last_input
@@ -89,6 +98,7 @@ class Builder:
             (
                 InputSpec("tokens", "tokens", torch.int64, ("B", "T")),
                 InputSpec("positions", "positions", torch.int64, ("B", "T")),
+                *self.fetched,
             ),
             (OutputSpec("logits", self.dtype, ("B", "T", self.vocab)),),
             tuple(self.states),
@@ -297,6 +307,16 @@ def norm(*, center: bool = False, weight: bool = True, bias: bool = False) -> Pr
     return b.finish(b.linear(x, "logits", VOCAB, 24))
 
 
+def bank_ffn(*activations: str, units: int = 6) -> Program:
+    """Tokens to vectors, to which ``memc::bank_ffn`` adds a block for each activation, side by side, logits."""
+    b = Builder()
+    blocks = [b.fetch(f"bank_{layer}", "B", 3, units, 24) for layer in range(len(activations))]
+    x = total = b.embed(24)
+    for activation, block in zip(activations, blocks, strict=True):
+        total = b.call(aten.add.Tensor, total, b.call(torch.ops.memc.bank_ffn.default, x, block, activation))
+    return b.finish(b.linear(total, "logits", VOCAB, 24))
+
+
 def full_attention(
     *, positions: bool = True, bias: bool = False, sink_logits: bool = False, softcap: float = 0.0
 ) -> Program:
@@ -385,6 +405,8 @@ CASES: dict[str, Callable[[], Program]] = {
     "sparse, every option": lambda: sparse_attention(
         rerank=3, dense_below=4, sink_logits=True, lse=True, softcap=2.0, layers=2, page=1, budget=4
     ),
+    "bank": lambda: bank_ffn("silu", "silu"),
+    "bank, every activation": lambda: bank_ffn(*ACTIVATIONS, units=3),
     "gated": linear_memory,
     "gated, strong": lambda: linear_memory(strength=50.0, per_channel=False, groups=6),
     "gated, shut": lambda: linear_memory(strength=float("inf")),

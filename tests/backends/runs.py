@@ -39,14 +39,20 @@ def compare(program: Program, runner: Runner, calls: Calls, seed: int = 0) -> fl
     random = np.random.default_rng(seed)
     batch = len(calls[0][0])
     eager, state = program.new_state(batch), runner.new_state(batch)
+    fetched = {
+        spec.name: random.standard_normal([batch, *spec.shape[1:]], np.float32) * 0.3
+        for spec in program.inputs
+        if spec.role == "fetched"
+    }
+    blocks = [torch.from_numpy(block) for block in fetched.values()]
     worst = 0.0
     for rows, keep in calls:
         positions = np.array(rows, np.int64)
         tokens = random.integers(0, program.model.vocab_size or 0, positions.shape)
         with torch.no_grad():
-            want, *eager_ = program(torch.from_numpy(tokens), torch.from_numpy(positions), *eager)
+            want, *eager_ = program(torch.from_numpy(tokens), torch.from_numpy(positions), *blocks, *eager)
         eager = tuple(eager_)
-        got = runner.run(tokens, positions, state, None if keep is None else np.array(keep))
+        got = runner.run(tokens, positions, state, None if keep is None else np.array(keep), fetched)
         expected = want.float().numpy() if keep is None else want.float().numpy()[:, keep]
         assert got.shape == expected.shape
         assert np.isfinite(got).all()

@@ -100,6 +100,21 @@ def test_a_rewritten_family_runs_in_onnx(name: str, spec: str, tmp_path: Path) -
         assert compare(program, runner, SCENARIOS[scenario]) < TOLERANCE, scenario
 
 
+@pytest.mark.parametrize(
+    "name", [n if n in ("gpt2", "opt") else pytest.param(n, marks=pytest.mark.conformance) for n in DECODERS]
+)
+def test_a_family_with_a_bank_runs_in_onnx(name: str, tmp_path: Path) -> None:
+    program, rewriting = raised(name)[0].program, parse_spec("memory_bank:ranks=4:2")
+    plan = rewriting.plan(program, get_target("cpu"))
+    if not plan.sites:
+        assert {rejection.code for rejection in plan.rejections} == {"moe"}
+        return
+    banked, _ = rewriting.apply(program, plan)
+    runner = build(banked, tmp_path, context=24)
+    for scenario in ("prompt", "pieces", "padding"):
+        assert compare(banked, runner, SCENARIOS[scenario]) < TOLERANCE, scenario
+
+
 @pytest.mark.parametrize("backend", sorted(registered("memc.backends")))
 def test_every_backend_says_of_every_op_whether_it_lowers_it(backend: str) -> None:
     program = raised("llama")[0].program

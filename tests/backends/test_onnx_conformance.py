@@ -21,6 +21,7 @@ PORTABLE = (
     "rotary interleaved",
     "full",
     "window",
+    "bank",
     "gated",
     "gated delta per head",
 )

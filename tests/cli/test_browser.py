@@ -6,12 +6,16 @@ import json
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from memc.report.html import render
+from memc.report.pictures import bench_page, compare_page
+from tests.cli.documents import benched
+from tests.cli.test_compare import chosen
 from tests.cli.test_views import report, trained
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -73,10 +77,28 @@ def test_the_policy_lets_nothing_but_the_page_run(tmp_path: Path) -> None:
     assert seen == {} and "Content Security Policy" in complaints
 
 
+LONG = "a-folder-whose-name-has-no-place-to-be-broken-at-" * 3
+
+
+PAGES: dict[str, Callable[[], str]] = {
+    "report": lambda: render(trained()),
+    "bench": lambda: bench_page(benched().model_copy(update={"sides": {"a": LONG, "b": "dense"}})),
+    "compare": lambda: compare_page(chosen(LONG)),
+}
+
+
+@pytest.mark.parametrize("name", ["bench", "compare"])
+def test_a_page_of_pictures_opens_without_complaint(name: str, tmp_path: Path) -> None:
+    (tmp_path / "page.html").write_text(PAGES[name]())
+    out, complaints = run(tmp_path / "page.html", 1200)
+    assert complaints == "" and "<svg" in out
+
+
 @pytest.mark.parametrize("planted", [False, True])
-def test_nothing_is_wider_than_a_phone(planted: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", PAGES)
+def test_nothing_is_wider_than_a_phone(name: str, planted: bool, tmp_path: Path) -> None:
     """Chromium has no window under 500 pixels: the page is looked at in a frame of 360."""
-    page = render(trained())
+    page = PAGES[name]()
     (tmp_path / "inner.html").write_text(
         page.replace("h1, h2,", "main { min-width: 25rem; } h1, h2,") if planted else page
     )

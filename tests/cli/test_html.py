@@ -14,7 +14,7 @@ import pytest
 from memc.report import charts
 from memc.report.files import HeadFacts
 from memc.report.html import render
-from tests.cli.documents import heads_file_of
+from tests.cli.documents import fitted, heads_file_of
 from tests.cli.test_views import report, trained
 
 
@@ -161,6 +161,18 @@ def test_quality_on_held_out_text_is_shown() -> None:
     assert re.findall(r">([^<>]+)</td>", row.group(1)) == ["30", "31", "1.0667", "0.0123", "0.3", "0.93"]
     assert "no window of 4096 is full" in page
     assert "Measured on held-out text" not in render(report())
+
+
+def test_limits_and_what_every_layer_loses_are_shown() -> None:
+    fit = report()
+    assert fit.convert is not None and "Fit to limits" not in render(fit)
+    fit.convert.fit = fitted()
+    page = render(fit)
+    assert "ppl&lt;=1.05x (binds)" in page
+    row = re.search(r"<tr><td class=\"n\">5</td>(.*?)</tr>", page)
+    assert row is not None
+    cells = re.findall(r">([^<>]+)</td>", row.group(1))
+    assert cells == ["sparsify:budget=256,dense_below=512", "0.003", "0.0015", "0.001"]
 
 
 def test_without_training_there_is_no_picture_of_it() -> None:

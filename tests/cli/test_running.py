@@ -1,11 +1,17 @@
-"""generate, eval and bench on an artifact in memory; lower on a small real one."""
+"""generate, eval, bench and serve on an artifact in memory; lower on a small real one."""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
+import socket
+import sys
+import threading
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
+import httpx2
 import numpy as np
 import pytest
 
@@ -14,6 +20,7 @@ from memc.artifact import read_manifest
 from memc.cli import main
 from memc.report import models as m
 from memc.report.read import read_report
+from memc.report.tools import ServeDocument
 from tests.core.runtime_fakes import CORPUS, byte_tokenizer, make_artifact, metaspace_tokenizer
 from tests.core.tiny import tiny_program
 
@@ -241,6 +248,27 @@ def test_bench_takes_turns_and_leaves_out_what_does_not_fit(out: str, tmp_path: 
     assert capsys.readouterr().err.splitlines()[-1].startswith("E206")
 
 
+def test_bench_of_other_tokenizers_says_so_and_eval_refuses(
+    out: str, text: str, tmp_path: Path, capsys: Capture
+) -> None:
+    other = str(make_artifact(tmp_path / "other", tokenizer=metaspace_tokenizer()))
+    bare = str(make_artifact(tmp_path / "bare"))
+    for against, said in ((other, True), (bare, False), (out, False)):
+        assert main(["bench", out, "--against", against, "--contexts", "8", "--steps", "1", "--json"]) == 0
+        document = m.BenchDocument.model_validate_json(capsys.readouterr().out)
+        assert any("different tokenizers" in warning for warning in document.warnings) == said
+    assert main(["eval", out, "--text", text, "--against", other]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("E208 the two have different tokenizers")
+
+
+def test_bench_draws(out: str, tmp_path: Path, capsys: Capture) -> None:
+    page = tmp_path / "bench.html"
+    assert main(["bench", out, "--contexts", "8,16", "--steps", "1", "--html", str(page)]) == 0
+    assert "context" in capsys.readouterr().out and page.read_text().count("<svg") == 3
+    assert main(["bench", out, "--contexts", "8", "--steps", "1", "--html", str(tmp_path / "no" / "x.html")]) == 2
+    assert "folder of the page does not exist" in capsys.readouterr().err
+
+
 def test_lower_makes_a_second_artifact(tmp_path: Path, capsys: Capture) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     api.convert(tiny_program(), first, passes=["window:window=8,sinks=2"], backend="eager")
@@ -263,3 +291,64 @@ def test_lower_makes_a_second_artifact(tmp_path: Path, capsys: Capture) -> None:
     assert main([*words, "--backend", "eager", "--force", "-q"]) == 0
     assert read_manifest(second).backend == "eager"
     assert main(["lower", str(first), "--target", "cpu", "-o", str(first), "--force"]) == 2
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+def test_serve_answers_until_a_signal_and_ends_in_order(stop: signal.Signals, out: str, capsys: Capture) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    answers: list[httpx2.Response] = []
+    caller = threading.Thread(target=_call_then_stop, args=(port, stop, answers))
+    caller.start()
+    assert main(["serve", out, "--port", str(port), "--json", "--name", "tiny"]) == 0
+    caller.join()
+    shown = capsys.readouterr()
+    document = ServeDocument.model_validate_json(shown.out)
+    assert (document.url, document.model) == (f"http://127.0.0.1:{port}/v1", "tiny")
+    assert "serving tiny" in shown.err and "Traceback" not in shown.err
+    assert [answer.status_code for answer in answers] == [200]
+    assert answers[0].json()["usage"]["completion_tokens"] == 5
+
+
+def _call_then_stop(port: int, stop: signal.Signals, answers: list[httpx2.Response]) -> None:
+    """Ask once the server listens, then end it, whatever came of that."""
+    transport = httpx2.HTTPTransport(retries=8)
+    try:
+        with httpx2.Client(base_url=f"http://127.0.0.1:{port}", transport=transport, timeout=20) as client:
+            answers.append(client.post("/v1/completions", json={"model": "tiny", "prompt": "a dog", "max_tokens": 5}))
+    finally:
+        os.kill(os.getpid(), stop)
+
+
+def test_serve_refuses_what_it_cannot_serve(out: str, tmp_path: Path, capsys: Capture) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert main(["serve", out, "--port", str(taken.getsockname()[1])]) == 2
+    assert "E200 cannot listen" in capsys.readouterr().err
+    assert main(["serve", str(tmp_path / "nothing"), "--port", "0"]) == 3
+    assert capsys.readouterr().err.startswith("E309")
+    encoder = str(make_artifact(tmp_path / "encoder", decoder=False))
+    assert main(["serve", encoder, "--port", "0"]) == 2
+    assert capsys.readouterr().err.startswith("E208")
+
+
+@pytest.mark.parametrize("missing", ["starlette", "uvicorn"])
+def test_serve_without_its_extra_says_what_to_install(
+    missing: str, out: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == missing or name.startswith("memc.serve")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [_Without(missing), *sys.meta_path])
+    assert main(["serve", out]) == 6
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"E602 {missing} is not installed") and "pip install 'memc[serve]'" in shown
+
+
+class _Without:
+    """Finds no module of one name, as if it were not installed."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        if name.partition(".")[0] == self.name:
+            raise ModuleNotFoundError(name=self.name)

@@ -15,6 +15,7 @@ from memc.conversion.pipeline import PassRun
 from memc.report import evaluation, files, listings, terminal
 from memc.report import facts as f
 from memc.report import models as m
+from memc.report.bank import bank_train_view, bank_view
 from memc.report.diff import diff
 from tests.cli import documents as d
 
@@ -67,6 +68,7 @@ VIEWS: dict[str, Callable[[], RenderableType]] = {
     "inspect": lambda: terminal.inspect_view(d.inspected()),
     "inspect-why": lambda: terminal.inspect_view(d.inspected(), layer=7, why=True),
     "convert": lambda: terminal.convert_view(d.converted()),
+    "convert-fit": lambda: terminal.convert_view(d.converted().model_copy(update={"fit": d.fitted()})),
     "convert-dry-run": lambda: terminal.convert_view(d.converted(dry_run=True)),
     "report": lambda: terminal.report_view(report()),
     "report-unfinished": lambda: terminal.report_view(report(finished=False)),
@@ -85,6 +87,9 @@ VIEWS: dict[str, Callable[[], RenderableType]] = {
     "eval": lambda: evaluation.eval_view(d.evaluated()),
     "eval-tasks": lambda: evaluation.eval_view(d.recalled()),
     "bench": lambda: listings.bench_view(d.benched()),
+    "bank": lambda: bank_view(d.bank()),
+    "bank-trained": lambda: bank_train_view(d.bank_trained()),
+    "bank-cluster": lambda: bank_view(d.bank(trained=True, cluster=True)),
     "doctor": lambda: listings.doctor_view(d.examined()),
 }
 

@@ -19,6 +19,7 @@ from torch.export import Dim
 
 from memc.errors import MemcError
 from memc.frontend import Captured, capture_source, huggingface
+from memc.frontend.hub import download
 from memc.program import Program
 from memc.weights import materialize
 from tests import families
@@ -178,6 +179,20 @@ def test_what_the_hub_has_is_asked_where_no_weights_came(tmp_path: Path, monkeyp
         capture_source("someone/tiny")
     assert (caught.value.code, caught.value.where) == ("E304", "someone/tiny")
     assert capture_source("someone/tiny", weights=False).weights is None
+
+
+def test_further_files_of_the_hub_are_asked_for_by_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    asked: list[dict[str, Any]] = []
+    (tmp_path / "model.safetensors").touch()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **how: asked.append(how) or str(tmp_path))
+    download("someone/tiny@main", remote_code=False, weights=True, beside=["1_Pooling/config.json"])
+    assert [how["revision"] for how in asked] == ["main", "main"]
+    assert asked[0]["ignore_patterns"] == ["*/*"] and asked[1] == {
+        "revision": "main",
+        "allow_patterns": ["1_Pooling/config.json"],
+    }
 
 
 def test_hub_id_offline_and_not_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import ast
+import html
 import importlib
+import json
+import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,7 +30,31 @@ def test_an_example_runs(path: Path, tmp_path: Path) -> None:
 
 def test_every_example_is_listed() -> None:
     listed = (EXAMPLES / "README.md").read_text()
-    assert all(f"`{path.name}`" in listed for path in EXAMPLES.glob("*.py"))
+    assert all(f"`{path.name}`" in listed for path in EXAMPLES.iterdir() if path.suffix in (".py", ".ipynb"))
+
+
+def run_notebook(path: Path) -> list[Any]:
+    """Run the cells of a notebook in order, as a kernel would, and return what each one shows: its last expression."""
+    shown, names = [], {"__name__": "__main__"}
+    cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    for number, cell in enumerate(cells):
+        assert not cell["outputs"] and cell["execution_count"] is None, "a notebook is kept without what it showed"
+        body = ast.parse("".join(cell["source"]), f"{path.name}, cell {number}").body
+        last = body.pop() if isinstance(body[-1], ast.Expr) else None
+        exec(compile(ast.Module(body, []), path.name, "exec"), names)
+        shown.append(eval(compile(ast.Expression(last.value), path.name, "eval"), names) if last else None)
+    return shown
+
+
+def test_the_notebook_shows_pages_inline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    _, block, report, comparison, timings = run_notebook(EXAMPLES / "report.ipynb")
+    assert block.kind == "attention"
+    for shown, told in ((report, "linearize:window=16"), (comparison, "2 artifacts"), (timings, "Timings")):
+        page = re.fullmatch(r'<iframe srcdoc="([^"]*)" [^<>]*></iframe>', shown._repr_html_())
+        assert page is not None and html.unescape(page[1]) == shown.to_html()
+        assert told in shown.to_html()
+    assert [row.finished for row in comparison.rows] == [True] * 2
 
 
 def test_linear_attention_recalls_what_no_window_can(

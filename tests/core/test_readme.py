@@ -84,12 +84,14 @@ def test_every_exit_code_is_in_the_table() -> None:
 
 def test_the_python_shown_uses_names_that_exist() -> None:
     import memc
+    from memc.bank import Bank
     from memc.runtime import Session
 
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    code = "\n".join(re.findall(r"```python\n(.*?)```", README, re.DOTALL))
     compile(code, "README.md", "exec")
     assert all(hasattr(memc, name) for name in re.findall(r"\bmemc\.(\w+)\(", code))
     assert all(hasattr(Session, name) for name in re.findall(r"\bsession\.(\w+)\(", code))
+    assert all(hasattr(Bank, name) for name in re.findall(r"\bbank\.(\w+)\(", code))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import pytest
 
 from memc.doctor import list_targets, require_backend
 from memc.errors import MemcError
-from memc.target import get_target, targets
+from memc.target import get_target, targets, write_target
 
 NAMES = {
     "cpu": "onnx",
@@ -60,6 +60,19 @@ def test_users_targets_are_read(own_folder: Path) -> None:
     text = 'name = "board"\ndescription = "mine"\nkind = "cpu"\nbackend = "onnx"\ninstruction_set = "x"\n'
     (own_folder / "board.toml").write_text(text)
     assert get_target("board").description == "mine"
+
+
+def test_a_target_that_is_written_is_the_one_that_is_read(own_folder: Path) -> None:
+    described = 'mine, "fast"\\ \n'
+    mine = get_target("cpu").model_copy(
+        update={"description": described, "state_bandwidth": 1.5e9, "flops": {"int4": 2}}
+    )
+    write_target(mine, own_folder / "deeper" / "cpu.toml")
+    write_target(mine, own_folder / "cpu.toml")
+    assert get_target("cpu") == mine
+    (own_folder / "file").write_text("")
+    with pytest.raises(MemcError, match="E502"):
+        write_target(mine, own_folder / "file" / "cpu.toml")
 
 
 @pytest.mark.parametrize("text", ["name = ", 'name = "x"', 'name = "x"\nspeed = 3\n'])

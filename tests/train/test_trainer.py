@@ -15,6 +15,7 @@ from memc.program import Program, get_tensor
 from memc.progress import Silent
 from memc.recipe import Train
 from memc.train import Rewritten, Trainer, loop
+from memc.train.device import CPU
 from memc.train.guard import Guard
 from tests.passes.tiny_program import TARGET, tiny
 from tests.train.tiny_training import LENGTH, SMALL, changed, linearized, packed, tensors_of
@@ -23,10 +24,13 @@ STEPS = 6
 SETTINGS: dict[str, Any] = {"length": LENGTH, "batch": 2, "transfer": 0.6, "adapters": 2, "accumulate": 2}
 
 
-@pytest.fixture(autouse=True)
-def _few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compute first values from a few sequences, and rank layers on them."""
     monkeypatch.setattr("memc.train.trainer.INITIAL", 4 * LENGTH)
     monkeypatch.setattr("memc.train.trainer.RANKED", 2 * LENGTH)
+
+
+_few_tokens = pytest.fixture(autouse=True)(few_tokens)
 
 
 class KilledError(Exception):
@@ -50,7 +54,7 @@ def train(
     before: Program, keep: str, folder: Path | None = None, give: loop.Batches | None = None, **changes: Any
 ) -> Rewritten:
     tokens = round(STEPS * 2 * LENGTH / 0.6)
-    seed = changes.pop("seed", 0)
+    seed, device = changes.pop("seed", 0), changes.pop("device", CPU)
     trainer = Trainer(
         Train(**{**SETTINGS, **changes}),
         tokens,
@@ -60,6 +64,7 @@ def train(
         {"data": "d"},
         None,
         Silent(),
+        device=device,
     )
 
     def apply(pass_: Pass) -> Any:

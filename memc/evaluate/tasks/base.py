@@ -73,7 +73,7 @@ class Words:
 class Task(Configurable, ABC):
     """A kind of question about what stands earlier in a sequence; its fields are its options."""
 
-    kind = "task"
+    noun = "task"
     summary: ClassVar[str]
 
     @property

@@ -1,0 +1,289 @@
+"""``memc bank train``: blocks learn the passages of their own cluster beside the frozen model (arXiv 2510.02375).
+
+Every subtree below the root is a job of its own, and so is the generic block, which learns all passages. Jobs depend on
+nothing that another one learns, so that they can be trained one after the other, in several processes, or on several
+machines; what they learned is put into the bank in the end.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from memc.bank.bank import Bank
+from memc.bank.layout import BankShape, Cluster, name
+from memc.bank.learner import Learner, next_tokens
+from memc.bank.manifest import RECORDS, TREE
+from memc.bank.records import RecordFile, write_records
+from memc.bank.sequences import PackedSequence, held_out, pack
+from memc.conversion.folder import require_space
+from memc.errors import MemcError
+from memc.progress import Progress
+from memc.report.bank import BankJob
+from memc.train.loop import (
+    Checkpoints,
+    Curve,
+    Schedule,
+    optimiser,
+    optimiser_tensors,
+    require_finite,
+    restore_optimiser,
+    step_optimiser,
+)
+from memc.train.parallel import ALONE, Processes
+
+FOLDER = "training"
+"""Where a bank keeps its checkpoints, and of each job that is done what it was like."""
+
+POINTS = 20
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """How blocks are trained.
+
+    Each passage comes ``epochs`` times, in sequences of ``length`` tokens; ``rate`` is the peak learning rate;
+    ``held_out`` the share of each source's passages that nothing learns.
+    """
+
+    epochs: int = 1
+    length: int = 256
+    rate: float = 1e-2
+    held_out: float = 0.05
+    seed: int = 0
+
+
+@dataclass
+class _Blocks:
+    """The blocks of one job, made when their first sequence comes, each with an optimiser of its own."""
+
+    learner: Learner
+    options: TrainOptions
+    scale: Tensor
+    parameters: dict[Cluster, torch.nn.Parameter] = field(default_factory=dict)
+    optimisers: dict[Cluster, torch.optim.AdamW] = field(default_factory=dict)
+
+    def path(self, cluster: Cluster, generic: bool) -> list[Cluster]:
+        """Return the clusters whose blocks a sequence of ``cluster`` trains; new ones get their first values."""
+        storing = self.learner.shape.storing()
+        wanted: list[Cluster] = [()] if generic else [cluster[: level + 1] for level in storing]
+        for each in wanted:
+            if each not in self.parameters:
+                self._add(each, self.learner.first_values(each, self.options.seed, self.scale))
+        return wanted
+
+    def _add(self, cluster: Cluster, value: Tensor) -> None:
+        parameter = torch.nn.Parameter(value)
+        self.parameters[cluster] = parameter
+        self.optimisers[cluster] = optimiser([{"params": [parameter], "peak": self.options.rate}])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return everything that a checkpoint has to hold, by name."""
+        found: dict[str, Tensor] = {}
+        for cluster, parameter in self.parameters.items():
+            found[f"block.{name(cluster)}"] = parameter.detach()
+            found |= optimiser_tensors(f"optimiser.{name(cluster)}", self.optimisers[cluster])
+        return found
+
+    def restore(self, tensors: dict[str, Tensor], clusters: Sequence[Sequence[int]]) -> None:
+        """Take back what :meth:`tensors` gave."""
+        for cluster in map(tuple, clusters):
+            self._add(cluster, tensors[f"block.{name(cluster)}"].clone())
+            restore_optimiser(f"optimiser.{name(cluster)}", self.optimisers[cluster], tensors)
+
+
+def train_bank(
+    bank: Bank,
+    learner: Learner,
+    options: TrainOptions,
+    progress: Progress,
+    *,
+    only: Sequence[Cluster] | None = None,
+    fresh: bool = False,
+    processes: Processes = ALONE,
+) -> list[BankJob]:
+    """Train the jobs of a bank, ``only`` some of them, and put what they learned into it.
+
+    A job is a cluster of the first level, or ``()`` for the generic block. What is done already is not done again;
+    what was interrupted goes on. Of several ``processes`` each takes every so many-th job; the leader writes the bank
+    and returns what all of them did. Raises ``MemcError``: E204 for checkpoints of another training without ``fresh``,
+    E207 for a job without passages, E403 for values that are not finite, E502 for too little disk.
+    """
+    folder = bank.folder / FOLDER
+    folder.mkdir(exist_ok=True)
+    jobs = all_jobs(bank) if only is None else list(only)
+    _require_disk(bank, jobs)
+    chosen = ~held_out(bank.passages, options.held_out)
+    key = _key(bank, learner, options)
+    done = [
+        _train_job(bank, learner, options, job, chosen, folder, key, progress, fresh=fresh)
+        for job in jobs[processes.rank :: processes.count]
+    ]
+    processes.wait()
+    if not processes.leads:
+        return done
+    merge_jobs(bank)
+    found = (_read_job(folder / f"{name(job)}.json", key) for job in jobs)
+    return [facts for facts in found if facts is not None]
+
+
+def all_jobs(bank: Bank) -> list[Cluster]:
+    """Return the jobs of a bank: the clusters of the first level that have passages, and the generic block."""
+    return [*((int(number),) for number in np.flatnonzero(bank.tree.counts[0])), ()]
+
+
+def parse_job(text: str, bank: Bank) -> Cluster:
+    """Read a job as it is written: the number of a cluster of the first level, or ``generic``.
+
+    Raises ``MemcError`` E200 for anything else.
+    """
+    text = text.strip()
+    if text == name(()):
+        return ()
+    if text.isdecimal() and int(text) < bank.shape.branch and bank.tree.counts[0][int(text)]:
+        return (int(text),)
+    known = ", ".join(map(name, all_jobs(bank)))
+    raise MemcError("E200", f"the bank has no job {text!r}", "--only", f"give some of {known}")
+
+
+def merge_jobs(bank: Bank) -> None:
+    """Put the records that jobs have written into the bank's file, in one rename, and remove theirs.
+
+    Raises ``MemcError`` E310 for records of another bank.
+    """
+    paths = sorted((bank.folder / FOLDER).glob("*.bank"))
+    files = [RecordFile(path) for path in paths]
+    for file in files:
+        if file.shape != bank.shape:
+            raise MemcError("E310", "trained blocks are of another bank", str(file.path), "remove them")
+    if files:
+        write_records(bank.folder / RECORDS, bank.shape, _merged(bank.shape, [*files, bank.records]))
+        bank.reopen()
+    for path, file in zip(paths, files, strict=True):
+        file.close()
+        path.unlink()
+
+
+def _merged(shape: BankShape, files: Sequence[RecordFile]) -> Iterator[tuple[Cluster, Any]]:
+    """Yield each cluster's record of the first file that has it, in the order of the bank."""
+    for level in (-1, *shape.storing()):
+        for cluster in shape.all_clusters(level):
+            file = next((file for file in files if file.trained(cluster)), None)
+            if file is not None:
+                yield cluster, file.read(cluster)
+
+
+def _require_disk(bank: Bank, jobs: Sequence[Cluster]) -> None:
+    """Raise ``MemcError`` E502 where the blocks that are to be trained cannot be written twice, beside checkpoints."""
+    shape = bank.shape
+    below = sum(shape.level_bytes(level) // shape.branch for level in shape.storing()) * 4 // shape.itemsize
+    require_space(bank.folder, 5 * below * len(jobs))
+
+
+def _key(bank: Bank, learner: Learner, options: TrainOptions) -> dict[str, Any]:
+    tree = bank.manifest.files[TREE]
+    return {"tree": tree, "model": learner.program.model.digest, "passages": len(bank.passages), **asdict(options)}
+
+
+def _train_job(
+    bank: Bank,
+    learner: Learner,
+    options: TrainOptions,
+    job: Cluster,
+    chosen: Any,
+    folder: Path,
+    key: dict[str, Any],
+    progress: Progress,
+    *,
+    fresh: bool,
+) -> BankJob:
+    place, result = folder / name(job), folder / f"{name(job)}.json"
+    if fresh:
+        shutil.rmtree(place, ignore_errors=True)
+        result.unlink(missing_ok=True)
+    if (found := _read_job(result, key)) is not None:
+        return found
+    generic = job == ()
+    mine = chosen if generic else chosen & (bank.passages.clusters[:, 0] == job[0])
+    sequences = list(pack(bank.passages, bank.shape, mine, learner.text.encode, options.length, options.seed))
+    if not sequences:
+        raise MemcError("E207", f"cluster {name(job)} has no passages to train on", str(bank.folder), "give another")
+    blocks = _Blocks(learner, options, learner.input_scale(sequences))
+    began = time.perf_counter()
+    curve = _run(blocks, sequences, job, Checkpoints(place, {**key, "job": name(job)}), progress)
+    records = {cluster: parameter.detach().numpy() for cluster, parameter in sorted(blocks.parameters.items())}
+    write_records(folder / f"{name(job)}.bank", bank.shape, records.items())
+    losses = curve.losses.get("text", [])
+    facts = BankJob(
+        job=name(job),
+        passages=int(mine.sum()),
+        blocks=len(records),
+        steps=options.epochs * len(sequences),
+        tokens=options.epochs * sum(map(next_tokens, sequences)),
+        loss_first=losses[0] if losses else None,
+        loss_last=losses[-1] if losses else None,
+        seconds=time.perf_counter() - began,
+    )
+    partial = result.with_suffix(".partial")
+    partial.write_text(json.dumps({"key": key, "facts": facts.model_dump()}) + "\n")
+    partial.replace(result)
+    shutil.rmtree(place, ignore_errors=True)
+    return facts
+
+
+def _run(
+    blocks: _Blocks, sequences: Sequence[PackedSequence], job: Cluster, checkpoints: Checkpoints, progress: Progress
+) -> Curve:
+    """Train in the order that the seed gives, a sequence a step; go on from the newest checkpoint."""
+    options, steps = blocks.options, blocks.options.epochs * len(sequences)
+    rngs = [np.random.default_rng([options.seed, job[0] + 1 if job else 0, epoch]) for epoch in range(options.epochs)]
+    order = np.concatenate([rng.permutation(len(sequences)) for rng in rngs])
+    schedule, curve, step = Schedule(steps), Curve(), 0
+    if (found := checkpoints.load()) is not None:
+        step, tensors, facts = found
+        blocks.restore(tensors, facts["clusters"])
+        curve = Curve.of(facts["curve"])
+    with progress.step(f"train {name(job)}", steps) as advance:
+        advance(step)
+        while step < steps:
+            sequence = sequences[int(order[step])]
+            loss = _step(blocks, sequence, job, schedule.share(step), step)
+            curve.add(step, {"text": loss}, max(1, steps // POINTS))
+            step += 1
+            advance(1, f"loss {loss:.3f}")
+            if checkpoints.due:
+                clusters = list(map(list, blocks.parameters))
+                checkpoints.save(step, blocks.tensors(), {"clusters": clusters, "curve": curve.to_json()})
+    return curve
+
+
+def _step(blocks: _Blocks, sequence: PackedSequence, job: Cluster, share: float, step: int) -> float:
+    path = blocks.path(sequence.cluster, generic=job == ())
+    block = torch.cat([blocks.parameters[cluster] for cluster in path], dim=2)
+    loss = blocks.learner.loss(sequence, block) / next_tokens(sequence)
+    require_finite("loss", loss, name(job), step)
+    loss.backward()
+    for cluster in path:
+        step_optimiser(blocks.optimisers[cluster], share, name(job), step)
+    return float(loss.detach())
+
+
+def _read_job(path: Path, key: dict[str, Any]) -> BankJob | None:
+    """Return what a job was like that is done. Raises ``MemcError`` E204 for one of another training."""
+    if not path.is_file():
+        return None
+    kept = json.loads(path.read_text())
+    if kept["key"] != key:
+        differ = [each for each in key if kept["key"].get(each) != key[each]]
+        reason = f"{path.stem} is trained already, with another {', '.join(differ)}"
+        raise MemcError("E204", reason, str(path), "add --fresh to train it again")
+    return BankJob.model_validate(kept["facts"])

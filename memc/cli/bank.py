@@ -1,0 +1,230 @@
+"""``memc bank``: build, train and inspect a bank of blocks that are fetched by the text of a prompt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from memc.cli import completing
+from memc.cli.console import Console
+from memc.cli.options import (
+    POSITIVE,
+    Command,
+    Naturals,
+    declare,
+    remote_code_option,
+    seed_option,
+    threads_option,
+)
+from memc.errors import MemcError
+
+LEVELS, BRANCH = 4, 16
+RANKS = [256, 64, 16, 0]
+
+
+class BankGroup(Command, click.Group):
+    """The commands of a bank."""
+
+
+@click.group(
+    "bank",
+    cls=BankGroup,
+    examples=(
+        "memc bank build --model model.gguf --data notes.jsonl -o bank",
+        "memc bank inspect bank",
+        "memc bank inspect bank --cluster 0.3",
+    ),
+)
+def command() -> None:
+    """Banks of feed-forward units, of which a prompt fetches those of its own cluster of text.
+
+    build cuts text into passages, embeds them with a sentence encoder and clusters them into a tree; inspect shows it;
+    train gives the blocks what they add to the model.
+    """
+
+
+@declare(
+    "build",
+    "memc bank build --model model.gguf --data notes.jsonl -o bank",
+    "memc bank build --model m.gguf --data a.txt --levels 2 --ranks 64,16 -o bank",
+    "memc bank build --model m.gguf --data a.txt --encoder ./encoder -o bank",
+)
+@click.option(
+    "--model",
+    required=True,
+    metavar="MODEL",
+    help="Model that the blocks are for.",
+    shell_complete=completing.files,
+)
+@click.option(
+    "--data",
+    multiple=True,
+    required=True,
+    metavar="TEXT",
+    help="Text to cluster; may come several times.",
+    shell_complete=completing.files,
+)
+@click.option("-o", "--out", required=True, metavar="BANK", help="Folder to make.", shell_complete=completing.folders)
+@click.option("--levels", type=POSITIVE, default=LEVELS, show_default=True, help="Levels of the tree.")
+@click.option("--branch", type=click.IntRange(2), default=BRANCH, show_default=True, help="Children of a cluster.")
+@click.option("--ranks", type=Naturals(), help="Hidden units of each level.  [default: 256,64,16,0]")
+@click.option(
+    "--encoder",
+    default="sentence-transformers/all-MiniLM-L6-v2",
+    show_default=True,
+    metavar="MODEL",
+    help="Sentence encoder: hub id, folder, or an artifact of one.",
+    shell_complete=completing.files,
+)
+@click.option("--passage", type=click.IntRange(100), default=1000, show_default=True, help="Characters of a passage.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="Type of the blocks in the file.",
+)
+@click.option("--fresh", is_flag=True, help="Start over what was not finished.")
+@click.option("--force", is_flag=True, help="Replace what is in BANK.")
+@seed_option
+@threads_option
+@remote_code_option
+def build(
+    console: Console,
+    model: str,
+    data: tuple[str, ...],
+    out: str,
+    levels: int,
+    branch: int,
+    ranks: list[int] | None,
+    encoder: str,
+    passage: int,
+    dtype: Any,
+    fresh: bool,
+    force: bool,
+    seed: int | None,
+    threads: int | None,
+    remote_code: bool,
+) -> None:
+    """Build a bank for a model from text. Its blocks are zero until they are trained.
+
+    When it is interrupted the same command goes on.
+    """
+    chosen = RANKS if ranks is None else ranks
+    if len(chosen) != levels:
+        reason = f"{len(chosen)} ranks for {levels} levels"
+        raise MemcError("E200", reason, "--ranks", f"give one a level, like {','.join(['16'] * levels)}")
+    from memc.bank.build import BankModel, BuildOptions, build_bank
+
+    options = BuildOptions(
+        ranks=tuple(chosen),
+        branch=branch,
+        encoder=encoder,
+        characters=passage,
+        dtype=dtype,
+        seed=seed or 0,
+        threads=threads,
+    )
+    with console.step(f"inspect {model}"):
+        owner = BankModel.of(model, remote_code=remote_code)
+    build_bank(owner, data, Path(out), options, fresh=fresh, force=force, progress=console)
+    _show(console, out, None)
+
+
+@declare(
+    "inspect",
+    "memc bank inspect bank",
+    "memc bank inspect bank --cluster 0.3.1",
+    "memc bank inspect bank --verify --json",
+)
+@click.argument("bank", metavar="BANK", shell_complete=completing.folders)
+@click.option("--cluster", metavar="N.N...", help="Show a cluster: its children and its nearest passages.")
+@click.option("--verify", is_flag=True, help="Check the digest of every file and record.")
+def inspect(console: Console, bank: str, cluster: str | None, verify: bool) -> None:
+    """Show a bank: its tree, how many passages the clusters have, what is trained, and what fetching takes."""
+    _show(console, bank, cluster, verify=verify)
+
+
+def _show(console: Console, folder: str, cluster: str | None, *, verify: bool = False) -> None:
+    from memc.bank import Bank
+    from memc.bank.describe import describe
+    from memc.bank.layout import parse_cluster
+    from memc.report.bank import bank_view
+
+    bank = Bank.open(folder, verify=verify)
+    document = describe(bank, None if cluster is None else parse_cluster(cluster, bank.shape))
+    console.show(document, lambda: bank_view(document))
+
+
+@declare(
+    "train",
+    "memc bank train bank --model model.gguf",
+    "memc bank train bank --model model.gguf --only 0,generic --epochs 3",
+    "memc bank train bank --model model.gguf --rate 0.003 --length 512 --fresh",
+)
+@click.argument("bank", metavar="BANK", shell_complete=completing.folders)
+@click.option(
+    "--model",
+    required=True,
+    metavar="MODEL",
+    help="The model that the bank is for; it stays as it is.",
+    shell_complete=completing.files,
+)
+@click.option("--epochs", type=POSITIVE, default=1, show_default=True, help="Times that each passage comes.")
+@click.option("--length", type=click.IntRange(2), default=256, show_default=True, help="Tokens of a sequence.")
+@click.option(
+    "--rate", type=click.FloatRange(0, 1, min_open=True), default=0.01, show_default=True, help="Peak learning rate."
+)
+@click.option(
+    "--held-out",
+    type=click.FloatRange(0, 0.5),
+    default=0.05,
+    show_default=True,
+    help="Share of each file's passages that nothing learns, and that the result is measured on.",
+)
+@click.option("--only", metavar="JOB,...", help="Clusters of the first level, or generic.  [default: all of them]")
+@click.option("--fresh", is_flag=True, help="Train anew what is trained already or was begun.")
+@seed_option
+@remote_code_option
+def train(
+    console: Console,
+    bank: str,
+    model: str,
+    epochs: int,
+    length: int,
+    rate: float,
+    held_out: float,
+    only: str | None,
+    fresh: bool,
+    seed: int | None,
+    remote_code: bool,
+) -> None:
+    """Train the blocks of a bank on the passages of their own cluster, beside the frozen model.
+
+    Each cluster of the first level is a job, with all below it; so is the generic block, which learns all passages.
+    When it is interrupted the same command goes on; torchrun shares the jobs among its processes.
+    """
+    from memc.bank import Bank
+    from memc.bank.learner import Learner
+    from memc.bank.measure import measure_bank
+    from memc.bank.train import TrainOptions, all_jobs, parse_job, train_bank
+    from memc.report.bank import bank_train_view
+    from memc.train.parallel import joined
+
+    options = TrainOptions(epochs=epochs, length=length, rate=rate, held_out=held_out, seed=seed or 0)
+    opened = Bank.open(bank)
+    jobs = all_jobs(opened) if only is None else [parse_job(text, opened) for text in only.split(",")]
+    with console.step(f"load {model}"):
+        learner = Learner.load(model, opened.manifest, remote_code=remote_code)
+    with joined() as processes:
+        done = train_bank(opened, learner, options, console, only=jobs, fresh=fresh, processes=processes)
+    if processes.leads:
+        document = measure_bank(opened, learner, options, done, console)
+        console.show(document, lambda: bank_train_view(document))
+
+
+command.add_command(build)
+command.add_command(train)
+command.add_command(inspect)

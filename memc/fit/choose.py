@@ -1,0 +1,117 @@
+"""The best choice for every layer under limits: least loss under the costs, or least cost under the loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from memc.cost import NOTHING, Demand, decode_ms
+from memc.fit.limits import Limit, Limits
+from memc.fit.menu import Menu
+from memc.search import Choice, Selection, frontier
+from memc.target import Target
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A choice: the setting of every layer that changes, what a token asks by context, and the sum of its KL in nats.
+
+    The KL of layers that were measured one at a time need not add up: what is expected of all is a factor times it.
+    """
+
+    picks: Mapping[int, int]
+    asks: Mapping[int, Demand]
+    kl: float
+
+
+@dataclass(frozen=True)
+class Chooser:
+    """All choices worth having from a menu, and what limits make of them. ``context`` is where speed counts if none."""
+
+    menu: Menu
+    limits: Limits
+    target: Target
+    weights: str
+    threads: int | None
+    context: int
+
+    @cached_property
+    def fits(self) -> Sequence[Fit]:
+        """The choices of least loss for every amount that they may cost."""
+        layers = list(self.menu.layers)
+        nothing = dict.fromkeys(self.menu.original, NOTHING)
+        blocks = [
+            [Choice(0.0, self._costs(nothing))]
+            + [Choice(one.distance.kl_mean, self._costs(one.more)) for one in self.menu.layers[layer]]
+            for layer in layers
+        ]
+        return [self._fit(layers, selection) for selection in frontier(blocks)] if blocks else []
+
+    def best(self, factor: float) -> Fit | None:
+        """Return the choice of least loss that keeps the limits of cost, or where there are none the quickest one.
+
+        None where no choice keeps all limits, the loss of each being ``factor`` times its sum.
+        """
+        held = [fit for fit in self.fits if all(self.used(limit, fit, factor) <= 1 for limit in self.limits.limits)]
+        if self.limits.costs:
+            return min(held, key=lambda fit: fit.kl, default=None)
+        return min(held, key=self.pace, default=None)
+
+    def pace(self, fit: Fit) -> float:
+        """Return the milliseconds of a token where speed counts, or the bytes of state on a target without rates."""
+        asks = fit.asks[self.context]
+        ms = decode_ms(asks, self.target, self.weights, self.threads)
+        return ms if ms is not None else float(asks.state_bytes)
+
+    def reached(self, limit: Limit, asks: Mapping[int, Demand], kl: float) -> float:
+        """Return what a choice comes to in a limit's quantity: bytes, milliseconds, nats, or times the perplexity."""
+        match limit.what:
+            case "state":
+                return float(asks[limit.context].state_bytes)
+            case "decode":
+                ms = decode_ms(asks[limit.context], self.target, self.weights, self.threads)
+                assert ms is not None, "limits of time are refused for targets without rates"
+                return ms
+            case "ppl":
+                return math.exp(min(kl, 700.0))
+            case "kl":
+                return kl
+
+    def used(self, limit: Limit, fit: Fit, factor: float) -> float:
+        """Return the share of a limit that a choice is expected to use."""
+        original = 1.0 if limit.is_quality else self.reached(limit, self.menu.original, 0.0)
+        return limit.used(self.reached(limit, fit.asks, factor * fit.kl), original)
+
+    def nearest(self, factor: float) -> Fit | None:
+        """Return the choice whose worst limit is kept best."""
+        worst = lambda fit: max(self.used(limit, fit, factor) for limit in self.limits.limits)  # noqa: E731
+        return min(self.fits, key=worst, default=None)
+
+    def instead(self, limit: Limit, factor: float) -> float | None:
+        """Return the least share of one limit that a choice uses which keeps all the others; None where none does."""
+        others = [other for other in self.limits.limits if other != limit]
+        held = [fit for fit in self.fits if all(self.used(other, fit, factor) <= 1 for other in others)]
+        return min((self.used(limit, fit, factor) for fit in held), default=None)
+
+    def _costs(self, more: Mapping[int, Demand]) -> tuple[float, ...]:
+        costs: list[float] = []
+        for limit in self.limits.costs:
+            asked = more[limit.context]
+            costs += [asked.state_bytes] if limit.what == "state" else [asked.flops, asked.bytes_read]
+        if not costs:
+            asked = more[self.context]
+            costs = [asked.flops, asked.bytes_read] if self.target.memory_bandwidth else [asked.state_bytes]
+        return tuple(map(float, costs))
+
+    def _fit(self, layers: Sequence[int], selection: Selection) -> Fit:
+        picked = {
+            layer: self.menu.layers[layer][pick - 1]
+            for layer, pick in zip(layers, selection.picks, strict=True)
+            if pick
+        }
+        asks = {}
+        for context, original in self.menu.original.items():
+            asks[context] = sum((entry.more[context] for entry in picked.values()), original)
+        return Fit({layer: entry.setting for layer, entry in picked.items()}, asks, selection.loss)

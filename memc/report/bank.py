@@ -1,0 +1,235 @@
+"""What ``memc bank inspect`` says: the document and its terminal view."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from pydantic import Field
+from rich.console import RenderableType
+
+from memc.report.facts import Document, Facts
+from memc.report.layout import lines, stack, table, titled
+from memc.report.text import amount, duration, layers, number, size
+
+SHOWN = 70
+"""Characters of a passage that are shown in a table."""
+
+
+class BankLevel(Facts):
+    """One level of a bank's tree.
+
+    Sizes are passages a cluster, of clusters that have some; ``balance`` is the largest over the mean of all clusters.
+    ``seconds`` is what fetching one record from ``tier`` is predicted to take. ``limit`` is how far from its cluster a
+    text may be to count as near.
+    """
+
+    level: int
+    rank: int
+    clusters: int
+    empty: int
+    trained: int
+    smallest: int
+    median: float
+    largest: int
+    balance: float
+    limit: float
+    record_bytes: int
+    level_bytes: int
+    tier: str = ""
+    seconds: float = 0.0
+
+
+class BankPassage(Facts):
+    """A passage of a cluster and its distance to the centroid."""
+
+    index: int
+    source: str
+    distance: float
+    text: str
+
+
+class BankCluster(Facts):
+    """One cluster, with the passages nearest to its centroid and the sizes of its children."""
+
+    cluster: str
+    passages: int
+    trained: bool
+    children: list[int] = Field(default_factory=list)
+    nearest: list[BankPassage] = Field(default_factory=list)
+
+
+class BankDocument(Document):
+    """``memc bank inspect``, and what ``memc bank build`` ends with.
+
+    ``fetched_parameters`` are those of one path in all layers, ``bank_parameters`` those of every record;
+    ``predicted_seconds`` is a fetch of a path of which only the pinned levels are in memory.
+    """
+
+    schema_: Literal["memc.bank/1"] = Field(default="memc.bank/1", alias="schema")
+    bank: str
+    model: str
+    model_digest: str
+    encoder: str
+    encoder_width: int
+    branch: int
+    layers: list[int]
+    width: int
+    dtype: str
+    seed: int
+    passages: int
+    sources: dict[str, int]
+    fetched_parameters: int
+    bank_parameters: int
+    disk_bytes: int
+    predicted_seconds: float
+    levels: list[BankLevel]
+    cluster: BankCluster | None = None
+
+
+class BankUse(Facts):
+    """What a bank gave for one text, and what it cost.
+
+    ``cluster`` is where descent ended, ``near`` the deepest part of it that the text is near (empty for none),
+    ``distances`` and ``limits`` are by level; ``used`` are the records whose units were added.
+    """
+
+    bank: str
+    cluster: str
+    near: str
+    distances: list[float]
+    limits: list[float]
+    used: list[str]
+    records_read: int
+    bytes_read: int
+    retrieve_seconds: float
+    fetch_seconds: float
+
+    def line(self) -> str:
+        """Say it in one line."""
+        cost = f"retrieved in {self.retrieve_seconds * 1000:.3g} ms, fetched in {self.fetch_seconds * 1000:.3g} ms"
+        read = f"{self.records_read} records, {size(self.bytes_read)} read; {cost}"
+        if not self.near:
+            far = f"distance {number(self.distances[0])}, limit {number(self.limits[0])}"
+            what = "the generic block" if self.used else "nothing is fetched"
+            return f"bank: the prompt is like nothing in it ({far}): {what}; {read}"
+        used = f"cluster {', '.join(self.used)}" if self.used else f"nothing of cluster {self.near}"
+        return f"bank: {used} (distance {number(self.distances[self.near.count('.')])}); {read}"
+
+
+class BankJob(Facts):
+    """One job of a bank's training: a subtree below the root, or ``generic``. Losses are nats a token, in training."""
+
+    job: str
+    passages: int
+    blocks: int
+    steps: int
+    tokens: int
+    loss_first: float | None = None
+    loss_last: float | None = None
+    seconds: float = 0.0
+
+
+class BankHeldOut(Facts):
+    """Perplexity of held-out passages of one cluster: without a block, with its own, the generic, and a wrong one."""
+
+    cluster: str
+    tokens: int
+    original: float
+    block: float
+    generic: float | None = None
+    wrong: float | None = None
+
+
+class BankTrainDocument(Document):
+    """``memc bank train``."""
+
+    schema_: Literal["memc.bank-train/1"] = Field(default="memc.bank-train/1", alias="schema")
+    bank: str
+    jobs: list[BankJob]
+    held_out: list[BankHeldOut] = Field(default_factory=list)
+
+    def ratio(self, side: Literal["block", "generic", "wrong"]) -> float | None:
+        """Return perplexity with a block over that without, on all that was held out; None where it was not run."""
+        found = [(row.tokens, getattr(row, side), row.original) for row in self.held_out]
+        logs = [(tokens, tokens * math.log(value / original)) for tokens, value, original in found if value is not None]
+        return math.exp(sum(log for _, log in logs) / sum(tokens for tokens, _ in logs)) if logs else None
+
+
+def bank_train_view(document: BankTrainDocument) -> RenderableType:
+    """Show what was trained, and perplexities of the passages that were held out."""
+    jobs = [
+        (
+            job.job,
+            str(job.passages),
+            str(job.blocks),
+            amount(job.tokens),
+            f"{number(job.loss_first)} -> {number(job.loss_last)}",
+            duration(job.seconds),
+        )
+        for job in document.jobs
+    ]
+    rows = [
+        (row.cluster, str(row.tokens), *map(number, (row.original, row.block, row.generic, row.wrong)))
+        for row in document.held_out
+    ]
+    totals = [("over original", "", "1", *(number(document.ratio(side)) for side in ("block", "generic", "wrong")))]
+    columns = ["cluster", ">tokens", ">without", ">its own", ">generic", ">a wrong one"]
+    return stack(
+        lines([document.bank]),
+        table(["job", ">passages", ">blocks", ">tokens", ">loss", ">time"], jobs),
+        titled("perplexity of held-out passages, by block", table(columns, [*rows, *totals])) if rows else None,
+    )
+
+
+def bank_view(document: BankDocument) -> RenderableType:
+    """Show the tree of a bank, its sizes and balance; of one cluster its nearest passages."""
+    encoder = f"{document.encoder} (width {document.encoder_width})"
+    facts = [
+        document.bank,
+        f"for {document.model}, layers {layers(document.layers)} of width {document.width}, {document.dtype}",
+        f"{amount(document.passages)} passages by {encoder}, seed {document.seed}",
+        f"a path adds {amount(document.fetched_parameters)} parameters, of {amount(document.bank_parameters)} in all; "
+        f"fetching it takes {document.predicted_seconds * 1000:.3g} ms (predicted)",
+    ]
+    return stack(
+        lines(facts),
+        table(
+            ["level", ">units", ">clusters", ">trained", ">passages", ">balance", ">record", "in"],
+            map(_level, document.levels),
+        ),
+        lines(f"level {row.level}: {row.empty} clusters have no passages" for row in document.levels if row.empty),
+        titled("sources", table(["file", ">passages"], [(n, str(c)) for n, c in document.sources.items()])),
+        _cluster(document.cluster) if document.cluster else None,
+        None if any(level.trained for level in document.levels) else lines(["untrained: every block is zero"]),
+    )
+
+
+def _level(level: BankLevel) -> tuple[str, ...]:
+    stored = level.rank > 0
+    return (
+        str(level.level),
+        str(level.rank),
+        str(level.clusters),
+        str(level.trained) if stored else "-",
+        f"{level.smallest}-{level.largest}",
+        number(level.balance),
+        size(level.record_bytes) if stored else "-",
+        level.tier or "-",
+    )
+
+
+def _cluster(cluster: BankCluster) -> RenderableType:
+    state = "trained" if cluster.trained else "untrained"
+    rows = [(number(p.distance), str(p.index), p.source, _brief(p.text)) for p in cluster.nearest]
+    children = lines([", ".join(map(str, cluster.children))]) if cluster.children else None
+    return stack(
+        lines([f"cluster {cluster.cluster}: {cluster.passages} passages, {state}"]),
+        titled("passages of its children", children),
+        titled("nearest passages", table([">distance", ">index", "file", "text"], rows)) if rows else None,
+    )
+
+
+def _brief(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= SHOWN else line[: SHOWN - 3] + "..."

@@ -1,0 +1,310 @@
+"""Fitting to limits: read, searched against brute force, measured against whole runs, converted, refused."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memc import api
+from memc.analysis.sensitivity import Distance, Yardstick, unchanged
+from memc.cost import demands
+from memc.errors import MemcError
+from memc.fit import driver, menu
+from memc.fit.limits import parse_limits, read_limits
+from memc.passes.sparsify import Sparsify
+from memc.passes.window import Window
+from memc.pipeline import Pass
+from memc.program import get_tensor, set_tensor
+from memc.progress import Silent
+from memc.recipe import Recipe
+from memc.report import fit as view
+from memc.search import Choice, frontier
+from memc.target import Target
+from memc.verify.execute import whole
+from tests.core.test_convert import make_llama
+from tests.passes.tiny_program import tiny, tokens_of
+
+TARGET = Target(
+    name="cpu",
+    description="test",
+    kind="cpu",
+    backend="eager",
+    instruction_set="any",
+    memory_bandwidth=1e9,
+    flops={"fp32": 1e9},
+)
+SETTINGS: tuple[Pass, ...] = (
+    Window(window=3, sinks=1),
+    Window(window=9, sinks=1),
+    Sparsify(budget=12, page=4, sinks=1, window=2, dense_below=0, method="bounds"),
+)
+LENGTH = 40
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("memc.fit.menu.offered", lambda: SETTINGS)
+    monkeypatch.setattr("memc.conversion.fitting.LENGTHS", (LENGTH, LENGTH))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize(
+    ("text", "what", "context", "most", "relative"),
+    [
+        ("state<=64MiB", "state", 32768, 64 * 2**20, False),
+        ("state@4k <= 0.25x", "state", 4096, 0.25, True),
+        ("decode@32k>=2x", "decode", 32768, 0.5, True),
+        ("decode@500<=1.5ms", "decode", 500, 1.5, False),
+        ("ppl<=1.05x", "ppl", 0, 1.05, True),
+        ("kl<=0.02", "kl", 0, 0.02, False),
+    ],
+)
+def test_a_limit_is_read(text: str, what: str, context: int, most: float, relative: bool) -> None:
+    (limit,) = parse_limits(text).limits
+    assert (limit.what, limit.context, limit.most, limit.relative) == (what, context, most, relative)
+
+
+def test_limits_without_a_context_are_at_that_of_the_conversion() -> None:
+    assert parse_limits("state<=1MB,decode>=2x", 777).contexts == (777,)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "no limit"),
+        ("state", "not a limit"),
+        ("stat<=1MB", "'state'"),
+        ("state>=1MB", "limited by <="),
+        ("state<=1x2", "not a limit"),
+        ("state<=1ms", "takes a value in"),
+        ("ppl<=1.05", "takes a value in 'x'"),
+        ("ppl@32k<=1.05x", "measured on text"),
+        ("state<=1MB,state<=2MB", "two limits"),
+        ("decode>=0x", "over 0"),
+    ],
+)
+def test_what_is_no_limit_is_refused(text: str, said: str) -> None:
+    with pytest.raises(MemcError, match="E200") as caught:
+        parse_limits(text)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("changes", [{"passes": ["window"]}, {"data": ["a.txt"], "tokens": 5}])
+def test_limits_choose_alone(changes: dict[str, Any]) -> None:
+    with pytest.raises(MemcError, match="E200"):
+        read_limits(Recipe(recipe=1, fit="state<=1MB", **changes))
+
+
+costs = st.tuples(st.floats(0, 10), st.integers(0, 40), st.integers(0, 40))
+
+
+@given(st.lists(st.lists(costs, min_size=1, max_size=3), min_size=1, max_size=5), st.integers(0, 120))
+def test_the_frontier_has_the_best_choice_under_any_budget(blocks: list[Any], budget: int) -> None:
+    choices = [[Choice(loss, (float(a), float(b))) for loss, a, b in block] for block in blocks]
+    found = frontier(choices)
+    for one in found:
+        picked = [block[pick] for block, pick in zip(choices, one.picks, strict=True)]
+        assert one.loss == pytest.approx(sum(choice.loss for choice in picked))
+        assert one.costs == pytest.approx([sum(choice.costs[i] for choice in picked) for i in range(2)])
+    every = [tuple(block) for block in itertools.product(*choices)]
+    for axis in range(2):
+        best = min(
+            (sum(c.loss for c in way) for way in every if sum(c.costs[axis] for c in way) <= budget), default=None
+        )
+        mine = min((one.loss for one in found if one.costs[axis] <= budget), default=None)
+        assert mine == (None if best is None else pytest.approx(best))
+
+
+def test_many_labels_are_told_apart_less_finely(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("memc.search.MOST", 20)
+    block = [Choice(float(9 - cost), (float(cost * cost),)) for cost in range(10)]
+    found = frontier([block] * 6)
+    assert len(found) <= 20
+    assert any(one.loss == 0 for one in found)
+
+
+def oracle(original: Any, result: Any, tokens: torch.Tensor, first: int) -> Distance:
+    """Run both whole."""
+    found = Distance()
+    for row in tokens:
+        before, after = (
+            whole(side, row[None])[0, first:].double().log_softmax(-1).detach() for side in (original, result)
+        )
+        kl = float((before.exp() * (before - after)).sum())
+        excess = float((before - after)[:-1].gather(1, row[first + 1 :, None]).sum())
+        found += Distance(len(before), kl, len(before) - 1, excess)
+    return found
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 2.0}, {"window": 20}], ids=str)
+@pytest.mark.parametrize("layer", [0, 1])
+def test_distances_are_those_of_whole_runs(options: dict[str, Any], layer: int) -> None:
+    original, tokens = tiny(**options), tokens_of(2, LENGTH, 3)
+    fits = [one for one in SETTINGS if one.plan(original, TARGET).sites]
+    results = [menu.rewritten(original, TARGET, [(one, [layer])], [0, 1]) for one in fits]
+    for found, result in zip(Yardstick(original, tokens, 20).distances(results), results, strict=True):
+        expected = oracle(original, result, tokens, 20)
+        assert found.kl == pytest.approx(expected.kl, rel=1e-3, abs=1e-5)
+        assert found.excess == pytest.approx(expected.excess, rel=1e-3, abs=1e-4)
+        assert found.kl > 0
+
+
+def test_only_what_follows_the_layer_counts_as_changed() -> None:
+    original = tiny()
+    late = menu.rewritten(original, TARGET, [(SETTINGS[0], [1])], [0, 1])
+    same = unchanged(original, late)
+    attentions = [node for node in late.module.graph.nodes if node.target is torch.ops.memc.attention.default]
+    assert len(attentions) == 1 and attentions[0] in same
+    assert late.module.graph.output_node() not in same
+
+
+def test_a_node_whose_constant_or_parameter_changed_is_not_the_same() -> None:
+    original = tiny()
+    for change in ("parameter", "constant"):
+        result = original.copy()
+        attention = result.module.graph.find_nodes(op="call_function", target=torch.ops.memc.attention.default)[0]
+        if change == "constant":
+            attention.kwargs = {**attention.kwargs, "window": 5}
+        else:
+            product = result.module.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)[0]
+            name = str(product.args[1].target)
+            set_tensor(result.module, name, get_tensor(original.module, name) + 1, trainable=True)
+        assert attention.name in {node.name for node in unchanged(original, original.copy())}
+        assert attention.name not in {node.name for node in unchanged(original, result)}
+
+
+def fitting(limits: str, **changes: Any) -> driver.Fitting:
+    tokens = tokens_of(3, LENGTH, 5)
+    given = {"original": tiny(), "target": TARGET, "weights": "fp32", "threads": 1, "context": 64, **changes}
+    return driver.Fitting(limits=parse_limits(limits, 64), measured=tokens[:1], checked=tokens[1:], **given)
+
+
+@pytest.fixture(scope="module")
+def menu_of_tiny() -> menu.Menu:
+    """What is on offer for the tiny decoder, measured once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("memc.fit.menu.offered", lambda: SETTINGS)
+        return driver._chooser(fitting("kl<=1"), menu.Kept(None), Silent()).menu
+
+
+@pytest.fixture
+def _measured(monkeypatch: pytest.MonkeyPatch, menu_of_tiny: menu.Menu) -> None:
+    monkeypatch.setattr("memc.fit.driver.make_menu", lambda *_: menu_of_tiny)
+
+
+def run(limits: str, **changes: Any) -> tuple[list[Pass], Any]:
+    return driver.fit(fitting(limits, **changes), menu.Kept(None), Silent())
+
+
+@pytest.mark.usefixtures("_measured")
+def test_costs_are_kept_at_the_least_loss(menu_of_tiny: menu.Menu) -> None:
+    passes, facts = run("state<=0.6x")
+    state = {one.limit: one for one in facts.limits}["state<=0.6x"]
+    assert state.used <= 1 and state.reached <= 0.6 * state.original
+    ways = itertools.product([None, *range(3)], repeat=2)
+    every = [loss for way in ways for loss, cost in [told(menu_of_tiny, way)] if cost <= 0.6 * state.original]
+    assert facts.kl_expected == pytest.approx(min(every))
+    assert len(passes) == len({layer.spec for layer in facts.layers if layer.spec})
+
+
+def told(menu_of_tiny: menu.Menu, way: tuple[int | None, ...]) -> tuple[float, float]:
+    """Return loss and bytes of state of one way to choose."""
+    chosen = [menu_of_tiny.layers[layer][pick] for layer, pick in enumerate(way) if pick is not None]
+    more = sum(entry.more[64].state_bytes for entry in chosen)
+    return sum(entry.distance.kl_mean for entry in chosen), menu_of_tiny.original[64].state_bytes + more
+
+
+@pytest.mark.usefixtures("_measured")
+def test_what_layers_ask_adds_up() -> None:
+    chooser = driver._chooser(fitting("decode>=1.01x"), menu.Kept(None), Silent())
+    for found in chooser.fits[1::5]:
+        program = driver._apply(fitting("decode>=1.01x"), chooser, found)
+        asked = demands(program, [64])[64]
+        assert found.asks[64].flops == pytest.approx(asked.flops)
+        assert found.asks[64].bytes_read == pytest.approx(asked.bytes_read)
+        assert found.asks[64].state_bytes == asked.state_bytes
+
+
+@pytest.mark.usefixtures("_measured")
+def test_quality_alone_gives_the_quickest_choice_that_keeps_it() -> None:
+    loose, _ = run("kl<=10")
+    assert {one.name for one in loose} == {"window"} and "window=3" in loose[0].spec
+    _, facts = run("kl<=1e-3".replace("1e-3", "0.001"))
+    assert facts.kl_mean <= 0.001
+    assert facts.limits[0].used <= 1
+
+
+@pytest.mark.usefixtures("_measured")
+def test_what_adds_up_wrong_is_chosen_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers that lose more together than alone: the first choice does not hold, a later one does."""
+    _, strict = run("kl<=0.004")
+    real = Yardstick.distances
+
+    def worse(self: Yardstick, results: Any) -> list[Distance]:
+        found = real(self, results)
+        checked = len(self._tokens) == 2
+        return [Distance(d.tokens, 3 * d.kl, d.predicted, d.excess) if checked else d for d in found]
+
+    monkeypatch.setattr(Yardstick, "distances", worse)
+    _, facts = run("kl<=0.004")
+    assert facts.kl_mean <= 0.004
+    assert facts.kl_expected <= strict.kl_expected
+
+
+@pytest.mark.usefixtures("_measured")
+def test_what_nothing_fits_is_refused_with_how_close_it_came() -> None:
+    with pytest.raises(MemcError, match="E209") as caught:
+        run("state<=0.3x,kl<=0.0001")
+    assert "the nearest has state@64" in str(caught.value) and "loosen" in str(caught.value)
+
+
+@pytest.mark.usefixtures("_measured")
+def test_a_target_without_rates_limits_no_time() -> None:
+    with pytest.raises(MemcError, match="E208"):
+        run("decode>=2x", target=TARGET.model_copy(update={"memory_bandwidth": None}))
+
+
+def test_measured_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "kept.json"
+    first = driver.fit(fitting("state<=0.6x"), menu.Kept(path), Silent())[1]
+    monkeypatch.setattr("memc.fit.driver.make_menu", lambda *a: menu.make_menu(*a[:4], pytest.fail, *a[5:]))
+    again = driver.fit(fitting("state<=0.6x"), menu.Kept(path), Silent())[1]
+    assert again.model_copy(update={"seconds": 0.0}) == first.model_copy(update={"seconds": 0.0})
+    path.write_text("{")
+    assert menu.Kept(path).found == {}
+
+
+def test_convert_fits_and_says_how(tmp_path: Path) -> None:
+    data = tmp_path / "ids.npy"
+    np.save(data, np.random.default_rng(0).integers(2, 67, 4000))
+    model, out = make_llama(tmp_path / "model"), tmp_path / "out"
+    document = api.convert(model, out, fit="state@100<=0.5x", data=[str(data)], target="cpu", backend="eager")
+    assert document.verified and document.fit is not None
+    assert document.measured is not None
+    assert document.fit.limits[0].used <= 1
+    assert {one.layer for one in document.fit.layers if one.spec} == {
+        site for item in document.passes for site in range(2) if site not in {s.layer for s in item.skipped}
+    }
+    text = (out / "recipe.yaml").read_text()
+    assert "passes:" in text and "fit:" not in text
+    planned = api.convert(model, out, fit="state@100<=0.5x", data=[str(data)], backend="eager", dry_run=True)
+    assert planned.fit is not None and [one.spec for one in planned.passes] == [one.spec for one in document.passes]
+    rows = view.limit_rows(document.fit)
+    assert rows[0][0] == "state@100<=0.5x"
+    assert "nats a token" in view.summary(document.fit)
+    assert sum(len(row[1]) > 0 for row in view.chosen_rows(document.fit)) >= 1
+
+
+def test_no_data_is_fitted_on_what_the_model_says(tmp_path: Path) -> None:
+    model = make_llama(tmp_path / "model")
+    document = api.convert(model, tmp_path / "out", fit="kl<=1", backend="eager", dry_run=True)
+    assert document.fit is not None and not (tmp_path / "out").exists()
+    assert math.isfinite(document.fit.perplexity_ratio)
