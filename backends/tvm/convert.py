@@ -13,6 +13,7 @@ from tvm import relax, tirx
 
 from memc.backends.tvm.isa import Tile
 from memc.backends.tvm.kernels.attention import Range, attention, full_attention
+from memc.backends.tvm.kernels.bank import bank_ffn
 from memc.backends.tvm.kernels.common import SLOTS, PrimFunc, Scores
 from memc.backends.tvm.kernels.linear import head_linear, linear, quantised_linear
 from memc.backends.tvm.kernels.memory import Memory, linear_memory
@@ -44,6 +45,7 @@ class Converters:
             "full_attention": self._full_attention,
             "window_memory": self._window_memory,
             "linear_memory": self._linear_memory,
+            "bank_ffn": self._bank_ffn,
         }
         own = {f"tvm_{name}.default": form for name, form in forms.items()}
         # The importer bounds whole numbers by infinity, which they do not have, knows a view by one name alone, and
@@ -147,6 +149,11 @@ class Converters:
         made = self._function(importer, linear_memory, m)
         inputs = [q, k, v, decay, places, state, _or_nothing(importer, beta)]
         return _call(importer, made, inputs, [*_shape(q)[:3], m.value_dim])
+
+    def _bank_ffn(self, node: Node, importer: Importer) -> Var:
+        x, block = (importer.env[argument] for argument in node.args[:2])
+        made = self._function(importer, bank_ffn, _size(block, 2), _size(x, 2), node.args[2])
+        return _call(importer, made, [x, block], _shape(x))
 
 
 def _clamp(node: Node, importer: Importer) -> Var:

@@ -135,7 +135,8 @@ def test_a_wrong_tail_loop_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_every_dialect_op_has_a_form_or_a_reason() -> None:
     answers = {}
-    for program in (ops.llama("attention"), ops.window_memory(), ops.linear_memory(), ops.full_attention()):
+    programs = (ops.llama("attention"), ops.window_memory(), ops.linear_memory(), ops.full_attention())
+    for program in (*programs, ops.bank_ffn("silu")):
         for node in program.module.graph.nodes:
             if (spec := op_spec(node.target)) is not None:
                 answers[spec.name] = TvmBackend().supports(node, CPU)

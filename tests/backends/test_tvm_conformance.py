@@ -15,13 +15,21 @@ from tests.backends.runs import SCENARIOS, compare, span
 
 TOLERANCE = 1e-4
 
-QUICK = ("norm centred with bias", "rotary interleaved", "full, bias", "gated delta", "llama, window", "llama, dense")
+QUICK = (
+    "norm centred with bias",
+    "rotary interleaved",
+    "full, bias",
+    "gated delta",
+    "llama, window",
+    "llama, dense",
+    "bank",
+)
 """Cases that together go through every function; the others differ in their options."""
 
 CASES = [
     case if case in QUICK else pytest.param(case, marks=pytest.mark.conformance)
     for case in ops.CASES
-    if not case.startswith(("sparse", "bank"))
+    if not case.startswith("sparse")
 ]
 
 
