@@ -13,6 +13,7 @@ from tvm import relax, tirx
 
 from memc.backends.tvm.isa import Tile
 from memc.backends.tvm.kernels.attention import Range, attention, full_attention
+from memc.backends.tvm.kernels.bank import bank_ffn
 from memc.backends.tvm.kernels.common import SLOTS, PrimFunc, Scores
 from memc.backends.tvm.kernels.linear import head_linear, linear, quantised_linear
 from memc.backends.tvm.kernels.memory import Memory, linear_memory
@@ -44,11 +45,13 @@ class Converters:
             "full_attention": self._full_attention,
             "window_memory": self._window_memory,
             "linear_memory": self._linear_memory,
+            "bank_ffn": self._bank_ffn,
         }
         own = {f"tvm_{name}.default": form for name, form in forms.items()}
-        # The importer bounds whole numbers by infinity, which they do not have, and knows a view by one name alone.
+        # The importer bounds whole numbers by infinity, which they do not have, knows a view by one name alone, and
+        # lets an index out of range read other memory.
         clamps = dict.fromkeys(("clamp.default", "clamp_min.default", "clamp_max.default"), _clamp)
-        return {**own, **clamps, "_unsafe_view.default": _view}
+        return {**own, **clamps, "_unsafe_view.default": _view, "index_select.default": _index_select}
 
     def _function(self, importer: Importer, make: Callable[..., PrimFunc], *args: Any, **options: Any) -> Any:
         key = (make.__name__, args, tuple(sorted(options.items())))
@@ -147,6 +150,11 @@ class Converters:
         inputs = [q, k, v, decay, places, state, _or_nothing(importer, beta)]
         return _call(importer, made, inputs, [*_shape(q)[:3], m.value_dim])
 
+    def _bank_ffn(self, node: Node, importer: Importer) -> Var:
+        x, block = (importer.env[argument] for argument in node.args[:2])
+        made = self._function(importer, bank_ffn, _size(block, 2), _size(x, 2), node.args[2])
+        return _call(importer, made, [x, block], _shape(x))
+
 
 def _clamp(node: Node, importer: Importer) -> Var:
     """Convert ``aten.clamp`` with the bounds that are there."""
@@ -158,6 +166,11 @@ def _clamp(node: Node, importer: Importer) -> Var:
         if bounds.get(bound) is not None:
             x = importer.block_builder.emit(form(x, relax.const(bounds[bound], x.ty.dtype)))
     return x
+
+
+def _index_select(node: Node, importer: Importer) -> Var:
+    x, axis, index = importer.retrieve_args(node)
+    return importer.block_builder.emit(relax.op.take(x, index, axis, mode="clip"))
 
 
 def _view(node: Node, importer: Importer) -> Var:

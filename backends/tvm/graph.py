@@ -70,6 +70,7 @@ class _Rewriter:
             "attention": self.attention,
             "window_memory": self.window_memory,
             "linear_memory": self.linear_memory,
+            "bank_ffn": self.bank_ffn,
         }
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
@@ -130,6 +131,9 @@ class _Rewriter:
     def linear_memory(self, node: Node, a: Mapping[str, Any]) -> list[Node]:
         names = ("query", "key", "value", "log_decay", "positions", "state", "beta")
         return [self.call(ops.linear_memory, *(a[name] for name in names))]
+
+    def bank_ffn(self, node: Node, a: Mapping[str, Any]) -> list[Node]:
+        return [self.call(ops.bank_ffn, a["x"], a["block"], a["activation"])]
 
     def _left_position(self, a: Mapping[str, Any]) -> Node:
         place = self.call(_aten.sub.Tensor, a["positions"], a["window"])

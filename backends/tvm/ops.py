@@ -96,3 +96,9 @@ def window_memory(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tupl
 def linear_memory(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
     """``memc::linear_memory`` without its state, which is written in place."""
     return query.new_empty(*query.shape[:3], value.shape[3])
+
+
+@_define("(Tensor x, Tensor block, str activation) -> Tensor")
+def bank_ffn(x: Tensor, block: Tensor, activation: str) -> Tensor:
+    """``memc::bank_ffn``."""
+    return x.new_empty(x.shape)

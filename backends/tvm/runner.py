@@ -13,7 +13,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 
-from memc.artifact import Manifest, sha256
+from memc.artifact import Manifest, Port, sha256
 from memc.backends.tvm.isa import processor_flags
 from memc.backends.tvm.library import REQUIRED, load_runtime, open_machine, set_threads
 from memc.errors import MemcError
@@ -81,12 +81,12 @@ class TvmRunner(SlotRunner):
         self, feeds: dict[str, Array], sizes: Mapping[str, int], state: Any, keep: npt.NDArray[np.int64] | None
     ) -> npt.NDArray[np.float32]:
         """Run the library once; see ``SlotRunner.call``. Raises ``MemcError`` E200 for ids out of range."""
-        for name, rows in self.info.limits.items():
+        limits = {**self.info.limits, **({self.keep: sizes["T"]} if self.keep is not None else {})}
+        for name, rows in limits.items():
             if feeds[name].size and not (feeds[name].min() >= 0 and feeds[name].max() < rows):
                 message = f"an input is out of range: {name} holds ids that are not below {rows}"
                 raise MemcError("E200", message, self.manifest.source)
-        ports = {port.name: port.dtype for port in self.manifest.inputs}
-        given = [self._wrap(_copied(feeds[name], ports[name])) for name in self.info.inputs]
+        given = [self._wrap(_fed(feeds[port.name], port)) for port in self.manifest.inputs]
         held = [self._wrap(state.current[name]) for name in self.info.states]
         outputs = self._entry(*given, *held, *self._parameters)
         logits: Any = np.from_dlpack(outputs[0])
@@ -109,6 +109,13 @@ def _copied(array: Array, dtype: str) -> Array:
     made = _aligned(array.shape, dtype)
     made[...] = array
     return made
+
+
+def _fed(array: Array, port: Port) -> Array:
+    """Return an input as the library takes it: what is fetched, large and read where it lies, may begin anywhere."""
+    if port.role == "fetched":
+        return np.ascontiguousarray(array, port.dtype)
+    return _copied(array, port.dtype)
 
 
 def _check_digest(folder: Path, manifest: Manifest, path: Path) -> None:

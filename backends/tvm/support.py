@@ -47,4 +47,6 @@ def form(node: Node) -> Yes | No:
         case "linear_memory":
             a = arguments(node)
             return Yes(f"own function, {a['update']}, one step a token, state in place")
+        case "bank_ffn":
+            return Yes("own function, blocks read where they lie")
     return No(f"memc::{spec.name} has no lowered form in this backend")

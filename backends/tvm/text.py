@@ -5,8 +5,8 @@ from __future__ import annotations
 HOW_TO_RUN = (
     "Open {path} with TVM's runtime (apache-tvm and apache-tvm-ffi in the versions that library.json names; the runtime"
     " library alone suffices) and call its function main with the inputs, states and parameters in the order of"
-    " library.json, each contiguous and beginning at a multiple of 64 bytes; parameters are in parameters.safetensors."
-    " It returns the outputs and writes the states where they lie.\n"
+    " library.json, each contiguous and, but for what is fetched, beginning at a multiple of 64 bytes; parameters are"
+    " in parameters.safetensors. It returns the outputs and writes the states where they lie.\n"
     "positions [B,T] int64 are those of each token in its own sequence, counted from 0; -1 is padding. Position 0"
     " starts a sequence. Before the first call fill every state with its init: B is the number of sequences. keep [K]"
     " int64 lists the columns of tokens whose logits are wanted. In a state with S slots slot p holds the token at"

@@ -25,6 +25,12 @@ TOLERANCE = 1e-3
 
 EXACT_WEIGHTS = ("fp32",)
 
+TOKENS = 13
+"""Tokens that are run at once, past the longest window of the program: what a window forgets shows beyond it alone."""
+
+LONGEST_WINDOW = 512
+"""Longest window past which a lowered program is run."""
+
 CHOICES = 12
 """Tokens past the first choice that are run at once, and one at a time."""
 
@@ -65,17 +71,18 @@ def lower(
 def verify_lowered(
     runner: Runner, program: Program, text: VerificationText, weights: str, floor: float | None
 ) -> list[CheckResult]:
-    """Compare a lowered program with the program itself: an odd number of tokens at once, then one at a time.
+    """Compare a lowered program with the program itself: tokens past its windows at once, then the last one at a time.
 
     What is fetched is drawn, so that it shows. A program that is no decoder gets one input of one token in place of the
     second, all else drawn. With float32
     weights the logits must agree within ``TOLERANCE`` or ten times the noise ``floor``; with others the difference is
     measured, and the perplexity on ``text`` with those weights beside that with float32.
     """
-    tokens = take(text, 2, 13)
+    length = TOKENS + _longest_window(program, runner) if program.model.decoder else TOKENS
+    tokens = take(text, 2, length)
     expected, fetched = whole(program, tokens, fetch=True), _fetched(program, tokens)
     if program.model.decoder:
-        values = {"13 tokens at once": _difference(_run(runner, tokens, [13], fetched), expected)}
+        values = {f"{length} tokens at once": _difference(_run(runner, tokens, [length], fetched), expected)}
     else:
         one = tokens[:1, :1]
         values = {
@@ -83,7 +90,8 @@ def verify_lowered(
             "one input, of one token": _difference(_run_inputs(runner, program, one), whole(program, one)),
         }
     if streams(program):
-        values["one token at a time"] = _difference(_run(runner, tokens, [7, *[1] * 6], fetched), expected)
+        found = _run(runner, tokens, [length - 6, *[1] * 6], fetched)
+        values["one token at a time"] = _difference(found, expected)
     worst = max(values, key=lambda name: math.inf if math.isnan(values[name]) else values[name])
     exact = weights in EXACT_WEIGHTS
     budget = max(TOLERANCE, 10 * (floor or 0.0)) if exact else None
@@ -97,6 +105,15 @@ def verify_lowered(
     ratio = after / before
     checks.append(CheckResult("weights_perplexity_ratio", ratio, None, None, math.isfinite(ratio), detail))
     return checks
+
+
+def _longest_window(program: Program, runner: Runner) -> int:
+    """Return the most tokens that a window of the program holds, 0 where none can be gone past."""
+    nodes = [node for node in program.module.graph.nodes if op_spec(node.target) is not None]
+    held = [a.get("window") or 0 for a in map(arguments, nodes)]
+    limits = [limit for limit in (program.model.longest, runner.manifest.capacity) if limit is not None]
+    most = min([LONGEST_WINDOW, *(limit - TOKENS for limit in limits)])
+    return max((window for window in held if window <= most), default=0)
 
 
 def _check_choice(runner: Runner, program: Program, text: VerificationText, exact: bool) -> list[CheckResult]:

@@ -71,6 +71,14 @@ def test_state_round_trip_and_rows(decoder: Path) -> None:
         np.testing.assert_array_equal(runner.run(at[rows], at[rows], copy), want[rows])
 
 
+def test_threads_change_nothing(decoder: Path) -> None:
+    positions = np.array([np.arange(11), np.arange(11) - 1])
+    one, two = load(decoder), TvmBackend().load(decoder, read_manifest(decoder), 2)
+    found = two.run(np.maximum(positions, 0), positions, two.new_state(2))
+    np.testing.assert_array_equal(one.run(np.maximum(positions, 0), positions, one.new_state(2)), found)
+    load(decoder)  # the pool of threads is the process's
+
+
 def test_a_run_imports_no_torch_and_no_compiler(decoder: Path) -> None:
     code = (
         "import sys, numpy as np; from pathlib import Path; from memc.artifact import read_manifest;"
@@ -127,7 +135,8 @@ def test_a_wrong_tail_loop_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_every_dialect_op_has_a_form_or_a_reason() -> None:
     answers = {}
-    for program in (ops.llama("attention"), ops.window_memory(), ops.linear_memory(), ops.full_attention()):
+    programs = (ops.llama("attention"), ops.window_memory(), ops.linear_memory(), ops.full_attention())
+    for program in (*programs, ops.bank_ffn("silu")):
         for node in program.module.graph.nodes:
             if (spec := op_spec(node.target)) is not None:
                 answers[spec.name] = TvmBackend().supports(node, CPU)

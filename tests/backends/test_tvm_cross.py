@@ -14,6 +14,7 @@ import tvm
 import tvm_ffi
 from tvm_support import lower
 
+from memc.api import convert
 from memc.artifact import read_manifest
 from memc.backends.tvm import TvmBackend
 from memc.backends.tvm.isa import isa_of
@@ -21,8 +22,11 @@ from memc.backends.tvm.kernels.attention import Range, attention
 from memc.backends.tvm.kernels.common import Scores
 from memc.backends.tvm.kernels.linear import linear, quantised_linear
 from memc.backends.tvm.kernels.memory import Memory, linear_memory
+from memc.conversion.again import lower_again
 from memc.errors import MemcError
+from memc.recipe import Recipe
 from memc.target import get_target
+from tests.families import raw_program
 
 DRIVER = Path(__file__).with_name("kernel_driver.c")
 ARM = isa_of(get_target("aarch64"))
@@ -129,6 +133,18 @@ def test_a_library_for_another_processor_links_and_is_refused_here(tmp_path: Pat
     assert not TvmBackend().runs_here(get_target("aarch64"))
     with pytest.raises(MemcError, match="the library is for aarch64"):
         TvmBackend().load(tmp_path, read_manifest(tmp_path), 1)
+
+
+@needs_gcc
+@pytest.mark.conformance
+def test_a_conversion_for_another_processor_says_that_it_was_not_run(tmp_path: Path) -> None:
+    program, _ = raw_program("llama")
+    document = convert(program, tmp_path / "out", target="aarch64", recipe=Recipe(recipe=1))
+    assert document.backend == "tvm"
+    assert "compiled, not run" in document.forms["library"]
+    assert "lowered_logits" not in {check.name for check in document.checks}
+    again = lower_again(tmp_path / "out", tmp_path / "here", target="cpu", backend="tvm")
+    assert "lowered_logits" in {check.name for check in again.checks}
 
 
 def test_a_missing_linker_is_named_with_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""What several functions need: the shape of a tile, a vectorised exponential, the rows of one softmax."""
+"""What several functions need: a vectorised exponential, and the rows of one softmax."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ LOWEST = -1e30
 """Stands for minus infinity, of which TVM's C code generator has no literal."""
 
 Expression = Any
-Buffer = Any
 PrimFunc = Any
 
 

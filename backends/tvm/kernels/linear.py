@@ -12,6 +12,9 @@ from memc.backends.tvm.kernels.common import PrimFunc
 BLOCK = 32
 """Inputs that share a scale."""
 
+PANEL_ROWS = 16
+"""Rows from which the values of a quantised tile are made once for all of them."""
+
 
 @T.inline
 def _clear(acc, rows, columns):
@@ -36,6 +39,26 @@ def _store(y, acc, row, tile, rows, columns, out, bias, biased):
                     y[row + i, tile * columns + j] = acc[i, j]
 
 
+@T.inline
+def _rows(x, w, y, b, source, index, row, rows, into, out, columns, biased):
+    acc = T.alloc_buffer((rows, columns), "float32", scope="local")
+    _clear(acc, rows, columns)
+    for k in T.serial(into):
+        for i in T.unroll(rows):
+            for j in T.vectorized(columns):
+                acc[i, j] = acc[i, j] + x[row + i, k] * w[source, k, j]
+    _store(y, acc, row, index, rows, columns, out, b, biased)
+
+
+@T.inline
+def _tile(x, w, y, b, source, index, m, into, out, tile, biased):
+    # All rows of the outputs of tile ``index``, whose values lie in ``w[source]``.
+    for group in T.serial(m // tile.rows):
+        _rows(x, w, y, b, source, index, group * tile.rows, tile.rows, into, out, tile.columns, biased)
+    for rest in T.serial(m % tile.rows):
+        _rows(x, w, y, b, source, index, m // tile.rows * tile.rows + rest, 1, into, out, tile.columns, biased)
+
+
 @cache
 def linear(out: int, into: int, tile: Tile, *, bias: bool) -> PrimFunc:
     """Make ``y [M,out] = x [M,into] w (+ bias [out])`` for any M.
@@ -44,16 +67,6 @@ def linear(out: int, into: int, tile: Tile, *, bias: bool) -> PrimFunc:
     filled up with zeros.
     """
     columns, tiles = tile.columns, -(-out // tile.columns)
-
-    @T.inline
-    def block(x, w, y, b, index, row, rows):
-        acc = T.alloc_buffer((rows, columns), "float32", scope="local")
-        _clear(acc, rows, columns)
-        for k in T.serial(into):
-            for i in T.unroll(rows):
-                for j in T.vectorized(columns):
-                    acc[i, j] = acc[i, j] + x[row + i, k] * w[index, k, j]
-        _store(y, acc, row, index, rows, columns, out, b, bias)
 
     @T.prim_func(private=True)
     def linear_(x_: T.handle, w_: T.handle, b_: T.handle, y_: T.handle):
@@ -64,10 +77,7 @@ def linear(out: int, into: int, tile: Tile, *, bias: bool) -> PrimFunc:
         b = T.match_buffer(b_, (out if bias else 1,), "float32")
         y = T.match_buffer(y_, (m, out), "float32")
         for index in T.parallel(tiles):
-            for group in T.serial(m // tile.rows):
-                block(x, w, y, b, index, group * tile.rows, tile.rows)
-            for rest in T.serial(m % tile.rows):
-                block(x, w, y, b, index, m // tile.rows * tile.rows + rest, 1)
+            _tile(x, w, y, b, index, index, m, into, out, tile, bias)
 
     return linear_
 
@@ -121,29 +131,43 @@ def quantised_linear(out: int, into: int, tile: Tile, *, bits: int, bias: bool) 
 
     ``scales`` and, of 4 bits, ``zeros`` uint8 are ``[tiles, ceil(into / BLOCK), columns]``. ``codes`` are int8
     ``[tiles, into, columns]``, or uint8 ``[tiles, ceil(into / 2), columns]`` with two inputs to a byte, the first in
-    the low half. Values are made as they are read, once for all rows of a tile.
+    the low half. Of few rows values are made as they are read; of many those of a tile of outputs are made first.
     """
     columns, tiles, blocks = tile.columns, -(-out // tile.columns), -(-into // BLOCK)
     step = 8 // bits
     kind = "int8" if bits == 8 else "uint8"
 
     @T.inline
-    def add(x, codes, scale, shift, acc, index, row, rows, place):
-        w = T.alloc_buffer((step, columns), "float32", scope="local")
+    def read_block(scales, zeros, scale, shift, index, group):
         for j in T.vectorized(columns):
-            if bits == 8:
-                w[0, j] = T.Cast("float32", T.Cast("int32", codes[index, place, j])) * scale[j]
-            else:
-                w[0, j] = T.Cast("float32", T.Cast("int32", codes[index, place, j]) & 15) * scale[j] + shift[j]
+            scale[j] = scales[index, group, j]
         if bits == 4:
             for j in T.vectorized(columns):
-                w[1, j] = (
+                shift[j] = T.float32(0) - scale[j] * T.Cast("float32", T.Cast("int32", zeros[index, group, j]))
+
+    @T.inline
+    def values(codes, scale, shift, w, source, row, index, place):
+        for j in T.vectorized(columns):
+            if bits == 8:
+                w[source, row, j] = T.Cast("float32", T.Cast("int32", codes[index, place, j])) * scale[j]
+            else:
+                w[source, row, j] = (
+                    T.Cast("float32", T.Cast("int32", codes[index, place, j]) & 15) * scale[j] + shift[j]
+                )
+        if bits == 4:
+            for j in T.vectorized(columns):
+                w[source, row + 1, j] = (
                     T.Cast("float32", T.shift_right(T.Cast("int32", codes[index, place, j]), 4)) * scale[j] + shift[j]
                 )
+
+    @T.inline
+    def add(x, codes, scale, shift, acc, index, row, rows, place):
+        w = T.alloc_buffer((1, step, columns), "float32", scope="local")
+        values(codes, scale, shift, w, 0, 0, index, place)
         for half in T.unroll(step):
             for i in T.unroll(rows):
                 for j in T.vectorized(columns):
-                    acc[i, j] = acc[i, j] + x[row + i, place * step + half] * w[half, j]
+                    acc[i, j] = acc[i, j] + x[row + i, place * step + half] * w[0, half, j]
 
     @T.inline
     def block(x, codes, scales, zeros, y, b, index, row, rows):
@@ -152,14 +176,19 @@ def quantised_linear(out: int, into: int, tile: Tile, *, bits: int, bias: bool) 
         shift = T.alloc_buffer((columns,), "float32", scope="local")
         _clear(acc, rows, columns)
         for group in T.serial(blocks):
-            for j in T.vectorized(columns):
-                scale[j] = scales[index, group, j]
-            if bits == 4:
-                for j in T.vectorized(columns):
-                    shift[j] = T.float32(0) - scale[j] * T.Cast("float32", T.Cast("int32", zeros[index, group, j]))
+            read_block(scales, zeros, scale, shift, index, group)
             for k in T.serial(T.min(BLOCK, into - group * BLOCK) // step):
                 add(x, codes, scale, shift, acc, index, row, rows, group * (BLOCK // step) + k)
         _store(y, acc, row, index, rows, columns, out, b, bias)
+
+    @T.inline
+    def unpack(codes, scales, zeros, panel, index):
+        scale = T.alloc_buffer((columns,), "float32", scope="local")
+        shift = T.alloc_buffer((columns,), "float32", scope="local")
+        for group in T.serial(blocks):
+            read_block(scales, zeros, scale, shift, index, group)
+            for k in T.serial(T.min(BLOCK, into - group * BLOCK) // step):
+                values(codes, scale, shift, panel, 0, group * BLOCK + k * step, index, group * (BLOCK // step) + k)
 
     @T.prim_func(private=True)
     def quantised_linear_(
@@ -174,9 +203,14 @@ def quantised_linear(out: int, into: int, tile: Tile, *, bits: int, bias: bool) 
         b = T.match_buffer(b_, (out if bias else 1,), "float32")
         y = T.match_buffer(y_, (m, out), "float32")
         for index in T.parallel(tiles):
-            for group in T.serial(m // tile.rows):
-                block(x, codes, scales, zeros, y, b, index, group * tile.rows, tile.rows)
-            for rest in T.serial(m % tile.rows):
-                block(x, codes, scales, zeros, y, b, index, m // tile.rows * tile.rows + rest, 1)
+            if m >= PANEL_ROWS:
+                panel = T.alloc_buffer((1, into, columns), "float32")
+                unpack(codes, scales, zeros, panel, index)
+                _tile(x, panel, y, b, 0, index, m, into, out, tile, bias)
+            else:
+                for group in T.serial(m // tile.rows):
+                    block(x, codes, scales, zeros, y, b, index, group * tile.rows, tile.rows)
+                for rest in T.serial(m % tile.rows):
+                    block(x, codes, scales, zeros, y, b, index, m // tile.rows * tile.rows + rest, 1)
 
     return quantised_linear_

