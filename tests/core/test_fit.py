@@ -103,7 +103,8 @@ def test_limits_choose_alone(changes: dict[str, Any]) -> None:
         read_limits(Recipe(recipe=1, fit="state<=1MB", **changes))
 
 
-costs = st.tuples(st.floats(0, 10), st.integers(0, 40), st.integers(0, 40))
+# Losses are eighths: a library that another test has loaded may have the processor flush subnormal numbers to zero.
+costs = st.tuples(st.integers(0, 80).map(lambda eighths: eighths / 8), st.integers(0, 40), st.integers(0, 40))
 
 
 @given(st.lists(st.lists(costs, min_size=1, max_size=3), min_size=1, max_size=5), st.integers(0, 120))
