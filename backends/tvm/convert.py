@@ -221,6 +221,8 @@ def _product(sizes: Sequence[Any]) -> Any:
 
 
 def _shape(x: Var) -> list[Any]:
+    if x.ty.shape is None:
+        raise ValueError("the sizes of what it reads are lost in the import")
     return list(x.ty.shape)
 
 
