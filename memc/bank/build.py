@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +54,7 @@ class BuildOptions:
     characters: int = 1000
     dtype: Dtype = "float32"
     seed: int = 0
-    threads: int | None = None
+    threads: int | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         """Check the sizes."""

@@ -64,7 +64,7 @@ def _measure(bank: Bank, learner: Learner, job: str, sequences: list[PackedSeque
 
 def _block(bank: Bank, cluster: Cluster) -> Tensor:
     levels = len(cluster)
-    return torch.from_numpy(bank.fetch(TreePath(cluster, (0.0,) * levels, levels)))
+    return torch.tensor(bank.fetch(TreePath(cluster, (0.0,) * levels, levels)))
 
 
 def _next_cluster(bank: Bank, cluster: Cluster) -> Cluster | None:

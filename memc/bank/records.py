@@ -28,6 +28,7 @@ F32 = npt.NDArray[np.float32]
 
 ALIGN = 4096
 VERSION = 1
+_PART = 1 << 20
 _MAGIC = b"memcbank"
 _PREFIX = struct.Struct("<8sII32s")
 _ENTRY = np.dtype([("offset", "<u8"), ("sha256", "V32")])
@@ -131,23 +132,35 @@ class RecordFile:
         if not self.trained(cluster):
             return np.zeros(shape, np.float32)
         entry = self._entry(cluster)
-        data = self._read_bytes(int(entry["offset"]), self.shape.record_bytes(level))
-        if hashlib.sha256(data).digest() != entry["sha256"].tobytes():
+        data, digest = self._read_bytes(int(entry["offset"]), self.shape.record_bytes(level))
+        if digest != entry["sha256"].tobytes():
             raise self._damaged(f"record of cluster {name(cluster)}")
         return _widen(data, self.shape.dtype).reshape(shape)
 
-    def _read_bytes(self, offset: int, count: int) -> bytearray:
-        data = bytearray(count)
+    def announce(self, clusters: Iterable[Cluster]) -> None:
+        """Tell the system that these records are read next, so that it fetches one while another is checked."""
+        if not hasattr(os, "posix_fadvise"):  # no such call on macOS, and no harm without it
+            return
+        for cluster in clusters:
+            if self.trained(cluster):
+                offset, size = int(self._entry(cluster)["offset"]), self.shape.record_bytes(len(cluster) - 1)
+                os.posix_fadvise(self._stream.fileno(), offset, size, os.POSIX_FADV_WILLNEED)
+
+    def _read_bytes(self, offset: int, count: int) -> tuple[bytearray, bytes]:
+        """Return some bytes and their digest, which is computed of each part while the next is on its way."""
+        data, digest = bytearray(count), hashlib.sha256()
         done = 0
         try:
             while done < count:
-                got = os.preadv(self._stream.fileno(), [memoryview(data)[done:]], offset + done)
+                part = memoryview(data)[done : done + _PART]
+                got = os.preadv(self._stream.fileno(), [part], offset + done)
                 if got == 0:
                     raise MemcError("E310", "file was cut short since it was opened", str(self.path), _AGAIN)
+                digest.update(part[:got])
                 done += got
         except OSError as error:
             raise MemcError("E310", f"record cannot be read: {error.strerror}", str(self.path), _AGAIN) from error
-        return data
+        return data, digest.digest()
 
     def close(self) -> None:
         """Close the file."""

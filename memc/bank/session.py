@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -31,24 +32,27 @@ class BankSession(Session):
         require_bank(session, bank)
         super().__init__(session.folder, session.manifest, session.runner, chunk=session.chunk)
         self.bank = bank
+        self._reading = threading.Lock()
 
     def logit_chunks(
         self, ids: Ids, *, chunk: int | None = None, inputs: Mapping[str, npt.ArrayLike] | None = None
     ) -> Iterator[tuple[int, F32]]:
         """Yield logits as ``Session.logit_chunks``; what is not in ``inputs`` is fetched by the text of each row."""
         rows = self._full_rows(ids)
-        fetched = self._fetched(rows)
+        fetched = self.fetch(rows)
         return super().logit_chunks(rows, chunk=chunk, inputs={**fetched, **(inputs or {})})
 
     def prefill(self, ids: Ids, state: SessionState, *, fetched: Fetched | None = None) -> F32:
         """Run tokens as ``Session.prefill``; the first ones settle what is fetched."""
         rows = self._rows(ids)
         if not fetched and not state.lengths.any():
-            fetched = self._fetched(rows)
+            fetched = self.fetch(rows)
         return super().prefill(rows, state, fetched=fetched)
 
-    def _fetched(self, rows: Sequence[npt.NDArray[np.int64]]) -> dict[str, F32]:
-        return self.bank.inputs([self.bank.retrieve(self.decode(row.tolist())) for row in rows])
+    def fetch(self, rows: Sequence[npt.NDArray[np.int64]]) -> dict[str, F32]:
+        """Return the blocks that the text of each row belongs to; from any thread, one after the other."""
+        with self._reading:
+            return self.bank.inputs([self.bank.retrieve(self.decode(row.tolist())) for row in rows])
 
 
 def require_bank(session: Session, bank: Bank) -> None:

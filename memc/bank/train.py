@@ -42,7 +42,7 @@ from memc.train.loop import (
 from memc.train.parallel import ALONE, Processes
 
 FOLDER = "training"
-"""Where a bank keeps its checkpoints, and of each job that is done what it was like."""
+"""Where a bank keeps checkpoints, and of each job that is done its records and what it was like."""
 
 POINTS = 20
 
@@ -118,21 +118,15 @@ def train_bank(
     and returns what all of them did. Raises ``MemcError``: E204 for checkpoints of another training without ``fresh``,
     E207 for a job without passages, E403 for values that are not finite, E502 for too little disk.
     """
-    folder = bank.folder / FOLDER
-    folder.mkdir(exist_ok=True)
     jobs = all_jobs(bank) if only is None else list(only)
     _require_disk(bank, jobs)
-    chosen = ~held_out(bank.passages, options.held_out)
-    key = _key(bank, learner, options)
-    done = [
-        _train_job(bank, learner, options, job, chosen, folder, key, progress, fresh=fresh)
-        for job in jobs[processes.rank :: processes.count]
-    ]
+    training = _Training(bank, learner, options, progress, fresh)
+    done = [training.job(job) for job in jobs[processes.rank :: processes.count]]
     processes.wait()
     if not processes.leads:
         return done
     merge_jobs(bank)
-    found = (_read_job(folder / f"{name(job)}.json", key) for job in jobs)
+    found = map(training.done, jobs)
     return [facts for facts in found if facts is not None]
 
 
@@ -156,21 +150,20 @@ def parse_job(text: str, bank: Bank) -> Cluster:
 
 
 def merge_jobs(bank: Bank) -> None:
-    """Put the records that jobs have written into the bank's file, in one rename, and remove theirs.
+    """Put the records that jobs have written into the bank's file, in one rename.
 
-    Raises ``MemcError`` E310 for records of another bank.
+    Those of other machines too, where somebody has put their files into the folder. Raises ``MemcError`` E310 for
+    records of another bank.
     """
-    paths = sorted((bank.folder / FOLDER).glob("*.bank"))
-    files = [RecordFile(path) for path in paths]
+    files = [RecordFile(path) for path in sorted((bank.folder / FOLDER).glob("*.bank"))]
     for file in files:
         if file.shape != bank.shape:
             raise MemcError("E310", "trained blocks are of another bank", str(file.path), "remove them")
     if files:
         write_records(bank.folder / RECORDS, bank.shape, _merged(bank.shape, [*files, bank.records]))
         bank.reopen()
-    for path, file in zip(paths, files, strict=True):
+    for file in files:
         file.close()
-        path.unlink()
 
 
 def _merged(shape: BankShape, files: Sequence[RecordFile]) -> Iterator[tuple[Cluster, Any]]:
@@ -189,55 +182,73 @@ def _require_disk(bank: Bank, jobs: Sequence[Cluster]) -> None:
     require_space(bank.folder, 5 * below * len(jobs))
 
 
-def _key(bank: Bank, learner: Learner, options: TrainOptions) -> dict[str, Any]:
-    tree = bank.manifest.files[TREE]
-    return {"tree": tree, "model": learner.program.model.digest, "passages": len(bank.passages), **asdict(options)}
+class _Training:
+    """What the jobs of one training share."""
 
+    def __init__(self, bank: Bank, learner: Learner, options: TrainOptions, progress: Progress, fresh: bool) -> None:
+        self.bank, self.learner, self.options, self.progress, self.fresh = bank, learner, options, progress, fresh
+        self.folder = bank.folder / FOLDER
+        self.folder.mkdir(exist_ok=True)
+        self.chosen = ~held_out(bank.passages, options.held_out)
+        facts = {"tree": bank.manifest.files[TREE], "model": learner.program.model.digest}
+        self.key = {**facts, "passages": len(bank.passages), **asdict(options)}
 
-def _train_job(
-    bank: Bank,
-    learner: Learner,
-    options: TrainOptions,
-    job: Cluster,
-    chosen: Any,
-    folder: Path,
-    key: dict[str, Any],
-    progress: Progress,
-    *,
-    fresh: bool,
-) -> BankJob:
-    place, result = folder / name(job), folder / f"{name(job)}.json"
-    if fresh:
+    def job(self, job: Cluster) -> BankJob:
+        """Train a job, unless that is done, and write its records and what it was like."""
+        place = self.folder / name(job)
+        if self.fresh:
+            shutil.rmtree(place, ignore_errors=True)
+            self._facts(job).unlink(missing_ok=True)
+        if (found := self.done(job)) is not None:
+            return found
+        mine, sequences = self._sequences(job)
+        blocks = _Blocks(self.learner, self.options, self.learner.input_scale(sequences))
+        began = time.perf_counter()
+        curve = _run(blocks, sequences, job, Checkpoints(place, {**self.key, "job": name(job)}), self.progress)
+        records = {cluster: parameter.detach().numpy() for cluster, parameter in sorted(blocks.parameters.items())}
+        write_records(self.folder / f"{name(job)}.bank", self.bank.shape, records.items())
+        losses = curve.losses.get("text", [])
+        facts = BankJob(
+            job=name(job),
+            passages=mine,
+            blocks=len(records),
+            steps=self.options.epochs * len(sequences),
+            tokens=self.options.epochs * sum(map(next_tokens, sequences)),
+            loss_first=losses[0] if losses else None,
+            loss_last=losses[-1] if losses else None,
+            seconds=time.perf_counter() - began,
+        )
+        partial = self._facts(job).with_suffix(".partial")
+        partial.write_text(json.dumps({"key": self.key, "facts": facts.model_dump()}) + "\n")
+        partial.replace(self._facts(job))
         shutil.rmtree(place, ignore_errors=True)
-        result.unlink(missing_ok=True)
-    if (found := _read_job(result, key)) is not None:
-        return found
-    generic = job == ()
-    mine = chosen if generic else chosen & (bank.passages.clusters[:, 0] == job[0])
-    sequences = list(pack(bank.passages, bank.shape, mine, learner.text.encode, options.length, options.seed))
-    if not sequences:
-        raise MemcError("E207", f"cluster {name(job)} has no passages to train on", str(bank.folder), "give another")
-    blocks = _Blocks(learner, options, learner.input_scale(sequences))
-    began = time.perf_counter()
-    curve = _run(blocks, sequences, job, Checkpoints(place, {**key, "job": name(job)}), progress)
-    records = {cluster: parameter.detach().numpy() for cluster, parameter in sorted(blocks.parameters.items())}
-    write_records(folder / f"{name(job)}.bank", bank.shape, records.items())
-    losses = curve.losses.get("text", [])
-    facts = BankJob(
-        job=name(job),
-        passages=int(mine.sum()),
-        blocks=len(records),
-        steps=options.epochs * len(sequences),
-        tokens=options.epochs * sum(map(next_tokens, sequences)),
-        loss_first=losses[0] if losses else None,
-        loss_last=losses[-1] if losses else None,
-        seconds=time.perf_counter() - began,
-    )
-    partial = result.with_suffix(".partial")
-    partial.write_text(json.dumps({"key": key, "facts": facts.model_dump()}) + "\n")
-    partial.replace(result)
-    shutil.rmtree(place, ignore_errors=True)
-    return facts
+        return facts
+
+    def done(self, job: Cluster) -> BankJob | None:
+        """Return what a job was like that is done. Raises ``MemcError`` E204 for one of another training."""
+        path = self._facts(job)
+        if not path.is_file():
+            return None
+        kept = json.loads(path.read_text())
+        if kept["key"] != self.key:
+            differ = [each for each in self.key if kept["key"].get(each) != self.key[each]]
+            reason = f"{name(job)} is trained already, with another {', '.join(differ)}"
+            raise MemcError("E204", reason, str(path), "add --fresh to train it again")
+        return BankJob.model_validate(kept["facts"])
+
+    def _facts(self, job: Cluster) -> Path:
+        return self.folder / f"{name(job)}.json"
+
+    def _sequences(self, job: Cluster) -> tuple[int, list[PackedSequence]]:
+        """Return how many passages a job has, and their sequences."""
+        passages, options = self.bank.passages, self.options
+        mine = self.chosen if job == () else self.chosen & (passages.clusters[:, 0] == job[0])
+        encode = self.learner.text.encode
+        found = list(pack(passages, self.bank.shape, mine, encode, options.length, options.seed))
+        if not found:
+            where = str(self.bank.folder)
+            raise MemcError("E207", f"cluster {name(job)} has no passages to train on", where, "give another job")
+        return int(mine.sum()), found
 
 
 def _run(
@@ -275,15 +286,3 @@ def _step(blocks: _Blocks, sequence: PackedSequence, job: Cluster, share: float,
     for cluster in path:
         step_optimiser(blocks.optimisers[cluster], share, name(job), step)
     return float(loss.detach())
-
-
-def _read_job(path: Path, key: dict[str, Any]) -> BankJob | None:
-    """Return what a job was like that is done. Raises ``MemcError`` E204 for one of another training."""
-    if not path.is_file():
-        return None
-    kept = json.loads(path.read_text())
-    if kept["key"] != key:
-        differ = [each for each in key if kept["key"].get(each) != key[each]]
-        reason = f"{path.stem} is trained already, with another {', '.join(differ)}"
-        raise MemcError("E204", reason, str(path), "add --fresh to train it again")
-    return BankJob.model_validate(kept["facts"])

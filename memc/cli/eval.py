@@ -9,7 +9,17 @@ import click
 
 from memc.cli import completing
 from memc.cli.console import Console
-from memc.cli.options import NATURAL, POSITIVE, Numbers, declare, out_argument, seed_option, threads_option
+from memc.cli.options import (
+    NATURAL,
+    POSITIVE,
+    Numbers,
+    declare,
+    html_option,
+    out_argument,
+    seed_option,
+    threads_option,
+    write_page,
+)
 from memc.cli.sessions import open_sessions
 from memc.errors import MemcError
 
@@ -55,6 +65,7 @@ CONTEXT = 512
     help="Fetch for OUT the blocks that each window or question belongs to.",
     shell_complete=completing.folders,
 )
+@html_option("Write a page with pictures.")
 @seed_option
 @threads_option
 def command(
@@ -70,6 +81,7 @@ def command(
     against: str | None,
     free_run: int | None,
     bank: str | None,
+    html: str | None,
     seed: int | None,
     threads: int | None,
 ) -> None:
@@ -110,6 +122,8 @@ def command(
             measure_text(document, sides, ids, windows, free_run, console)
         if tasks:
             measure_tasks(document, sides, tasks, lengths, samples, seed or 0, console)
+    if html is not None:
+        write_page(console, html, document.to_html())
     console.show(document, lambda: eval_view(document))
 
 

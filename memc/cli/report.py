@@ -110,9 +110,8 @@ def _compare(console: Console, outs: Sequence[str], html: str | None) -> None:
 
 
 def _diff(console: Console, a: str, b: str) -> None:
-    from memc.report.diff import diff
+    from memc.report.diff import diff, diff_view
     from memc.report.read import read_report
-    from memc.report.terminal import diff_view
 
     document = diff(read_report(Path(a)), read_report(Path(b)))
     console.show(document, lambda: diff_view(document))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from memc.cli import completing
 from memc.cli.console import Console
 from memc.cli.options import NATURAL, POSITIVE, declare, out_argument, threads_option
 from memc.errors import MemcError
@@ -27,6 +28,12 @@ from memc.errors import MemcError
 @click.option("--max-new-tokens", type=POSITIVE, default=1024, show_default=True, help="Most of an answer.")
 @click.option("--max-body", type=POSITIVE, default=1 << 20, show_default=True, metavar="BYTES", help="Of a request.")
 @click.option("--keep", type=NATURAL, default=8, show_default=True, metavar="N", help="Conversations held for more.")
+@click.option(
+    "--bank",
+    metavar="BANK",
+    help="Fetch the blocks that each conversation belongs to.",
+    shell_complete=completing.folders,
+)
 @threads_option
 def command(
     console: Console,
@@ -40,13 +47,14 @@ def command(
     max_new_tokens: int,
     max_body: int,
     keep: int,
+    bank: str | None,
     threads: int | None,
 ) -> None:
     """Serve a converted model through OpenAI's HTTP interface, under /v1, until it is interrupted.
 
     Completions and chat, streamed or whole. A conversation whose state does not grow is kept for its next turn, which
-    then runs only what is new. There are no keys: whoever reaches the address can use it. /health tells whether it
-    answers. Needs pip install 'memc[serve]'.
+    then runs only what is new; with a bank its first prompt settles what is fetched for it. There are no keys: whoever
+    reaches the address can use it. /health tells whether it answers. Needs pip install 'memc[serve]'.
     """
     try:
         from memc.serve import Limits, listen, run
@@ -55,12 +63,16 @@ def command(
             raise
         raise MemcError("E602", f"{error.name} is not installed", next="pip install 'memc[serve]'") from None
     from memc import runtime
+    from memc.bank import Bank
+    from memc.bank.session import BankSession
     from memc.report.tools import ServeDocument
     from memc.serve.server import is_loopback
 
     limits = Limits(concurrent, queue, max_tokens, max_new_tokens, max_body, keep)
     with listen(host, port) as place:
         session = runtime.load(out, threads=threads)
+        if bank is not None:
+            session = BankSession(session, Bank.open(bank, threads=threads))
         shown = f"[{host}]" if ":" in host else host
         url = f"http://{shown}:{place.getsockname()[1]}/v1"
         model = name or Path(out).resolve().name

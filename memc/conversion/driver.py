@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -294,6 +295,7 @@ class _Conversion:
             peak_rss_bytes=machine.peak_rss_bytes(),
             disk_bytes=folder_bytes(self.folder.partial),
             seconds=time.perf_counter() - self.steps.start,
+            at=datetime.now(UTC).isoformat(timespec="seconds"),
             steps=dict(self.steps.seconds),
         )
         changes: dict[str, Any] = {

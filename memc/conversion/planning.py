@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shlex
 import shutil
 from typing import Any
 
@@ -109,12 +110,25 @@ def make_plan(
         versions={"memc": __version__, "torch": torch.__version__, "python": platform.python_version()},
         seed=request.recipe.seed,
         threads=request.threads,
+        machine=machine.describe(),
+        command=_again(request),
         remote_code=request.remote_code,
         warnings=_warnings(request, raised.program),
         next=[f"memc convert {source_name(request.model)} -o {request.out} (without --dry-run)"]
         if request.dry_run
         else [],
     )
+
+
+def _again(request: Request) -> str:
+    """Return the command that makes the same from the recipe that is kept; empty for a program of Python's."""
+    if isinstance(request.model, Program):
+        return ""
+    out = str(request.out)
+    words = ["memc", "convert", str(request.model), "-o", f"{out}-again", "--recipe", f"{out}/{RECIPE}"]
+    words += ["--target", request.target.name, "--backend", request.backend.name]
+    words += [] if request.threads is None else ["--threads", str(request.threads)]
+    return shlex.join(words + (["--remote-code"] if request.remote_code else []))
 
 
 def _warnings(request: Request, program: Program) -> list[str]:

@@ -168,26 +168,33 @@ def bar_chart(title: str, bars: Sequence[Bar]) -> str:
     return _figure(escaped(title), f"{title}. {said}", height, parts)
 
 
-def head_map(title: str, layers: Sequence[Heads]) -> str:
-    """Draw a square for each head of each layer, the fuller the larger its share; nothing without layers."""
+def head_map(title: str, layers: Sequence[Heads], columns: Sequence[str] = (), across: str = "head") -> str:
+    """Draw a square for each head of each layer, the fuller the larger its share; nothing without layers.
+
+    Rows and columns may be something else: ``across`` says what a column is, ``columns`` are their names, which are
+    then written below.
+    """
     if not layers:
         return ""
     left = 60
-    side = min(ROW, (WIDTH - left) / max(len(layer.values) for layer in layers))
+    side = 2 * ROW if columns else min(ROW, (WIDTH - left) / max(len(layer.values) for layer in layers))
+    names = columns or [str(head) for head in range(max(len(layer.values) for layer in layers))]
     parts, said = [], []
     for row, layer in enumerate(layers):
         y = side * row + 1
         parts.append(_label(0, y + side / 2 + 4, layer.label, "start") if side >= 11 or not row % 2 else "")
         for head, value in enumerate(layer.values):
             kind = "cell kept" if head in layer.kept else "cell"
-            told = f"{layer.label}, head {head}: {'as it was' if value is None else number(value)}"
+            told = f"{layer.label}, {across} {names[head]}: {'as it was' if value is None else number(value)}"
             parts.append(
                 f'<rect class="{kind}" x="{left + side * head:.1f}" y="{y:.1f}" width="{side - 2:.1f}"'
                 f' height="{side - 2:.1f}" fill-opacity="{value or 0:.2f}"><title>{escaped(told)}</title></rect>'
             )
         known = [(value, head) for head, value in enumerate(layer.values) if value is not None]
-        said += [f"{layer.label}: most {number(max(known)[0])}, head {max(known)[1]}"] if known else []
-    return _figure(escaped(title), f"{title}. {'; '.join(said)}", side * len(layers) + 2, parts)
+        said += [f"{layer.label}: most {number(max(known)[0])}, {across} {names[max(known)[1]]}"] if known else []
+    height = side * len(layers) + 2
+    below = [_label(left + side * (place + 0.5) - 1, height + 11, name, "middle") for place, name in enumerate(columns)]
+    return _figure(escaped(title), f"{title}. {'; '.join(said)}", height + (14 if columns else 0), [*parts, *below])
 
 
 def ticks(low: float, high: float) -> list[float]:

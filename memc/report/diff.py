@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from rich.console import RenderableType
+
 from memc.report import files, training
 from memc.report import models as m
-from memc.report.text import layers
+from memc.report.layout import lines, stack, table, text
+from memc.report.text import layers, number, size
 
 Value = str | int | float | bool | None
 
@@ -100,3 +103,27 @@ def _costs(done: m.ConvertDocument) -> Iterator[tuple[tuple[str, str], Value]]:
 def _by_context(topic: str, values: Mapping[int, Any]) -> Iterator[tuple[tuple[str, str], Value]]:
     for context, value in sorted(values.items()):
         yield (topic, f"at {context}"), value
+
+
+def diff_view(document: m.DiffDocument) -> RenderableType:
+    """Show where two artifacts differ."""
+    if not document.differences:
+        return text(f"{document.a} and {document.b} report the same")
+    rows = [
+        (item.topic, item.name, _side(item, item.a), _side(item, item.b), f"{item.ratio:.3g}x" if item.ratio else "")
+        for item in document.differences
+    ]
+    made = table(["", "", ">a", ">b", ">b/a"], rows)
+    for index, column in enumerate(made.columns):  # specs are long, and the names of facts stay whole
+        column.no_wrap = index not in (2, 3)
+    return stack(lines([f"a: {document.a}", f"b: {document.b}"]), made)
+
+
+def _side(item: m.Difference, value: str | int | float | bool | None) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool | str):
+        return str(value).lower() if isinstance(value, bool) else value
+    if "bytes" in item.topic:
+        return size(value)
+    return number(value) if isinstance(value, float) else str(value)

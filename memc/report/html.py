@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from memc.report import branches, charts, column, files, fit, heads, slider, training
+from memc.report import branches, charts, column, files, fit, heads, provenance, quality, slider, training
 from memc.report import facts as f
 from memc.report import models as m
 from memc.report.page import page, table
@@ -42,13 +42,15 @@ def _sections(report: m.ReportDocument) -> Iterable[str]:
         yield _fit(done.fit) if done.fit is not None else ""
     yield _passes(report.passes)
     if report.quality is not None:
-        yield _quality(report.quality)
+        yield quality.section(report.quality, "Measured on held-out text")
     yield from (_training(item, item.training) for item in report.passes if item.training is not None)
     yield from (_heads(item.spec, found) for item in report.passes if (found := heads.of_pass(item)) is not None)
     if report.verify is not None:
         yield _checks(report.verify.checks)
     if report.raising is not None:
         yield column.section(report.raising.blocks, report.passes)
+    if done is not None and (known := provenance.facts(done)):
+        yield table("Where it comes from", ["", ""], known)
     yield _timing(report)
 
 
@@ -127,30 +129,6 @@ def _passes(passes: Sequence[files.PassReportFile]) -> str:
         left += [(item.name, str(skip.layer), skip.kind, f"{skip.code} {skip.reason}") for skip in item.skipped]
     made = table("Passes", ["pass", "layers", ">skipped", "relation", ">value", ">budget"], rows)
     return made + (table("Left alone", ["pass", ">layer", "block", "reason"], left) if left else "")
-
-
-def _quality(document: m.EvalDocument) -> str:
-    """Show how near the artifact is to the original on held-out text, by window, and what both recall."""
-    a, b = (document.sides.get(name, m.EvalSide()) for name in ("a", "b"))
-    perplexities = [{row.context: row.perplexity for row in side.by_context} for side in (a, b)]
-    windows = [
-        (
-            str(row.context),
-            *(number(side.get(row.context)) for side in perplexities),
-            *(number(value) for value in (row.ratio, row.kl_mean, row.kl_p99, row.top1_agreement)),
-        )
-        for row in document.by_context
-    ]
-    columns = [">window", f">perplexity {a.source}", f">{b.source}", ">ratio", ">KL mean", ">KL p99", ">same top token"]
-    made = table("Measured on held-out text", columns, windows)
-    if (free := document.free_running) is not None:
-        said = f"{free.prompts} prompts of {free.prompt_tokens} tokens, {free.new_tokens} new ones"
-        rows = [("equal before the first difference", number(free.equal_before)), ("equal in all", number(free.equal))]
-        made += table(f"Free-running: {said}", ["", ">share"], rows)
-    if a.tasks:
-        tasks = [(task, number(share), number(b.tasks.get(task))) for task, share in a.tasks.items()]
-        made += table("Recall, share of right answers", ["task", f">{a.source}", f">{b.source}"], tasks)
-    return made + "".join(f"<p>{escaped(warning)}</p>\n" for warning in document.warnings)
 
 
 def _training(item: files.PassReportFile, facts: files.TrainingFacts) -> str:

@@ -61,7 +61,10 @@ class Predicted(ByContext):
 
 
 class Measured(Facts):
-    """What the conversion measured; ``steps`` has the seconds of capture, raise, each pass, lower and verify."""
+    """What the conversion measured, which ended ``at`` that time (ISO 8601, UTC).
+
+    ``steps`` has the seconds of capture, raise, each pass, lower and verify.
+    """
 
     parameters: int | None = None
     decode_ms: dict[int, float] = Field(default_factory=dict)
@@ -69,6 +72,7 @@ class Measured(Facts):
     peak_rss_bytes: int | None = None
     disk_bytes: int | None = None
     seconds: float | None = None
+    at: str = ""
     steps: dict[str, float] = Field(default_factory=dict)
 
 
@@ -115,7 +119,8 @@ class ConvertDocument(Document):
 
     ``original`` is the prediction for the unrewritten program on the same target; ``curves`` have both sides,
     ``original`` and ``converted``, at many contexts. ``untrained`` is true when a pass made parameters that nothing has
-    trained. ``fit`` tells how limits were kept, where they chose the passes. ``next`` lists commands to type.
+    trained. ``fit`` tells how limits were kept, where they chose the passes. ``command`` makes the same again,
+    ``next`` lists commands to type.
     """
 
     schema_: Literal["memc.convert/1"] = Field(default="memc.convert/1", alias="schema")
@@ -139,6 +144,8 @@ class ConvertDocument(Document):
     versions: dict[str, str] = Field(default_factory=dict)
     seed: int = 0
     threads: int | None = None
+    machine: str = ""
+    command: str = ""
     remote_code: bool = False
     warnings: list[str] = Field(default_factory=list)
     next: list[str] = Field(default_factory=list)
@@ -248,7 +255,7 @@ class FreeRunningFacts(Facts):
     equal: float
 
 
-class EvalDocument(Document):
+class EvalDocument(Shown):
     """``memc eval``. ``ratio`` is the perplexity of a over that of b; divergences are of a from b, nats per token.
 
     What stands outside of ``by_context`` is of the longest window, ``window``. ``samples`` and ``seed`` are of the
@@ -269,6 +276,12 @@ class EvalDocument(Document):
     samples: int | None = None
     seed: int | None = None
     warnings: list[str] = Field(default_factory=list)
+
+    def to_html(self) -> str:
+        """Render the evaluation as one page, which needs no network."""
+        from memc.report.quality import eval_page
+
+        return eval_page(self)
 
 
 class BenchRow(Facts):

@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from memc.report import branches, files, fit, heads, training
+from memc.report import branches, files, fit, heads, provenance, training
 from memc.report import facts as f
 from memc.report import models as m
 from memc.report.evaluation import eval_view
@@ -293,6 +293,7 @@ def report_view(document: m.ReportDocument) -> RenderableType:
             convert_view(convert),
             titled("measured on held-out text", eval_view(document.quality)) if document.quality else None,
             titled("blocks", blocks_table(blocks)) if blocks else None,
+            titled("where it comes from", lines(f"{name}: {value}" for name, value in provenance.facts(convert))),
         )
     facts = document.convert.model if document.convert else document.capture.model if document.capture else None
     error = document.error
@@ -385,27 +386,3 @@ def _facts_table(details: Mapping[str, object]) -> RenderableType | None:
         elif value is not None:
             rows.append((key, brief(value)))
     return table(["layer and fact", "value"], rows) if rows else None
-
-
-def diff_view(document: m.DiffDocument) -> RenderableType:
-    """Show where two artifacts differ."""
-    if not document.differences:
-        return text(f"{document.a} and {document.b} report the same")
-    rows = [
-        (item.topic, item.name, _side(item, item.a), _side(item, item.b), f"{item.ratio:.3g}x" if item.ratio else "")
-        for item in document.differences
-    ]
-    made = table(["", "", ">a", ">b", ">b/a"], rows)
-    for index, column in enumerate(made.columns):  # specs are long, and the names of facts stay whole
-        column.no_wrap = index not in (2, 3)
-    return stack(lines([f"a: {document.a}", f"b: {document.b}"]), made)
-
-
-def _side(item: m.Difference, value: str | int | float | bool | None) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, bool | str):
-        return str(value).lower() if isinstance(value, bool) else value
-    if "bytes" in item.topic:
-        return size(value)
-    return number(value) if isinstance(value, float) else str(value)

@@ -202,6 +202,10 @@ class Session:
         run = self.runner.new_state(batch, capacity)
         return SessionState(run, np.zeros(batch, np.int64), None, self._limit(capacity), given)
 
+    def fetch(self, rows: Sequence[I64]) -> Fetched:
+        """Return what sequences that start with these tokens are given beside them: nothing without a bank."""
+        return {}
+
     def prefill(self, ids: Ids, state: SessionState, *, fetched: Fetched | None = None) -> F32:
         """Run the tokens of each row, of any lengths, after what ``state`` has seen; advance it in place.
 

@@ -198,7 +198,7 @@ class Engine:
             state = session.new_state(1, len(ids) + limit)
         *before, last = _chunks(ids[cached:], session.chunk)
         run = Run(session, [last.tolist()], state, _options(order, limit))
-        if self._generate(job, run, before):
+        if self._generate(job, run, before, ids):
             (result,) = run.results()
             job.put(Finished(result.finish_reason, len(ids), cached, len(result.ids)))
         # What failed raised, and is not kept. The last token drawn was not run.
@@ -206,13 +206,18 @@ class Engine:
         if len(seen):
             self.kept.put(seen, state)
 
-    def _generate(self, job: Job, run: Run, before: list[Ids]) -> bool:
-        """Run the prompt and draw the answer; return whether it came to its end before the caller gave up."""
+    def _generate(self, job: Job, run: Run, before: list[Ids], prompt: Ids) -> bool:
+        """Run the prompt and draw the answer; return whether it came to its end before the caller gave up.
+
+        What is fetched is settled by the whole prompt, of which ``before`` has all chunks but the last.
+        """
         started = False
+        new = bool(before) and not run.state.lengths.any()
+        fetched = self.session.fetch([prompt]) if new else None
         for chunk in before:
             if job.cancelled.is_set():
                 return False
-            self.session.prefill([chunk], run.state)
+            self.session.prefill([chunk], run.state, fetched=None if started else fetched)
             if not started:
                 job.put(Started())
             started = True

@@ -80,6 +80,7 @@ class StreamOptions(_Edge):
     include_obfuscation: bool = False
 
 
+Token = Annotated[int, Field(ge=0, lt=1 << 32)]
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
 
 
@@ -119,7 +120,7 @@ class Request(_Edge):
 class CompletionRequest(Request):
     """``POST /v1/completions``, of one prompt."""
 
-    prompt: str | list[int] | Annotated[list[str] | list[list[int]], Field(min_length=1, max_length=1)]
+    prompt: str | list[Token] | Annotated[list[str] | list[list[Token]], Field(min_length=1, max_length=1)]
 
     chat = False
     kind = "text_completion"
@@ -184,6 +185,7 @@ def parse(body: bytes, kind: type[Request]) -> Request:
     """Read a request. Raises ``RequestError`` 400 that names the parameter which is wrong or not supported."""
     try:
         given = json.loads(body)
+        json.dumps(given, ensure_ascii=False).encode()  # half of a surrogate pair is JSON, but no text
     except (ValueError, RecursionError) as error:
         raise RequestError(400, f"the body is no JSON: {error}") from None
     if not isinstance(given, dict):

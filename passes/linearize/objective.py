@@ -56,9 +56,7 @@ class SharedObjective(BlockObjective):
         if not len(rows):
             return made
         far = self.far_share(values, rows)
-        share = share[:, :, rows, 0].clamp(1e-6, 1 - 1e-6)
-        off = torch.xlogy(far, far / share) + torch.xlogy(1 - far, (1 - far) / (1 - share))
-        made["mass"] = MASS_WEIGHT * off.mean()
+        made["mass"] = MASS_WEIGHT * bernoulli_kl(far, share[:, :, rows, 0]).mean()
         window = window[:, :, rows].float()
         forced = window + far.unsqueeze(-1) * (read[:, :, rows] - window)
         made["window_dropout"] = (1 - done) * relative_error(forced, target[:, :, rows], 0)
@@ -156,6 +154,17 @@ class LizardObjective(BlockObjective):
         """Return the other term of the sum, which has no denominator in common with the one that is gone."""
         output, memory, window = results
         return (window if branch == "memory" else memory).to(output.dtype)
+
+
+def bernoulli_kl(given: Tensor, found: Tensor) -> Tensor:
+    """Return KL(given || found) of two Bernoulli distributions by their probabilities, in nats.
+
+    Its gradient is finite for a given 0 or 1 too; found is kept 1e-6 away from both.
+    """
+    found = found.clamp(1e-6, 1 - 1e-6)
+    # Quotients inside the logarithm would give 0 / 0 in the gradient where what is given is 0 or 1.
+    entropy = torch.xlogy(given, given) + torch.xlogy(1 - given, 1 - given)
+    return entropy - given * found.log() - (1 - given) * torch.log1p(-found)
 
 
 def _draw(first: int, tokens: int, generator: torch.Generator, most: int) -> Tensor:

@@ -121,7 +121,6 @@ class MemoryBank(Pass):
     def _rewrite(self, editor: Editor, block: FeedForwardBlock) -> dict[str, Any]:
         activation = block.activation if block.gate is not None else PLAIN
         fetched = editor.add_fetched(_input_name(block.layer), ("B", 3, self.units, block.width))
-
         flat = len(shape(block.output)) == 2
 
         def added(t: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
@@ -135,7 +134,13 @@ class MemoryBank(Pass):
         (total,) = editor.insert(added, inputs, block.output.next, block.path, ("bank", activation))
         block.output.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
         size = math.prod(fetched.meta["val"].shape[1:]) * fetched.meta["val"].dtype.itemsize
-        return {"input": _input_name(block.layer), "units": self.units, "activation": activation, "fetched_bytes": size}
+        return {
+            "input": _input_name(block.layer),
+            "units": self.units,
+            "activation": activation,
+            "activation_of": "the block's gate" if block.gate is not None else "the bank, since the block has no gate",
+            "fetched_bytes": size,
+        }
 
 
 def _input_name(layer: int) -> str:

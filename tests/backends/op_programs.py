@@ -405,8 +405,7 @@ CASES: dict[str, Callable[[], Program]] = {
     "sparse, every option": lambda: sparse_attention(
         rerank=3, dense_below=4, sink_logits=True, lse=True, softcap=2.0, layers=2, page=1, budget=4
     ),
-    "bank": lambda: bank_ffn("silu", "silu"),
-    "bank, every activation": lambda: bank_ffn(*ACTIVATIONS, units=3),
+    "bank": lambda: bank_ffn(*ACTIVATIONS, units=3),
     "gated": linear_memory,
     "gated, strong": lambda: linear_memory(strength=50.0, per_channel=False, groups=6),
     "gated, shut": lambda: linear_memory(strength=float("inf")),

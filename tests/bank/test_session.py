@@ -19,6 +19,8 @@ from memc.runtime import Session
 from tests.bank.test_records import refused
 from tests.bank.tiny_bank import TOPICS, records, text
 
+pytestmark = pytest.mark.xdist_group("bank")  # they share what takes seconds to make
+
 
 @pytest.fixture(scope="module")
 def artifact(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -91,9 +93,7 @@ def test_what_was_used_is_said(folder: Path) -> None:
     assert far.near == "" and "like nothing in it" in far.line() and "nothing is fetched" in far.line()
 
 
-def test_a_bank_of_another_model_or_shape_is_refused(
-    session: Session, folder: Path, place: Path, tmp_path: Path
-) -> None:
+def test_a_bank_of_another_model_or_shape_is_refused(session: Session, folder: Path, tmp_path: Path) -> None:
     for key, value, code in (("model_digest", "other", "E310"), ("layers", [0], "E310")):
         copy = Path(shutil.copytree(folder, tmp_path / key))
         data = json.loads((copy / MANIFEST).read_text())
@@ -101,8 +101,9 @@ def test_a_bank_of_another_model_or_shape_is_refused(
         if key == "layers":
             write_records(copy / RECORDS, Bank.open(folder).shape.__class__(4, (4, 2), (0,), 12), ())
         refused(code, require_bank, session, Bank.open(copy))
-    api.convert(place / "model", tmp_path / "dense", recipe="dense", backend="eager")
-    assert "memory_bank:ranks=4:2" in refused("E208", require_bank, load(tmp_path / "dense"), Bank.open(folder))
+    without = [port for port in session.manifest.inputs if port.role != "fetched"]
+    dense = Session(session.folder, session.manifest.model_copy(update={"inputs": without}), session.runner)
+    assert "memory_bank:ranks=4:2" in refused("E208", require_bank, dense, Bank.open(folder))
 
 
 def test_the_commands(artifact: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -257,9 +257,20 @@ def converted(*, dry_run: bool = False) -> m.ConvertDocument:
         curves={"original": curve(1), "converted": curve(4)},
         measured=None
         if dry_run
-        else m.Measured(parameters=136_215_008, disk_bytes=800_000_000, peak_rss_bytes=2_000_000_000, seconds=61.5),
+        else m.Measured(
+            parameters=136_215_008,
+            disk_bytes=800_000_000,
+            peak_rss_bytes=2_000_000_000,
+            seconds=61.5,
+            at="2026-11-28T13:40:00+00:00",
+        ),
         checks=[] if dry_run else checks(),
         verified=not dry_run,
+        versions={"memc": "0.1.0", "torch": "2.13.0"},
+        seed=7,
+        threads=2,
+        machine="Linux x86_64, 2 cores",
+        command="memc convert models/SmolLM2-135M-Instruct.Q4_1.gguf -o out-again --recipe out/recipe.yaml --threads 2",
         untrained=True,
         warnings=["beyond_trained: 32768 tokens are past the trained positions"],
         next=['memc generate out --prompt "Hello"', "memc report out --html"],

@@ -14,7 +14,8 @@ import pytest
 
 from memc.report.html import render
 from memc.report.pictures import bench_page, compare_page
-from tests.cli.documents import benched
+from memc.report.quality import eval_page
+from tests.cli.documents import benched, recalled
 from tests.cli.test_compare import chosen
 from tests.cli.test_views import report, trained
 
@@ -82,12 +83,13 @@ LONG = "a-folder-whose-name-has-no-place-to-be-broken-at-" * 3
 
 PAGES: dict[str, Callable[[], str]] = {
     "report": lambda: render(trained()),
+    "eval": lambda: eval_page(recalled()),
     "bench": lambda: bench_page(benched().model_copy(update={"sides": {"a": LONG, "b": "dense"}})),
     "compare": lambda: compare_page(chosen(LONG)),
 }
 
 
-@pytest.mark.parametrize("name", ["bench", "compare"])
+@pytest.mark.parametrize("name", ["eval", "bench", "compare"])
 def test_a_page_of_pictures_opens_without_complaint(name: str, tmp_path: Path) -> None:
     (tmp_path / "page.html").write_text(PAGES[name]())
     out, complaints = run(tmp_path / "page.html", 1200)

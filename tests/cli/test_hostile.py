@@ -15,10 +15,11 @@ from memc.cli import main
 from memc.report import facts as f
 from memc.report import listings, terminal
 from memc.report.compare import compare, compare_view
-from memc.report.diff import diff
+from memc.report.diff import diff, diff_view
 from memc.report.evaluation import eval_view
 from memc.report.html import render
 from memc.report.pictures import bench_page, compare_page
+from memc.report.quality import eval_page
 from memc.report.read import VERIFY, read_report
 from tests.cli import documents as d
 from tests.cli.test_views import report, text_of, trained
@@ -70,6 +71,7 @@ def poisoned(document: D) -> D:
 PAGES: dict[str, Callable[[], str]] = {
     "report": lambda: render(poisoned(trained())),
     "unfinished": lambda: render(poisoned(report(finished=False))),
+    "eval": lambda: eval_page(poisoned(d.recalled())),
     "bench": lambda: bench_page(poisoned(d.benched())),
     "compare": lambda: compare_page(compare([poisoned(report()), poisoned(report(finished=False))])),
 }
@@ -78,7 +80,7 @@ VIEWS: dict[str, Callable[[], Any]] = {
     "report": lambda: terminal.report_view(poisoned(trained())),
     "unfinished": lambda: terminal.report_view(poisoned(report(finished=False))),
     "inspect": lambda: terminal.inspect_view(poisoned(d.inspected()), why=True),
-    "diff": lambda: terminal.diff_view(diff(poisoned(report()), trained())),
+    "diff": lambda: diff_view(diff(poisoned(report()), trained())),
     "eval": lambda: eval_view(poisoned(d.evaluated())),
     "bench": lambda: listings.bench_view(poisoned(d.benched())),
     "compare": lambda: compare_view(compare([poisoned(report()), report(finished=False)])),

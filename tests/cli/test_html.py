@@ -14,16 +14,19 @@ import pytest
 from memc.report import charts
 from memc.report.files import HeadFacts
 from memc.report.html import render
-from tests.cli.documents import fitted, heads_file_of
+from memc.report.quality import eval_page
+from tests.cli.documents import evaluated, fitted, heads_file_of, recalled
 from tests.cli.test_views import report, trained
 
 
-def figures(page: str, *, context: bool = False) -> list[ElementTree.Element]:
-    """Return the pictures of a page: those of the cost by context, or all others."""
+def figures(page: str, *, of: str = "") -> list[ElementTree.Element]:
+    """Return the pictures of a page: those of the cost by context, of quality, or all others."""
     found = re.search(r'<section class="context">.*?</section>', page, re.DOTALL)
     cost = found[0] if found else ""
-    page = cost if context else page.replace(cost, "")
-    return [ElementTree.fromstring(found) for found in re.findall(r"<figure>.*?</figure>", page, re.DOTALL)]
+    page = cost if of == "context" else page.replace(cost, "")
+    drawn = [ElementTree.fromstring(found) for found in re.findall(r"<figure>.*?</figure>", page, re.DOTALL)]
+    quality = ("Perplexity by position", "right by tokens")
+    return [one for one in drawn if (of == "quality") == any(title in alternative(one) for title in quality)]
 
 
 def alternative(figure: ElementTree.Element) -> str:
@@ -117,7 +120,7 @@ def test_costs_at_a_context_stand_there_without_a_script() -> None:
 
 
 def test_costs_are_drawn_over_the_context() -> None:
-    state, read, time = figures(render(report()), context=True)
+    state, read, time = figures(render(report()), of="context")
     assert "original: 5.625 at context 128, 5760 at context 131072" in alternative(state)
     assert "converted" in alternative(read) and "converted" in alternative(time)
     line = state.find(".//polyline")
@@ -180,7 +183,7 @@ def test_without_training_there_is_no_picture_of_it() -> None:
     bare = report()
     assert bare.convert is not None
     bare.convert.curves = {}
-    assert not figures(render(bare), context=True) and "<script" not in render(bare)
+    assert not figures(render(bare), of="context") and "<script" not in render(bare)
 
 
 def test_training_of_no_step_and_one_stage_is_shown() -> None:
@@ -214,3 +217,35 @@ def test_ticks_are_few_and_inside(low: float, high: float) -> None:
     found = charts.ticks(low, high)
     assert 2 <= len(found) <= 6
     assert all(low <= tick <= high for tick in found)
+
+
+def test_perplexity_is_drawn_by_position_and_recall_by_length_and_depth() -> None:
+    made = trained()
+    assert made.quality is not None
+    positions = [one for one in figures(render(made), of="quality") if "by position" in alternative(one)]
+    assert "a: a: 33 at position 256, 28.5 at position 512, lowest 28.5" in alternative(positions[0])
+    maps = [one for one in figures(eval_page(recalled()), of="quality") if "passkey" in alternative(one)]
+    assert len(maps) == 2
+    cells = [cell for side in recalled().sides.values() for cell in side.cells if cell.task == "passkey"]
+    assert sum(len(one.findall(".//rect")) for one in maps) == len(cells)
+    assert "depth" in maps[0].findall(".//title")[0].text  # type: ignore[operator]
+    names = [label.text for label in maps[0].findall(".//text")]
+    assert {"0", "50", "100"} & set(names)
+
+
+def test_an_evaluation_of_one_side_has_a_page() -> None:
+    document = evaluated()
+    document.sides.pop("b")
+    document.by_context = []
+    page = eval_page(document)
+    assert "Measured on book.txt" in page and "KL mean" not in page
+
+
+def test_a_report_says_where_it_comes_from() -> None:
+    page = render(report())
+    for told in ("b179c952", "memc 0.1.0, torch 2.13.0", "2026-11-28T13:40:00+00:00", "--recipe out/recipe.yaml"):
+        assert told in page.partition("Where it comes from")[2]
+    old = report()
+    assert old.convert is not None
+    old.convert.machine = ""
+    assert "Where it comes from" not in render(old)

@@ -16,7 +16,7 @@ from memc.report import evaluation, files, listings, terminal
 from memc.report import facts as f
 from memc.report import models as m
 from memc.report.bank import bank_train_view, bank_view
-from memc.report.diff import diff
+from memc.report.diff import diff, diff_view
 from tests.cli import documents as d
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -78,12 +78,12 @@ VIEWS: dict[str, Callable[[], RenderableType]] = {
     "report-pass-trained": lambda: terminal.pass_view(d.trained_pass()),
     "report-pass-kept": lambda: terminal.pass_view(d.trained_pass(), layer=3, why=True),
     "report-pass-not-kept": lambda: terminal.pass_view(d.trained_pass(), layer=5, why=True),
-    "diff-trained": lambda: terminal.diff_view(diff(trained(), trained_longer())),
-    "diff-untrained": lambda: terminal.diff_view(diff(report(), trained())),
+    "diff-trained": lambda: diff_view(diff(trained(), trained_longer())),
+    "diff-untrained": lambda: diff_view(diff(report(), trained())),
     "report-pass-heads": lambda: terminal.pass_view(d.heads_file_of()),
     "report-pass-heads-layer": lambda: terminal.pass_view(d.heads_file_of(), layer=18),
-    "diff": lambda: terminal.diff_view(diff(report(), changed())),
-    "diff-same": lambda: terminal.diff_view(diff(report(), report())),
+    "diff": lambda: diff_view(diff(report(), changed())),
+    "diff-same": lambda: diff_view(diff(report(), report())),
     "eval": lambda: evaluation.eval_view(d.evaluated()),
     "eval-tasks": lambda: evaluation.eval_view(d.recalled()),
     "bench": lambda: listings.bench_view(d.benched()),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import torch
 import memc
 from memc import api, plugins
 from memc.artifact import read_manifest
+from memc.cli import main
 from memc.errors import MemcError
 from memc.frontend import capture
 from memc.program import Program
@@ -123,6 +125,20 @@ def test_a_model_becomes_a_verified_artifact(llama: Path, tmp_path: Path) -> Non
     assert VerifyReport.model_validate_json((report / "verify.json").read_text()).passed
     assert ConvertDocument.model_validate_json((report / "convert.json").read_text()) == document
     assert "seed 3" in json.loads((report / "text.json").read_text())["origin"]
+
+
+def test_the_command_of_a_report_makes_the_same_again(
+    llama: Path, program: Program, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = run(llama, tmp_path / "a b", "window:window=8,sinks=2", seed=3, threads=1)
+    assert first.machine and first.measured is not None and first.measured.at.endswith("+00:00")
+    name, *words = shlex.split(first.command)
+    assert name == "memc" and main([*words, "--json", "-q"]) == 0
+    again = ConvertDocument.model_validate_json(capsys.readouterr().out)
+    assert again.out == f"{tmp_path}/a b-again" and again.checks == first.checks
+    before, after = (read_manifest(Path(made.out)).files for made in (first, again))
+    assert before == after
+    assert run(program, tmp_path / "program", dry_run=True).command == ""
 
 
 def test_the_artifact_runs_and_equals_the_model(llama: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
@@ -42,15 +43,16 @@ def session(tmp_path: Path) -> Session:
 
 
 class Slow:
-    """Makes every call of a session's runner wait until it is let go, and counts the calls."""
+    """Makes every call of a session's runner wait until it is let go, then take a while, and counts the calls."""
 
-    def __init__(self, session: Session) -> None:
-        self.calls, self.go, self.inner = 0, threading.Event(), session.runner.run
+    def __init__(self, session: Session, seconds: float = 0.0) -> None:
+        self.calls, self.go, self.inner, self.seconds = 0, threading.Event(), session.runner.run, seconds
         session.runner.run = self.run  # type: ignore[method-assign]
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         self.calls += 1
         assert self.go.wait(20)
+        time.sleep(self.seconds)
         return self.inner(*args, **kwargs)
 
 
@@ -161,27 +163,24 @@ def test_their_client_raises_their_errors(theirs: openai.OpenAI) -> None:
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_stops_the_model(served: str, session: Session, stream: bool) -> None:
-    slow = Slow(session)
-    asking = threading.Thread(target=_ask, args=(served, {**PROMPT, "max_tokens": 900, "stream": stream}))
-    asking.start()
-    until(lambda: slow.calls > 0)
-    if not stream:
-        asking.join(20)  # it has no patience
+    slow = Slow(session, seconds=0.005)
+    with _asked(served, {**PROMPT, "max_tokens": 900, "stream": stream}) as link:
+        until(lambda: slow.calls > 0)
+        if stream:
+            slow.go.set()
+            assert link.recv(15) == b"HTTP/1.1 200 OK"
     slow.go.set()
-    asking.join(20)
     until(lambda: httpx2.get(served.removesuffix("/v1") + "/health").json()["requests"] == 0)
-    assert slow.calls < 300
+    assert slow.calls < 600
 
 
-def _ask(served: str, body: dict[str, Any]) -> None:
-    """Ask, and hang up at the first piece of the answer, or when there is none for a while."""
-    try:
-        with httpx2.stream(
-            "POST", f"{served}/completions", json=body, timeout=5 if body["stream"] else 0.2
-        ) as response:
-            next(response.iter_lines())
-    except httpx2.ReadTimeout:
-        pass
+def _asked(served: str, body: dict[str, Any]) -> socket.socket:
+    """Send a request for a completion and return the connection."""
+    url, content = httpx2.URL(served), json.dumps(body)
+    link = socket.create_connection((url.host, url.port or 0), timeout=20)
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {url.host}\r\nContent-Type: application/json\r\n"
+    link.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n{content}".encode())
+    return link
 
 
 def test_a_full_queue_is_refused_and_a_waiting_request_is_served(session: Session) -> None:
@@ -251,6 +250,36 @@ def test_a_conversation_goes_on_from_its_state(session: Session) -> None:
     talk(session, script)
 
 
+def test_what_is_fetched_is_settled_by_the_whole_first_prompt(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[int]] = []
+    given: list[Any] = []
+    prefill = session.prefill
+
+    def noted(ids: Any, state: Any, *, fetched: Any = None) -> Any:
+        given.append(fetched or {})
+        return prefill(ids, state)
+
+    monkeypatch.setattr(session, "chunk", 4)
+    monkeypatch.setattr(session, "prefill", noted)
+    monkeypatch.setattr(session, "fetch", lambda rows: asked.append(rows[0].tolist()) or {"bank_0": len(asked)})
+    ids = list(range(20, 31))
+
+    async def script(made: httpx2.AsyncClient) -> None:
+        first = await made.post("/v1/completions", json={**PROMPT, "prompt": ids, "max_tokens": 2})
+        assert first.json()["usage"]["prompt_tokens"] == 11
+        assert asked == [ids] and given == [{"bank_0": 1}, {}, {}, {}]
+        first_ids = session.generate(ids, max_new_tokens=2).ids
+        given.clear()
+        longer = {**PROMPT, "prompt": [*ids, *first_ids, 7, 8, 9, 7, 8, 9], "max_tokens": 1}
+        again = await made.post("/v1/completions", json=longer)
+        assert again.json()["usage"]["prompt_tokens_details"]["cached_tokens"] == 12
+        assert asked == [ids] and not any(given), "a conversation keeps what it has"
+
+    talk(session, script)
+
+
 def test_states_that_grow_are_not_kept(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     grown = make(tmp_path, grows=True)
@@ -289,6 +318,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"prompt": ["a", "b"]}, "prompt"),
     ({"prompt": []}, ""),
     ({"prompt": [400]}, ""),
+    ({"prompt": [1 << 70]}, "prompt"),
+    ({"prompt": [-1]}, "prompt"),
+    ({"prompt": "a\ud800"}, ""),
+    ({"prompt": "a", "temperature": float("nan")}, ""),
+    ({"prompt": "a", "\ud800": 1}, ""),
     ({"prompt": "a", "logprobs": 0}, "logprobs"),
     ({"prompt": "a", "logit_bias": {"5": 1}}, "logit_bias"),
     ({"prompt": "a", "n": 2}, "n"),
@@ -300,7 +334,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 def test_what_is_wrong_is_named(session: Session) -> None:
     async def script(made: httpx2.AsyncClient) -> None:
         for body, param in REFUSED:
-            answer = await made.post("/v1/completions", json={"model": "tiny", **body})
+            content = json.dumps({"model": "tiny", **body})
+            answer = await made.post("/v1/completions", content=content, headers={"content-type": "application/json"})
             error = answer.json()["error"]
             assert answer.status_code == 400, body
             assert error["type"] == "invalid_request_error" and error["message"]

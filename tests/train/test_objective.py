@@ -11,7 +11,7 @@ from torch import Tensor
 
 from memc.passes.linearize import initial
 from memc.passes.linearize.layers import LayerConfig
-from memc.passes.linearize.objective import SharedObjective
+from memc.passes.linearize.objective import SharedObjective, bernoulli_kl
 from memc.program import Program, get_tensor
 from memc.train.blocks import cut_out
 from memc.train.transfer import Transfer
@@ -115,6 +115,17 @@ def test_losses_are_zero_where_the_student_is_the_teacher_and_see_each_part() ->
         assert found[name] > 1e-2 and all(abs(value) < 1e-5 for other, value in found.items() if other != name)
     assert losses(objective, [*right[:2], right[2] * 0.5, right[3]], values, done=1.0)["window_dropout"] == 0
     assert losses(objective, [right[0] * 0.5, *right[1:]], values)["output"] == pytest.approx(0.25)
+
+
+def test_the_divergence_of_shares_has_a_gradient_where_all_or_nothing_is_far() -> None:
+    given = torch.tensor([0.0, 1.0, 0.25, 0.5, 0.0, 1.0])
+    found = torch.tensor([0.5, 0.25, 0.25, 0.0, 0.0, 1.0], requires_grad=True)
+    kl = bernoulli_kl(given, found)
+    kl.sum().backward()
+    assert found.grad is not None and bool(found.grad.isfinite().all())
+    near = found.detach().double().clamp(1e-6, 1 - 1e-6)
+    exact = torch.distributions.kl_divergence(*(torch.distributions.Bernoulli(p) for p in (given.double(), near)))
+    torch.testing.assert_close(kl.detach().double(), exact, rtol=1e-5, atol=2e-6)
 
 
 def test_the_first_tokens_that_are_exact_do_not_count() -> None:
