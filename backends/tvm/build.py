@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 import tvm
 from torch.export import ExportedProgram
+from torch.fx import Node
 from tvm import relax
 from tvm.relax.frontend.torch import from_exported_program
 from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
@@ -66,10 +68,17 @@ def _reporting(program: Program) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, TypeError, ValueError, AssertionError, NotImplementedError, KeyError) as error:
-        node = named_node(program, str(error))
+        node = named_node(program, str(error)) or _imported(error)
         what = str(node.target) if node is not None else "this program"
         where = source_of(node) if node is not None else ""
         message = f"tvm cannot lower {what}: {first_line(error)}"
         raise MemcError("E601", message, where, "another --backend") from error
     except torch._dynamo.exc.TorchDynamoException as error:
         raise MemcError("E601", f"tvm cannot lower this program: {first_line(error)}") from error
+
+
+def _imported(error: BaseException) -> Node | None:
+    """Return the node that was being imported when an error arose: the importer's own errors do not name it."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    nodes = (frame.f_locals.get("node") for frame in reversed(frames))
+    return next((node for node in nodes if isinstance(node, Node)), None)

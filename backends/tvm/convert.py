@@ -62,7 +62,7 @@ class Converters:
     def _linear(self, node: Node, importer: Importer) -> Var:
         x, weight, bias, out = _arguments(node)
         x, stored = importer.env[x], [importer.env[part] for part in weight]
-        rows, into = _flat(importer, x, 1), _size(x, -1)
+        rows, into = _flat(importer, x), _size(x, -1)
         if len(stored) == 1:
             made = self._function(importer, linear, out, into, self._tile, bias=bias is not None)
         else:
@@ -91,7 +91,7 @@ class Converters:
     def _norm(self, node: Node, importer: Importer) -> Var:
         x, weight, bias, eps, center = _arguments(node)
         x = importer.env[x]
-        rows = _flat(importer, x, 1)
+        rows = _flat(importer, x)
         options = {"center": center, "weight": weight is not None, "bias": bias is not None}
         made = self._function(importer, norm, _size(x, -1), eps, **options)
         parts = [_or_nothing(importer, part) for part in (weight, bias)]
@@ -206,10 +206,10 @@ def _nothing(importer: Importer, dtype: str, rank: int) -> Var:
     return importer.block_builder.emit(relax.const(np.zeros((1,) * rank, dtype), dtype))
 
 
-def _flat(importer: Importer, x: Var, kept: int) -> Var:
-    """View all axes of ``x`` but the last ``kept`` as one."""
-    shape = _shape(x)
-    return _reshape(importer, x, [_product(shape[:-kept]), *shape[-kept:]])
+def _flat(importer: Importer, x: Var) -> Var:
+    """View all axes of ``x`` but the last as one."""
+    *rows, width = _shape(x)
+    return _reshape(importer, x, [_product(rows), width])
 
 
 def _reshape(importer: Importer, x: Var, shape: Sequence[Any]) -> Var:
@@ -221,6 +221,8 @@ def _product(sizes: Sequence[Any]) -> Any:
 
 
 def _shape(x: Var) -> list[Any]:
+    if x.ty.shape is None:
+        raise ValueError("the sizes of what it reads are lost in the import")
     return list(x.ty.shape)
 
 

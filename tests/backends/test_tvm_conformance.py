@@ -58,12 +58,12 @@ def dequantised(program: Program, bits: int) -> Program:
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_quantised_weights_are_what_their_codes_stand_for(weights: str, tmp_path: Path) -> None:
-    program = ops.llama("attention", layers=1)
+    program = ops.rotary()
     runner = build(program, tmp_path, weights=weights)
     reference = dequantised(program, int(weights[3:]))
     for scenario in ("pieces", "restart inside"):  # few rows, whose values are made as they are read, and many
         assert compare(reference, runner, SCENARIOS[scenario]) < TOLERANCE
-    assert compare(program, runner, SCENARIOS["pieces"]) > 10 * TOLERANCE
+    assert compare(program, runner, SCENARIOS["pieces"]) > 5 * TOLERANCE
 
 
 @pytest.mark.conformance
