@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,8 +13,10 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate
 
 from memc.artifact import Port, State
-from memc.backend import LowerOptions
+from memc.backend import LowerOptions, No, Yes
+from memc.errors import MemcError
 from memc.program import OutputSpec, Program, StateSpec, named_tensors
+from memc.target import Target
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -176,6 +179,25 @@ def first_line(error: BaseException) -> str:
     """Return the first line of what an error says, or its name."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:300] if lines else type(error).__name__
+
+
+def forms_of(
+    program: Program, target: Target, backend: str, supports: Callable[[Node, Target], Yes | No]
+) -> dict[str, str]:
+    """Return how each dialect op of a program is lowered, its commonest form first.
+
+    Raises ``MemcError`` E601 with the source line at the first op that the backend does not support.
+    """
+    forms: dict[str, Counter[str]] = {}
+    for node in program.module.graph.nodes:
+        if node.op != "call_function":
+            continue
+        match supports(node, target):
+            case No(reason):
+                raise MemcError("E601", f"{backend} cannot lower {node.target}: {reason}", where=source_of(node))
+            case Yes(how) if is_memc(node.target):
+                forms.setdefault(node.target.name().partition("::")[2], Counter())[how] += 1
+    return {op: "; ".join(f"{how} (x{n})" for how, n in found.most_common()) for op, found in forms.items()}
 
 
 def capacity_of(program: Program, options: LowerOptions, *, grows: bool) -> int | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 
 from torch.fx import Node
@@ -14,8 +13,7 @@ from memc.backends.onnx.export import export
 from memc.backends.onnx.graph import prepare
 from memc.backends.onnx.text import how_to_run
 from memc.backends.onnx.weights import place, write
-from memc.errors import MemcError
-from memc.prepare import capacity_of, is_memc, ports, source_of
+from memc.prepare import capacity_of, forms_of, is_memc, ports
 from memc.program import Program
 from memc.target import Target
 
@@ -37,7 +35,7 @@ def lower(program: Program, target: Target, folder: Path, options: LowerOptions,
     ``portable`` refuses the runtime's special kernels and takes the plain forms everywhere.
     """
     require_runtime()
-    forms = _check(program, target)
+    forms = forms_of(program, target, "onnx", supports)
     prepared = prepare(program, portable=portable)
     model = export(program, prepared)
     weights = place(model, options.weights, prepared.late)
@@ -67,17 +65,3 @@ def refuses_weights(weights: str, target: Target) -> str | None:
     if weights not in ("fp32", "int8", "int4"):
         return f"unknown weight type {weights!r}: fp32, int8 or int4"
     return None
-
-
-def _check(program: Program, target: Target) -> dict[str, str]:
-    """Return the form of each dialect op, the commonest first; raises E601 at the first op that has none."""
-    forms: dict[str, Counter[str]] = {}
-    for node in program.module.graph.nodes:
-        if node.op != "call_function":
-            continue
-        match supports(node, target):
-            case No(reason):
-                raise MemcError("E601", f"onnx cannot lower {node.target}: {reason}", where=source_of(node))
-            case Yes(how) if is_memc(node.target):
-                forms.setdefault(node.target.name().partition("::")[2], Counter())[how] += 1
-    return {op: "; ".join(f"{how} (x{n})" for how, n in found.most_common()) for op, found in forms.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 
 from torch.fx import Node
@@ -14,7 +13,7 @@ from memc.backends.tvm.library import INSTALL, REQUIRED, require_tvm, try_compil
 from memc.backends.tvm.runner import INFO, LIBRARY, PARAMETERS, LibraryInfo
 from memc.backends.tvm.text import HOW_TO_RUN
 from memc.errors import MemcError
-from memc.prepare import capacity_of, is_memc, ports, source_of
+from memc.prepare import capacity_of, forms_of, is_memc, ports
 from memc.program import Program
 from memc.target import Target
 from memc.tensor_file import LateTensor, write_tensors
@@ -42,7 +41,7 @@ def refuses_weights(weights: str, target: Target) -> str | None:
 
 def lower(program: Program, target: Target, folder: Path, options: LowerOptions) -> Lowered:
     """Write library, parameters and description under ``folder/lowered/tvm``; see ``Backend.lower``."""
-    forms = _check(program, target)
+    forms = forms_of(program, target, "tvm", supports)
     require_tvm()
     if reason := try_compiler():
         raise MemcError("E602", reason, "backend tvm", INSTALL)
@@ -92,17 +91,3 @@ def _refuses_target(target: Target) -> str | None:
     if target.kind != "cpu" or not knows(target):
         return f"the tvm backend compiles for CPUs, {target.name} is a {target.kind} target ({target.instruction_set})"
     return None
-
-
-def _check(program: Program, target: Target) -> dict[str, str]:
-    """Return the form of each dialect op, the commonest first; raises E601 at the first op that has none."""
-    forms: dict[str, Counter[str]] = {}
-    for node in program.module.graph.nodes:
-        if node.op != "call_function":
-            continue
-        match supports(node, target):
-            case No(reason):
-                raise MemcError("E601", f"tvm cannot lower {node.target}: {reason}", where=source_of(node))
-            case Yes(how) if is_memc(node.target):
-                forms.setdefault(node.target.name().partition("::")[2], Counter())[how] += 1
-    return {op: "; ".join(f"{how} (x{n})" for how, n in found.most_common()) for op, found in forms.items()}
