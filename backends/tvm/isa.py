@@ -26,7 +26,8 @@ def columns_of(out: int, tile: Tile) -> int:
     return min(tile.columns, -(-out // 16) * 16)
 
 
-_AVX2 = frozenset({"sse4_2", "popcnt", "avx", "avx2", "fma", "f16c", "bmi1", "bmi2", "abm", "movbe"})
+_SSE4 = frozenset({"ssse3", "sse4_1", "sse4_2", "popcnt", "cx16"})
+_AVX2 = _SSE4 | frozenset({"avx", "avx2", "fma", "f16c", "bmi1", "bmi2", "abm", "movbe"})
 _AVX512 = frozenset({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"})
 _LATER = frozenset(
     {
@@ -80,6 +81,7 @@ def _host() -> Isa:
 
 _MAKERS: dict[str, Callable[[], Isa]] = {
     "host": _host,
+    "x86-64-v2": lambda: Isa(HOST, {"kind": "llvm", "mcpu": "x86-64-v2"}, Tile(16, 2), _SSE4),
     "x86-64-v3": lambda: Isa(HOST, {"kind": "llvm", "mcpu": "x86-64-v3"}, Tile(16, 6), _AVX2),
     "x86-64-v4": lambda: Isa(HOST, {"kind": "llvm", "mcpu": "x86-64-v4"}, Tile(64, 4), _AVX2 | _AVX512),
     "aarch64": lambda: _cross("aarch64-linux-gnu", "aarch64", Tile(16, 4), "+neon"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -80,6 +81,8 @@ def _without_torch() -> Iterator[None]:
 def load_runtime() -> Any:
     """Open the runtime library and return ``tvm_ffi``; raises ``MemcError`` E602 where it does not load."""
     require_tvm()
+    # Else the runtime ties the calling thread to the first processor, and whatever else the process does with it.
+    os.environ.setdefault("TVM_BIND_THREADS", "0")
     with _without_torch():
         import tvm_ffi
         from tvm_ffi.libinfo import load_lib_ctypes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +78,13 @@ def test_threads_change_nothing(decoder: Path) -> None:
     found = two.run(np.maximum(positions, 0), positions, two.new_state(2))
     np.testing.assert_array_equal(one.run(np.maximum(positions, 0), positions, one.new_state(2)), found)
     load(decoder)  # the pool of threads is the process's
+
+
+def test_the_caller_may_run_where_it_could_before(decoder: Path) -> None:
+    allowed = os.sched_getaffinity(0)
+    runner = TvmBackend().load(decoder, read_manifest(decoder), 2)
+    runner.run(np.zeros((1, 3), np.int64), np.arange(3)[None], runner.new_state(1))
+    assert os.sched_getaffinity(0) == allowed
 
 
 def test_a_run_imports_no_torch_and_no_compiler(decoder: Path) -> None:

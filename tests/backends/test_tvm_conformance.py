@@ -9,8 +9,10 @@ import pytest
 import torch
 from tvm_support import build
 
+from memc.backends.tvm.isa import runs_here
 from memc.program import Program, get_tensor
 from memc.quantise import quantise
+from memc.target import get_target
 from tests.backends.runs import SCENARIOS, compare, span
 
 TOLERANCE = 1e-4
@@ -54,6 +56,18 @@ def dequantised(program: Program, bits: int) -> Program:
         node.args = (node.args[0], read, *node.args[2:])
     copy.module.recompile()
     return copy
+
+
+@pytest.mark.conformance
+@pytest.mark.parametrize("target", ["x86-64-v2", "x86-64-v3", "x86-64-v4"])
+@pytest.mark.parametrize("weights", ["fp32", "int4"])
+def test_older_and_newer_processors_compute_the_same(target: str, weights: str, tmp_path: Path) -> None:
+    if not runs_here(get_target(target)):
+        pytest.skip(f"this processor does not run {target}")
+    program = ops.llama("attention", layers=1)
+    runner = build(program, tmp_path, weights=weights, target=target)
+    reference = program if weights == "fp32" else dequantised(program, 4)
+    assert compare(reference, runner, SCENARIOS["pieces"]) < TOLERANCE
 
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])

@@ -21,8 +21,10 @@ def lower(
     seal(folder, manifest)
 
 
-def build(program: Program, folder: Path, *, weights: str = "fp32", context: int | None = 24) -> TvmRunner:
-    lower(program, folder, weights=weights, context=context)
+def build(
+    program: Program, folder: Path, *, weights: str = "fp32", context: int | None = 24, target: str = "cpu"
+) -> TvmRunner:
+    lower(program, folder, weights=weights, context=context, target=target)
     runner = TvmBackend().load(folder, read_manifest(folder), 1)
     assert isinstance(runner, TvmRunner)
     return runner

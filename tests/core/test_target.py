@@ -13,6 +13,7 @@ from memc.target import get_target, targets, write_target
 
 NAMES = {
     "cpu": "onnx",
+    "x86-64-v2": "tvm",
     "x86-64-v3": "tvm",
     "x86-64-v4": "tvm",
     "aarch64": "tvm",
