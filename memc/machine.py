@@ -9,6 +9,11 @@ import sys
 from pathlib import Path
 
 
+def cache_folder() -> Path:
+    """Return ``$XDG_CACHE_HOME/memc``, where memc keeps what it can make again, and logs that have no better place."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "memc"
+
+
 def cores() -> int:
     """Return how many cores this process may use."""
     if hasattr(os, "sched_getaffinity"):

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
-
-def cache_folder() -> Path:
-    """Return ``$XDG_CACHE_HOME/memc``, where logs go that have no better place."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "memc"
+from memc.machine import cache_folder
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from memc.fit.driver import Fitting, fit
 from memc.fit.limits import CONTEXT, Limits
 from memc.fit.menu import Kept
 from memc.frontend import Captured
+from memc.machine import cache_folder
 from memc.pipeline import Calibration
 from memc.program import Program
 from memc.recipe import Recipe, Verify
@@ -96,7 +96,7 @@ def _text(sequences: CalibrationText, has_data: bool) -> Calibration:
 def _place(key: str, captured: Captured) -> Iterator[Path]:
     """Give the folder of what is kept of a model and a text, with its tokenizer; a passing one if it cannot be made."""
     with TemporaryDirectory() as passing:
-        place = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "memc" / "fit" / key[:16]
+        place = cache_folder() / "fit" / key[:16]
         try:
             (place / "report").mkdir(parents=True, exist_ok=True)
         except OSError:

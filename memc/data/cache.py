@@ -27,6 +27,7 @@ from memc.data.sources import PIECE, digest_of, require_limit, source_digest
 from memc.data.stream import TokenStream
 from memc.data.tokens import token_pieces
 from memc.errors import MemcError
+from memc.machine import cache_folder
 from memc.progress import Progress, Silent
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class Header(BaseModel):
 
 def token_cache() -> Path:
     """Return ``$XDG_CACHE_HOME/memc/tokens``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "memc" / "tokens"
+    return cache_folder() / "tokens"
 
 
 def read_tokens(

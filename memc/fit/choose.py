@@ -86,7 +86,10 @@ class Chooser:
 
     def nearest(self, factor: float) -> Fit | None:
         """Return the choice whose worst limit is kept best."""
-        worst = lambda fit: max(self.used(limit, fit, factor) for limit in self.limits.limits)  # noqa: E731
+
+        def worst(fit: Fit) -> float:
+            return max(self.used(limit, fit, factor) for limit in self.limits.limits)
+
         return min(self.fits, key=worst, default=None)
 
     def instead(self, limit: Limit, factor: float) -> float | None:

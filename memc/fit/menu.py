@@ -100,7 +100,7 @@ def make_menu(
             plans.append(plan)
     blocks = {block.layer: block for block in sites.attention_blocks(original)}
     makes = _Makes(original, target, tuple(settings), tuple(blocks))
-    asks = cache(lambda: demands(original, contexts, weights))
+    asks = demands(original, contexts, weights)
     more: dict[tuple[str, int], Mapping[int, Demand]] = {}
     layers: dict[int, tuple[Entry, ...]] = {}
     yard = cache(yardstick)
@@ -115,13 +115,13 @@ def make_menu(
             for index in fits:
                 if (_shape(block), index) not in more:
                     result = demands(makes(layer, index), contexts, weights)
-                    more[_shape(block), index] = {c: result[c] - asks()[c] for c in contexts}
+                    more[_shape(block), index] = {c: result[c] - asks[c] for c in contexts}
             layers[layer] = tuple(
                 Entry(index, more[_shape(block), index], kept.found[_key(layer, settings[index])]) for index in fits
             )
             advance(len(fits))
             makes.forget()
-    return Menu(tuple(settings), layers, asks(), tuple(blocks))
+    return Menu(tuple(settings), layers, asks, tuple(blocks))
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from memc.frontend.gguf_tokenizer import write_tokenizer
 from memc.frontend.huggingface import build_empty, model_info, trace_model
 from memc.frontend.names import fit
 from memc.frontend.source import Captured, side_files
+from memc.machine import cache_folder
 from memc.weights import Recipe, RenamedWeights
 
 ARCHITECTURES = ("llama", "qwen2")
@@ -63,7 +63,7 @@ def capture_gguf(path: Path, source: str, *, weights: bool) -> Captured:
     renamed = fit(RenamedWeights(checkpoint, _recipes(file, raw, source)), module)
     program = trace_model(module, model_info(config, source, checkpoint.digest))
     beside = [p for p in side_files(path.parent) if p.name != "config.json"]
-    folder = _cache() / f"gguf-{checkpoint.digest[:16]}"
+    folder = cache_folder() / f"gguf-{checkpoint.digest[:16]}"
     tokenizer = beside if any(p.name == "tokenizer.json" for p in beside) else write_tokenizer(file, folder)
     return Captured(program, renamed if weights else None, raw, tokenizer)
 
@@ -156,7 +156,3 @@ def _divide_frequencies(module: nn.Module, factors: Tensor) -> None:
     for name, value in module.named_buffers():
         if name.rpartition(".")[2] in ("inv_freq", "original_inv_freq"):
             value.div_(factors)
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "memc"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
@@ -107,9 +108,9 @@ class Request(_Edge):
         return self.max_tokens
 
     @property
+    @abstractmethod
     def input(self) -> str | list[int] | Conversation:
         """What the session is given."""
-        raise NotImplementedError
 
     @property
     def stops(self) -> list[str]:
