@@ -107,9 +107,7 @@ class Bench:
             draft = pass_.draft(self.original)
             if kind == "search":
                 with self.console.step(f"search {amount:.0%}"):
-                    chosen = allocate(
-                        self.original, draft.tasks, self.calibration, pass_.score, pass_.round, pass_.length
-                    )
+                    chosen = allocate(self.original, draft.tasks, self.calibration, "obs", pass_.round, pass_.length)
                 draft = replace(draft, tasks=chosen.tasks)
             found[amount, kind] = draft
         return found
