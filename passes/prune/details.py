@@ -43,6 +43,8 @@ class Done:
             facts[group.kind] = f"{group.units} -> {group.units - len(cut.removed)}"
             facts[f"{group.kind}_group"] = group.describe()
             facts[f"{group.kind}_removed"] = list(cut.removed)
+            if group.fixed:
+                facts["protected_heads"] = list(group.fixed)
         for removal in self.removals:
             details.setdefault(str(removal.number), {})[_what(removal)] = "removed"
         for removal, value in self.scores:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
+import torch
+
+from memc import sites
 from memc.blocks import AttentionBlock, Block, FeedForwardBlock
 from memc.errors import MemcError
 from memc.passes.prune.choice import Task, legal, most, spread
@@ -58,6 +61,7 @@ class Drafter:
     score: str
     multiple: int
     protect: str
+    protect_heads: str
     alike: bool
     searches: bool
 
@@ -72,6 +76,8 @@ class Drafter:
             have = f"layers {numbers[0]} to {numbers[-1]}" if numbers else "no layer"
             raise MemcError("E203", reason, f"protect={self.protect}", f"the model has {have}")
         self._protected = {*numbers[:1], *numbers[-1:]} if self.protect == "ends" else named
+        attention = [block for block in self.groups.blocks if isinstance(block, AttentionBlock)]
+        self._kept = sites.kept_groups(self.protect_heads, attention, self.open, "protect_heads")
 
     def draft(self) -> Draft:
         """Settle how much goes where. Raises ``MemcError`` E203 where the amount leaves no legal shape."""
@@ -101,9 +107,28 @@ class Drafter:
         if self.unit == "auto" and (self.amount >= HEADS_FROM or self.searches):
             found = [group for group in self._each(AttentionBlock, self._heads) if group.kind == "kv_groups"]
             share = HEADS_SHARE if self.amount >= HEADS_FROM else 0
-            heads = [Task(group, max(1, round(share * group.units)) if share else 0) for group in found]
+            heads = [Task(group, min(_some(share * group.units), legal(group, self.multiple)[-1])) for group in found]
         channels = self._each(FeedForwardBlock, self._channels)
         return self._checked(heads, channels, sum(task.cost for task in heads), wanted, total)
+
+    @property
+    def takes_heads(self) -> bool:
+        """Whether heads may go, in whatever unit."""
+        return self.unit not in ("ffn", "ffn_blocks") and (
+            self.unit != "auto" or self.searches or self.score == "2ssp" or self.amount >= HEADS_FROM
+        )
+
+    @property
+    def open(self) -> list[AttentionBlock]:
+        """The attention blocks whose heads may go, or be protected by what they do."""
+        return [
+            block
+            for block in self.groups.blocks
+            if isinstance(block, AttentionBlock)
+            and self.takes_heads
+            and block.layer not in self._protected
+            and block.attention.target is torch.ops.memc.attention.default
+        ]
 
     def _checked(self, before: list[Task], groups: Sequence[Group], gone: int, wanted: float, total: int) -> list[Task]:
         """Add to tasks that some groups give what else than ``gone`` is wanted."""
@@ -134,7 +159,7 @@ class Drafter:
     def _layers(self) -> list[Removal]:
         found: dict[int, list[Branch]] = {}
         for kind in BLOCKS.values():
-            for branch in self._each(kind, self.groups.branch):
+            for branch in self._each(kind, self._branch):
                 found.setdefault(branch.block.layer, []).append(branch)
         whole = {number: {b.path for b in self.groups.blocks if b.layer == number} for number in found}
         return [
@@ -144,7 +169,7 @@ class Drafter:
         ]
 
     def _blocks(self, kind: type[Block]) -> list[Removal]:
-        return [self._removal(branch) for branch in self._each(kind, self.groups.branch)]
+        return [self._removal(branch) for branch in self._each(kind, self._branch)]
 
     def _removal(self, *branches: Branch) -> Removal:
         cost = block_parameters(self.program, tuple(branch.block for branch in branches))
@@ -158,7 +183,7 @@ class Drafter:
         if not 1 <= count <= len(removals):
             what = self.unit.replace("_", " ")
             reason = f"amount={self.amount} is {wanted / mean:.2f} of {len(removals)} {what} that can go"
-            hint = f"an amount from {mean / total:.3f} to {mean * len(removals) / total:.3f}, or protect=none"
+            hint = f"an amount from {mean / total:.3f} to {mean * len(removals) / total:.3f}, or to protect less"
             raise MemcError("E203", reason, self.spec, hint)
         if self.score == "similarity" and not runs(removals, count):
             reason = f"no {count} layers that can go lie next to one another"
@@ -173,7 +198,15 @@ class Drafter:
         kind: Kind = "kv_groups" if block.num_kv_heads > 1 else "query_heads"
         if block.num_heads == 1:
             raise BlockedError("single", "the block has one head")
-        return self.groups.of(block, kind)
+        group, fixed = self.groups.of(block, kind), tuple(sorted(g for layer, g in self._kept if layer == block.layer))
+        if len(fixed) == block.num_kv_heads:
+            raise BlockedError("protected", "protect_heads leaves every head of it as it is")
+        return replace(group, fixed=fixed)
+
+    def _branch(self, block: Block) -> Branch:
+        if isinstance(block, AttentionBlock) and any(layer == block.layer for layer, _ in self._kept):
+            raise BlockedError("protected", "it has heads that protect_heads leaves as they are")
+        return self.groups.branch(block)
 
     def _each(self, kind: type[Block], find: Callable[[Block], Found]) -> list[Found]:
         """Find something for every block of a kind, and note why not where there is none."""
@@ -195,6 +228,11 @@ class Drafter:
         if block.layer in self._protected:
             raise BlockedError("protected", f"the option protect={self.protect} leaves this layer as it is")
         return find(block)
+
+
+def _some(count: float) -> int:
+    """Round a number of units, up to one where it is not none."""
+    return max(1, round(count)) if count else 0
 
 
 def spaced(items: Sequence[Removal], count: int) -> list[Removal]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from memc import sites
+from memc.analysis.heads import head_roles
 from memc.errors import MemcError
 from memc.passes.prune import measure
 from memc.passes.prune import removal as removing
@@ -69,7 +71,8 @@ class Prune(Pass):
     - ``encoder``: models that are no decoders.
     - ``fetched``: models with inputs that are fetched (``memory_bank``), made for the blocks as they are.
     - ``moe``: mixtures of experts, whose channels are chosen as they run.
-    - ``protected``: the first and the last layer, or those that the option ``protect`` names.
+    - ``protected``: the first and the last layer, or those that the option ``protect`` names, and heads that
+      ``protect_heads`` names or finds, with the attention block and the layer that they are in.
     - ``norm``: heads under a norm that runs over all of them.
     - ``shared``: dimensions, weights or states that another block reads too.
     - ``mixed``, ``conflict``, ``size``: dimensions that are laid out among others, twice, or computed with.
@@ -94,6 +97,11 @@ class Prune(Pass):
         "uniform", "each block gives the same share, or what a search finds best", choices=("uniform", "search")
     )
     protect: str = option("ends", "layers that stay as they are: ends (first and last), none, or a list [0,28,29]")
+    protect_heads: str = option(
+        "heads:5%",
+        "key-value heads that stay, and the blocks that they are in: heads:P%, the P percent whose query heads look up"
+        " earlier tokens most, heads:[3.0,3.2] as LAYER.HEAD, or none",
+    )
     sequences: int = option(128, "most calibration sequences", unit="sequences", min=1)
     length: int = option(512, "tokens of a calibration sequence", unit="tokens", min=2)
 
@@ -103,6 +111,9 @@ class Prune(Pass):
         if self.protect not in ("ends", "none") and not _LAYERS.fullmatch(self.protect):
             where, hint = f"{self.name}:protect={self.protect}", f"write {self.name}:protect=[0,28,29]"
             raise MemcError("E203", "option 'protect' is ends, none or a list of layers", where, hint)
+        if self.protect_heads != "none" and not sites.check_heads(self.name, self.protect_heads, "protect_heads"):
+            where, hint = f"{self.name}:protect_heads={self.protect_heads}", f"write {self.name}:protect_heads=heads:5%"
+            raise MemcError("E203", "option 'protect_heads' is none, heads:P% or a list of heads", where, hint)
         self._require_score()
         if self.allocate == "search":
             self._require_searchable()
@@ -164,8 +175,23 @@ class Prune(Pass):
         report = PassReport(plan.spec, sites, plan.rejections, plan.relations, details=details, recovers=recovers)
         return result, report
 
+    def resolve(self, program: Program, target: Target) -> tuple[Prune, dict[str, Any]]:
+        """Name the heads that ``protect_heads=heads:P%`` protects, by their scores on repeated random tokens."""
+        share = sites.heads_share(self.protect_heads)
+        if share is None or program.is_fake or not self.amount or not program.model.decoder:
+            return self, {}
+        blocks = self._drafter(program).open
+        if not blocks:
+            return self, {}
+        roles = head_roles(program)
+        kept = roles.best(share, [(block.layer, block.path) for block in blocks])
+        return replace(self, protect_heads=sites.listed_groups(kept)), {"heads": roles.to_json(kept)}
+
     def draft(self, program: Program) -> Draft:
         """Settle how much goes where; needs no weights."""
+        return self._drafter(program).draft()
+
+    def _drafter(self, program: Program) -> Drafter:
         return Drafter(
             program=program,
             spec=self.spec,
@@ -174,9 +200,10 @@ class Prune(Pass):
             score=self._score,
             multiple=self.round,
             protect=self.protect,
+            protect_heads=self.protect_heads,
             alike=self.alike,
             searches=self.allocate == "search",
-        ).draft()
+        )
 
     @property
     def _score(self) -> str:
