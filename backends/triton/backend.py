@@ -23,6 +23,7 @@ from memc.backends.triton.variants import Variant, on_nothing, variants
 from memc.dialect import op_spec
 from memc.dialect.in_place import in_place
 from memc.errors import MemcError
+from memc.infer import infer
 from memc.kernels.launch import GPUS, device_kernels
 from memc.kernels.tiles import tiles_of
 from memc.prepare import capacity_of, forms_of, is_memc, ports
@@ -67,7 +68,8 @@ def supports(node: Node, target: Target) -> Yes | No:
 def lower(program: Program, target: Target, folder: Path, options: LowerOptions) -> Lowered:
     """Write program, kernels and description under ``folder/lowered/triton``; see ``Backend.lower``."""
     forms = forms_of(program, target, "triton", supports)
-    stored = store_weights(program, WEIGHT_TYPES[options.weights])
+    stored = store_weights(program, WEIGHT_TYPES[options.weights]).copy()
+    infer(stored)  # with a symbol for each size that changes, by which the kernels for each size are found
     prepared = prepare(stored)
     gpu = GPUS[target.name]
     needed = variants(stored, prepared.module, gpu)

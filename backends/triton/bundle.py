@@ -64,7 +64,7 @@ def build(variants: Sequence[Variant], target: Target, gpu: Gpu, folder: Path) -
         binaries = [binary for place, process in running for binary in _finish(place, process, target, folder)]
     binaries.sort(key=lambda binary: binary.variant.key)
     for binary in binaries:
-        _check(binary, gpu, target)
+        check(binary, gpu, target)
     bundle = Bundle(target=target.name, triton=version, binaries=binaries)
     (folder / INFO).write_text(bundle.model_dump_json(indent=1) + "\n")
     return bundle
@@ -116,7 +116,7 @@ def _reason(stderr: str, code: int) -> tuple[str, str]:
         return "a kernel", f"its process ended with {code}: {last[:200]}"
 
 
-def _check(binary: Binary, gpu: Gpu, target: Target) -> None:
+def check(binary: Binary, gpu: Gpu, target: Target) -> None:
     """Refuse a binary that its GPU would run badly or not at all."""
     sizes = ", ".join(f"{name} {value}" for name, value in binary.variant.constants.items() if name.startswith("block"))
     where = f"{binary.variant.kernel} ({sizes}, {binary.variant.warps} warps)"
