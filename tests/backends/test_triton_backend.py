@@ -16,7 +16,7 @@ import torch
 
 from memc.artifact import Manifest
 from memc.backend import Lowered, LowerOptions, No, Yes
-from memc.backends.triton import TritonBackend
+from memc.backends.triton import INSTALL, TritonBackend
 from memc.backends.triton import backend as lowering
 from memc.backends.triton.bundle import INFO, Bundle, build, check, read_bundle
 from memc.backends.triton.compiler import Binary
@@ -195,6 +195,16 @@ def test_a_driver_without_its_binding_is_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(__import__("sys").modules, "cuda.bindings", None)
     with pytest.raises(MemcError, match="cuda-bindings is not installed"):
         Cuda()
+
+
+def test_a_missing_or_unknown_triton_is_named_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert TritonBackend().missing() == ""
+    monkeypatch.setattr("memc.backends.triton.version", lambda name: "3.10.1")
+    assert TritonBackend().missing() == "triton 3.10.1 is installed, 3.6 to 3.9 are known: " + INSTALL
+    monkeypatch.setattr("memc.backends.triton.find_spec", lambda name: None)
+    assert TritonBackend().missing() == "triton is not installed: " + INSTALL
+    with pytest.raises(MemcError, match="triton is not installed"):
+        TritonBackend().lower(program(), get_target(TARGET), Path("nowhere"), LowerOptions())
 
 
 def test_a_bundle_that_does_not_read(tmp_path: Path) -> None:
