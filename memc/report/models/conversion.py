@@ -23,12 +23,13 @@ from memc.report.files import FitFacts, TrainingFacts
 class ByContext(Facts):
     """What of a program's cost depends on the context, predicted.
 
-    ``bytes_read_per_token`` counts weights and state; ``decode_ms`` is the roofline: the slower of computing and
-    reading, plus launches.
+    ``bytes_read_per_token`` counts weights and state; ``decode_ms``, of a token after so many, and ``prefill_ms``, of a
+    prompt of so many, are the roofline: the slower of computing and reading, plus launches.
     """
 
     bytes_read_per_token: dict[int, float] = Field(default_factory=dict)
     decode_ms: dict[int, float] = Field(default_factory=dict)
+    prefill_ms: dict[int, float] = Field(default_factory=dict)
     state_bytes: dict[int, int] = Field(default_factory=dict)
 
 
