@@ -17,9 +17,9 @@ from memc.kernels.launch import FLOATS, DeviceKernels, Gpu, Launch, Tile, gpu_of
 
 # Calls of at most this many tokens go token by token.
 SHORT = 8
-# Tokens to a chunk, and to a block of scores where each channel has a gate: there the blocks on the diagonal are
-# computed term by term.
-CHUNK, CHANNEL_ROWS = 64, 16
+# Tokens to a chunk, and to a block of its scores: few where each channel has a gate, since the blocks on the diagonal
+# are then computed term by term, and fewer in float32, for the registers that it takes.
+CHUNK, CHANNEL_ROWS, FLOAT32_ROWS = 64, 16, 32
 # Rows that are eliminated one by one in the delta rule's system, before products of blocks.
 SOLVE = 16
 # Key and value channels at most: a program holds all key channels of its part of the state.
@@ -58,7 +58,9 @@ class Call:
     @property
     def rows(self) -> int:
         """Tokens to a block of scores."""
-        return CHUNK if self.log_decay.shape[3] == 1 else CHANNEL_ROWS
+        if self.log_decay.shape[3] > 1:
+            return CHANNEL_ROWS
+        return FLOAT32_ROWS if self.key.dtype == torch.float32 else CHUNK
 
     @property
     def blocks(self) -> int:
@@ -94,6 +96,7 @@ class Call:
             "DELTA": self.delta,
             "CHUNK": CHUNK,
             "ROWS": self.rows,
+            "KEYS": power(self.key.shape[3]),
             "PRECISION": precision(self.gpu),
         }
         return {name: known[name] for name in names.split()}
@@ -205,7 +208,7 @@ def states(
     *_, keys, values = call.state.shape
     met, last = call.empty(call.groups, call.chunks, keys, values, dtype=kind), call.state.new_empty(call.state.shape)
     error = call.empty(*call.value.shape, dtype=kind) if call.delta else call.value
-    cut = call.tile("states", Tile({"BK": power(keys), "BV": min(power(values), sweep_values(call))}, 8, 1))
+    cut = call.tile("states", Tile({"BV": min(32, power(values))}, 8, 1))
     call.run(
         "states",
         (call.groups, -(-values // cut.sizes["BV"])),
@@ -221,7 +224,7 @@ def states(
             "error": error,
             "last": last,
         },
-        "G K V CHANNELS DELTA CHUNK PRECISION",
+        "G K V CHANNELS DELTA CHUNK KEYS PRECISION",
         cut,
     )
     return met, error, last
@@ -232,19 +235,14 @@ def block_of_keys(call: Call) -> int:
     return 16 if call.rows < CHUNK else min(64, power(call.key.shape[3]))
 
 
-def sweep_values(call: Call) -> int:
-    """Return how many value channels a program that steps from chunk to chunk holds."""
-    return 32
-
-
 def step(call: Call, last: Tensor) -> tuple[Tensor, Tensor]:
     """Run a short call, token by token; ``last`` takes the next state and may be the state itself.
 
     A program reads its part of the state before it writes it, and no other program reads that part.
     """
-    *_, keys, values = call.state.shape
+    values = call.state.shape[3]
     out = call.empty(*call.query.shape[:3], values, dtype=call.query.dtype)
-    cut = call.tile("step", Tile({"BK": power(keys, 1), "BV": min(32, power(values, 1))}, 4, 1))
+    cut = call.tile("step", Tile({"BV": min(32, power(values))}, 4, 1))
     call.run(
         "step",
         (call.groups, -(-values // cut.sizes["BV"])),
@@ -259,7 +257,7 @@ def step(call: Call, last: Tensor) -> tuple[Tensor, Tensor]:
             "out": out,
             "last": last,
         },
-        "G R K V CHANNELS DELTA",
+        "G R K V CHANNELS DELTA KEYS",
         cut,
     )
     return out, last
@@ -366,7 +364,7 @@ def states_back(
     *_, keys, values = call.state.shape
     grads, grad_first = call.empty(call.groups, call.chunks, keys, values), call.state.new_empty(call.state.shape)
     right = call.empty(*call.value.shape) if call.delta else grad_first
-    cut = call.tile("states_back", Tile({"BK": power(keys), "BV": min(power(values), sweep_values(call))}, 8, 1))
+    cut = call.tile("states_back", Tile({"BV": min(32, power(values))}, 8, 1))
     call.run(
         "states_back",
         (call.groups, -(-values // cut.sizes["BV"])),
@@ -384,7 +382,7 @@ def states_back(
             "right": right,
             "grad_state": grad_first,
         },
-        "G R K V CHANNELS DELTA CHUNK PRECISION",
+        "G R K V CHANNELS DELTA CHUNK KEYS PRECISION",
         cut,
     )
     return grads, right, grad_first

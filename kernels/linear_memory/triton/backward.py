@@ -126,19 +126,19 @@ def states_back(
     CHANNELS: tl.constexpr,
     DELTA: tl.constexpr,
     CHUNK: tl.constexpr,
+    KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
-    BK: tl.constexpr,
     BV: tl.constexpr,
 ):
     """Step back from chunk to chunk: write down the gradient of the state after each, and of the first state.
 
     For the delta rule also ``right``, the gradient of the right-hand side of (I + beta overlap) u = beta (v - reads).
-    Grid: groups, blocks of value channels; BK covers the key channels.
+    Grid: groups, blocks of value channels; KEYS is K, padded.
     """
     DOT: tl.constexpr = key.dtype.element_ty
     group = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BV + tl.arange(0, BV)
-    channels = tl.arange(0, BK)
+    channels = tl.arange(0, KEYS)
     positions += group // G * T
     key += group * T * K
     whole += group * T * CHANNELS
