@@ -6,10 +6,10 @@ from memc.kernels.launch import Gpu, Tile
 
 _TILES: dict[tuple[str, int], dict[str, tuple[tuple[int, int, int, int], ...]]] = {
     ("nvidia", 2): {
-        "prompt": ((128, 64, 8, 3), (64, 64, 4, 2), (64, 32, 8, 2)),
+        "prompt": ((128, 64, 8, 3), (64, 64, 8, 2), (64, 32, 8, 2)),
         "step": ((0, 64, 4, 3), (0, 64, 4, 2), (0, 32, 4, 2)),
         "query_gradient": ((64, 64, 4, 2), (64, 64, 8, 2), (32, 32, 4, 1)),
-        "key_gradient": ((64, 64, 4, 2), (32, 64, 4, 2), (32, 32, 8, 1)),
+        "key_gradient": ((64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 1)),
     },
     ("nvidia", 4): {
         "prompt": ((64, 32, 8, 2), (16, 32, 4, 1), (16, 16, 4, 1)),
