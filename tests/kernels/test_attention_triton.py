@@ -152,12 +152,12 @@ def test_a_sequence_in_parts_equals_the_whole() -> None:
 def test_buffers_of_slots_are_written_in_place(tokens: int, options: dict[str, Any]) -> None:
     shape = Shape(batch=3, groups=1, per_group=2, tokens=tokens, key_size=12, value_size=20, seed=1)
     arguments = call(shape, past=50)
-    start = torch.tensor([[30], [0], [-1]])
+    start = torch.tensor([[25], [0], [-1]])
     arguments[3] = torch.where(start < 0, -1, start + torch.arange(tokens))
-    arguments[6][:, 30:] = -1
+    arguments[6][:, 25:] = -1
     # What is in a slot without a token is nobody's, and so is what a row that starts anew has held.
     for x in arguments[4:6]:
-        x[:, :, 30:] = torch.nan
+        x[:, :, 25:] = torch.nan
     mine, theirs = ([x.clone() for x in given] for given in (arguments, in_double(arguments)))
     with poisoned():
         out = device.in_place(*mine, **CAUSAL, **options)
