@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from memc.kernels.common import segments
-from memc.kernels.launch import FLOATS, Gpu, Launch, Tile, gpu_of, launch, precision, tile
+from memc.kernels.launch import FLOATS, Gpu, Launch, Tile, gpu_of, launch, power_of_two, precision, tile
 from memc.kernels.softmax_tiles import default
 
 LARGEST_HEAD = 256
@@ -69,6 +69,11 @@ def refusal(query: Tensor, key: Tensor, value: Tensor, *others: Tensor | None) -
     if query.shape[1] // key.shape[1] > MOST_HEADS_OF_A_GROUP:
         return f"more than {MOST_HEADS_OF_A_GROUP} query heads to a key-value head"
     return "" if query.numel() and value.numel() else "a call without tokens"
+
+
+def unordered(*states: Tensor) -> str:
+    """Return why states are not taken as they lie; "" where they are contiguous, and may be written in place."""
+    return "" if all(x.is_contiguous() for x in states) else "a state that is not contiguous"
 
 
 def held(key: Tensor, value: Tensor, positions: Tensor, past_positions: Tensor) -> Held:
@@ -145,8 +150,12 @@ def attend_once(
     rule: Rule,
     *,
     ring: bool = False,
+    in_place: bool = False,
 ) -> Step:
-    """Attend with one ``token``, held as a state of one slot, and append it to ``past``, or put it in its slot."""
+    """Attend with one ``token``, held as a state of one slot, and append it to ``past``.
+
+    With ``ring`` it takes its slot of a copy of ``past``; ``in_place`` it is written to slot p of ``past`` itself.
+    """
     batch, heads, _, _ = query.shape
     groups, slots = past.key.shape[1:3]
     size, value_size = token.key.shape[3], token.value.shape[3]
@@ -157,11 +166,13 @@ def attend_once(
     if not split:
         splits, share = 1, slots
     length = slots if ring else slots + 1
-    following = State(
-        token.key.new_empty(batch, groups, length, size),
-        token.value.new_empty(batch, groups, length, value_size),
-        token.positions.new_empty(batch, length),
-    )
+    following = past
+    if not in_place:
+        following = State(
+            token.key.new_empty(batch, groups, length, size),
+            token.value.new_empty(batch, groups, length, value_size),
+            token.positions.new_empty(batch, length),
+        )
     left = State(*(x.new_empty(x.shape) for x in (token.key, token.value, token.positions))) if ring else token
     out, lse = query.new_empty(batch, heads, 1, value_size), query.new_empty(batch, heads, 1, dtype=torch.float32)
     parts, part_lse = out, lse
@@ -198,8 +209,9 @@ def attend_once(
                 **_options(rule, slopes, query),
                 "has_sink_logits": sink_logits is not None,
                 "ring": ring,
+                "in_place": in_place,
                 "partial": split,
-                "block_rows": max(16, _power(heads // groups)),
+                "block_rows": max(16, power_of_two(heads // groups)),
                 **cut.sizes,
             },
             cut.warps,
@@ -227,7 +239,7 @@ def merge(out: Tensor, lse: Tensor, parts: Tensor, part_lse: Tensor, positions: 
                 "positions": positions.contiguous(),
                 "splits": splits,
             },
-            {"heads": heads, "value_size": size, "block_value": _power(size), **cut.sizes},
+            {"heads": heads, "value_size": size, "block_value": power_of_two(size), **cut.sizes},
             cut.warps,
             cut.stages,
         )
@@ -417,13 +429,13 @@ def _sizes(query: Tensor, key: Tensor, value: Tensor) -> dict[str, int]:
         "groups": key.shape[1],
         "size": size,
         "value_size": value_size,
-        "block_size": max(16, _power(size)),
-        "block_value": max(16, _power(value_size)),
+        "block_size": max(16, power_of_two(size)),
+        "block_value": max(16, power_of_two(value_size)),
     }
 
 
 def _tile(kernel: str, query: Tensor, value: Tensor) -> Tile:
-    size = max(16, _power(query.shape[3]), _power(value.shape[3]))
+    size = max(16, power_of_two(query.shape[3]), power_of_two(value.shape[3]))
     kind = str(query.dtype).removeprefix("torch.")
     return tile(
         kernel, f"{size}-{kind}", default(kernel, size, query.dtype.itemsize, gpu_of(query.device)), query.device
@@ -432,7 +444,3 @@ def _tile(kernel: str, query: Tensor, value: Tensor) -> Tile:
 
 def _blocks(size: int, block: int) -> int:
     return -(-size // block)
-
-
-def _power(size: int) -> int:
-    return 1 << max(0, size - 1).bit_length()

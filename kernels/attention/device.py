@@ -7,16 +7,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memc.kernels.attention.slots import write
 from memc.kernels.common import cast_like, held_positions
 from memc.kernels.launch import DeviceKernels, Gpu
-from memc.kernels.softmax_device import Rule, State, attend, attend_backward, attend_once, held, refusal
+from memc.kernels.softmax_device import (
+    Held,
+    Rule,
+    State,
+    attend,
+    attend_backward,
+    attend_once,
+    held,
+    refusal,
+    unordered,
+)
 
 
 def refuses(gpu: Gpu, *args: Any, **options: Any) -> str:
-    """Return why the kernels do not take a call, of the op or of its gradient; "" where they do."""
-    first = 0 if args[3].dtype == torch.int64 else 3
-    query, key, value, _positions, past_key, past_value, _past, *rest = args[first:]
-    return refusal(query, key, value, past_key, past_value, *rest)
+    """Return why the kernels do not take a call; "" where they do."""
+    query, key, value, _positions, past_key, past_value, past_positions, *rest = args
+    return refusal(query, key, value, past_key, past_value, *rest) or unordered(past_key, past_value, past_positions)
 
 
 def forward(
@@ -83,4 +93,32 @@ def backward(
     )
 
 
-KERNELS = DeviceKernels(forward, refuses, backward)
+def in_place(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    positions: Tensor,
+    past_key: Tensor,
+    past_value: Tensor,
+    past_positions: Tensor,
+    slopes: Tensor | None = None,
+    sink_logits: Tensor | None = None,
+    *,
+    scale: float,
+    window: int = 0,
+    chunk: int = 0,
+    prefix: int = 0,
+    softcap: float = 0.0,
+) -> Tensor:
+    """Run ``memc::attention_`` on buffers of slots, as :func:`memc.kernels.attention.slots.forward` does."""
+    rule = Rule(scale, softcap, window, chunk, prefix)
+    if query.shape[2] == 1:
+        token, buffers = State(key, value, positions), State(past_key, past_value, past_positions)
+        return attend_once(query, token, buffers, slopes, sink_logits, rule, in_place=True).out
+    write(positions, ((key, past_key), (value, past_value)), past_positions)
+    own, past = positions.to(torch.int32), past_positions.to(torch.int32)
+    keys = Held(past_key, past_value, past, torch.zeros_like(past), own, torch.zeros_like(own))
+    return attend(query, keys, slopes, sink_logits, rule)[0]
+
+
+KERNELS = DeviceKernels(forward, refuses, backward, in_place)

@@ -178,23 +178,25 @@ def step(
     heads: tl.constexpr, groups: tl.constexpr, size: tl.constexpr, value_size: tl.constexpr,
     scale: tl.constexpr, softcap: tl.constexpr,
     window: tl.constexpr, chunk: tl.constexpr, prefix: tl.constexpr, sinks: tl.constexpr,
-    has_slopes: tl.constexpr, has_sink_logits: tl.constexpr, ring: tl.constexpr, partial: tl.constexpr,
+    has_slopes: tl.constexpr, has_sink_logits: tl.constexpr,
+    ring: tl.constexpr, in_place: tl.constexpr, partial: tl.constexpr,
     precision: tl.constexpr,
     block_rows: tl.constexpr, block_size: tl.constexpr, block_value: tl.constexpr, block_keys: tl.constexpr,
 ):  # fmt: skip
     """Attend with one token, the heads of a group at once, to a share of the state; copy that share to the next state.
 
     A state is read once, for the softmax and for the copy. It grows by the token, or with ``ring`` keeps its slots, the
-    token takes one and what was there leaves. Without ``partial`` one program has all of a group: ``out [B,H,E]`` and
-    the natural ``lse [B,H]``; else each has ``share`` keys, and :func:`merge` joins ``out [B,H,splits,E]`` and ``lse
-    [B,H,splits]`` to base 2. ``positions`` and ``past_positions`` are int64. Grid: (splits, G, B).
+    token takes one and what was there leaves; or ``in_place`` the next state is the state, its slots are positions, and
+    the token is written to its own. Without ``partial`` one program has all of a group: ``out [B,H,E]`` and the natural
+    ``lse [B,H]``; else each has ``share`` keys, and :func:`merge` joins ``out [B,H,splits,E]`` and ``lse [B,H,splits]``
+    to base 2. ``positions`` and ``past_positions`` are int64. Grid: (splits, G, B).
     """
     split, group, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     repeat: tl.constexpr = heads // groups
     r = tl.arange(0, block_rows)
     d, e = tl.arange(0, block_size), tl.arange(0, block_value)
     token = batch * groups + group
-    following = past if ring else past + 1
+    following = past if ring or in_place else past + 1
     past_key += token * past * size
     past_value += token * past * value_size
     past_positions += batch * past
@@ -205,6 +207,8 @@ def step(
     slot = past
     if ring:
         slot = tl.where(p < sinks, p, sinks + (p - sinks) % window)
+    elif in_place:
+        slot = p
     q = load_rows(query + (batch * heads + group * repeat) * size, r, r < repeat, size, block_size)
     slope = tl.zeros([block_rows], tl.float32)
     if has_slopes:
@@ -224,7 +228,7 @@ def step(
             tl.store(left_value + token * value_size + e, gone_v, mask=e < value_size)
             if group == 0:
                 tl.store(left_positions + batch, tl.where(leaves, p - window, -1).to(tl.int64))
-        kept = p >= (0 if ring else -1)
+        kept = p >= (0 if ring or in_place else -1)
         tl.store(next_key + slot * size + d, k, mask=d < tl.where(kept, size, 0))
         tl.store(next_value + slot * value_size + e, v, mask=e < tl.where(kept, value_size, 0))
         if group == 0:
@@ -247,20 +251,28 @@ def step(
         s = start + tl.arange(0, block_keys)
         there = s < past
         j = tl.load(past_positions + s, mask=there, other=-1).to(tl.int32)
+        at = p + tl.zeros([block_keys], tl.int32)
         # A token at position 0 clears the state.
-        j = tl.where(p == 0, -1, j)
-        seen = readable(p, j, there, window, chunk, prefix, sinks)
-        stays = there
-        kept = there
-        if ring:
-            stays = there & ((s != slot) | (p < 0))
-            kept = there & (p != 0)
-        k = load_rows(past_key, s, kept, size, block_size)
-        v = load_rows(past_value, s, kept, value_size, block_value)
-        store_rows(next_key, s, k, stays, size, block_size)
-        store_rows(next_value, s, v, stays, value_size, block_value)
-        if group == 0:
-            tl.store(next_positions + s, j.to(tl.int64), mask=stays)
+        j = tl.where(at == 0, -1, j)
+        if in_place:
+            # What lies in the token's own slot is about to be written, or has been.
+            seen = readable(at, j, there & (s != slot), window, chunk, prefix, sinks)
+            k = load_rows(past_key, s, seen, size, block_size)
+            v = load_rows(past_value, s, seen, value_size, block_value)
+            if group == 0:
+                tl.store(next_positions + s, j.to(tl.int64), mask=there & (s != slot) & (at == 0))
+        else:
+            seen = readable(at, j, there, window, chunk, prefix, sinks)
+            stays, kept = there, there
+            if ring:
+                stays = there & ((s != slot) | (at < 0))
+                kept = there & (at != 0)
+            k = load_rows(past_key, s, kept, size, block_size)
+            v = load_rows(past_value, s, kept, value_size, block_value)
+            store_rows(next_key, s, k, stays, size, block_size)
+            store_rows(next_value, s, v, stays, value_size, block_value)
+            if group == 0:
+                tl.store(next_positions + s, j.to(tl.int64), mask=stays)
         k = tl.where(seen[:, None], k, 0.0)
         v = tl.where(seen[:, None], v, 0.0)
         scores = capped(tl.dot(q, tl.trans(k), input_precision=precision), scale, softcap)

@@ -12,7 +12,7 @@ from memc.kernels.launch import FLOATS, DeviceKernels, Gpu, Launch, Tile, launch
 
 
 def refuses(gpu: Gpu, *args: Any, **options: Any) -> str:
-    """Return why the kernels do not take a call, of the op or of its gradient; "" where they do."""
+    """Return why the kernels do not take a call; "" where they do."""
     tensors = [x for x in args if isinstance(x, Tensor)]
     other = next((x.dtype for x in tensors if x.dtype not in FLOATS), None)
     if other is not None:

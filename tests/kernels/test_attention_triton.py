@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from memc.kernels.attention import device, reference
+from memc.kernels.attention import device, reference, slots
 from memc.kernels.launch import GPUS, Notes, launching
 from tests.kernels.cases import Shape, walk
 from tests.kernels.triton_support import (
@@ -144,6 +144,30 @@ def test_a_sequence_in_parts_equals_the_whole() -> None:
         outputs.append(out)
     for one, other in zip((torch.cat(outputs, 2), *state), whole, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("tokens", [1, 21])
+@pytest.mark.parametrize("options", [{}, {"window": 9, "softcap": 2.0}])
+@pytest.mark.usefixtures("cut_small")
+def test_buffers_of_slots_are_written_in_place(tokens: int, options: dict[str, Any]) -> None:
+    shape = Shape(batch=3, groups=1, per_group=2, tokens=tokens, key_size=12, value_size=20, seed=1)
+    arguments = call(shape, past=50)
+    start = torch.tensor([[25], [0], [-1]])
+    arguments[3] = torch.where(start < 0, -1, start + torch.arange(tokens))
+    arguments[6][:, 25:] = -1
+    # What is in a slot without a token is nobody's, and so is what a row that starts anew has held.
+    for x in arguments[4:6]:
+        x[:, :, 25:] = torch.nan
+    mine, theirs = ([x.clone() for x in given] for given in (arguments, in_double(arguments)))
+    with poisoned():
+        out = device.in_place(*mine, **CAUSAL, **options)
+    for x in theirs[4:6]:
+        x.nan_to_num_()
+    assert_near(out, slots.forward(*theirs, **CAUSAL, **options))
+    held = theirs[6] >= 0
+    assert torch.equal(mine[6][:, :-1], theirs[6][:, :-1])
+    for one, other in zip(mine[4:6], theirs[4:6], strict=True):
+        assert torch.equal(one.double().mT[:, 0].mT[held], other.mT[:, 0].mT[held])
 
 
 @pytest.mark.usefixtures("cut_small")
