@@ -10,6 +10,7 @@ from torch import Tensor
 
 from memc.kernels.launch import dispatch
 
+DEVICES = ("cpu", "cuda")
 _LIBRARY = torch.library.Library("memc", "FRAGMENT")
 
 
@@ -37,8 +38,7 @@ def or_zeros(gradient: Tensor | None, output: Tensor) -> Tensor:
 
 def register_forward(name: str, forward: Callable[..., Any]) -> None:
     """Register ``forward`` as the implementation of ``memc::name``, on a GPU for what its kernels do not take."""
-    torch.library.register_kernel(f"memc::{name}", "cpu", forward)
-    torch.library.register_kernel(f"memc::{name}", "cuda", dispatch(name, forward))
+    torch.library.register_kernel(f"memc::{name}", DEVICES, dispatch(name, forward))
 
 
 def define_backward(name: str, schema: str, fake: Callable[..., Any], backward: Callable[..., Any]) -> Any:
@@ -50,8 +50,8 @@ def define_backward(name: str, schema: str, fake: Callable[..., Any], backward: 
     full = f"{name}_backward"
     _LIBRARY.define(full + schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"memc::{full}", fake)
-    torch.library.register_kernel(f"memc::{full}", "cpu", backward)
-    torch.library.register_kernel(f"memc::{full}", "cuda", dispatch(name, backward, backward=True))
+    own = dispatch(name, backward, "backward", schema.count("Tensor grad_"))
+    torch.library.register_kernel(f"memc::{full}", DEVICES, own)
     return getattr(torch.ops.memc, full).default
 
 

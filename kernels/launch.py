@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -139,6 +139,13 @@ class DeviceKernels:
     forward: Callable[..., Any]
     refuses: Callable[..., str]
     backward: Callable[..., Any] | None = None
+    in_place: Callable[..., Any] | None = None
+    """Runs the form of ``memc.dialect.in_place``, on the same arguments, and changes the states that it is given."""
+
+
+def power_of_two(size: int) -> int:
+    """Return the least power of two that is not below ``size``: Triton's blocks are of such sizes."""
+    return 1 << max(0, size - 1).bit_length()
 
 
 def function(kernel: str) -> Any:
@@ -205,15 +212,26 @@ def device_of(call: Launch) -> torch.device:
     return next(value.device for value in call.arguments.values() if isinstance(value, Tensor))
 
 
-def dispatch(op: str, reference: Callable[..., Any], *, backward: bool = False) -> Callable[..., Any]:
-    """Return what runs ``memc::op`` on a GPU: its kernels where they take the call, else ``reference``."""
+def dispatch(
+    op: str,
+    reference: Callable[..., Any],
+    form: Literal["forward", "backward", "in_place"] = "forward",
+    gradients: int = 0,
+) -> Callable[..., Any]:
+    """Return what runs a form of ``memc::op``: its kernels where there is a launcher and they take the call.
+
+    Else it is ``reference``; without a launcher, as on a CPU, that is one look at a list. A backward pass begins with
+    ``gradients`` arguments that the op itself does not have.
+    """
 
     def run(*args: Any, **options: Any) -> Any:
-        kernels = device_kernels(op)
         tensor = next(x for x in args if isinstance(x, Tensor))
-        launcher = launcher_of(tensor.device) if kernels is not None else None
-        own = None if kernels is None else kernels.backward if backward else kernels.forward
-        if kernels is None or own is None or launcher is None or kernels.refuses(launcher.gpu, *args, **options):
+        launcher = launcher_of(tensor.device)
+        kernels = device_kernels(op) if launcher is not None else None
+        own = None if kernels is None else getattr(kernels, form)
+        if launcher is None or kernels is None or own is None:
+            return reference(*args, **options)
+        if kernels.refuses(launcher.gpu, *args[gradients:], **options):
             return reference(*args, **options)
         return own(*args, **options)
 

@@ -161,8 +161,8 @@ def prepare(
 
 
 def refuses(gpu: Gpu, *args: Any, update: str = "gated") -> str:
-    """Return why the kernels do not take a call, "" where they do; arguments of the op or of its gradient."""
-    query, key, value, log_decay, _, state, beta = [*(args[2:] if len(args) > 7 else args), None][:7]
+    """Return why the kernels do not take a call, "" where they do."""
+    query, key, value, log_decay, _, state, beta = [*args, None][:7]
     if {query.dtype, key.dtype, value.dtype} != {query.dtype} or query.dtype not in FLOATS:
         return "query, key and value are not of one type among float32, bfloat16 and float16"
     if any(x is not None and x.dtype not in FLOATS for x in (log_decay, beta)):
@@ -270,11 +270,13 @@ def fitted(call: Call, keys: int, values: int, warps: int) -> Tile:
     return Tile({"BK": min(keys, power(call.key.shape[3])), "BV": min(values, power(call.value.shape[3]))}, warps, 1)
 
 
-def step(call: Call) -> tuple[Tensor, Tensor]:
-    """Run a short call, token by token."""
+def step(call: Call, last: Tensor) -> tuple[Tensor, Tensor]:
+    """Run a short call, token by token; ``last`` takes the next state and may be the state itself.
+
+    A program reads its part of the state before it writes it, and no other program reads that part.
+    """
     values = call.state.shape[3]
     out = call.empty(*call.query.shape[:3], values, dtype=call.query.dtype)
-    last = call.state.new_empty(call.state.shape)
     cut = call.tile("step", Tile({"BV": min(32, power(values))}, 4, 1))
     call.run(
         "step",
@@ -310,7 +312,7 @@ def forward(
     """Run ``memc::linear_memory``; arguments and results as its dialect page has them."""
     call = prepare(query, key, value, log_decay, positions, state, beta)
     if call.tokens <= SHORT:
-        return step(call)
+        return step(call, state.new_empty(state.shape))
     sums = gates(call)
     inverted = inverse(call, system(call, sums), by_row=False) if call.delta else call.key
     met, added, last = states(call, sums, inverted, call.key.dtype)
@@ -334,6 +336,26 @@ def forward(
         cut,
     )
     return out, last
+
+
+def in_place(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_decay: Tensor,
+    positions: Tensor,
+    state: Tensor,
+    beta: Tensor | None = None,
+    *,
+    update: str = "gated",
+) -> Tensor:
+    """Run ``memc::linear_memory_``: the next state is written over ``state``."""
+    call = prepare(query, key, value, log_decay, positions, state, beta)
+    if call.tokens <= SHORT and call.state is state:
+        return step(call, state)[0]
+    out, last = forward(query, key, value, log_decay, positions, state, beta, update=update)
+    state.copy_(last)
+    return out
 
 
 def backward(
@@ -479,4 +501,4 @@ def grad_keys(
     return grad_query, grad_key, grad_log_decay
 
 
-KERNELS = DeviceKernels(forward, refuses, backward)
+KERNELS = DeviceKernels(forward, refuses, backward, in_place)
