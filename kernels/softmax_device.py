@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from memc.kernels.common import segments
-from memc.kernels.launch import FLOATS, Gpu, Launch, Tile, gpu_of, launch, power_of_two, precision, tile
+from memc.kernels.launch import FLOATS, Launch, Tile, gpu_of, launch, power_of_two, precision, tile
 from memc.kernels.softmax_tiles import default
 
 LARGEST_HEAD = 256
@@ -160,11 +160,11 @@ def attend_once(
     groups, slots = past.key.shape[1:3]
     size, value_size = token.key.shape[3], token.value.shape[3]
     cut = _tile("attention.step", query, token.value)
-    splits, share = _splits(slots, batch * groups, cut.sizes["block_keys"], gpu_of(query.device))
+    shares, share = splits(slots, batch * groups, cut.sizes["block_keys"], query.device)
     # Which kernels there are must not depend on how much is held: only a ring's slots are known beforehand.
     split = not ring or slots > SPLIT_ABOVE
     if not split:
-        splits, share = 1, slots
+        shares, share = 1, slots
     length = slots if ring else slots + 1
     following = past
     if not in_place:
@@ -177,12 +177,12 @@ def attend_once(
     out, lse = query.new_empty(batch, heads, 1, value_size), query.new_empty(batch, heads, 1, dtype=torch.float32)
     parts, part_lse = out, lse
     if split:
-        parts = query.new_empty(batch, heads, splits, value_size, dtype=torch.float32)
-        part_lse = query.new_empty(batch, heads, splits, dtype=torch.float32)
+        parts = query.new_empty(batch, heads, shares, value_size, dtype=torch.float32)
+        part_lse = query.new_empty(batch, heads, shares, dtype=torch.float32)
     launch(
         Launch(
             "attention.step",
-            (splits, groups, batch),
+            (shares, groups, batch),
             {
                 "out": parts,
                 "lse": part_lse,
@@ -225,7 +225,7 @@ def attend_once(
 
 def merge(out: Tensor, lse: Tensor, parts: Tensor, part_lse: Tensor, positions: Tensor) -> None:
     """Join shares ``parts [B,H,splits,E]`` with log-sum-exps to base 2 ``part_lse`` into ``out`` and ``lse``."""
-    batch, heads, splits, size = parts.shape
+    batch, heads, shares, size = parts.shape
     cut = tile("attention.merge", f"{size}", Tile({"block_splits": 16}, warps=4, stages=1), parts.device)
     launch(
         Launch(
@@ -237,7 +237,7 @@ def merge(out: Tensor, lse: Tensor, parts: Tensor, part_lse: Tensor, positions: 
                 "parts": parts,
                 "part_lse": part_lse,
                 "positions": positions.contiguous(),
-                "splits": splits,
+                "splits": shares,
             },
             {"heads": heads, "value_size": size, "block_value": power_of_two(size), **cut.sizes},
             cut.warps,
@@ -400,10 +400,10 @@ SPLIT_ABOVE = 512
 """Slots of a ring above which its keys are split over programs."""
 
 
-def _splits(slots: int, programs: int, block: int, gpu: Gpu) -> tuple[int, int]:
+def splits(keys: int, programs: int, block: int, device: torch.device) -> tuple[int, int]:
     """Return over how many programs each group's keys are split, to fill the GPU twice, and the keys of each."""
-    blocks = max(1, _blocks(slots, block))
-    wanted = max(1, min(blocks, _blocks(2 * gpu.multiprocessors, programs)))
+    blocks = max(1, _blocks(keys, block))
+    wanted = max(1, min(blocks, _blocks(2 * gpu_of(device).multiprocessors, programs)))
     share = _blocks(blocks, wanted)
     return _blocks(blocks, share), share * block
 
