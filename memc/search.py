@@ -8,7 +8,7 @@ from dataclasses import dataclass
 STEPS = 512
 """Steps that a cost's whole range is told apart in."""
 
-MOST = 20_000
+MOST = 5_000
 """Labels that are kept after a block; where there are more, costs are told apart half as finely."""
 
 

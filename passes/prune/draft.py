@@ -57,6 +57,7 @@ class Drafter:
     multiple: int
     protect: str
     alike: bool
+    of: str = "model"
 
     def __post_init__(self) -> None:
         """Find the blocks and what is protected."""
@@ -73,14 +74,16 @@ class Drafter:
     def draft(self) -> Draft:
         """Settle how much goes where. Raises ``MemcError`` E203 where the amount leaves no legal shape."""
         total = block_parameters(self.program, self.groups.blocks)
-        wanted = self.amount * total
+        open_ = tuple(block for block in self.groups.blocks if block.layer not in self._protected)
+        base = total if self.of == "model" else block_parameters(self.program, open_)
+        wanted = self.amount * base
         tasks: list[Task] = []
         layers: list[Layer] = []
         if self.unit == "layers":
             layers = self._layers()
         else:
-            tasks = self._tasks(wanted, total)
-        count = self._count(layers, wanted, total)
+            tasks = self._tasks(wanted, base)
+        count = self._count(layers, wanted, base)
         return Draft(self.groups, tuple(tasks), tuple(layers), count, tuple(self.rejections), total)
 
     def _tasks(self, wanted: float, total: int) -> list[Task]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from memc.errors import MemcError
@@ -14,6 +14,7 @@ from memc.passes.prune.rewrite import Cut, Pruner
 from memc.pipeline import Calibration, Pass, PassReport, Plan, Site, option
 from memc.program import Program
 from memc.relation import Bounded, Exact, Relation
+from memc.sites import listed
 from memc.target import Target
 
 _LAYERS = re.compile(r"\[\s*([0-9]+\s*(,\s*[0-9]+\s*)*)?\]")
@@ -41,7 +42,8 @@ class Prune(Pass):
     Calibration text is that of the conversion: its data, or text sampled from the original. Without it, as in planning,
     as much is removed, evenly spaced. Every block gives the same share, but for rounding: what one gives too little the
     next gives more, or with ``alike`` none does, and the sum is less exact. Block parameters are the
-    weights and biases of the projections of attention and feed-forward blocks.
+    weights and biases of the projections of attention and feed-forward blocks; ``of=layers`` counts those alone of
+    layers that are not protected, so that several such passes can give each layer an amount of its own.
 
     What is lost can be recovered: a conversion with data trains adapters on the projections that are left.
 
@@ -73,6 +75,11 @@ class Prune(Pass):
     refit: bool = option(True, "fit the projections behind what was removed, by least squares")
     round: int = option(64, "channels stay in multiples of this", unit="channels", min=1)
     alike: bool = option(False, "every layer loses as much, to the nearest round, so that it can be exported")
+    of: str = option(
+        "model",
+        "what amount is a share of: the block parameters of the model, or those of the layers that are not protected",
+        choices=("model", "layers"),
+    )
     protect: str = option("ends", "layers that stay as they are: ends (first and last), none, or a list [0,28,29]")
     sequences: int = option(128, "most calibration sequences", unit="sequences", min=1)
     length: int = option(512, "tokens of a calibration sequence", unit="tokens", min=2)
@@ -92,6 +99,33 @@ class Prune(Pass):
     def quickens(self) -> bool:
         """Promise that a token takes no more time, where anything is removed."""
         return self.amount > 0
+
+    def offers(self) -> tuple[Prune, ...]:
+        """Offer to remove channels of single layers: a tenth or a quarter of a layer's block parameters."""
+        setting = replace(self, unit="ffn", of="layers", alike=True, protect="none", sequences=12)
+        return tuple(replace(setting, amount=amount) for amount in (0.1, 0.25))
+
+    def only(self, layers: Collection[int], present: Collection[int]) -> Prune:
+        """Return the pass protecting every other layer."""
+        return replace(self, protect=listed(set(present) - set(layers)) if set(present) - set(layers) else "none")
+
+    def one_by_one(self, program: Program, plan: Plan) -> Iterator[tuple[int, Program]]:
+        """Cut each layer alone, fitted to what it did itself: the others stay, so that there is nothing to make up for.
+
+        Raises ``MemcError`` E207 as :meth:`apply`, and ``TypeError`` for ``unit=layers``, which compares them.
+        """
+        if self.unit == "layers":
+            raise TypeError("unit=layers removes layers by what they are beside each other")
+        draft, wanted = self.draft(program), {site.layer for site in plan.sites}
+        tasks = [task for task in draft.tasks if task.group.block.layer in wanted]
+        cuts = dict[int, list[Cut]]()
+        if plan.calibration is not None:
+            measure.require_usable(plan.calibration, tasks, refits=self.refit)
+        for cut in measure.choose_apart(program, tasks, plan.calibration, self.score, refits=self.refit):
+            cuts.setdefault(cut.group.block.layer, []).append(cut)
+            layer = cut.group.block.layer
+            if len(cuts[layer]) == sum(task.group.block.layer == layer for task in tasks):
+                yield layer, Pruner(program).run(cuts.pop(layer))
 
     def plan(self, program: Program, target: Target) -> Plan:
         """Settle how much of which block goes."""
@@ -116,7 +150,9 @@ class Prune(Pass):
 
     def draft(self, program: Program) -> Draft:
         """Settle how much goes where; needs no weights."""
-        return Drafter(program, self.spec, self.amount, self.unit, self.round, self.protect, self.alike).draft()
+        return Drafter(
+            program, self.spec, self.amount, self.unit, self.round, self.protect, self.alike, self.of
+        ).draft()
 
     def _layers(
         self, program: Program, draft: Draft, calibration: Calibration | None
