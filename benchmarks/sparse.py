@@ -134,12 +134,22 @@ def prefilled(program: Program, row: Tensor, prefix: int) -> dict[str, Tensor]:
 @torch.no_grad()
 def later(program: Program, row: Tensor, held: Mapping[str, Tensor], at: Rows) -> Iterator[Tensor]:
     """Yield the log-probabilities ``[PIECE, vocab]`` of the last tokens of a row, in pieces, after what is held."""
-    state = tuple(held[spec.name] if spec.name in held else pages(program, spec, held) for spec in program.states)
+    state = started(program, row, held, at)
     for start in range(at.prefix, at.length, PIECE):
         part = row[None, start : start + PIECE]
         logits, *after = run(program, (part, positions_of(part, start)), state)
         state = tuple(after)
         yield logits[0].log_softmax(-1)
+
+
+def started(program: Program, row: Tensor, held: Mapping[str, Tensor], at: Rows) -> tuple[Tensor, ...]:
+    """Return the states that the last tokens of a row go on from: what is held, pages of it described.
+
+    Where keys are held in few bits the first tokens were run that way too.
+    """
+    if any(spec.dtype == torch.uint8 for spec in program.states):
+        return tuple(prefilled(program, row, at.prefix).values())
+    return tuple(held[spec.name] if spec.name in held else pages(program, spec, held) for spec in program.states)
 
 
 def pages(program: Program, spec: StateSpec, held: Mapping[str, Tensor]) -> Tensor:

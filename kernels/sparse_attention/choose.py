@@ -13,7 +13,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Rule:
-    """How tokens are chosen; fields as the op's arguments."""
+    """How tokens are chosen; fields as the op's arguments.
+
+    With ``own_page`` the page of the query itself is always read, also where tokens are ranked one by one.
+    """
 
     scale: float
     method: str
@@ -24,6 +27,7 @@ class Rule:
     rerank: int
     dense_below: int
     channels: int = 0
+    own_page: bool = False
 
     @property
     def by_token(self) -> bool:
@@ -106,6 +110,8 @@ def chosen(query: Tensor, keys: Tensor, pages: Tensor, at: Tensor, rule: Rule) -
         tokens = chosen_pages(query, pages, at, rule).repeat_interleave(rule.page, -1) & seen
     if rule.rerank > 1:
         forced = (j < rule.sinks) | (p - j < rule.window)
+        if rule.own_page:
+            forced = forced | (j // rule.page == p // rule.page)
         rank = best_of_group(query, keys).masked_fill(forced, torch.inf).masked_fill(~tokens, -torch.inf)
         tokens = first(rank, rule.budget) & tokens
     return tokens | (seen & (p < rule.dense_below))

@@ -13,6 +13,9 @@ from memc.fit.menu import Menu, Slot
 from memc.search import Choice, Selection, frontier
 from memc.target import Target
 
+LABELS = 5_000
+"""Labels that are kept after a block: there are twice as many blocks as layers, and they are searched for each type."""
+
 
 @dataclass(frozen=True)
 class Fit:
@@ -52,7 +55,7 @@ class Chooser:
                 + [Choice(one.distance.kl_mean, self._costs(one.more[weights])) for one in entries]
                 for entries in self.menu.slots.values()
             ]
-            picked = frontier(blocks) if blocks else [Selection(0.0, (), ())]
+            picked = frontier(blocks, LABELS) if blocks else [Selection(0.0, (), ())]
             found += [self._fit(weights, selection) for selection in picked]
         return found
 

@@ -235,12 +235,11 @@ def test_quantised_products_take_what_the_codes_stand_for(kind: str) -> None:
     result = quantised(original, kind)
     assert quantised(original, "fp32") is original
     linears = [node for node in result.module.graph.nodes if node.target == torch.ops.aten.linear.default]
-    before = dict(original.module.named_parameters())
     for index, node in enumerate(linears):
         value = get_tensor(result.module, str(node.args[1].target)).detach()
         old = original.module.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)[index]
         bits = 8 if kind == "int8" or node is linears[-1] else 4
-        codes = quantise(before[str(old.args[1].target)].detach().numpy(), bits)
+        codes = quantise(get_tensor(original.module, str(old.args[1].target)).detach().numpy(), bits)
         assert np.array_equal(value.numpy(), codes.values(value.shape[1]))
     (found,) = Yardstick(original, tokens, 10).distances([result])
     assert found.kl == pytest.approx(oracle(original, result, tokens, 10).kl, rel=1e-3, abs=1e-5)
