@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 SEED = 20250709
 
+PARAMETERS = "memc.linearize.layers."
+"""What the names of new parameters begin with, before the number of the layer."""
+
 
 def rewrite_site(
     options: Linearize, editor: Editor, block: AttentionBlock, split: HeadSplit
@@ -130,7 +133,7 @@ def _free_label(program: Program, layer: int) -> str:
     """Return the layer's number, with a suffix where two towers or two runs of the pass number layers alike."""
     taken = {name for name, _ in program.module.named_modules()}
     labels = (str(layer) if n == 1 else f"{layer}_{n}" for n in count(1))
-    return next(label for label in labels if f"memc.linearize.layers.{label}" not in taken)
+    return next(label for label in labels if f"{PARAMETERS}{label}" not in taken)
 
 
 def _register(editor: Editor, label: str, layer: int, new: Mapping[str, New], before: Node) -> dict[str, Node]:
@@ -138,6 +141,6 @@ def _register(editor: Editor, label: str, layer: int, new: Mapping[str, New], be
     generator = torch.Generator().manual_seed(SEED + layer)
     nodes = {}
     for name, item in new.items():
-        path = f"memc.linearize.layers.{label}.{name}"
+        path = f"{PARAMETERS}{label}.{name}"
         nodes[name] = editor.add_parameter(path, item.shape, partial(item.make, generator), "linearize", before)
     return nodes
