@@ -70,6 +70,7 @@ LENGTHS = (
             "method=lowbit,rerank=1",
             "method=lowbit,channels=4,rerank=2",
             "method=moments,rerank=2",
+            "method=hcam,rerank=2",
             "method=bounds,rerank=4",
             "method=bounds,bits=8,rerank=4",
             "method=bounds,bits=4,rerank=4",
