@@ -16,7 +16,8 @@ import resource
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,11 @@ from torch.fx import Node
 
 from memc.analysis.stream import Stream
 from memc.cli.console import Console
+from memc.cost import demands
 from memc.data import Corpus, TokenStream, read_tokens
 from memc.frontend import capture_source
 from memc.passes.prune import Prune, measure, scores
+from memc.passes.prune.allocate import allocate
 from memc.passes.prune.draft import Draft
 from memc.passes.prune.rewrite import Cut, Pruner
 from memc.pipeline import Calibration
@@ -40,6 +43,9 @@ from memc.raising import raise_program
 from memc.runtime.text import Text
 from memc.verify.relations import perplexity
 from memc.weights import materialize
+
+Key = tuple[float, str]
+"""An amount, and how it is spread over the blocks."""
 
 HERE = Path(__file__).parent
 NOVELS = ("emma", "mansfield-park", "persuasion", "pride-and-prejudice", "sense-and-sensibility")
@@ -55,10 +61,12 @@ class Variant:
     name: str
     score: str
     refits: bool
+    allocate: str = "uniform"
 
 
 VARIANTS = (
     Variant("obs, refit", "obs", True),
+    Variant("obs, refit, searched", "obs", True, "search"),
     Variant("wanda", "wanda", False),
     Variant("flap, its bias", "flap", False),
     Variant("taylor", "taylor", False),
@@ -91,8 +99,23 @@ class Bench:
         """Return the perplexity on each test text."""
         return {name: perplexity(program, rows) for name, rows in self.tests.items()}
 
+    def drafts(self, amounts: Sequence[float], variants: Sequence[Variant], protect: str) -> dict[Key, Draft]:
+        """Settle how much goes where, for each amount and allocation."""
+        found: dict[Key, Draft] = {}
+        for amount, kind in product(amounts, dict.fromkeys(variant.allocate for variant in variants)):
+            pass_ = Prune(amount=amount, protect=protect, allocate=kind)
+            draft = pass_.draft(self.original)
+            if kind == "search":
+                with self.console.step(f"search {amount:.0%}"):
+                    chosen = allocate(
+                        self.original, draft.tasks, self.calibration, pass_.score, pass_.round, pass_.length
+                    )
+                draft = replace(draft, tasks=chosen.tasks)
+            found[amount, kind] = draft
+        return found
+
     def cuts(
-        self, drafts: dict[float, Draft], variants: Sequence[Variant], gated: int
+        self, drafts: dict[Key, Draft], variants: Sequence[Variant], gated: int
     ) -> dict[tuple[float, str], list[Cut]]:
         """Make every variant's cuts at every amount in one run of the text; Taylor's gradients see ``gated`` rows."""
         made: dict[tuple[float, str], list[Cut]] = {}
@@ -103,21 +126,21 @@ class Bench:
             with self.console.step(f"gradients on {gated} sequences"):
                 gates = dict(zip(groups, scores.taylor(self.original, list(groups.values()), fewer), strict=True))
         stream = Stream(self.original, self.calibration)
-        followers = [measure.Follower(self.original, self.calibration) for _ in drafts]
+        followers = {key: measure.Follower(self.original, self.calibration) for key in drafts}
         with self.console.step(f"moments of {len(groups)} groups"):
             for exit_ in sorted(groups):
-                own, *theirs = measure.moments_of(stream, groups[exit_], followers, gram=False)
-                for (amount, draft), follower, seen in zip(drafts.items(), followers, theirs, strict=True):
-                    for task in (task for task in draft.tasks if task.group.exit is exit_):
-                        for variant in variants:
+                own, *theirs = measure.moments_of(stream, groups[exit_], list(followers.values()), gram=False)
+                for (key, draft), seen in zip(drafts.items(), theirs, strict=True):
+                    for task in (task for task in draft.tasks if task.group.exit is exit_ and task.count):
+                        for variant in (variant for variant in variants if variant.allocate == key[1]):
                             chosen = gates[exit_] if variant.score == "taylor" else None
                             found = seen if variant.refits else own
                             cut = measure.cut_by(
                                 self.original, task, found, variant.score, chosen, refits=variant.refits
                             )
                             if variant.refits:
-                                follower.apply(cut)
-                            made.setdefault((amount, variant.name), []).append(cut)
+                                followers[key].apply(cut)
+                            made.setdefault((key[0], variant.name), []).append(cut)
         return made
 
 
@@ -125,6 +148,12 @@ def _rows(ids: Any, count: int) -> torch.Tensor:
     """Return ``count`` rows spread evenly over a text."""
     starts = np.linspace(0, len(ids) - LENGTH, count).astype(int)
     return torch.from_numpy(np.stack([np.asarray(ids[start : start + LENGTH]) for start in starts]).astype(np.int64))
+
+
+def asked(program: Program) -> list[tuple[str, float]]:
+    """Return what a token asks for after as many as a row has."""
+    found = demands(program, [LENGTH])[LENGTH]
+    return [("flops", found.flops), ("bytes_read", found.bytes_read)]
 
 
 def page(document: dict[str, Any]) -> str:
@@ -136,12 +165,14 @@ def page(document: dict[str, Any]) -> str:
             row["variant"],
             f"{row['removed_share']:.4f}",
             f"{row['parameters'] / 1e6:.2f} M",
+            f"{row['flops']:.3f}",
+            f"{row['bytes_read']:.3f}",
             *(f"{row['perplexity'][name] / dense[name]:.3f}" for name in names),
             *(f"{row['perplexity'][name]:.1f}" for name in names),
         ]
         for row in sorted(document["rows"], key=lambda row: float(row["amount"]))
     ]
-    head = ["asked", "variant", "removed", "parameters", *(f"{n}, ratio" for n in names), *names]
+    head = ["asked", "variant", "removed", "parameters", "FLOPs", "bytes read", *(f"{n}, ratio" for n in names), *names]
     parts = [
         "# SmolLM2-135M pruned without training",
         f"{document['cpu']}, one thread; memc at {document['commit']}. {document['calibration_tokens']} tokens of"
@@ -149,7 +180,8 @@ def page(document: dict[str, Any]) -> str:
         f" {document['test_tokens']} tokens of each text in rows of {LENGTH}. Dense: "
         + ", ".join(f"{name} {value:.2f}" for name, value in dense.items())
         + f"; {document['block_parameters'] / 1e6:.2f} M of {document['total_parameters'] / 1e6:.2f} M parameters"
-        " are in blocks. Ratios are to dense in the same run.",
+        " are in blocks. Ratios are to dense in the same run; FLOPs and bytes read are those of a token after"
+        f" {LENGTH}.",
         grid(head, lines),
         f"{document['seconds']:.0f} s, peak memory {document['peak_rss_bytes'] / 2**30:.2f} GiB.",
     ]
@@ -165,14 +197,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--gated", type=int, default=128, help="those of them that Taylor's gradients see")
     parser.add_argument("--rows", type=int, default=16, help=f"rows of {LENGTH} tokens of each test text")
     parser.add_argument("--only", action="append", choices=[one.name for one in VARIANTS], help="variant; repeatable")
+    parser.add_argument("--amounts", type=float, nargs="*", default=AMOUNTS, help="shares of block parameters that go")
     parser.add_argument("--protect", default="ends", help="the pass's option")
     parser.add_argument("--results", type=Path, default=HERE / "results")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     start = time.perf_counter()
     bench = Bench(options.texts, options.work, options.sequences, options.rows)
-    passes = {amount: Prune(amount=amount, protect=options.protect) for amount in AMOUNTS}
-    drafts = {amount: pass_.draft(bench.original) for amount, pass_ in passes.items()}
+    variants = [one for one in VARIANTS if not options.only or one.name in options.only]
+    drafts = bench.drafts(options.amounts, variants, options.protect)
     first = next(iter(drafts.values()))
     document: dict[str, Any] = {
         **machine_facts(),
@@ -186,14 +219,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "total_parameters": bench.original.parameter_count,
         "rows": [],
     }
+    asks = [value for _, value in asked(bench.original)]
     with bench.console.step("dense"):
         document["dense"] = bench.measure(bench.original)
-    made = bench.cuts(drafts, [one for one in VARIANTS if not options.only or one.name in options.only], options.gated)
+    made = bench.cuts(drafts, variants, options.gated)
     for (amount, name), cuts in sorted(made.items(), key=lambda item: (item[0][1] != VARIANTS[0].name, item[0][0])):
         with bench.console.step(f"{name} at {amount:.0%}"):
             program = Pruner(bench.original).run(cuts)
             found = bench.measure(program)
         removed = sum(cut.parameters for cut in cuts)
+        layers = {cut.group.block.layer for cut in cuts}
         row = {
             "amount": amount,
             "variant": name,
@@ -201,6 +236,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "removed_parameters": removed,
             "parameters": program.parameter_count,
             "perplexity": found,
+            "layers": {str(n): sum(c.parameters for c in cuts if c.group.block.layer == n) for n in sorted(layers)},
+            **{name: value / dense for (name, value), dense in zip(asked(program), asks, strict=True)},
         }
         document["rows"].append(row)
         document["seconds"] = time.perf_counter() - start

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
+from copy import copy
 from typing import Any
 
 import torch
@@ -39,6 +40,13 @@ class Stream:
         for row in range(len(calibration.tokens)):
             given = (part[row : row + 1].to(device) for part in (calibration.tokens, calibration.positions))
             self._held.append(dict(zip(nodes, (*given, *rest), strict=True)))
+
+    def fork(self, rows: int | None = None) -> Stream:
+        """Return another stream of the first ``rows`` sequences (all of them) from here on, replacements included."""
+        other = copy(self)
+        other._held = [dict(held) for held in self._held[:rows]]
+        other._instead = dict(self._instead)
+        return other
 
     def replace(self, node: Node, source: Node, function: Callable[[Tensor], Tensor]) -> None:
         """From here on compute ``node``, which is still to come, as a function of ``source``, which it reads."""

@@ -99,6 +99,10 @@ def _costs(done: m.ConvertDocument) -> str:
     for context, ms in sorted(after.decode_ms.items()):
         was = before.decode_ms.get(context)
         rows.append((f"milliseconds a token at {context}, predicted", number(was), number(ms), ratio(ms, was)))
+    for context, ms in sorted(after.prefill_ms.items()):
+        was = before.prefill_ms.get(context)
+        told = number(was / 1000) if was is not None else "-"
+        rows.append((f"seconds a prompt of {context}, predicted", told, number(ms / 1000), ratio(ms, was)))
     if done.measured is not None:
         rows.append(("disk", "", size(done.measured.disk_bytes), ""))
         rows.append(("peak memory of the conversion", "", size(done.measured.peak_rss_bytes), ""))

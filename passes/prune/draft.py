@@ -48,7 +48,10 @@ class Draft:
 
 @dataclass
 class Drafter:
-    """Makes the draft of one program; ``spec`` is the pass's spec string, for messages."""
+    """Makes the draft of one program, with a uniform spread; ``spec`` is the pass's spec string, for messages.
+
+    Where the pass ``searches`` for another spread, groups that a uniform one leaves alone are there too.
+    """
 
     program: Program
     spec: str
@@ -57,6 +60,7 @@ class Drafter:
     multiple: int
     protect: str
     alike: bool
+    searches: bool
 
     def __post_init__(self) -> None:
         """Find the blocks and what is protected."""
@@ -91,9 +95,10 @@ class Drafter:
             found = self._each(AttentionBlock, self._heads)
             self._require(wanted, found, 0, total)
             heads = spread(found, wanted, self.multiple, alike=self.alike)
-        elif self.unit == "auto" and self.amount >= HEADS_FROM:
+        elif self.unit == "auto" and (self.amount >= HEADS_FROM or self.searches):
             found = [group for group in self._each(AttentionBlock, self._heads) if group.kind == "kv_groups"]
-            heads = [Task(group, max(1, round(HEADS_SHARE * group.units))) for group in found]
+            share = HEADS_SHARE if self.amount >= HEADS_FROM else 0
+            heads = [Task(group, max(1, round(share * group.units)) if share else 0) for group in found]
         gone = sum(task.cost for task in heads)
         if self.unit != "heads" and (channels or heads):
             self._require(wanted, channels, gone, total)

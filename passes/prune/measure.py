@@ -8,7 +8,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 from torch.fx import Node
-from torch.nn.functional import linear
 
 from memc.analysis.stream import Stream
 from memc.errors import MemcError
@@ -48,6 +47,9 @@ def choose(
     original = Stream(program, calibration)
     followers = [Follower(program, calibration)] if refits else []
     for index in in_order(tasks):
+        if not tasks[index].count:
+            cuts[index] = Cut(tasks[index].group, ())
+            continue
         found = moments_of(original, tasks[index].group, followers, gram=score == "obs")[-1]
         cuts[index] = cut_by(program, tasks[index], found, score, gates[index] if gates else None, refits=refits)
         for follower in followers:
@@ -63,11 +65,11 @@ def in_order(tasks: Sequence[Task]) -> list[int]:
 def cut_by(program: Program, task: Task, moments: Moments, score: str, gates: Tensor | None, *, refits: bool) -> Cut:
     """Choose what goes from one group by a score, and fit what stays; ``gates`` are its Taylor scores by channel."""
     group = task.group
-    weight, bias = _exit_weight(program, group.exit)
+    weight, bias = exit_weight(program, group.exit)
     if score == "obs":
         removed = eliminate(task, weight, moments)
     else:
-        removed = lowest(task, _units(group, weight, score, moments, gates))
+        removed = lowest(task, unit_scores(group, weight, score, moments, gates))
     cut = Cut(group, removed, refits or score == "flap")
     if not cut.biased or not cut.removed:
         return cut
@@ -75,8 +77,8 @@ def cut_by(program: Program, task: Task, moments: Moments, score: str, gates: Te
     return replace(cut, fit=refit(weight, moments, kept) if refits else compensate(weight, bias, moments, kept))
 
 
-def _units(group: Group, weight: Tensor, score: str, moments: Moments, gates: Tensor | None) -> Tensor:
-    """Score the units of a group."""
+def unit_scores(group: Group, weight: Tensor, score: str, moments: Moments, gates: Tensor | None) -> Tensor:
+    """Score the units of a group; ``gates`` are its Taylor scores by channel."""
     if score == "magnitude":
         return scores.magnitude(group)
     if gates is not None:
@@ -121,14 +123,7 @@ class Follower:
         """Let what follows see a cut, which must have been fitted."""
         if not cut.removed:
             return
-        assert cut.fit is not None
-        fit, kept = cut.fit, torch.nonzero(cut.columns)[:, 0]
-
-        def cut_exit(x: Tensor) -> Tensor:
-            at = kept.to(x.device)
-            return linear(x[..., at], fit.weight.to(x), fit.bias.to(x))
-
-        self._stream.replace(cut.group.exit, linear_input(cut.group.exit), cut_exit)
+        self._stream.replace(cut.group.exit, linear_input(cut.group.exit), cut.exit_function())
 
 
 def influence(program: Program, groups: Groups, layers: Sequence[Sequence[Branch]], calibration: Calibration) -> Tensor:
@@ -185,7 +180,7 @@ def moments_of(original: Stream, group: Group, followers: Sequence[Follower], *,
     return [own, *theirs]
 
 
-def _exit_weight(program: Program, exit_: Node) -> tuple[Tensor, Tensor | None]:
+def exit_weight(program: Program, exit_: Node) -> tuple[Tensor, Tensor | None]:
     """Return the weight ``[out, in]`` and bias of a projection."""
     weight, bias, outs, _ = linear_parts(exit_)
     value = get_tensor(program.module, str(weight.target)).detach()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from memc.errors import MemcError
 from memc.passes.prune import measure
+from memc.passes.prune.allocate import allocate
+from memc.passes.prune.details import Done
 from memc.passes.prune.draft import Draft, Drafter, Layer, spaced
 from memc.passes.prune.rewrite import Cut, Pruner
 from memc.pipeline import Calibration, Pass, PassReport, Plan, Site, option
@@ -43,6 +45,11 @@ class Prune(Pass):
     next gives more, or with ``alike`` none does, and the sum is less exact. Block parameters are the
     weights and biases of the projections of attention and feed-forward blocks.
 
+    With ``allocate=search`` each block gives what the model misses least by dynamic programming over the sizes that it
+    can have, of channels and, with ``unit=auto``, key-value heads: :mod:`memc.passes.prune.curves` tells what each size
+    is expected to lose. The result has no more parameters, FLOPs and bytes to read for a token (after ``length``) than
+    a uniform spread, which is what planning without calibration text shows.
+
     What is lost can be recovered: a conversion with data trains adapters on the projections that are left.
 
     Identity setting: ``amount=0``, bit for bit. Beyond, the perplexity ratio is measured and nothing is promised.
@@ -73,6 +80,9 @@ class Prune(Pass):
     refit: bool = option(True, "fit the projections behind what was removed, by least squares")
     round: int = option(64, "channels stay in multiples of this", unit="channels", min=1)
     alike: bool = option(False, "every layer loses as much, to the nearest round, so that it can be exported")
+    allocate: str = option(
+        "uniform", "each block gives the same share, or what a search finds best", choices=("uniform", "search")
+    )
     protect: str = option("ends", "layers that stay as they are: ends (first and last), none, or a list [0,28,29]")
     sequences: int = option(128, "most calibration sequences", unit="sequences", min=1)
     length: int = option(512, "tokens of a calibration sequence", unit="tokens", min=2)
@@ -83,6 +93,15 @@ class Prune(Pass):
         if self.protect not in ("ends", "none") and not _LAYERS.fullmatch(self.protect):
             where, hint = f"{self.name}:protect={self.protect}", f"write {self.name}:protect=[0,28,29]"
             raise MemcError("E203", "option 'protect' is ends, none or a list of layers", where, hint)
+        if self.allocate == "search":
+            for option_, value, clashes in (
+                ("unit", self.unit, self.unit == "layers"),
+                ("refit", "false", not self.refit),
+                ("alike", "true", self.alike),
+            ):
+                if clashes:
+                    reason = f"allocate=search weighs what refitted blocks of any size lose, and {option_}={value}"
+                    raise MemcError("E203", reason, self.spec, f"leave out allocate=search or {option_}={value}")
 
     def calibrates(self) -> tuple[int, int] | None:
         """Ask for sequences where the score or the refit looks at what the model does."""
@@ -101,22 +120,27 @@ class Prune(Pass):
 
     def apply(self, program: Program, plan: Plan) -> tuple[Program, PassReport]:
         """Choose what goes and remove it."""
-        draft = self.draft(program)
+        draft, allocation = self.draft(program), None
         if plan.calibration is not None:
             measure.require_usable(plan.calibration, draft.tasks, refits=self.refit)
+            if self.allocate == "search" and self.amount:
+                allocation = allocate(program, draft.tasks, plan.calibration, self.score, self.round, self.length)
+                draft = replace(draft, tasks=allocation.tasks)
         layers, influence = self._layers(program, draft, plan.calibration)
         cuts = self._cuts(program, draft, plan.calibration)
         result = Pruner(program).run(cuts, [branch for layer in layers for branch in layer.branches])
-        details = self._details(draft, cuts, layers, plan.calibration)
-        for number, value in influence.items():
-            details.setdefault(str(number), {})["block_influence"] = value
+        done = Done(draft, cuts, layers, influence, allocation)
+        details = done.details(self._chosen_by(plan.calibration), plan.calibration)
         sites, recovers = _sites(draft, layers), self.amount > 0
         report = PassReport(plan.spec, sites, plan.rejections, plan.relations, details=details, recovers=recovers)
         return result, report
 
     def draft(self, program: Program) -> Draft:
         """Settle how much goes where; needs no weights."""
-        return Drafter(program, self.spec, self.amount, self.unit, self.round, self.protect, self.alike).draft()
+        searches = self.allocate == "search"
+        return Drafter(
+            program, self.spec, self.amount, self.unit, self.round, self.protect, self.alike, searches
+        ).draft()
 
     def _layers(
         self, program: Program, draft: Draft, calibration: Calibration | None
@@ -136,36 +160,10 @@ class Prune(Pass):
             return measure.choose_evenly(draft.tasks, biased=self.refit or self.score == "flap")
         return measure.choose(program, draft.tasks, calibration, self.score, refits=self.refit)
 
-    def _details(
-        self, draft: Draft, cuts: Sequence[Cut], layers: Sequence[Layer], calibration: Calibration | None
-    ) -> dict[str, Any]:
-        removed = sum(cut.parameters for cut in cuts) + sum(layer.cost for layer in layers)
-        details: dict[str, Any] = {
-            "total": {
-                "block_parameters": draft.parameters,
-                "removed_parameters": removed,
-                "removed_share": removed / max(draft.parameters, 1),
-                "new_bias_parameters": sum(cut.new_bias for cut in cuts),
-                "chosen_by": _chosen_by(self, calibration),
-            }
-        }
-        if calibration is not None:
-            details["total"]["calibration"] = f"{calibration.tokens.numel()} tokens: {calibration.origin}"
-        for cut in cuts:
-            group = cut.group
-            facts = details.setdefault(str(group.block.layer), {})
-            facts[group.kind] = f"{group.units} -> {group.units - len(cut.removed)}"
-            facts[f"{group.kind}_group"] = group.describe()
-            facts[f"{group.kind}_removed"] = list(cut.removed)
-        for layer in layers:
-            details.setdefault(str(layer.number), {})["layer"] = "removed"
-        return details
-
-
-def _chosen_by(pass_: Prune, calibration: Calibration | None) -> str:
-    if calibration is None and pass_.calibrates() is not None:
-        return "even spacing, for want of calibration text"
-    return "block influence" if pass_.unit == "layers" else pass_.score
+    def _chosen_by(self, calibration: Calibration | None) -> str:
+        if calibration is None and self.calibrates() is not None:
+            return "even spacing, for want of calibration text"
+        return "block influence" if self.unit == "layers" else self.score
 
 
 def _sites(draft: Draft, layers: Sequence[Layer]) -> tuple[Site, ...]:

@@ -309,6 +309,7 @@ def predicted(saving: int) -> m.Predicted:
         flops_by_context={512: 2.9e8, 4096: 4.1e8},
         bytes_read_per_token={512: 5.4e8, 4096: 7.3e8},
         decode_ms={512: 14.2, 4096: 21.7 / saving},
+        prefill_ms={512: 2150.0, 4096: 26_400.0 / saving},
         state_bytes={512: 23_592_960, 4096: 188_743_680 // saving, 32768: 1_509_949_440 // saving},
         weight_bytes=538_060_032,
         peak_rss_bytes=1_900_000_000,
@@ -322,6 +323,7 @@ def curve(saving: int) -> m.ByContext:
     return m.ByContext(
         bytes_read_per_token={n: 5.4e8 + 46_080 * n / saving for n in contexts},
         decode_ms={n: 14.2 + n / 1000 / saving for n in contexts},
+        prefill_ms={n: 4.0 * n + n * n / 4000 / saving for n in contexts},
         state_bytes={n: 46_080 * n // saving for n in contexts},
     )
 

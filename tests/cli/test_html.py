@@ -120,9 +120,10 @@ def test_costs_at_a_context_stand_there_without_a_script() -> None:
 
 
 def test_costs_are_drawn_over_the_context() -> None:
-    state, read, time = figures(render(report()), of="context")
+    state, read, time, prompt = figures(render(report()), of="context")
     assert "original: 5.625 at context 128, 5760 at context 131072" in alternative(state)
     assert "converted" in alternative(read) and "converted" in alternative(time)
+    assert "original: 0.5161 at context 128" in alternative(prompt)
     line = state.find(".//polyline")
     assert line is not None
     points = [float(point.split(",")[0]) for point in line.get("points", "").split()]
