@@ -420,6 +420,7 @@ CASES: dict[str, Callable[[], Program]] = {
     "attention, chunk": lambda: attention(chunk=4),
     "sparse": lambda: sparse_attention(layers=2),
     "sparse, moments, guarded": lambda: sparse_attention(method="moments", dense_below=7, groups=6),
+    "sparse, by means": lambda: sparse_attention(method="hcam", rerank=2),
     "sparse, by channels": lambda: sparse_attention(method="lowbit", channels=3, layers=2, dense_below=5),
     "sparse, by channels, again": lambda: sparse_attention(
         method="lowbit", channels=2, rerank=2, groups=3, page=3, budget=9, window=4, sink_logits=True, lse=True
