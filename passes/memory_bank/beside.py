@@ -43,19 +43,52 @@ def add_beside(
     ``read`` gets ``x [B,T,C]`` beside ``inputs``, whatever the shape that the block sees, and returns ``[B,T,C]``.
     Where that is all zeros the output stays as it is, bit for bit. Functions of equal ``key`` are the same.
     """
-    flat = len(shape(block.output)) == 2
-    tokens = editor.program.placeholders()[0]
 
     def added(t: Values) -> tuple[Tensor, ...]:
-        output = t["output"]
-        x = t["x"].unflatten(0, (t["tokens"].shape[0], -1)) if flat else t["x"]
-        made = read({**t, "x": x})
-        made = made.flatten(0, 1) if flat else made
-        return (output + (made if made.dtype == output.dtype else made.to(output.dtype)),)
+        return (total(t["output"], read(t)),)
 
-    given = {"x": block.input, "output": block.output, **({"tokens": tokens} if flat else {}), **inputs}
-    (total,) = editor.insert(added, given, block.output.next, block.path, key)
-    block.output.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
+    replace_output(editor, block, added, {"x": block.input}, inputs, key)
+
+
+def replace_output(
+    editor: Editor,
+    block: FeedForwardBlock,
+    rewrite: Callable[[Values], tuple[Tensor, ...]],
+    activations: Mapping[str, Node],
+    inputs: Mapping[str, Node],
+    key: Hashable,
+) -> tuple[Node, ...]:
+    """Put what ``rewrite`` gives first in the place of a block's output, and return the nodes of what it gives beside.
+
+    It gets ``output`` and ``activations`` as ``[B,T,...]``, whatever the shape that the block sees, beside ``inputs``.
+    """
+    seen = {"output": block.output, **activations}
+    flat = {name for name, node in seen.items() if len(shape(node)) == 2}
+
+    def rewritten(t: Values) -> tuple[Tensor, ...]:
+        rows = {name: t[name].unflatten(0, (t["tokens"].shape[0], -1)) for name in flat}
+        output, *rest = rewrite({**t, **rows})
+        return (output.flatten(0, 1) if "output" in flat else output, *rest)
+
+    tokens = {"tokens": editor.program.placeholders()[0]} if flat else {}
+    made, *rest = editor.insert(rewritten, {**seen, **tokens, **inputs}, block.output.next, block.path, key)
+    inside = {made, *_between(block.output, made)}
+    block.output.replace_all_uses_with(made, delete_user_cb=lambda user: user not in inside)
+    return tuple(rest)
+
+
+def _between(first: Node, last: Node) -> set[Node]:
+    """Return the nodes that follow ``first``, up to ``last``, in the order of the graph."""
+    found, node = set(), first.next
+    while node is not last:
+        found.add(node)
+        node = node.next
+    return found
+
+
+def total(output: Tensor, made: Tensor) -> Tensor:
+    """Return the sum of a block's output and of what a memory made, in the output's type."""
+    return output + (made if made.dtype == output.dtype else made.to(output.dtype))
 
 
 def add_last_state(editor: Editor, spec: StateSpec) -> Node:

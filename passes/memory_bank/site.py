@@ -19,6 +19,7 @@ from memc.passes.memory_bank.beside import ROOT, Inserted
 from memc.passes.memory_bank.engram import Engram
 from memc.passes.memory_bank.fetched import fetched_name, insert_fetched
 from memc.passes.memory_bank.product_keys import ProductKeys
+from memc.passes.memory_bank.side import Side
 from memc.pipeline import Pass, PassReport, Plan, Rejection, Site, option
 from memc.program import Program, named_tensors
 from memc.raising import find_blocks
@@ -29,11 +30,13 @@ from memc.target import Target
 
 _RANKS = re.compile(r"[0-9]+(:[0-9]+)*")
 _LISTED = re.compile(r"\[\s*[0-9]+\s*(,\s*[0-9]+\s*)*\]")
+_ONE = re.compile(r"\[\s*[0-9]+\s*\]")
 
 KINDS: dict[str, tuple[str, ...]] = {
     "ffn": ("ranks",),
     "pkm": ("slots", "heads", "row", "top"),
     "engram": ("slots", "heads", "row", "ngram"),
+    "side": (),
 }
 """The options that each kind has beside ``layers``."""
 
@@ -55,12 +58,16 @@ class MemoryBank(Pass):
     ``kind=engram``: a table for each length of n-gram up to ``ngram`` and each of ``heads`` hashes, each of ``slots``
     rows of ``row`` channels, read at a hash of the last tokens (arXiv 2601.07372). The state carries those tokens.
 
-    The parameters of the last two are new and float32, called ``memc.memory_bank.*``; training teaches them the text,
-    all else frozen. Where a sequence is cut into calls changes nothing.
+    ``kind=side``: a side copy of the down projection of one block (``auto``: five sixths of the way up), which a
+    sequence is routed to from the token on at which the copy gives something that differs by more than a threshold
+    (WISE, arXiv 2405.14768). Editing gives it its values, not training; the state carries whether one is routed.
+
+    The parameters of the last three are new and float32, called ``memc.memory_bank.*``; training teaches the tables the
+    text, all else frozen. Where a sequence is cut into calls changes nothing.
 
     Identity setting: blocks of zeros, or of down projections that are zero; output projections that are zero, as they
-    are before training. What is added is a zero then, so that every output is that of the original, bit for bit, in any
-    precision; the conversion checks it.
+    are before training; a copy that has not been edited. What is added is a zero then, or nothing, so that every output
+    is that of the original, bit for bit, in any precision; the conversion checks it.
 
     Does not handle:
 
@@ -96,6 +103,9 @@ class MemoryBank(Pass):
             own = spec.name in ("kind", "layers", *KINDS[self.kind])
             if not own and (value := getattr(self, spec.name)) != spec.default:
                 raise MemcError("E203", f"kind={self.kind} has no {spec.name}", f"{self.name}:{spec.name}={value}")
+        if self.kind == "side" and self.layers != "auto" and not _ONE.fullmatch(self.layers):
+            hint = "write layers=[25]"
+            raise MemcError("E203", "kind=side takes one layer", f"{self.name}:layers={self.layers}", hint)
         if self.kind == "pkm" and (isqrt(self.slots) ** 2 != self.slots or self.top > isqrt(self.slots)):
             reason = "the rows of product keys are a square, and a query reads at most its root of them"
             raise MemcError("E203", reason, f"{self.name}:slots={self.slots},top={self.top}", "slots=65536,top=32")
@@ -158,6 +168,8 @@ class MemoryBank(Pass):
                 engram = Engram(self.slots, self.heads, self.ngram, self.row)
                 recent: list[Node] = [engram.recent(editor, blocks[0])]
                 return [engram.insert(editor, block, index, recent[0]) for index, block in enumerate(blocks)]
+            case "side":
+                return [Side().insert(editor, block) for block in blocks]
             case _:
                 return [insert_fetched(editor, block, self.units) for block in blocks]
 
@@ -170,7 +182,8 @@ class MemoryBank(Pass):
             return set(known)
         if self.layers == "auto":  # 1 and 15 of 30, and 4, 12 and 20 of 24, are those of the papers
             count, first = len(able), 0 if len(able) < 2 else 1
-            places = (first, count // 2) if self.kind == "engram" else (count // 6, count // 2, 5 * count // 6)
+            usual = {"engram": (first, count // 2), "side": (5 * count // 6,)}
+            places = usual.get(self.kind, (count // 6, count // 2, 5 * count // 6))
             return {sorted(able)[place] for place in places} if able else set()
         named = {int(number) for number in re.findall("[0-9]+", self.layers)}
         if missing := sorted(named - set(known)):

@@ -19,7 +19,7 @@ from memc.dialect.bank_ffn import ACTIVATIONS
 from memc.dialect.sparse_attention import description
 from memc.infer import infer
 from memc.passes.memory_bank import MemoryBank
-from memc.program import InputSpec, ModelInfo, OutputSpec, Program, StateSpec, get_tensor, set_tensor
+from memc.program import InputSpec, ModelInfo, OutputSpec, Program, StateSpec, set_tensor
 from memc.target import get_target
 
 VOCAB = 37
@@ -385,13 +385,13 @@ def memory(kind: str, **options: Any) -> Program:
     """A llama-like decoder with a memory of a kind in every layer, its values drawn where they come as zeros."""
     program = llama("attention")
     infer(program)
-    pass_ = MemoryBank(kind=kind, layers="all", **options)
-    result, report = pass_.apply(program, pass_.plan(program, get_target("cpu")))
+    pass_ = MemoryBank(kind=kind, **{"layers": "all", **options})
+    result, _ = pass_.apply(program, pass_.plan(program, get_target("cpu")))
     random = torch.Generator().manual_seed(1)
-    for name in report.learns:
-        value = get_tensor(result.module, name)
-        if not value.any():
-            set_tensor(result.module, name, 0.5 * torch.randn(value.shape, generator=random))
+    for name, value in list(result.module.named_parameters()):
+        if name.startswith("memc.") and not value.any():
+            drawn = torch.randn(value.shape, generator=random)
+            set_tensor(result.module, name, drawn.abs() if name.endswith("threshold") else 0.5 * drawn)
     return result
 
 
@@ -431,6 +431,7 @@ CASES: dict[str, Callable[[], Program]] = {
     "llama, window": lambda: llama(softcap=3.0),
     "llama, dense": lambda: llama("attention"),
     "llama, product keys": lambda: memory("pkm", slots=64, heads=2, top=3, row=5),
+    "llama, side copy": lambda: memory("side", layers="[1]"),
     "llama, engram": lambda: memory("engram", slots=50, heads=2, row=5),
 }
 """Every dialect op, with the options that take forms of their own."""

@@ -7,17 +7,22 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.fx import Interpreter
 
+from memc.blocks import FeedForwardBlock
 from memc.cost import demands
 from memc.dialect import arguments
 from memc.errors import MemcError
 from memc.passes.memory_bank import MemoryBank
-from memc.passes.memory_bank.beside import columns
+from memc.passes.memory_bank.beside import ROOT, columns
 from memc.passes.memory_bank.engram import Engram, recent_tokens
 from memc.passes.memory_bank.product_keys import HALF, ProductKeys
+from memc.passes.memory_bank.side import routed
 from memc.pipeline import PassReport, parse_spec
 from memc.plugins import load_kernels
 from memc.program import Program, get_tensor, set_tensor
+from memc.raising import find_blocks
+from memc.raising.feed_forward import linear_input
 from memc.relation import Bounded, Exact
 from memc.verify import split_invariance, well_formed
 from tests.core.test_families import EXPECTED, raised
@@ -29,27 +34,29 @@ load_kernels()
 KINDS: dict[str, dict[str, Any]] = {
     "pkm": {"kind": "pkm", "slots": 16, "heads": 2, "top": 3, "row": 5},
     "engram": {"kind": "engram", "slots": 30, "heads": 2, "ngram": 3, "row": 4},
+    "side": {"kind": "side"},
 }
+LEARNING = [kind for kind in KINDS if kind != "side"]
 
 
 def inserted(program: Program, kind: str, **options: Any) -> tuple[Program, PassReport]:
-    pass_ = MemoryBank(**{**KINDS[kind], "layers": "all", **options})
+    pass_ = MemoryBank(**{**KINDS[kind], "layers": "[1]" if kind == "side" else "all", **options})
     return pass_.apply(program, pass_.plan(program, TARGET))
 
 
-def taught(program: Program, report: PassReport, seed: int = 3) -> Program:
+def taught(program: Program, seed: int = 3) -> Program:
     """The program with drawn values for what is zero when a memory comes."""
     random, result = torch.Generator().manual_seed(seed), program.copy()
-    for name in report.learns:
-        if not (value := get_tensor(program.module, name)).any():
+    for name, value in program.module.named_parameters():
+        if name.startswith(ROOT) and not name.endswith("threshold") and not value.any():
             set_tensor(result.module, name, 0.3 * torch.randn(value.shape, generator=random))
     return result
 
 
 def check_equal(program: Program, kind: str) -> None:
     memory, report = inserted(program, kind)
-    assert report.learns and not well_formed(memory)
-    loud = taught(memory, report)
+    assert bool(report.learns) == (kind in LEARNING) and not well_formed(memory)
+    loud = taught(memory)
     for batch, length in ((1, 1), (3, 7)):
         tokens = torch.randint(3, 90, (batch, length), generator=torch.Generator().manual_seed(length))
         before = run(program, tokens)
@@ -70,12 +77,12 @@ def test_every_bit_stays_when_a_memory_comes(name: str, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_pieces_padding_and_rows_alone_give_the_same(kind: str) -> None:
-    program = taught(*inserted(tiny(), kind))
+    program = taught(inserted(tiny(), kind)[0])
     assert split_invariance(program, tokens_of(3, 8)).passed
 
 
 def test_a_memory_that_forgets_the_last_tokens_shows() -> None:
-    program = taught(*inserted(tiny(), "engram"))
+    program = taught(inserted(tiny(), "engram")[0])
     *others, output = program.module.graph.output_node().args[0]
     name = program.states[-1].name
     (past,) = [node for node in program.placeholders() if node.target == name]
@@ -118,6 +125,42 @@ def test_rows_of_an_ngram_are_hashed_as_written() -> None:
     wanted = [two % 47, 47 + two % 53, 47 + 53 + three % 59, 47 + 53 + 59 + three % 61]
     assert engram.rows(torch.tensor([[recent]]), 1).tolist() == [[wanted]]
     assert int(engram.rows(torch.full((1, 1, 3), 2**31 - 2), 0).min()) >= 0, "the largest number there is stays whole"
+
+
+def test_a_sequence_is_routed_from_the_token_on_that_is_about_an_edit() -> None:
+    """Rows with padding anywhere, two sequences in a row, and a sequence that goes on, cut at any place."""
+    positions = torch.tensor([[0, 1, 2, 3, 4, 5], [-1, 0, -1, 1, 2, -1], [0, 1, 2, 0, 1, 2], [4, 5, 0, 1, -1, 2]])
+    over = torch.tensor([[0, 0, 1, 0, 0, 0], [1, 0, 1, 1, 0, 1], [0, 1, 0, 0, 0, 1], [0, 0, 0, 1, 0, 0]]).bool()
+    over &= positions >= 0  # of padding nothing is asked
+    wanted = [[0, 0, 1, 1, 1, 1], [None, 0, None, 1, 1, None], [0, 1, 1, 0, 0, 1], [1, 1, 0, 1, None, 1]]
+    for cut in range(7):
+        past, found = torch.tensor([[0], [0], [0], [1]]), []
+        for part, at in zip(over.tensor_split([cut], 1), positions.tensor_split([cut], 1), strict=True):
+            if part.shape[1]:
+                made, past = routed(part, at, past)
+                found.append(made)
+        for row, expected in zip(torch.cat(found, 1).tolist(), wanted, strict=True):
+            assert all(want is None or got == bool(want) for got, want in zip(row, expected, strict=True)), cut
+        assert past.tolist() == [[1], [1], [1], [1]]
+
+
+def test_what_is_not_routed_is_the_original_bit_for_bit() -> None:
+    """Of a batch the sequences whose activation difference reaches the threshold are changed, from there on."""
+    memory, _ = inserted(tiny(), "side")
+    loud, tokens = taught(memory), tokens_of(4, 9)
+    plain, positions = tiny(), torch.arange(9).expand(4, 9)
+    (block,) = [b for b in find_blocks(plain) if isinstance(b, FeedForwardBlock) and b.layer == 1]
+    values = Interpreter(plain.module, garbage_collect_values=False)
+    with torch.no_grad():
+        values.run(tokens, positions, *plain.new_state(4))
+        size = (values.env[linear_input(block.down)] @ get_tensor(loud.module, f"{ROOT}.1.change").T).norm(dim=-1)
+    order = size.amax(1).sort().values
+    set_tensor(loud.module, f"{ROOT}.1.threshold", (order[1] + order[2]).view(1) / 2)
+    over = (size > get_tensor(loud.module, f"{ROOT}.1.threshold")).cummax(1).values
+    assert over.any(1).sum() == 2 and not over[:, 0].all()
+    before, after = run(plain, tokens), run(loud, tokens)
+    same = (before == after).all(-1)
+    assert torch.equal(same, ~over)
 
 
 @pytest.mark.parametrize("width", [6, 11])
@@ -176,7 +219,7 @@ def test_the_report_says_what_came_and_what_holds() -> None:
     )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LEARNING)
 def test_a_larger_table_costs_a_token_no_more_bytes(kind: str) -> None:
     read = {}
     for slots in (16, 64 * 64):
@@ -208,7 +251,7 @@ def test_layers_that_are_usual_for_a_kind() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_memory_a_model(kind: str) -> None:
-    for other in ({"ranks": "4"}, KINDS["pkm"], KINDS["engram"]):
+    for other in ({"ranks": "4"}, *KINDS.values()):
         first = MemoryBank(**{**other, "layers": "[0]"})
         program = first.apply(tiny(), first.plan(tiny(), TARGET))[0]
         plan = MemoryBank(**{**KINDS[kind], "layers": "[1]"}).plan(program, TARGET)
@@ -226,6 +269,9 @@ def test_one_memory_a_model(kind: str) -> None:
         "kind=engram,top=4",
         "kind=engram,ngram=1",
         "slots=64",
+        "kind=side,slots=64",
+        "kind=side,layers=all",
+        "kind=side,layers=[0,1]",
         "kind=other",
     ],
 )
