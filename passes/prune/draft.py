@@ -63,6 +63,7 @@ class Drafter:
     protect: str
     protect_heads: str
     alike: bool
+    of: str
     searches: bool
 
     def __post_init__(self) -> None:
@@ -82,18 +83,20 @@ class Drafter:
     def draft(self) -> Draft:
         """Settle how much goes where. Raises ``MemcError`` E203 where the amount leaves no legal shape."""
         total = block_parameters(self.program, self.groups.blocks)
-        wanted = self.amount * total
+        open_ = tuple(block for block in self.groups.blocks if block.layer not in self._protected)
+        base = total if self.of == "model" else block_parameters(self.program, open_)
+        wanted = self.amount * base
         tasks, removals, count = list[Task](), list[Removal](), 0
         if self.unit in REMOVED:
             removals = self._layers() if self.unit == "layers" else self._blocks(BLOCKS[self.unit])
-            count = self._count(removals, wanted, total)
+            count = self._count(removals, wanted, base)
         elif self.unit == "auto" and self.score == "2ssp":
             removals = self._blocks(AttentionBlock)
             count = self._attention_blocks(removals, wanted)
             gone = sum(removal.cost for removal in spaced(removals, count))
-            tasks = self._checked([], self._each(FeedForwardBlock, self._channels), gone, wanted, total)
+            tasks = self._checked([], self._each(FeedForwardBlock, self._channels), gone, wanted, base)
         else:
-            tasks = self._tasks(wanted, total)
+            tasks = self._tasks(wanted, base)
         if self.amount and tasks and not count and not any(task.count for task in tasks):
             reason = f"amount={self.amount} is less than half of a step: it would remove nothing"
             raise MemcError("E203", reason, self.spec, "a larger amount, or a smaller round")

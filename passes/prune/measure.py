@@ -56,6 +56,28 @@ def choose(
     return [cuts[index] for index in range(len(tasks))]
 
 
+def choose_apart(
+    program: Program, tasks: Sequence[Task], calibration: Calibration | None, score: str, *, refits: bool
+) -> Iterator[Cut]:
+    """Choose for each group as if it were the only one, in the order of the graph: the original runs once for all.
+
+    Without calibration as much goes, evenly spaced.
+    """
+    if calibration is None:
+        yield from choose_evenly([tasks[index] for index in in_order(tasks)], biased=refits or score == "flap")
+        return
+    gates = scores.taylor(program, [task.group for task in tasks], calibration) if score == "taylor" else []
+    original = Stream(program, calibration)
+    for index in in_order(tasks):
+        group = tasks[index].group
+        entry, exit_ = linear_input(group.exit), group.exit
+        where = f"layer {group.block.layer} {group.block.path}".strip()
+        found = Moments(len(group.columns), gram=score == "obs" or refits, where=where, targets=hints(exit_)[-1])
+        for seen in original.advance(exit_, {entry, exit_}):
+            found.update(seen[entry], seen[exit_])
+        yield cut_by(program, tasks[index], found, score, gates[index] if gates else None, refits=refits)
+
+
 def in_order(tasks: Sequence[Task]) -> list[int]:
     """Return the indices of tasks in the order in which a run of the graph reaches their ends."""
     return sorted(range(len(tasks)), key=lambda index: tasks[index].group.exit)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -20,6 +20,7 @@ from memc.passes.prune.rewrite import Cut, Pruner
 from memc.pipeline import Calibration, Pass, PassReport, Plan, Site, option
 from memc.program import Program
 from memc.relation import Bounded, Exact, Relation
+from memc.sites import listed
 from memc.target import Target
 
 OF_UNITS = ("obs", "wanda", "flap", "activation", "magnitude", "taylor", "2ssp")
@@ -55,7 +56,8 @@ class Prune(Pass):
     Calibration text is that of the conversion: its data, or text sampled from the original. Without it, as in planning,
     as much is removed, evenly spaced. Every block gives the same share, but for rounding: what one gives too little the
     next gives more, or with ``alike`` none does, and the sum is less exact. Block parameters are the
-    weights and biases of the projections of attention and feed-forward blocks.
+    weights and biases of the projections of attention and feed-forward blocks; ``of=layers`` counts those alone of
+    layers that are not protected, so that several such passes can give each layer an amount of its own.
 
     With ``allocate=search`` each block gives what the model misses least by dynamic programming over the sizes that it
     can have, of channels and, with ``unit=auto``, key-value heads: :mod:`memc.passes.prune.curves` tells what each size
@@ -93,6 +95,11 @@ class Prune(Pass):
     refit: bool = option(True, "fit the projections behind what was removed, by least squares")
     round: int = option(64, "channels stay in multiples of this", unit="channels", min=1)
     alike: bool = option(False, "every layer loses as much, to the nearest round, so that it can be exported")
+    of: str = option(
+        "model",
+        "what amount is a share of: the block parameters of the model, or those of the layers that are not protected",
+        choices=("model", "layers"),
+    )
     allocate: str = option(
         "uniform", "each block gives the same share, or what a search finds best", choices=("uniform", "search")
     )
@@ -152,6 +159,33 @@ class Prune(Pass):
         """Promise that a token takes no more time, where anything is removed."""
         return self.amount > 0
 
+    def offers(self) -> tuple[Prune, ...]:
+        """Offer to remove channels of single layers: a tenth or a quarter of a layer's block parameters."""
+        setting = replace(self, unit="ffn", of="layers", alike=True, protect="none", sequences=12)
+        return tuple(replace(setting, amount=amount) for amount in (0.1, 0.25))
+
+    def only(self, layers: Collection[int], present: Collection[int]) -> Prune:
+        """Return the pass protecting every other layer."""
+        return replace(self, protect=listed(set(present) - set(layers)) if set(present) - set(layers) else "none")
+
+    def one_by_one(self, program: Program, plan: Plan) -> Iterator[tuple[int, Program]]:
+        """Cut each layer alone, fitted to what it did itself: the others stay, so that there is nothing to make up for.
+
+        Raises ``MemcError`` E207 as :meth:`apply`, and ``TypeError`` where layers are weighed against each other.
+        """
+        if self.unit in REMOVED or self.allocate == "search":
+            raise TypeError(f"unit={self.unit}, allocate={self.allocate} weigh layers against each other")
+        draft, wanted = self.draft(program), {site.layer for site in plan.sites}
+        tasks = [task for task in draft.tasks if task.group.block.layer in wanted]
+        cuts = dict[int, list[Cut]]()
+        if plan.calibration is not None:
+            measure.require_usable(plan.calibration, tasks, refits=self.refit)
+        for cut in measure.choose_apart(program, tasks, plan.calibration, self._score, refits=self.refit):
+            cuts.setdefault(cut.group.block.layer, []).append(cut)
+            layer = cut.group.block.layer
+            if len(cuts[layer]) == sum(task.group.block.layer == layer for task in tasks):
+                yield layer, Pruner(program).run(cuts.pop(layer))
+
     def plan(self, program: Program, target: Target) -> Plan:
         """Settle how much of which block goes."""
         draft = self.draft(program)
@@ -202,6 +236,7 @@ class Prune(Pass):
             protect=self.protect,
             protect_heads=self.protect_heads,
             alike=self.alike,
+            of=self.of,
             searches=self.allocate == "search",
         )
 
