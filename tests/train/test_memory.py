@@ -26,6 +26,7 @@ STEPS = 16
 PASSES: dict[str, Pass] = {
     "pkm": MemoryBank(kind="pkm", slots=64, heads=2, top=4, row=8),
     "engram": MemoryBank(kind="engram", slots=200, heads=2, row=8),
+    "head": MemoryBank(kind="head", depth=2),
 }
 
 
