@@ -16,7 +16,8 @@ import resource
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,23 +30,33 @@ from torch.fx import Node
 
 from memc.analysis.stream import Stream
 from memc.cli.console import Console
+from memc.cost import demands
 from memc.data import Corpus, TokenStream, read_tokens
+from memc.evaluate.score import words_in
+from memc.evaluate.tasks import parse_tasks
 from memc.frontend import capture_source
 from memc.passes.prune import Prune, measure, scores
+from memc.passes.prune.allocate import allocate
 from memc.passes.prune.draft import Draft
 from memc.passes.prune.rewrite import Cut, Pruner
 from memc.pipeline import Calibration
 from memc.program import Program
 from memc.raising import raise_program
 from memc.runtime.text import Text
+from memc.target import get_target
 from memc.verify.relations import perplexity
 from memc.weights import materialize
+
+Key = tuple[float, Prune]
+"""An amount, and the options of what goes."""
 
 HERE = Path(__file__).parent
 NOVELS = ("emma", "mansfield-park", "persuasion", "pride-and-prejudice", "sense-and-sensibility")
 HELD_OUT = "northanger-abbey"
 AMOUNTS = (0.2, 0.25, 0.5)
 LENGTH = 512
+TASKS, RECALL = "copy,passkey,needle_single", 256
+"""What is to be recalled, in so many tokens."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +66,14 @@ class Variant:
     name: str
     score: str
     refits: bool
+    options: Prune = field(default_factory=Prune)
 
 
 VARIANTS = (
     Variant("obs, refit", "obs", True),
+    Variant("obs, refit, searched", "obs", True, Prune(allocate="search")),
+    Variant("heads", "obs", True, Prune(unit="heads")),
+    Variant("heads, none protected", "obs", True, Prune(unit="heads", protect_heads="none")),
     Variant("wanda", "wanda", False),
     Variant("flap, its bias", "flap", False),
     Variant("taylor", "taylor", False),
@@ -85,14 +100,42 @@ class Bench:
         tokens, positions = (torch.from_numpy(part) for part in corpus.sequences(LENGTH).batch(0, sequences))
         self.calibration = Calibration(tokens, positions, "five novels and the Jargon File, two to one")
         novel = read_tokens(texts / f"austen-{HELD_OUT}.txt", tokenizer).ids
+        self.words = words_in(tokenizer, self.original.model.vocab_size or tokenizer.get_vocab_size())
         self.tests = {"Austen": _rows(novel, rows), "Jargon File": _rows(jargon[len(jargon) * 9 // 10 :], rows)}
 
     def measure(self, program: Program) -> dict[str, float]:
         """Return the perplexity on each test text."""
         return {name: perplexity(program, rows) for name, rows in self.tests.items()}
 
+    def recall(self, program: Program, samples: int) -> dict[str, float]:
+        """Return the share of right answers to each task, ``samples`` of them for each depth."""
+        found: dict[str, float] = {}
+        for task in parse_tasks(TASKS) if samples else ():
+            right = [
+                bool((logits[q.start - 1 : q.stop - 1].argmax(-1) == ids[q.start : q.stop]).all())
+                for sample in task.samples(self.words, RECALL, samples, 0)
+                for ids in [torch.from_numpy(sample.ids)]
+                for logits in [program.run(ids[None])[0]]
+                for q in sample.questions
+            ]
+            found[task.spec] = sum(right) / len(right)
+        return found
+
+    def drafts(self, amounts: Sequence[float], variants: Sequence[Variant], protect: str) -> dict[Key, Draft]:
+        """Settle how much goes where, for each amount and kind of cut."""
+        found: dict[Key, Draft] = {}
+        for amount, options in product(amounts, dict.fromkeys(variant.options for variant in variants)):
+            pass_, _ = replace(options, amount=amount, protect=protect).resolve(self.original, get_target("cpu"))
+            draft = pass_.draft(self.original)
+            if pass_.allocate == "search":
+                with self.console.step(f"search {amount:.0%}"):
+                    chosen = allocate(self.original, draft.tasks, self.calibration, "obs", pass_.round, pass_.length)
+                draft = replace(draft, tasks=chosen.tasks)
+            found[amount, options] = draft
+        return found
+
     def cuts(
-        self, drafts: dict[float, Draft], variants: Sequence[Variant], gated: int
+        self, drafts: dict[Key, Draft], variants: Sequence[Variant], gated: int
     ) -> dict[tuple[float, str], list[Cut]]:
         """Make every variant's cuts at every amount in one run of the text; Taylor's gradients see ``gated`` rows."""
         made: dict[tuple[float, str], list[Cut]] = {}
@@ -103,21 +146,21 @@ class Bench:
             with self.console.step(f"gradients on {gated} sequences"):
                 gates = dict(zip(groups, scores.taylor(self.original, list(groups.values()), fewer), strict=True))
         stream = Stream(self.original, self.calibration)
-        followers = [measure.Follower(self.original, self.calibration) for _ in drafts]
+        followers = {key: measure.Follower(self.original, self.calibration) for key in drafts}
         with self.console.step(f"moments of {len(groups)} groups"):
             for exit_ in sorted(groups):
-                own, *theirs = measure.moments_of(stream, groups[exit_], followers, gram=False)
-                for (amount, draft), follower, seen in zip(drafts.items(), followers, theirs, strict=True):
-                    for task in (task for task in draft.tasks if task.group.exit is exit_):
-                        for variant in variants:
+                own, *theirs = measure.moments_of(stream, groups[exit_], list(followers.values()), gram=False)
+                for (key, draft), seen in zip(drafts.items(), theirs, strict=True):
+                    for task in (task for task in draft.tasks if task.group.exit is exit_ and task.count):
+                        for variant in (variant for variant in variants if variant.options == key[1]):
                             chosen = gates[exit_] if variant.score == "taylor" else None
                             found = seen if variant.refits else own
                             cut = measure.cut_by(
                                 self.original, task, found, variant.score, chosen, refits=variant.refits
                             )
                             if variant.refits:
-                                follower.apply(cut)
-                            made.setdefault((amount, variant.name), []).append(cut)
+                                followers[key].apply(cut)
+                            made.setdefault((key[0], variant.name), []).append(cut)
         return made
 
 
@@ -125,6 +168,12 @@ def _rows(ids: Any, count: int) -> torch.Tensor:
     """Return ``count`` rows spread evenly over a text."""
     starts = np.linspace(0, len(ids) - LENGTH, count).astype(int)
     return torch.from_numpy(np.stack([np.asarray(ids[start : start + LENGTH]) for start in starts]).astype(np.int64))
+
+
+def demanded(program: Program) -> list[tuple[str, float]]:
+    """Return what a token asks for after as many as a row has."""
+    found = demands(program, [LENGTH])[LENGTH]
+    return [("flops", found.flops), ("bytes_read", found.bytes_read)]
 
 
 def page(document: dict[str, Any]) -> str:
@@ -136,12 +185,26 @@ def page(document: dict[str, Any]) -> str:
             row["variant"],
             f"{row['removed_share']:.4f}",
             f"{row['parameters'] / 1e6:.2f} M",
+            f"{row['flops']:.3f}",
+            f"{row['bytes_read']:.3f}",
             *(f"{row['perplexity'][name] / dense[name]:.3f}" for name in names),
             *(f"{row['perplexity'][name]:.1f}" for name in names),
+            *(f"{value:.3f}" for value in row["recall"].values()),
         ]
         for row in sorted(document["rows"], key=lambda row: float(row["amount"]))
     ]
-    head = ["asked", "variant", "removed", "parameters", *(f"{n}, ratio" for n in names), *names]
+    asked = ", ".join(f"{task} {value:.3f}" for task, value in document["recall"].items())
+    head = [
+        "asked",
+        "variant",
+        "removed",
+        "parameters",
+        "FLOPs",
+        "bytes read",
+        *(f"{n}, ratio" for n in names),
+        *names,
+        *document["recall"],
+    ]
     parts = [
         "# SmolLM2-135M pruned without training",
         f"{document['cpu']}, one thread; memc at {document['commit']}. {document['calibration_tokens']} tokens of"
@@ -149,8 +212,10 @@ def page(document: dict[str, Any]) -> str:
         f" {document['test_tokens']} tokens of each text in rows of {LENGTH}. Dense: "
         + ", ".join(f"{name} {value:.2f}" for name, value in dense.items())
         + f"; {document['block_parameters'] / 1e6:.2f} M of {document['total_parameters'] / 1e6:.2f} M parameters"
-        " are in blocks. Ratios are to dense in the same run.",
+        " are in blocks. Ratios are to dense in the same run; FLOPs and bytes read are those of a token after"
+        f" {LENGTH}.",
         grid(head, lines),
+        *([f"Recall in {RECALL} tokens, dense: {asked}."] if asked else []),
         f"{document['seconds']:.0f} s, peak memory {document['peak_rss_bytes'] / 2**30:.2f} GiB.",
     ]
     return "\n\n".join(parts) + "\n"
@@ -164,15 +229,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sequences", type=int, default=128, help=f"calibration sequences of {LENGTH} tokens")
     parser.add_argument("--gated", type=int, default=128, help="those of them that Taylor's gradients see")
     parser.add_argument("--rows", type=int, default=16, help=f"rows of {LENGTH} tokens of each test text")
+    parser.add_argument("--samples", type=int, default=0, help="samples of each task of recall and depth")
     parser.add_argument("--only", action="append", choices=[one.name for one in VARIANTS], help="variant; repeatable")
+    parser.add_argument("--amounts", type=float, nargs="*", default=AMOUNTS, help="shares of block parameters that go")
     parser.add_argument("--protect", default="ends", help="the pass's option")
     parser.add_argument("--results", type=Path, default=HERE / "results")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     start = time.perf_counter()
     bench = Bench(options.texts, options.work, options.sequences, options.rows)
-    passes = {amount: Prune(amount=amount, protect=options.protect) for amount in AMOUNTS}
-    drafts = {amount: pass_.draft(bench.original) for amount, pass_ in passes.items()}
+    variants = [one for one in VARIANTS if not options.only or one.name in options.only]
+    drafts = bench.drafts(options.amounts, variants, options.protect)
     first = next(iter(drafts.values()))
     document: dict[str, Any] = {
         **machine_facts(),
@@ -186,14 +253,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "total_parameters": bench.original.parameter_count,
         "rows": [],
     }
+    asks = [value for _, value in demanded(bench.original)]
     with bench.console.step("dense"):
         document["dense"] = bench.measure(bench.original)
-    made = bench.cuts(drafts, [one for one in VARIANTS if not options.only or one.name in options.only], options.gated)
+        document["recall"] = bench.recall(bench.original, options.samples)
+    made = bench.cuts(drafts, variants, options.gated)
     for (amount, name), cuts in sorted(made.items(), key=lambda item: (item[0][1] != VARIANTS[0].name, item[0][0])):
         with bench.console.step(f"{name} at {amount:.0%}"):
             program = Pruner(bench.original).run(cuts)
-            found = bench.measure(program)
+            found, recalled = bench.measure(program), bench.recall(program, options.samples)
         removed = sum(cut.parameters for cut in cuts)
+        layers = {cut.group.block.layer for cut in cuts}
         row = {
             "amount": amount,
             "variant": name,
@@ -201,6 +271,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "removed_parameters": removed,
             "parameters": program.parameter_count,
             "perplexity": found,
+            "recall": recalled,
+            "layers": {str(n): sum(c.parameters for c in cuts if c.group.block.layer == n) for n in sorted(layers)},
+            **{name: value / dense for (name, value), dense in zip(demanded(program), asks, strict=True)},
         }
         document["rows"].append(row)
         document["seconds"] = time.perf_counter() - start

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memc.kernels.launch import dispatch
+
 DEVICES = ("cpu", "cuda")
 _LIBRARY = torch.library.Library("memc", "FRAGMENT")
 
@@ -35,8 +37,8 @@ def or_zeros(gradient: Tensor | None, output: Tensor) -> Tensor:
 
 
 def register_forward(name: str, forward: Callable[..., Any]) -> None:
-    """Register ``forward`` as the implementation of ``memc::name`` on every device."""
-    torch.library.register_kernel(f"memc::{name}", DEVICES, forward)
+    """Register ``forward`` as the implementation of ``memc::name``, on a GPU for what its kernels do not take."""
+    torch.library.register_kernel(f"memc::{name}", DEVICES, dispatch(name, forward))
 
 
 def define_backward(name: str, schema: str, fake: Callable[..., Any], backward: Callable[..., Any]) -> Any:
@@ -48,7 +50,8 @@ def define_backward(name: str, schema: str, fake: Callable[..., Any], backward: 
     full = f"{name}_backward"
     _LIBRARY.define(full + schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"memc::{full}", fake)
-    torch.library.register_kernel(f"memc::{full}", DEVICES, backward)
+    own = dispatch(name, backward, "backward", schema.count("Tensor grad_"))
+    torch.library.register_kernel(f"memc::{full}", DEVICES, own)
     return getattr(torch.ops.memc, full).default
 
 

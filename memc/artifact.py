@@ -103,6 +103,16 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def check_digest(folder: Path, manifest: Manifest, path: Path) -> None:
+    """Compare a file with the manifest, which has no digests while an artifact is being made.
+
+    Raises ``MemcError`` E402 where the file is gone or another.
+    """
+    name = path.relative_to(folder).as_posix()
+    if manifest.files and (not path.is_file() or sha256(path) != manifest.files.get(name)):
+        raise MemcError("E402", f"digest of {name} does not match the manifest", str(folder), "convert again")
+
+
 def seal(folder: Path, manifest: Manifest) -> None:
     """Write the manifest with the digest of every other file except those under ``report``."""
     named = {

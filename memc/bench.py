@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 
@@ -15,9 +15,8 @@ from memc import machine
 from memc.errors import MemcError
 from memc.progress import Progress, Silent
 from memc.report.models import BenchDocument, BenchRow
-
-if TYPE_CHECKING:
-    from memc.runtime import Session, SessionState
+from memc.runtime import Session
+from memc.runtime.text import PROBE
 
 STEPS = 24
 """Decode steps timed for each side at each context, after ``WARM_UP`` that are not."""
@@ -25,13 +24,83 @@ WARM_UP = 4
 WARM_UP_TOKENS = 64
 
 
+class Timed(Protocol):
+    """Something to time, one sequence at a time: a prompt from nothing, then single tokens."""
+
+    @property
+    def source(self) -> str:
+        """What was loaded."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens of the vocabulary."""
+
+    @property
+    def capacity(self) -> int | None:
+        """Most tokens of a sequence, None for any."""
+
+    def start(self, tokens: Sequence[int], room: int) -> None:
+        """Run a prompt from nothing; ``room`` tokens, its own among them, are all that come."""
+
+    def step(self, token: int) -> None:
+        """Run one token after those before."""
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the state of the sequence."""
+
+    def cut(self, text: str) -> list[int] | None:
+        """Return the tokens of a text with nothing before it; None without a tokenizer."""
+
+
 @dataclass
-class Runner:
-    """One side at one context: its state after the prompt, and the seconds of each step."""
+class Converted:
+    """An artifact as something to time. Raises ``MemcError`` E208 for an encoder."""
+
+    session: Session
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        """Say what was loaded, where nobody else did."""
+        self.session.require_decoder()
+        self.source = self.source or str(self.session.folder)
+
+    @property
+    def vocab_size(self) -> int:
+        """See :class:`Timed`."""
+        return self.session.manifest.vocab_size or 1
+
+    @property
+    def capacity(self) -> int | None:
+        """See :class:`Timed`."""
+        return self.session.capacity
+
+    def start(self, tokens: Sequence[int], room: int) -> None:
+        """See :class:`Timed`; room is made for what a state grows by alone."""
+        self._state = self.session.new_state(1, room)
+        self.session.prefill(tokens, self._state)
+
+    def step(self, token: int) -> None:
+        """See :class:`Timed`."""
+        self.session.step([token], self._state)
+
+    @property
+    def state_bytes(self) -> int:
+        """See :class:`Timed`."""
+        return self._state.bytes
+
+    def cut(self, text: str) -> list[int] | None:
+        """See :class:`Timed`."""
+        has = (self.session.folder / "tokenizer.json").is_file()
+        return self.session.text.encode(text, special=False) if has else None
+
+
+@dataclass
+class Timing:
+    """One side at one context: seconds of its prompt and of each step."""
 
     name: str
-    session: Session
-    state: SessionState
+    side: Timed
     prefill_seconds: float
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
@@ -39,7 +108,7 @@ class Runner:
     def step(self, token: int, *, keep: bool) -> None:
         """Decode one token and note its time."""
         wall, cpu = time.perf_counter(), time.process_time()
-        self.session.step([token], self.state)
+        self.side.step(token)
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         if keep:
             self.wall.append(wall)
@@ -56,13 +125,18 @@ class Runner:
             decode_ms_median=1e3 * median,
             decode_ms_p90=1e3 * _quantile(self.wall, 0.9),
             cpu_ms_median=1e3 * statistics.median(self.cpu),
-            state_bytes=self.state.bytes,
+            state_bytes=self.side.state_bytes,
             rss_bytes=machine.rss_bytes(),
         )
 
 
+def room_for(contexts: Sequence[int], steps: int) -> int:
+    """Return the tokens of the longest sequence that timing runs."""
+    return max(contexts) + steps + WARM_UP
+
+
 def bench(
-    sides: Mapping[str, Session],
+    sides: Mapping[str, Session | Timed],
     contexts: Sequence[int],
     *,
     threads: int | None = None,
@@ -73,63 +147,65 @@ def bench(
 ) -> BenchDocument:
     """Time each side after prompts of each length, on random tokens.
 
-    ``threads`` is what the sessions were loaded with and ``sources`` what was (None: their folders), for the record.
+    ``threads`` is what the sides were loaded with and ``sources`` what was (None: what they say), for the record.
     ``rss_bytes`` is of the whole process, all sides loaded. A context past a side's capacity is left out with a
     warning; raises ``MemcError`` E206 when nothing is left and E208 for an encoder.
     """
-    watched = progress or Silent()
-    for side in sides.values():
-        side.require_decoder()
+    watched, told = progress or Silent(), sources or {}
+    timed = {name: _timed(side, told.get(name, "")) for name, side in sides.items()}
     document = BenchDocument(
         threads=threads or machine.cores(),
         machine=machine.describe(),
-        sides=dict(sources or {name: str(session.folder) for name, session in sides.items()}),
+        sides={name: side.source for name, side in timed.items()},
         rows=[],
     )
-    if not _cut_alike(list(sides.values())):
+    if not _cut_alike(list(timed.values())):
         document.warnings.append(
             "the two have different tokenizers: a token of one is not as much text as one of the other"
         )
     random = np.random.default_rng(seed)
     for context in sorted(contexts):
-        fitting = {name: side for name, side in sides.items() if _fits(side, context + steps + WARM_UP)}
-        for name in sides.keys() - fitting.keys():
+        fitting = {name: side for name, side in timed.items() if _fits(side, context + steps + WARM_UP)}
+        for name in timed.keys() - fitting.keys():
             document.warnings.append(f"{context} tokens are past the capacity of {name}: left out")
         with watched.step(f"context {context}", len(fitting) * (steps + WARM_UP)) as advance:
-            runners = [_start(name, side, context, steps, random) for name, side in fitting.items()]
+            timings = [_start(name, side, context, steps, random) for name, side in fitting.items()]
             for index in range(steps + WARM_UP):
-                for runner in runners[:: -1 if index % 2 else 1]:
-                    runner.step(_token(runner.session, random), keep=index >= WARM_UP)
+                for one in timings[:: -1 if index % 2 else 1]:
+                    one.step(_token(one.side, random), keep=index >= WARM_UP)
                     advance(1)
-        document.rows += [runner.row(context) for runner in runners]
+        document.rows += [one.row(context) for one in timings]
     if not document.rows:
-        largest = min(side.capacity or 0 for side in sides.values())
+        largest = min(side.capacity or 0 for side in timed.values())
         raise MemcError("E206", "every context is past the capacity", next=f"--contexts {max(largest // 2, 1)}")
     return document
 
 
-def _cut_alike(sides: Sequence[Session]) -> bool:
+def _timed(side: Session | Timed, source: str) -> Timed:
+    return Converted(side, source) if isinstance(side, Session) else side
+
+
+def _cut_alike(sides: Sequence[Timed]) -> bool:
     """Tell whether tokens mean the same to all sides, as far as they say."""
-    told = [side for side in sides if (side.folder / "tokenizer.json").is_file()]
-    return all(side.text.cuts_like(told[0].text) for side in told[1:])
+    told = [cut for side in sides if (cut := side.cut(PROBE)) is not None]
+    return all(cut == told[0] for cut in told[1:])
 
 
-def _start(name: str, session: Session, context: int, steps: int, random: np.random.Generator) -> Runner:
+def _start(name: str, side: Timed, context: int, steps: int, random: np.random.Generator) -> Timing:
     """Warm a side up, run the prompt and time it."""
-    tokens = [_token(session, random) for _ in range(context)]
-    session.prefill(tokens[:WARM_UP_TOKENS], session.new_state(1, min(WARM_UP_TOKENS, context)))
-    state = session.new_state(1, context + steps + WARM_UP)
+    tokens = [_token(side, random) for _ in range(context)]
+    side.start(tokens[:WARM_UP_TOKENS], min(WARM_UP_TOKENS, context))
     began = time.perf_counter()
-    session.prefill(tokens, state)
-    return Runner(name, session, state, time.perf_counter() - began)
+    side.start(tokens, context + steps + WARM_UP)
+    return Timing(name, side, time.perf_counter() - began)
 
 
-def _token(session: Session, random: np.random.Generator) -> int:
-    return int(random.integers(0, session.manifest.vocab_size or 1))
+def _token(side: Timed, random: np.random.Generator) -> int:
+    return int(random.integers(0, side.vocab_size))
 
 
-def _fits(session: Session, tokens: int) -> bool:
-    return session.capacity is None or tokens <= session.capacity
+def _fits(side: Timed, tokens: int) -> bool:
+    return side.capacity is None or tokens <= side.capacity
 
 
 def _quantile(values: Sequence[float], share: float) -> float:

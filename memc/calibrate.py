@@ -139,9 +139,10 @@ def calibrate(*, threads: int | None = None, scale: Scale | None = None, progres
     """Measure this machine with ``threads`` (default: all cores) and return the target ``cpu`` with what was found.
 
     Rates are those of the target's backend at the work that it does when decoding, not what the hardware could do at
-    best: of weights read, of growing states read by attention, of matrix products, by type of weights, and seconds of
-    a launch with what goes with it. As in the file of that target they are per core. Takes a minute or two; raises
-    ``MemcError`` E602 without the backend, E501 or E502 where memory or disk do not suffice.
+    best: of weights read, of growing states read by attention, of matrix products, by type of weights and, where they
+    are quantised, of a token and of a prompt, and seconds of a launch with what goes with it. As in the file of that
+    target they are per core. Takes a minute or two; raises ``MemcError`` E602 without the backend, E501 or E502 where
+    memory or disk do not suffice.
     """
     watched, sizes, used = progress or Silent(), scale or Scale.here(), threads or machine.cores()
     target = get_target("cpu")
@@ -158,7 +159,7 @@ def calibrate(*, threads: int | None = None, scale: Scale | None = None, progres
             state_rate = _state_rate(place / "long", target, used, sizes.state_bytes)
         layers = max(2, round(sizes.weight_bytes / 4 / LAYER.weights))
         wide = Shape(LAYER.hidden, LAYER.inner, layers, LAYER.heads, LAYER.kv_heads)
-        flops = {}
+        flops, prompts = {}, {}
         with watched.step("weights"):
             probe = _probe(wide, place / "fp32", target, used, context=2 * PROMPT)
             reading = 4 * wide.weights / _beyond(probe.step_seconds(1), probe, launch)
@@ -167,6 +168,7 @@ def calibrate(*, threads: int | None = None, scale: Scale | None = None, progres
             with watched.step(f"weights {weights}"):
                 lowered = _lowered(probe.program, place / weights, target, used, 2 * PROMPT, weights)
                 flops[weights] = 2 * wide.weights / _beyond(lowered.step_seconds(1), probe, launch)
+                prompts[weights] = PROMPT * 2 * wide.weights / _beyond(lowered.prompt_seconds(PROMPT), probe, launch)
     return target.model_copy(
         update={
             "description": f"this machine, measured on {date.today()}: {machine.describe()}, {used} threads",
@@ -174,6 +176,7 @@ def calibrate(*, threads: int | None = None, scale: Scale | None = None, progres
             "state_bandwidth": min(state_rate, reading) / min(used, CHANNELS),
             "disk_bandwidth": disk,
             "flops": {name: rate / used for name, rate in flops.items()},
+            "prompt_flops": {name: rate / used for name, rate in prompts.items()},
             "launch_overhead": launch,
         }
     )

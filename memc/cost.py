@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.fx import Node
@@ -15,6 +16,7 @@ from memc.dialect import op_spec
 from memc.program import Program, get_tensor
 from memc.report.facts import CONTEXTS
 from memc.report.models import ByContext, Predicted
+from memc.runtime.session import CHUNK
 from memc.target import Target
 
 aten = torch.ops.aten
@@ -104,6 +106,39 @@ def demands(program: Program, contexts: Sequence[int], weights: str = "fp32") ->
     }
 
 
+def prefill_ms(
+    program: Program, lengths: Sequence[int], target: Target, weights: str = "fp32", threads: int | None = None
+) -> dict[int, float]:
+    """Predict the milliseconds of a prompt of each length, run as a session runs it: in pieces of ``CHUNK`` tokens.
+
+    A piece takes the slower of computing, each of its tokens at the context where it ends, and of reading the weights
+    and the state once, and its launches; the logits of its last token alone are computed. Nothing without rates.
+    """
+    peak = _peak(target, weights, prompt=True)
+    if not peak or not lengths:
+        return {}
+    # Work is all but linear in the context between one power of two and the next.
+    knots = sorted({*_doubled(1, max(lengths)), *lengths})
+    asked = demands(program, knots, weights)
+    logits = _logits_flops(program)
+    found: dict[int, float] = {}
+    ends = sorted({*range(CHUNK, max(lengths) + 1, CHUNK), *lengths})
+    flops, state = (
+        dict(zip(ends, np.interp(ends, knots, [getattr(asked[knot], name) for knot in knots]), strict=True))
+        for name in ("flops", "state_bytes_read")
+    )
+    one = asked[knots[0]]
+    for length in lengths:
+        seconds = 0.0
+        for end in [*range(CHUNK, length, CHUNK), length]:
+            tokens = end - (end - 1) // CHUNK * CHUNK
+            work = tokens * (float(flops[end]) - logits) + logits
+            piece = replace(one, flops=work, state_bytes_read=float(state[end]))
+            seconds += _seconds_of(piece, target, peak, threads)
+        found[length] = 1e3 * seconds
+    return found
+
+
 def predict(
     program: Program,
     target: Target,
@@ -116,10 +151,10 @@ def predict(
 
     Every node must have ``meta['val']`` (``memc.infer.infer``); parameters may be fake. Time per token is the
     slower of computing and reading at the target's peak rates, plus one launch per kernel; targets without rates
-    get none. State is read at the rate of attention where the target has one. The rates of the target ``cpu`` are
-    per core: ``threads`` (default: all cores) multiplies them. Of a mixture of experts every expert counts, so its
-    figures are upper bounds. An encoder holds no state and decodes nothing: it has neither bytes of state nor time
-    per token.
+    get none, and none of prompts (:func:`prefill_ms`). State is read at the rate of attention where the target has
+    one. The rates of the target ``cpu`` are per core: ``threads`` (default: all cores) multiplies them. Of a mixture
+    of experts every expert counts, so its figures are upper bounds. An encoder holds no state and decodes nothing: it
+    has neither bytes of state nor time per token.
     """
     decoded = contexts if program.model.decoder else ()
     kinds = _parameter_kinds(program)
@@ -134,6 +169,7 @@ def predict(
         flops_by_context=flops,
         bytes_read_per_token={context: asked[context].bytes_read for context in decoded},
         decode_ms={context: ms for context, ms in decode.items() if ms is not None},
+        prefill_ms=prefill_ms(program, decoded, target, weights, threads),
         state_bytes={context: asked[context].state_bytes for context in decoded},
         weight_bytes=int(weight_bytes),
         fetched_bytes=program.fetched_bytes,
@@ -234,9 +270,14 @@ def work(program: Program, context: int) -> Work:
             cost = spec.cost(values, context)
             flops, state, kernels = flops + cost.flops, state + cost.bytes, kernels + 1
         elif node.target in _PRODUCTS:
-            summed = _hint(_value(node.args[_PRODUCTS[node.target]]).shape[-1])
-            flops, kernels = flops + 2.0 * summed * _numel(node.meta["val"]) / rows, kernels + 1
+            flops, kernels = flops + _product_flops(node) / rows, kernels + 1
     return Work(flops, state, kernels)
+
+
+def _product_flops(node: Node) -> float:
+    assert isinstance(node.target, torch._ops.OpOverload)
+    summed = _hint(_value(node.args[_PRODUCTS[node.target]]).shape[-1])
+    return 2.0 * summed * _numel(node.meta["val"])
 
 
 def _rows(program: Program) -> int:
@@ -274,15 +315,37 @@ def _hint(size: Any) -> int:
 
 def decode_ms(asked: Demand, target: Target, weights: str = "fp32", threads: int | None = None) -> float | None:
     """Return the time of a token in milliseconds by the target's roofline, None where it has no rates."""
-    peak, bandwidth = target.flops.get(weights) or target.flops.get("fp32"), target.memory_bandwidth
-    if not peak or not bandwidth:
-        return None
+    peak = _peak(target, weights)
+    return 1e3 * _seconds_of(asked, target, peak, threads) if peak else None
+
+
+def _peak(target: Target, weights: str, *, prompt: bool = False) -> float | None:
+    """Return operations per second with weights of a type, of single tokens or of a prompt; None without rates."""
+    of_prompts = target.prompt_flops.get(weights) if prompt else None
+    return (of_prompts or target.flops.get(weights) or target.flops.get("fp32")) if target.memory_bandwidth else None
+
+
+def _seconds_of(asked: Demand, target: Target, peak: float, threads: int | None) -> float:
+    """Return the time of one call: the slower of computing and reading, and its launches."""
+    bandwidth = target.memory_bandwidth
+    assert bandwidth
     computing = asked.flops / peak
     reading = asked.weight_bytes / bandwidth + asked.state_bytes_read / (target.state_bandwidth or bandwidth)
     if target.name == "cpu":
         used = threads or machine.cores()
         computing, reading = computing / used, reading / min(used, CHANNELS)
-    return 1e3 * (max(computing, reading) + asked.kernels * target.launch_overhead)
+    return max(computing, reading) + asked.kernels * target.launch_overhead
+
+
+def _logits_flops(program: Program) -> float:
+    """Return the work of one token's logits: of the last product that they come from."""
+    results = program.module.graph.output_node().args[0]
+    assert isinstance(results, tuple | list)
+    node = results[0]
+    while isinstance(node, Node) and node.target not in _PRODUCTS:
+        sources = node.all_input_nodes
+        node = sources[0] if sources and node.op == "call_function" and op_spec(node.target) is None else None
+    return _product_flops(node) / _rows(program) if isinstance(node, Node) else 0.0
 
 
 def _seconds(program: Program, written: float, target: Target) -> float:

@@ -23,6 +23,7 @@ BUILTIN = {
     "memc.backends": {
         "eager": "memc.backends.eager:EagerBackend",
         "onnx": "memc.backends.onnx:OnnxBackend",
+        "triton": "memc.backends.triton:TritonBackend",
         "tvm": "memc.backends.tvm:TvmBackend",
     },
 }

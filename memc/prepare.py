@@ -209,21 +209,24 @@ def capacity_of(program: Program, options: LowerOptions, *, grows: bool) -> int 
 
 
 def ports(
-    program: Program, states: Sequence[StateSpec], in_place: frozenset[str], *, keep: bool
+    program: Program, states: Sequence[StateSpec], in_place: frozenset[str], *, keep: bool, halves: bool = False
 ) -> tuple[list[Port], list[Port], list[State], dict[str, str]]:
-    """Describe inputs, outputs and states of what is lowered, and what their symbols mean."""
+    """Describe inputs, outputs and states of what is lowered, and what their symbols mean.
+
+    ``halves``: what is of half precision stays so; else it is float32.
+    """
+    kind = _name if halves else _dtype
     inputs = [
-        Port(name=spec.name, role=spec.role, dtype=_dtype(spec.dtype), shape=list(spec.shape))
-        for spec in program.inputs
+        Port(name=spec.name, role=spec.role, dtype=kind(spec.dtype), shape=list(spec.shape)) for spec in program.inputs
     ]
     if keep:
         inputs.append(Port(name="keep", role="keep", dtype="int64", shape=["K"]))
-    outputs = [_output(spec, index, keep) for index, spec in enumerate(program.outputs)]
+    outputs = [_output(spec, kind(spec.dtype), index, keep) for index, spec in enumerate(program.outputs)]
     held = [
         State(
             input=spec.name,
             output=spec.output,
-            dtype=_dtype(spec.dtype),
+            dtype=kind(spec.dtype),
             shape=list(spec.shape),
             init=spec.init,
             update="alias" if spec.name in in_place else "swap",
@@ -237,15 +240,19 @@ def ports(
     return inputs, outputs, held, symbols
 
 
-def _output(spec: OutputSpec, index: int, keep: bool) -> Port:
+def _output(spec: OutputSpec, dtype: str, index: int, keep: bool) -> Port:
     sizes = list(spec.shape)
     if index == 0 and keep:
         sizes[1] = "K"
-    return Port(name=spec.name, role="logits" if index == 0 else "other", dtype=_dtype(spec.dtype), shape=sizes)
+    return Port(name=spec.name, role="logits" if index == 0 else "other", dtype=dtype, shape=sizes)
 
 
 def _dtype(dtype: torch.dtype) -> str:
-    return str(in_float32(dtype)).removeprefix("torch.")
+    return _name(in_float32(dtype))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _longest(program: Program) -> int | None:

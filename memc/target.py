@@ -33,6 +33,9 @@ class Target(BaseModel):
     cache_bytes: int | None = None
     disk_bandwidth: float | None = Field(default=None, description="bytes per second")
     flops: dict[str, float] = Field(default_factory=dict, description="peak operations per second by weight type")
+    prompt_flops: dict[str, float] = Field(
+        default_factory=dict, description="the same of many tokens at once, where it is more than of a single one"
+    )
     launch_overhead: float = Field(default=0.0, description="seconds per kernel")
 
 
@@ -74,10 +77,11 @@ def get_target(name: str) -> Target:
 def write_target(target: Target, path: Path) -> None:
     """Write a target as a file that is read as one. Raises ``MemcError`` E502 where that cannot be."""
     values = target.model_dump(exclude_none=True)
-    flops = values.pop("flops")
+    tables = {name: values.pop(name) for name in ("flops", "prompt_flops")}
     # A text of JSON is one of TOML, and so is a number.
     lines = [f"{name} = {json.dumps(value)}" for name, value in values.items()]
-    lines += ["", "[flops]", *(f"{weights} = {json.dumps(rate)}" for weights, rate in flops.items())]
+    for name, rates in tables.items():
+        lines += ["", f"[{name}]", *(f"{weights} = {json.dumps(rate)}" for weights, rate in rates.items())]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")

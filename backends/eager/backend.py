@@ -28,6 +28,10 @@ class EagerBackend(Backend):
     name: ClassVar[str] = "eager"
     weights: ClassVar[tuple[str, ...]] = tuple(WEIGHT_TYPES)
 
+    def runs_here(self, target: Target) -> bool:
+        """Tell whether torch sees a GPU where the target is one; it runs what is for any processor."""
+        return target.kind != "gpu" or torch.cuda.is_available()
+
     def supports(self, node: Node, target: Target) -> Yes | No:
         """Take every op that torch has an implementation of, on any target that torch runs on."""
         if target.kind == "source":

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from memc.backends.onnx.attend import Scores, weigh
-from memc.backends.onnx.functions import float_, int_, ints
+from memc.backends.onnx.functions import flat, float_, int_, ints
 from memc.kernels.sparse_attention.choose import Rule
 
 FORCED, UNSEEN = 1e30, -1e30
@@ -23,33 +23,40 @@ FEW = 8
 BLOCK = 32
 """Tokens of a block."""
 
-REACH = {"lowbit": 8192, "bounds": 6144, "moments": 6144}
+REACH = {"lowbit": 8192, "bounds": 6144, "moments": 6144, "hcam": 6144}
 """Most held tokens that blocks read, by method; past it fetching what each token has chosen is faster."""
 
 HALVINGS = 40
 """Most steps of the search for a threshold, after which it is known to the last bit of the range."""
 
 
-def features(c: Rule, query: str) -> str:
-    """Write ``feature0`` and ``feature1``, whose products with the halves of a description add up to its score."""
-    if c.method == "bounds":
-        return f"feature0 = Max({query}, absent)\nfeature1 = Min({query}, absent)"
-    return f"""
-    feature0 = Identity({query})
-    squared = Mul({query}, {query})
-    {float_("half_", 0.5)}
-    feature1 = Mul(squared, half_)
+def features(c: Rule, query: str, axis: int) -> str:
+    """Write ``feature``, whose product with a description is its score, of a query with its channels along ``axis``."""
+    if c.method == "hcam":
+        return f"feature = Identity({query})"
+    halves = f"feature0 = Max({query}, absent)\nfeature1 = Min({query}, absent)"
+    if c.method == "moments":
+        halves = f"""
+        feature0 = Identity({query})
+        squared = Mul({query}, {query})
+        {float_("half_", 0.5)}
+        feature1 = Mul(squared, half_)
+        """
+    return f"{halves}\nfeature = Concat<axis = {axis}>(feature0, feature1)"
+
+
+def scan(s: Scores, c: Rule, made: Sequence[str], held: str) -> str:
+    """Write a Scan over blocks of ``sparse_query [B,H,n,D]`` at ``sparse_at [B,n]``; ``block_NAME`` of what is made.
+
+    ``held`` writes what all blocks read, as :func:`held` does.
     """
-
-
-def scan(s: Scores, c: Rule, made: Sequence[str]) -> str:
-    """Write a Scan over blocks of ``sparse_query [B,H,n,D]`` at ``sparse_at [B,n]``; ``block_NAME`` of what is made."""
     types = [f"float[B,{s.heads},{BLOCK},{s.value_dim}] o", *([f"float[B,{s.heads},{BLOCK},1] l"] if s.lse else [])]
     inputs = f"float[B,{s.heads},{BLOCK},{s.key_dim}] q, int64[B,{BLOCK}] at"
-    body = " ".join(line.strip() for line in _block(s, c).splitlines() if line.strip())
     outputs = ", ".join(f"blocks_{name}" for name in made)
     axes = f"scan_input_axes = [2, 1], scan_output_axes = [{', '.join('2' for _ in made)}]"
-    scanned = f"Scan<num_scan_inputs = 2, {axes}, body = block ({inputs}) => ({', '.join(types)}) {{ {body} }}>"
+    scanned = (
+        f"Scan<num_scan_inputs = 2, {axes}, body = block ({inputs}) => ({', '.join(types)}) {{ {flat(_block(s, c))} }}>"
+    )
     joined = "\n".join(
         f"""
         {ints(f"joined_{name}", 0, s.heads, -1, size)}
@@ -74,23 +81,14 @@ def scan(s: Scores, c: Rule, made: Sequence[str]) -> str:
     at_padded = Concat<axis = 1>(sparse_at, at_pad)
     {ints("at_blocks", 0, -1, BLOCK)}
     ats = Reshape(at_padded, at_blocks)
-    {_held(c)}
+    {held}
     {outputs} = {scanned}(queries, ats)
     {joined}
     """
 
 
-def _held(c: Rule) -> str:
+def held(c: Rule) -> str:
     """Write what all blocks read: ``keys [B,G,D,L]``, ``values [B,G,L,E]``, ``slots [L]`` and the pages in use."""
-    pages = f"""
-    in_use = Slice(next_pages, origin, described, along)
-    descriptions = Transpose<perm = [0, 1, 3, 2]>(in_use)
-    described0 = Squeeze(described)
-    page_numbers = Range(zero, described0, one)
-    {ints("page_length", c.page)}
-    {ints("leading", 1, 1, 1, 1)}
-    expanded = Concat<axis = 0>(leading, page_length)
-    """
     return f"""
     {int_("page", c.page)}
     reached = ReduceMax<keepdims = 0>(positions)
@@ -100,7 +98,20 @@ def _held(c: Rule) -> str:
     keys = Transpose<perm = [0, 1, 3, 2]>(held_keys)
     values = Slice(next_value, origin, end1, along)
     slots = Range(zero, end, one)
-    {"" if c.by_token else pages}
+    {"" if c.by_token else pages_in_use(c)}
+    """
+
+
+def pages_in_use(c: Rule) -> str:
+    """Write ``in_use [B,G,N,C]``, its ``descriptions [B,G,C,N]`` and what spreads pages over their tokens."""
+    return f"""
+    in_use = Slice(next_pages, origin, described, along)
+    descriptions = Transpose<perm = [0, 1, 3, 2]>(in_use)
+    described0 = Squeeze(described)
+    page_numbers = Range(zero, described0, one)
+    {ints("page_length", c.page)}
+    {ints("leading", 1, 1, 1, 1)}
+    expanded = Concat<axis = 0>(leading, page_length)
     """
 
 
@@ -111,7 +122,13 @@ def _block(s: Scores, c: Rule) -> str:
     {ints("heads_axis", 2)}
     best = ReduceMax<keepdims = 0>(score, heads_axis)
     {_first("again", "best", "candidate", "forced", c.budget)}
-    mask0 = Identity(again_taken)
+    mask_sparse = Identity(again_taken)
+    """
+    dense = f"""
+    {int_("dense_below", c.dense_below)}
+    dense = Less(p, dense_below)
+    mask_dense = And(dense, seen_token)
+    mask0 = Or(mask_sparse, mask_dense)
     """
     return f"""
     {ints("grouped", 0, s.groups, -1, s.key_dim)}
@@ -130,13 +147,15 @@ def _block(s: Scores, c: Rule) -> str:
     {int_("back", c.window - 1)}
     edge = Sub(p, back)
     own = Div(p, page)
-    seen_token = LessOrEqual(slots, p)
+    {_seen(c)}
     near_token = GreaterOrEqual(slots, edge)
     sunk_token = Less(slots, sinks)
     forced0 = Or(near_token, sunk_token)
-    forced = And(forced0, seen_token)
+    {"always = Or(forced0, own_token)" if c.own_page else "always = Identity(forced0)"}
+    forced = And(always, seen_token)
     {_tokens(s, c) if c.by_token else _pages(s, c)}
-    {again if c.rerank > 1 else "mask0 = Identity(candidate)"}
+    {again if c.rerank > 1 else "mask_sparse = Identity(candidate)"}
+    {dense if c.own_page else "mask0 = Identity(mask_sparse)"}
     {_masked(s)}
     {weigh(replace(s, mask=bool(s.softcap)), (1, s.groups, size, 1, 1))}
     {ints("weight_rows", 0, s.groups, size * BLOCK, -1)}
@@ -145,6 +164,19 @@ def _block(s: Scores, c: Rule) -> str:
     {ints("joined_heads", 0, s.heads, BLOCK, s.value_dim)}
     o = Reshape(sums, joined_heads)
     {f"{ints('log_shape', 0, s.heads, BLOCK, 1)} l = Reshape(log, log_shape)" if s.lse else ""}
+    """
+
+
+def _seen(c: Rule) -> str:
+    """Write ``seen_token [B,1,U,L]``: what a token may read; with ``own_page`` its own page as it is, others coded."""
+    if not c.own_page:
+        return "seen_token = LessOrEqual(slots, p)"
+    return """
+    before_token = LessOrEqual(slots, p)
+    slot_pages = Div(slots, page)
+    own_token = Equal(slot_pages, own)
+    right_kind = Equal(own_token, exact)
+    seen_token = And(before_token, right_kind)
     """
 
 
@@ -199,9 +231,14 @@ def _tokens(s: Scores, c: Rule) -> str:
 
 def _pages(s: Scores, c: Rule) -> str:
     """Write ``candidate [B,G,U,L]``: the tokens of the pages of the highest scores."""
+    exact = f"""
+    {ints("no_pads", *[0] * 7)}
+    pads = Concat<axis = 0>(no_pads, exact_count)
+    padded_tokens = Pad(page_tokens, pads)
+    taken_tokens = Or(padded_tokens, exact)
+    """
     return f"""
-    {features(c, "q_rows")}
-    feature = Concat<axis = -1>(feature0, feature1)
+    {features(c, "q_rows", -1)}
     bounds = MatMul(feature, descriptions)
     bounds_heads = Reshape(bounds, by_head)
     {ints("over_heads", 2)}
@@ -223,7 +260,8 @@ def _pages(s: Scores, c: Rule) -> str:
     page_flat = Reshape(page_wide, by_token)
     {ints("last_axis3", 3)}
     page_tokens = Slice(page_flat, origin, end1, last_axis3)
-    candidate = And(page_tokens, seen_token)
+    {exact if c.own_page else "taken_tokens = Identity(page_tokens)"}
+    candidate = And(taken_tokens, seen_token)
     """
 
 
@@ -263,9 +301,6 @@ def _first(name: str, rank: str, seen: str, sure: str, count: int) -> str:
     {name}_level_early = And({name}_level, {name}_early)
     {name}_with = Or({name}_above, {name}_level_early)
     """
-
-    def flat(body: str) -> str:
-        return " ".join(line.strip() for line in body.splitlines() if line.strip())
 
     given = f"int64 {name}_i, bool {name}_c, {row} {name}_a, {row} {name}_b, {row} {name}_k"
     results = f"bool {name}_more, {row} {name}_a1, {row} {name}_b1, {row} {name}_k1"

@@ -92,6 +92,34 @@ def sparse_attention(
     )
 
 
+def quantised_plan(name: str, positions: Tensor, buffer: Tensor, pages: Tensor) -> list[Tensor]:
+    """What ``quantised.PLAN`` names; counts are known at run time only."""
+    batch, tokens = positions.shape
+    groups = buffer.shape[1]
+    scalar: list[int] = []
+    one, index = (torch.int64, [1]), (torch.int64, [batch, groups, tokens, 3])
+    slots, row = (torch.int64, [batch, groups, tokens, 1]), (torch.int64, [batch, 1])
+    outputs = (
+        *(index, index, index, slots, (torch.int64, [batch, groups, 1, 1])),
+        *(row, (torch.int64, [batch, 1, 1, tokens]), (torch.bool, [batch, 1, 1, 1])),
+        *((torch.bool, [batch, 1, tokens, 1]), one, (torch.bool, scalar)),
+    )
+    return _call(name, [positions, buffer, pages], *outputs)
+
+
+def quantised_attention(
+    name: str, lse: bool, query: Tensor, key: Tensor, value: Tensor, past: Sequence[Tensor], *plan: Tensor
+) -> list[Tensor]:
+    """Output ``[B,H,T,E]``, the log-sum-exp ``[B,H,T]`` when asked for, and the next states, as ``past``."""
+    return _call(
+        name,
+        [query, key, value, *past, *plan],
+        (torch.float32, [*query.shape[:3], value.shape[3]]),
+        *([(torch.float32, query.shape[:3])] if lse else []),
+        *((state.dtype, state.shape) for state in past),
+    )
+
+
 def window_plan(name: str, positions: Tensor, past: Tensor, groups: int) -> list[Tensor]:
     """Mask, index, source, next held positions, shape, distance, live."""
     batch, tokens = positions.shape

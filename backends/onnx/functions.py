@@ -34,6 +34,11 @@ def function(stem: str, inputs: str, outputs: str, body: str) -> Function:
     return Function(name, f"{head}\n{name} {core}\n")
 
 
+def flat(body: str) -> str:
+    """Write a body on one line, as the attribute of a node takes it."""
+    return " ".join(line.strip() for line in body.splitlines() if line.strip())
+
+
 def ints(name: str, *values: int) -> str:
     """Write a constant vector of integers."""
     return f"{name} = Constant<value_ints = [{', '.join(map(str, values))}]>()"

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from memc.backends.onnx import attend, bank, calls, functions, sparse, window
+from memc.backends.onnx import attend, bank, calls, functions, quantised, sparse, window
 from memc.backends.onnx.capability import has_kernel
 from memc.backends.onnx.functions import Function
 from memc.backends.onnx.simplify import simplify
-from memc.backends.onnx.support import MICROSOFT, memory, plain_reason, scores
+from memc.backends.onnx.support import MICROSOFT, memory, plain_reason, rule, scores
 from memc.dialect import arguments, op_spec
 from memc.errors import MemcError
-from memc.kernels.sparse_attention.choose import Rule
 from memc.prepare import (
     HALF,
     in_float32,
@@ -97,6 +96,7 @@ class _Rewriter:
             "full_attention": self.full_attention,
             "attention": self.attention,
             "sparse_attention": self.sparse_attention,
+            "quantised_attention": self.quantised_attention,
             "window_memory": self.window_memory,
             "linear_memory": self.linear_memory,
             "bank_ffn": self.bank_ffn,
@@ -165,13 +165,8 @@ class _Rewriter:
         return [*self.parts(out, 3), a["past_positions"]]
 
     def sparse_attention(self, node: Node, a: Mapping[str, Any]) -> list[Node | None]:
-        s, c = scores(node, a), Rule(*(a[field.name] for field in fields(Rule)))
-        for name, index in (("past_key", 2), ("past_value", 3), ("past_positions", 4), ("past_pages", 5)):
-            self._direct(node, a[name], index)
-        past = [a[name] for name in ("past_key", "past_value", "past_pages")]
-        self.buffers |= {str(state.target) for state in past}
-        self.in_place |= {str(state.target) for state in past}
-        self._drop(a["past_positions"])
+        s, c = scores(node, a), rule(a)
+        past = self._paged_states(node, a)
         plan_of, sizes = sparse.sparse_plan(s.groups, c.page, c.dense_below), [past[0], past[2]]
         plan = self.parts(self.plan(calls.sparse_plan, plan_of, a["positions"], sizes=sizes), len(sparse.PLAN))
         form = sparse.sparse_attention(s, c, plain_reason(s) is None and not self.portable)
@@ -179,6 +174,31 @@ class _Rewriter:
         made = self.call(calls.sparse_attention, form, s.lse, *qkv, past, a["positions"], *plan, *_extra(a))
         output, *lse, next_key, next_value, next_pages = self.parts(made, 5 if s.lse else 4)
         return [output, lse[0] if lse else None, next_key, next_value, a["past_positions"], next_pages]
+
+    def quantised_attention(self, node: Node, a: Mapping[str, Any]) -> list[Node | None]:
+        s, c = scores(node, a), rule({**a, "method": "bounds", "own_page": True})
+        past = self._paged_states(node, a)
+        plan_of, sizes = quantised.quantised_plan(s.groups, c.page), [past[1], past[2]]
+        plan = self.parts(self.plan(calls.quantised_plan, plan_of, a["positions"], sizes=sizes), len(quantised.PLAN))
+        form = quantised.quantised_attention(s, c, a["bits"])
+        qkv = [a[name] for name in ("query", "key", "value")]
+        made = self.call(calls.quantised_attention, form, s.lse, *qkv, past, a["positions"], *plan, *_extra(a))
+        output, *after = self.parts(made, 8 if s.lse else 7)
+        lse = after.pop(0) if s.lse else None
+        return [output, lse, *after[:2], a["past_positions"], *after[2:]]
+
+    def _paged_states(self, node: Node, a: Mapping[str, Any]) -> list[Node]:
+        """Make the states of a node that holds pages fixed buffers, where they grow, and leave the positions out."""
+        row = op_spec(node.target)
+        assert row is not None
+        for name, index in row.states.items():
+            self._direct(node, a[name], index)
+        self._drop(a["past_positions"])
+        past = [a[name] for name in row.states if name != "past_positions"]
+        growing = {str(state.target) for state in past if self.states[str(state.target)].grows is not None}
+        self.buffers |= growing
+        self.in_place |= growing
+        return past
 
     def window_memory(self, node: Node, a: Mapping[str, Any]) -> list[Node | None]:
         s = scores(node, a)

@@ -1,16 +1,16 @@
 """The lowered forms of ``memc::sparse_attention``, as ONNX functions; letters as in ``functions``, P pages in use.
 
 Descriptions are made by ReduceMax and the like, pages and tokens chosen by TopK, keys and values fetched by GatherND.
-Where few tokens of a call choose, they go one after the other through a Scan; where many do, blocks of them do (see
-:mod:`memc.backends.onnx.blocks`), so that nothing has an entry for each pair of tokens.
+Where few tokens of a call choose, they go one after the other through a Scan (see :mod:`memc.backends.onnx.tokens`);
+where many do, blocks of them do (see :mod:`memc.backends.onnx.blocks`), so that nothing has an entry for each pair of
+tokens.
 """
 
 from __future__ import annotations
 
-from memc.backends.onnx import blocks
-from memc.backends.onnx.attend import Scores, attend, by_group, shape_of, weigh
-from memc.backends.onnx.blocks import FORCED, UNSEEN
-from memc.backends.onnx.functions import Function, float_, function, int_, ints
+from memc.backends.onnx import blocks, tokens
+from memc.backends.onnx.attend import Scores, attend, by_group, shape_of
+from memc.backends.onnx.functions import Function, flat, float_, function, int_, ints
 from memc.kernels.sparse_attention.choose import Rule
 
 PLAN = (
@@ -151,23 +151,27 @@ def sparse_attention(s: Scores, c: Rule, kernel: bool) -> Function:
 
 
 def _describe(s: Scores, c: Rule) -> str:
-    if c.method == "bounds":
-        describe = """
-        half0 = ReduceMax<keepdims = 0>(by_page, last_axis)
-        half1 = ReduceMin<keepdims = 0>(by_page, last_axis)
-        """
-    elif c.method == "lowbit":
-        describe = "description = Transpose<perm = [0, 1, 2, 4, 3]>(by_page)"
-    else:
-        describe = """
-        mean = ReduceMean(by_page, last_axis)
-        half0 = Squeeze(mean, last_axis)
-        away = Sub(by_page, mean)
-        square = Mul(away, away)
-        half1 = ReduceMean<keepdims = 0>(square, last_axis)
-        """
-    if c.method != "lowbit":
-        describe += "description = Concat<axis = -1>(half0, half1)"
+    halves = "description = Concat<axis = -1>(half0, half1)"
+    match c.method:
+        case "bounds":
+            describe = f"""
+            half0 = ReduceMax<keepdims = 0>(by_page, last_axis)
+            half1 = ReduceMin<keepdims = 0>(by_page, last_axis)
+            {halves}
+            """
+        case "lowbit":
+            describe = "description = Transpose<perm = [0, 1, 2, 4, 3]>(by_page)"
+        case "hcam":
+            describe = "description = ReduceMean<keepdims = 0>(by_page, last_axis)"
+        case _:
+            describe = f"""
+            mean = ReduceMean(by_page, last_axis)
+            half0 = Squeeze(mean, last_axis)
+            away = Sub(by_page, mean)
+            square = Mul(away, away)
+            half1 = ReduceMean<keepdims = 0>(square, last_axis)
+            {halves}
+            """
     return f"""
     fresh = GatherND<batch_dims = 2>(next_key, touched)
     {ints("paged", 0, 0, -1, c.page, s.key_dim)}
@@ -191,14 +195,10 @@ def _branch(name: str, condition: str, sizes: list[tuple[str, int]], heads: int,
     def results(end: str) -> str:
         return ", ".join(f"float[B,{heads},T,{size}] {name}_{what}_{end}" for what, size in sizes)
 
-    then = f"{name}_then () => ({results('yes')}) {{ {_joined(body)} }}"
+    then = f"{name}_then () => ({results('yes')}) {{ {flat(body)} }}"
     other = f"{name}_else () => ({results('not')}) {{ {' '.join(zeros)} }}"
     made = ", ".join(f"{name}_{what}" for what, _ in sizes)
     return f"{made} = If<then_branch = {then}, else_branch = {other}>({condition})"
-
-
-def _joined(body: str) -> str:
-    return " ".join(line.strip() for line in body.splitlines() if line.strip())
 
 
 def _dense(s: Scores, c: Rule, kernel: bool) -> str:
@@ -235,15 +235,15 @@ def _sparse(s: Scores, c: Rule) -> str:
 
     def branch(name: str, body: str) -> str:
         results = (f"float[B,{s.heads},U,{size}] {name}_{what}" for what, size in zip(made, sizes, strict=True))
-        return f"{name}_branch () => ({', '.join(results)}) {{ {_joined(body)} }}"
+        return f"{name}_branch () => ({', '.join(results)}) {{ {flat(body)} }}"
 
     outputs = [f"float[B,{s.heads},{s.value_dim}] o", *([f"float[B,{s.heads},1] l"] if s.lse else [])]
     inputs = f"float[B,{s.heads},{s.key_dim}] q, int64[B] at"
-    step = f"step ({inputs}) => ({', '.join(outputs)}) {{ {_joined(_step(s, c))} }}"
+    step = f"step ({inputs}) => ({', '.join(outputs)}) {{ {flat(tokens.step(s, c))} }}"
     axes = f"scan_input_axes = [2, 1], scan_output_axes = [{', '.join('2' for _ in outputs)}]"
     scanned = ", ".join(f"token_{name}" for name in made)
     single = f"""
-    {_numbers(c)}
+    {tokens.numbers(c)}
     {scanned} = Scan<num_scan_inputs = 2, {axes}, body = {step}>(sparse_query, sparse_at)
     """
     lines = [
@@ -257,7 +257,7 @@ def _sparse(s: Scores, c: Rule) -> str:
         "highest = ReduceMax<keepdims = 0>(positions)",
         "near_enough = Less(highest, reach_of_blocks)",
         "in_blocks_pays = And(many, near_enough)",
-        f"{', '.join(made)} = If<then_branch = {branch('block', blocks.scan(s, c, made))},"
+        f"{', '.join(made)} = If<then_branch = {branch('block', blocks.scan(s, c, made, blocks.held(c)))},"
         f" else_branch = {branch('token', single)}>(in_blocks_pays)",
     ]
     for what, part in zip(("output", "lse"), made, strict=False):
@@ -267,172 +267,3 @@ def _sparse(s: Scores, c: Rule) -> str:
             f"sparse_{what}_yes = Concat<axis = 2>({what}_before, {part})",
         ]
     return "\n".join(lines)
-
-
-def _step(s: Scores, c: Rule) -> str:
-    """Write the choice and the attention of one token: ``q [B,H,D]`` at ``at [B]`` gives ``o [B,H,E]``.
-
-    Products have the held side on the left, whose rows are many, so that only the query is transposed.
-    """
-    return f"""
-    {ints("grouped", 0, s.groups, s.heads // s.groups, s.key_dim)}
-    q_rows = Reshape(q, grouped)
-    {float_("factor", s.scale)}
-    q_scaled = Mul(q_rows, factor)
-    q_columns = Transpose<perm = [0, 1, 3, 2]>(q_scaled)
-    {ints("at_axes", 1, 2)}
-    p = Unsqueeze(at, at_axes)
-    {float_("forced_rank", FORCED)}
-    {float_("unseen_rank", UNSEEN)}
-    {int_("sinks", c.sinks)}
-    {int_("window", c.window)}
-    {_estimates(c)}
-    {_candidates(c)}
-    {_tokens(c)}
-    score0 = Transpose<perm = [0, 1, 3, 2]>(scores)
-    mask = Unsqueeze(live, along)
-    {weigh(s, (1, s.groups, s.heads // s.groups, 1))}
-    value_index = Unsqueeze(chosen, last_axis)
-    values = GatherND<batch_dims = 2>(next_value, value_index)
-    sums = MatMul(weight, values)
-    {ints("joined_heads", 0, s.heads, s.value_dim)}
-    o = Reshape(sums, joined_heads)
-    {_log(s)}
-    """
-
-
-def _log(s: Scores) -> str:
-    return f"{ints('log_shape', 0, s.heads, 1)}\nl = Reshape(log, log_shape)" if s.lse else ""
-
-
-def _numbers(c: Rule) -> str:
-    """Write ``numbers [N]`` of what is ranked, and what the estimates are made from."""
-    if not c.by_token:
-        return """
-        in_use = Slice(next_pages, origin, described, along)
-        described0 = Squeeze(described)
-        numbers = Range(zero, described0, one)
-        """
-    return f"""
-    {int_("page_", c.page)}
-    length_ = Mul(described, page_)
-    length0 = Squeeze(length_)
-    numbers = Range(zero, length0, one)
-    described0 = Squeeze(described)
-    page_numbers = Range(zero, described0, one)
-    page_column = Unsqueeze(page_numbers, ones)
-    {ints("of_page", 1, 0)}
-    page_part = Mul(page_column, of_page)
-    """
-
-
-def _estimates(c: Rule) -> str:
-    """Write ``estimate [B,G,N]``, the scores of the pages or tokens by what describes them."""
-    if c.by_token:
-        return f"""
-        magnitudes = Abs(q_columns)
-        strength = ReduceSum<keepdims = 0>(magnitudes, last_axis)
-        {ints("count_", c.channels)}
-        strongest, channel = TopK<axis = 2>(strength, count_)
-        channel_column = Unsqueeze(channel, last_axis)
-        part = GatherND<batch_dims = 2>(q_columns, channel_column)
-        part_rows = Transpose<perm = [0, 1, 3, 2]>(part)
-        {ints("row_axes", 3, 4)}
-        channel_at = Unsqueeze(channel, row_axes)
-        {ints("of_channel", 0, 1)}
-        channel_part = Mul(channel_at, of_channel)
-        row_index = Add(channel_part, page_part)
-        rows = GatherND<batch_dims = 2>(next_pages, row_index)
-        {ints("row_shape", 0, 0, 0, -1)}
-        row = Reshape(rows, row_shape)
-        estimates = MatMul(part_rows, row)
-        estimate = ReduceMax<keepdims = 0>(estimates, along)
-        """
-    features = blocks.features(c, "q_columns")
-    return f"""
-    {features}
-    features = Concat<axis = 2>(feature0, feature1)
-    estimates = MatMul(in_use, features)
-    estimate = ReduceMax<keepdims = 0>(estimates, last_axis)
-    """
-
-
-def _candidates(c: Rule) -> str:
-    """Write ``candidates [B,G,M]``, the slots of the pages or tokens of the highest estimates, in order."""
-    if c.by_token:
-        forced = f"""
-        {int_("sinks_end", c.sinks)}
-        edge1 = Mul(own, page)
-        edge = Min(edge0, edge1)
-        seen = LessOrEqual(numbers, p)
-        """
-        most, slots = c.rerank * c.budget, "each1 = Identity(picked)"
-    else:
-        forced = f"""
-        {int_("sinks_end", -(-c.sinks // c.page))}
-        edge1 = Max(edge0, zero)
-        edge = Div(edge1, page)
-        seen = LessOrEqual(numbers, own)
-        """
-        most, slots = (
-            c.rerank * c.budget // c.page,
-            f"""
-        picked_start = Mul(picked, page)
-        picked1 = Unsqueeze(picked_start, last_axis)
-        inside = Range(zero, page, one)
-        each0 = Add(picked1, inside)
-        {ints("flat", 0, 0, -1)}
-        each1 = Reshape(each0, flat)
-        """,
-        )
-    return f"""
-    {int_("page", c.page)}
-    own = Div(p, page)
-    {int_("back", c.window - 1)}
-    edge0 = Sub(p, back)
-    {forced}
-    near = GreaterOrEqual(numbers, edge)
-    sunk = Less(numbers, sinks_end)
-    taken = Or(near, sunk)
-    rank0 = Where(taken, forced_rank, estimate)
-    rank1 = Where(seen, rank0, unseen_rank)
-    {ints("most", most)}
-    number_count = Shape(numbers)
-    count = Min(number_count, most)
-    ranks, picked0 = TopK<axis = 2, sorted = 0>(rank1, count)
-    picked, picked_order = TopK<axis = 2, largest = 0>(picked0, count)
-    {slots}
-    slots_held = Shape<start = 2, end = 3>(next_key)
-    spare = Sub(slots_held, ones)
-    candidates = Min(each1, spare)
-    """
-
-
-def _tokens(c: Rule) -> str:
-    """Write ``chosen [B,G,M]``, the slots that are read, ``live`` of them, and their products ``scores [B,G,M,R]``."""
-    body = """
-    key_index = Unsqueeze(candidates, last_axis)
-    keys = GatherND<batch_dims = 2>(next_key, key_index)
-    products = MatMul(keys, q_columns)
-    live0 = LessOrEqual(candidates, p)
-    """
-    if c.rerank == 1:
-        return body + "chosen = Identity(candidates)\nlive = Identity(live0)\nscores = Identity(products)"
-    return f"""
-    {body}
-    best = ReduceMax<keepdims = 0>(products, last_axis)
-    apart = Sub(p, candidates)
-    token_near = Less(apart, window)
-    token_sunk = Less(candidates, sinks)
-    token_taken = Or(token_near, token_sunk)
-    token_rank0 = Where(token_taken, forced_rank, best)
-    token_rank = Where(live0, token_rank0, unseen_rank)
-    {ints("budget", c.budget)}
-    found = Shape<start = 2, end = 3>(candidates)
-    token_count = Min(found, budget)
-    token_ranks, kept = TopK<axis = 2, sorted = 0>(token_rank, token_count)
-    chosen = GatherElements<axis = 2>(candidates, kept)
-    live = GatherElements<axis = 2>(live0, kept)
-    kept_index = Unsqueeze(kept, last_axis)
-    scores = GatherND<batch_dims = 2>(products, kept_index)
-    """

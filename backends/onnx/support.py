@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from torch.fx import Node
@@ -12,11 +13,12 @@ from memc.backends.onnx.attend import Scores
 from memc.backends.onnx.capability import has_kernel
 from memc.backends.onnx.functions import Memory
 from memc.dialect import arguments, op_spec
+from memc.kernels.sparse_attention.choose import Rule
 from memc.prepare import shape, used_outputs
 
 MICROSOFT = "com.microsoft"
 
-_WITH_LSE = ("window_memory", "sparse_attention")
+_WITH_LSE = ("window_memory", "sparse_attention", "quantised_attention")
 
 
 def scores(node: Node, a: Mapping[str, Any]) -> Scores:
@@ -35,6 +37,11 @@ def scores(node: Node, a: Mapping[str, Any]) -> Scores:
         mask="key_positions" not in a or a["key_positions"] is not None,
         lse=op_spec(node.target).name in _WITH_LSE and 1 in used_outputs(node),  # type: ignore[union-attr]
     )
+
+
+def rule(a: Mapping[str, Any]) -> Rule:
+    """Read how a node that chooses what it reads does so; what it does not say is as the rule has it."""
+    return Rule(**{field.name: a[field.name] for field in fields(Rule) if field.name in a})
 
 
 def memory(a: Mapping[str, Any]) -> Memory:
@@ -87,6 +94,8 @@ def form(node: Node) -> Yes | No:
             product = "Attention-24" if reason is None else f"MatMul, Softmax ({reason})"
             below = f", {product} below {a['dense_below']} tokens" if a["dense_below"] else ""
             return Yes(f"ScatterND in place (slot = position), TopK, GatherND and Scan, masks where many choose{below}")
+        case "quantised_attention":
+            return Yes(f"codes of {a['bits']} bits in place, TopK, GatherND and Scan, masks where many choose")
         case "linear_memory":
             if not has_kernel("LinearAttention", MICROSOFT):
                 return Yes("Scan, one step a token: this runtime has no kernel for LinearAttention")

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 
-from memc.artifact import Manifest, Port, sha256
+from memc.artifact import Manifest, Port, check_digest
 from memc.backends.tvm.isa import processor_flags
 from memc.backends.tvm.library import REQUIRED, load_runtime, open_machine, set_threads
 from memc.errors import MemcError
@@ -61,7 +61,7 @@ class TvmRunner(SlotRunner):
         super().__init__(manifest)
         path = folder / manifest.lowered
         for name in (path.name, PARAMETERS, INFO):
-            _check_digest(folder, manifest, path.parent / name)
+            check_digest(folder, manifest, path.parent / name)
         self.info = _read_info(path.parent / INFO)
         _check_machine(self.info, manifest, folder)
         self._ffi = load_runtime()
@@ -120,13 +120,6 @@ def _fed(array: Array, port: Port) -> Array:
     if port.role == "fetched":
         return np.ascontiguousarray(array, port.dtype)
     return _copied(array, port.dtype)
-
-
-def _check_digest(folder: Path, manifest: Manifest, path: Path) -> None:
-    """Compare a file with the manifest, which has no digests while an artifact is being made."""
-    name = path.relative_to(folder).as_posix()
-    if manifest.files and (not path.is_file() or sha256(path) != manifest.files.get(name)):
-        raise MemcError("E402", f"digest of {name} does not match the manifest", str(folder), "convert again")
 
 
 def _read_info(path: Path) -> LibraryInfo:

@@ -61,10 +61,19 @@ def lay_out(
     page: int,
 ) -> Call:
     """Append the call to the state and find the place of each token of each sequence."""
+    length = -(-(past_positions.shape[1] + positions.shape[1]) // page) * page
+    sequences = find_sequences(positions, past_positions, length)
+    return Call(torch.cat([past_key, key], 2), torch.cat([past_value, value], 2), sequences)
+
+
+def find_sequences(positions: Tensor, past_positions: Tensor, length: int) -> tuple[Sequence, ...]:
+    """Return the sequences of a call at ``positions [B,T]`` that is appended to what is held, places up to ``length``.
+
+    ``past_positions [B,S]`` is -1 where nothing is held.
+    """
     number = segments(positions)
     numbers = torch.cat([torch.zeros_like(past_positions), number], 1)
     everything = torch.cat([past_positions, positions], 1)
-    length = -(-everything.shape[1] // page) * page
     index = torch.arange(everything.shape[1], device=positions.device).expand_as(everything)
     sequences = []
     for one in range(int(number.max()) + 1):
@@ -75,7 +84,7 @@ def lay_out(
         held = past_positions.amax(1) + 1 if one == 0 and past_positions.shape[1] else torch.zeros_like(positions[:, 0])
         reached = torch.where(there, everything, -1).amax(1) + 1
         sequences.append(Sequence((number == one) & (positions >= 0), place, held, reached))
-    return Call(torch.cat([past_key, key], 2), torch.cat([past_value, value], 2), tuple(sequences))
+    return tuple(sequences)
 
 
 def describe_pages(keys: Tensor, past_pages: Tensor, sequence: Sequence, method: str, page: int) -> Tensor:
@@ -93,7 +102,7 @@ def describe_pages(keys: Tensor, past_pages: Tensor, sequence: Sequence, method:
     return pages.masked_fill(~complete, 0)
 
 
-def blocks(heads: int, call: Call, sequence: Sequence) -> Iterator[slice]:
+def blocks(heads: int, sequence: Sequence) -> Iterator[slice]:
     """Cut the columns of a call that hold tokens of a sequence into blocks whose scores fit ``BLOCK_SCORES``."""
     columns = sequence.mine.any(0).nonzero()[:, 0]
     if not len(columns):
@@ -148,7 +157,7 @@ def forward(
     for number, (sequence, keys, values, pages) in enumerate(call.contents(past_pages, method, page, kind)):
         mine = (current == number).view(-1, *[1] * (pages.dim() - 1))
         next_pages = torch.where(mine, pages.to(past_pages.dtype), next_pages)
-        for rows in blocks(query.shape[1], call, sequence):
+        for rows in blocks(query.shape[1], sequence):
             mask = readable(q[:, :, rows], keys, pages, positions, sequence, rows, rule)
             part, part_lse = attend(q[:, :, rows], keys, values, mask, None, sink_logits, scale, softcap)
             mine = sequence.mine[:, None, rows]
@@ -193,7 +202,7 @@ def backward(
     grad_sinks = q.new_zeros(q.shape[1])
     for sequence, keys, values, pages in call.contents(past_pages, method, page, kind):
         placed_k, placed_v = torch.zeros_like(keys), torch.zeros_like(values)
-        for rows in blocks(query.shape[1], call, sequence):
+        for rows in blocks(query.shape[1], sequence):
             mask = readable(q[:, :, rows], keys, pages, positions, sequence, rows, rule)
             mine = sequence.mine[:, None, rows]
             g = attend_backward(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
+from copy import copy
 from typing import Any
 
 import torch
@@ -40,10 +41,21 @@ class Stream:
             given = (part[row : row + 1].to(device) for part in (calibration.tokens, calibration.positions))
             self._held.append(dict(zip(nodes, (*given, *rest), strict=True)))
 
+    def fork(self, rows: int | None = None) -> Stream:
+        """Return another stream of the first ``rows`` sequences (all of them) from here on, replacements included."""
+        other = copy(self)
+        other._held = [dict(held) for held in self._held[:rows]]
+        other._instead = dict(self._instead)
+        return other
+
     def replace(self, node: Node, source: Node, function: Callable[[Tensor], Tensor]) -> None:
         """From here on compute ``node``, which is still to come, as a function of ``source``, which it reads."""
         assert self._place[node] >= self._at and source in node.all_input_nodes
         self._instead[node] = (source, function)
+
+    def reaches(self, nodes: Collection[Node]) -> bool:
+        """Tell whether every value of ``nodes`` is still to come, or held."""
+        return all(self._place[node] >= self._at or all(node in held for held in self._held) for node in nodes)
 
     def advance(self, last: Node, watch: Collection[Node]) -> Iterator[dict[Node, Tensor]]:
         """Run every sequence up to ``last`` and yield the values of ``watch``, one sequence at a time.

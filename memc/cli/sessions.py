@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 from memc.artifact import MANIFEST
 from memc.cli.console import Console
+from memc.errors import MemcError
+from memc.llamacpp import PREFIX
 
 if TYPE_CHECKING:
     from memc.runtime import Session
@@ -23,10 +25,13 @@ def open_sessions(
 
     Artifacts come first, so that one that is not there is told before the minutes of a conversion. A folder is an
     artifact when it, or its ``.partial``, has or lacks a manifest but no model configuration; errors are those of
-    ``memc.runtime.load`` and ``memc.convert``.
+    ``memc.runtime.load`` and ``memc.convert``, and E208 for a file that llama.cpp is to run.
     """
     from memc import runtime
 
+    if foreign := next((source for source in sources.values() if source.startswith(PREFIX)), None):
+        hint = f"memc bench OUT --against {foreign}"
+        raise MemcError("E208", "llama.cpp can only be timed, and only against an artifact", foreign, hint)
     models = {source for source in sources.values() if not (Path(source) / MANIFEST).is_file() and _is_model(source)}
     opened = {
         source: runtime.load(source, threads=threads)

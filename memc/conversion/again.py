@@ -99,21 +99,28 @@ def _lower(
     with progress.step(f"lower with {backend.name}"):
         lowered, manifest = lower(program, backend, target, folder.partial, options)
     checks: list[CheckResult] = []
-    if target.kind == "cpu" and backend.runs_here(target):  # a program for other hardware cannot be run here
+    runs = backend.runs_here(target)  # a program for other hardware cannot be run here
+    if runs:
         with progress.step("verify what was lowered"):
             text = sample_text(program, 0)
             floor = noise_floor(program, take(text, 2, 13))
             runner = backend.load(folder.partial, manifest, options.threads)
             checks = verify_lowered(runner, program, text, options.weights, floor)
             require_passed(checks)
-    _rewrite_reports(document, folder, program, target, [check_facts(check) for check in checks])
+    _rewrite_reports(document, folder, program, target, [check_facts(check) for check in checks], runs=runs)
     seal(folder.partial, manifest)
     facts = [check_facts(check) for check in checks]
     return document.model_copy(update={"capacity": lowered.capacity, "forms": lowered.forms, "checks": facts})
 
 
 def _rewrite_reports(
-    document: LowerDocument, folder: OutFolder, program: Program, target: Target, checks: list[CheckFacts]
+    document: LowerDocument,
+    folder: OutFolder,
+    program: Program,
+    target: Target,
+    checks: list[CheckFacts],
+    *,
+    runs: bool,
 ) -> None:
     """Make the copied reports speak of the new artifact: what was lowered before is no longer in it."""
     report = read_report(folder.partial)
@@ -127,7 +134,7 @@ def _rewrite_reports(
         "original": None,
         "measured": None,
         "checks": kept + checks,
-        "next": next_commands(document.out, program, folder.partial),
+        "next": next_commands(document.out, program, folder.partial, runs=runs),
     }
     folder.write_report("convert.json", report.convert.model_copy(update=changes))
     folder.write_report("verify.json", report.verify.model_copy(update={"checks": kept + checks}))

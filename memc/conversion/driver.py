@@ -305,14 +305,21 @@ class _Conversion:
             "checks": verified.checks,
             "verified": verified.passed,
             "forms": forms,
-            "next": next_commands(out, program, self.folder.partial),
+            "next": next_commands(
+                out, program, self.folder.partial, runs=self.request.backend.runs_here(self.request.target)
+            ),
         }
         return self.document.model_copy(update=changes)
 
 
-def next_commands(out: str | Path, program: Program, folder: Path) -> list[str]:
-    """Return what to type next: only a decoder generates, and from a text where ``folder`` has a tokenizer."""
+def next_commands(out: str | Path, program: Program, folder: Path, *, runs: bool = True) -> list[str]:
+    """Return what to type next: only a decoder generates, and from a text where ``folder`` has a tokenizer.
+
+    ``runs``: whether this machine runs what was lowered; else the same program may be lowered for it.
+    """
     generates = program.model.decoder and (folder / "tokenizer.json").is_file()
+    if not runs:
+        return [f"memc report {out}", f"memc lower {out} -o OUT --target cpu"]
     return [*([f"memc generate {out} --prompt TEXT"] if generates else []), f"memc report {out}"]
 
 

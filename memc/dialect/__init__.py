@@ -15,13 +15,24 @@ from memc.dialect.base import Cost, OpSpec
 from memc.dialect.full_attention import full_attention
 from memc.dialect.linear_memory import linear_memory
 from memc.dialect.norm import norm
+from memc.dialect.quantised_attention import quantised_attention
 from memc.dialect.rotary import rotary
 from memc.dialect.sparse_attention import sparse_attention
 from memc.dialect.window_memory import window_memory
 
 OPS: dict[str, OpSpec] = {
     spec.name: spec
-    for spec in (attention, full_attention, rotary, norm, window_memory, linear_memory, sparse_attention, bank_ffn)
+    for spec in (
+        attention,
+        full_attention,
+        rotary,
+        norm,
+        window_memory,
+        linear_memory,
+        sparse_attention,
+        quantised_attention,
+        bank_ffn,
+    )
 }
 
 _BY_OVERLOAD = {spec.overload: spec for spec in OPS.values()}

@@ -95,6 +95,7 @@ def _costs(done: m.ConvertDocument) -> Iterator[tuple[tuple[str, str], Value]]:
     yield from _by_context("state bytes", done.predicted.state_bytes)
     yield ("bytes", "fetched for a conversation"), done.predicted.fetched_bytes
     yield from _by_context("predicted ms", done.predicted.decode_ms)
+    yield from _by_context("predicted ms of a prompt", done.predicted.prefill_ms)
     if done.measured is not None:
         yield from _by_context("measured ms", done.measured.decode_ms)
         yield ("bytes", "disk"), done.measured.disk_bytes

@@ -158,9 +158,13 @@ class FitLimit(Facts):
 
 
 class FitLayer(Facts):
-    """One layer: the setting that was chosen (empty: it stays) and the KL of each alone, in nats a token."""
+    """One block: the setting that was chosen (empty: it stays) and the KL of each alone, in nats a token.
+
+    ``kind`` is attention or feed_forward.
+    """
 
     layer: int
+    kind: str = "attention"
     spec: str
     kl: dict[str, float]
 
@@ -168,16 +172,23 @@ class FitLayer(Facts):
 class FitFacts(Facts):
     """How a choice was fitted to limits.
 
-    ``kl_expected`` is the sum of the layers' own; ``kl_mean`` and ``perplexity_ratio`` were measured on ``tokens`` of
-    text that the choice was not made on.
+    ``kl_expected`` is the sum of the blocks' own and that of the ``weights`` type that was chosen, of which
+    ``weights_kl`` has all that are quantised; ``kl_mean`` and ``perplexity_ratio`` were measured on ``tokens`` of text
+    that the choice was not made on. ``binds`` is the limit that uses most of its own. Were it ``looser`` by that
+    factor, the sum would be ``kl_looser``; None for a limit of quality.
     """
 
     limits: list[FitLimit]
     layers: list[FitLayer]
+    weights: str = ""
+    weights_kl: dict[str, float] = Field(default_factory=dict)
     kl_expected: float
     kl_mean: float
     perplexity_ratio: float
     tokens: int
+    binds: str = ""
+    looser: float = 1.0
+    kl_looser: float | None = None
     seconds: float = 0.0
 
 

@@ -73,6 +73,10 @@ def calibrate_view(document: CalibrateDocument) -> RenderableType:
             (f"products, {weights}", *(amount(rates.flops.get(weights), "FLOP/s") for rates in both))
             for weights in document.after.flops
         ),
+        *(
+            (f"prompts, {weights}", *(amount(rates.prompt_flops.get(weights), "FLOP/s") for rates in both))
+            for weights in document.after.prompt_flops
+        ),
         ("launch", *(f"{1e6 * rates.launch_overhead:.3g} us" for rates in both)),
         ("disk written", *(amount(rates.disk_bandwidth, "B/s") for rates in both)),
     ]

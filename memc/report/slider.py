@@ -36,10 +36,16 @@ STYLE = """
 @media print { .context input { display: none; } }
 """
 
+
+def _seconds(ms: float | None) -> str:
+    return number(None if ms is None else ms / 1000)
+
+
 _ROWS: tuple[tuple[str, str, str, Callable[[float | None], str]], ...] = (
     ("state", "state_bytes", "state of a sequence", size),
     ("read", "bytes_read_per_token", "read for a token", size),
     ("time", "decode_ms", "ms a token, predicted", number),
+    ("prompt", "prefill_ms", "seconds a prompt, predicted", _seconds),
 )
 
 
@@ -101,5 +107,6 @@ def _charts(before: ByContext, after: ByContext) -> Sequence[str]:
             ("State, MiB", "state_bytes", 2**20),
             ("Read for a token, MiB", "bytes_read_per_token", 2**20),
             ("Milliseconds a token, predicted", "decode_ms", 1),
+            ("Seconds a prompt, predicted", "prefill_ms", 1000),
         )
     ]

@@ -38,6 +38,7 @@ class TargetRates(Facts):
     state_bandwidth: float | None = None
     disk_bandwidth: float | None = None
     flops: dict[str, float] = Field(default_factory=dict)
+    prompt_flops: dict[str, float] = Field(default_factory=dict)
     launch_overhead: float = 0.0
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from memc.artifact import Manifest, held
+from memc.artifact import Manifest, State, held
 from memc.backend import Runner, RunState
 from memc.errors import MemcError
 
@@ -94,15 +94,27 @@ class SlotRunner(Runner):
         """Return memory for a state, filled with zeros."""
         return np.zeros(shape, dtype)
 
+    def fresh(self, shape: tuple[int, ...], state: State) -> Array:
+        """Return a fresh state of some shape."""
+        filled = self.allocate(shape, state.dtype)
+        if state.init:
+            filled.fill(state.init)
+        return filled
+
+    def put(self, source: Array, target: Array) -> bool:
+        """Copy what was saved of a state into a fresh one; tell whether it fits."""
+        if source.shape != target.shape or source.dtype != target.dtype:
+            return False
+        target[...] = source
+        return True
+
     def new_state(self, batch: int, capacity: int | None = None) -> SlotState:
         """Allocate fresh states; memory of growing ones is touched only as tokens come."""
         slots = self._capacity(capacity) + 1
         arrays: dict[str, Array] = {}
         for state in self.manifest.states:
-            filled = self.allocate(tuple(batch if n == "B" else held(n, slots) for n in state.shape), state.dtype)
-            if state.init:
-                filled.fill(state.init)
-            arrays[state.input] = filled
+            shape = tuple(batch if n == "B" else held(n, slots) for n in state.shape)
+            arrays[state.input] = self.fresh(shape, state)
         return self.state_type(self, arrays, np.zeros(batch, np.int64))
 
     def restore(self, arrays: Mapping[str, Array], capacity: int | None = None) -> SlotState:
@@ -122,9 +134,9 @@ class SlotRunner(Runner):
                     self._check_capacity(size, target.shape[state.grows] - 1)
                     fresh.lengths = np.full(fresh.batch, size, np.int64)
                 target = _cut(target, state.grows, size)
-            if source.shape != target.shape or source.dtype != target.dtype:
-                raise MemcError("E208", f"the saved state {state.input} has shape {source.shape}, not {target.shape}")
-            target[...] = source
+            if not self.put(source, target):
+                found = f"{source.dtype} {list(source.shape)}, not {state.dtype} {list(target.shape)}"
+                raise MemcError("E208", f"the saved state {state.input} is {found}")
         return fresh
 
     def run(

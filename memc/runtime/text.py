@@ -22,7 +22,9 @@ Message = Mapping[str, Any]
 
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # A text that two tokenizers hardly cut the same way unless they are one.
-_PROBE = "The quick brown fox, 12345 naïve Übergrößen; def f(x):\n\treturn x ** 2  # 日本語"
+PROBE = "The quick brown fox, 12345 naïve Übergrößen; def f(x):\n\treturn x ** 2  # 日本語"
+"""A text that tokenizers are told apart by."""
+
 _CONTEXT = 6
 _LONGEST = 64
 _HELD = 16
@@ -123,7 +125,7 @@ class Text:
 
     def cuts_like(self, other: Text) -> bool:
         """Tell whether another tokenizer cuts text the same way, by one text. Raises ``MemcError`` E308 without one."""
-        return self.encode(_PROBE) == other.encode(_PROBE)
+        return self.encode(PROBE) == other.encode(PROBE)
 
     def chat(self, messages: Sequence[Message]) -> str:
         """Render a conversation with the model's chat template, up to where the answer starts.

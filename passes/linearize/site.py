@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 SEED = 20250709
 
+PARAMETERS = "memc.linearize.layers."
+"""What the names of new parameters begin with, before the number of the layer."""
+
 
 def rewrite_site(
     options: Linearize, editor: Editor, block: AttentionBlock, split: HeadSplit
@@ -56,7 +59,7 @@ def rewrite_site(
     if options.form == "lizard":
         inputs.update(query=block.query_pre_rotary, key=block.key_pre_rotary)
     new = _parameters(options, linear)
-    added = editor.add_parameters(f"memc.linearize.layers.{label}", new, SEED + block.layer, "linearize", node)
+    added = editor.add_parameters(f"{PARAMETERS}{label}", new, SEED + block.layer, "linearize", node)
     output, *rest = _insert(editor, block, {**inputs, **added}, options.form, config, split)
     after, watched = rest[:4], rest[4:]
     whole = output if kept is None else join_heads(editor, block, split, kept, output)
@@ -129,4 +132,4 @@ def _free_label(program: Program, layer: int) -> str:
     """Return the layer's number, with a suffix where two towers or two runs of the pass number layers alike."""
     taken = {name for name, _ in program.module.named_modules()}
     labels = (str(layer) if n == 1 else f"{layer}_{n}" for n in count(1))
-    return next(label for label in labels if f"memc.linearize.layers.{label}" not in taken)
+    return next(label for label in labels if f"{PARAMETERS}{label}" not in taken)

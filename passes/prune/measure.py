@@ -5,21 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 from torch.fx import Node
-from torch.nn.functional import linear
 
 from memc.analysis.stream import Stream
 from memc.errors import MemcError
 from memc.passes.prune import scores
 from memc.passes.prune.choice import Task, evenly, lowest
 from memc.passes.prune.eliminate import eliminate
-from memc.passes.prune.groups import Branch, Group, Groups
-from memc.passes.prune.moments import Moments, require_finite
+from memc.passes.prune.groups import Group, Groups
+from memc.passes.prune.moments import Moments
 from memc.passes.prune.moves import moved_from
 from memc.passes.prune.refit import compensate, refit
-from memc.passes.prune.rewrite import Cut
+from memc.passes.prune.rewrite import Cut, Fit
 from memc.passes.prune.walk import BlockedError, linear_parts
 from memc.pipeline import Calibration
 from memc.program import Program, get_tensor
@@ -48,11 +46,36 @@ def choose(
     original = Stream(program, calibration)
     followers = [Follower(program, calibration)] if refits else []
     for index in in_order(tasks):
+        if not tasks[index].count:
+            cuts[index] = Cut(tasks[index].group, ())
+            continue
         found = moments_of(original, tasks[index].group, followers, gram=score == "obs")[-1]
         cuts[index] = cut_by(program, tasks[index], found, score, gates[index] if gates else None, refits=refits)
         for follower in followers:
             follower.apply(cuts[index])
     return [cuts[index] for index in range(len(tasks))]
+
+
+def choose_apart(
+    program: Program, tasks: Sequence[Task], calibration: Calibration | None, score: str, *, refits: bool
+) -> Iterator[Cut]:
+    """Choose for each group as if it were the only one, in the order of the graph: the original runs once for all.
+
+    Without calibration as much goes, evenly spaced.
+    """
+    if calibration is None:
+        yield from choose_evenly([tasks[index] for index in in_order(tasks)], biased=refits or score == "flap")
+        return
+    gates = scores.taylor(program, [task.group for task in tasks], calibration) if score == "taylor" else []
+    original = Stream(program, calibration)
+    for index in in_order(tasks):
+        group = tasks[index].group
+        entry, exit_ = linear_input(group.exit), group.exit
+        where = f"layer {group.block.layer} {group.block.path}".strip()
+        found = Moments(len(group.columns), gram=score == "obs" or refits, where=where, targets=hints(exit_)[-1])
+        for seen in original.advance(exit_, {entry, exit_}):
+            found.update(seen[entry], seen[exit_])
+        yield cut_by(program, tasks[index], found, score, gates[index] if gates else None, refits=refits)
 
 
 def in_order(tasks: Sequence[Task]) -> list[int]:
@@ -63,11 +86,11 @@ def in_order(tasks: Sequence[Task]) -> list[int]:
 def cut_by(program: Program, task: Task, moments: Moments, score: str, gates: Tensor | None, *, refits: bool) -> Cut:
     """Choose what goes from one group by a score, and fit what stays; ``gates`` are its Taylor scores by channel."""
     group = task.group
-    weight, bias = _exit_weight(program, group.exit)
+    weight, bias = exit_weight(program, group.exit)
     if score == "obs":
         removed = eliminate(task, weight, moments)
     else:
-        removed = lowest(task, _units(group, weight, score, moments, gates))
+        removed = lowest(task, unit_scores(group, weight, score, moments, gates))
     cut = Cut(group, removed, refits or score == "flap")
     if not cut.biased or not cut.removed:
         return cut
@@ -75,8 +98,8 @@ def cut_by(program: Program, task: Task, moments: Moments, score: str, gates: Te
     return replace(cut, fit=refit(weight, moments, kept) if refits else compensate(weight, bias, moments, kept))
 
 
-def _units(group: Group, weight: Tensor, score: str, moments: Moments, gates: Tensor | None) -> Tensor:
-    """Score the units of a group."""
+def unit_scores(group: Group, weight: Tensor, score: str, moments: Moments, gates: Tensor | None) -> Tensor:
+    """Score the units of a group; ``gates`` are its Taylor scores by channel."""
     if score == "magnitude":
         return scores.magnitude(group)
     if gates is not None:
@@ -121,27 +144,7 @@ class Follower:
         """Let what follows see a cut, which must have been fitted."""
         if not cut.removed:
             return
-        assert cut.fit is not None
-        fit, kept = cut.fit, torch.nonzero(cut.columns)[:, 0]
-
-        def cut_exit(x: Tensor) -> Tensor:
-            at = kept.to(x.device)
-            return linear(x[..., at], fit.weight.to(x), fit.bias.to(x))
-
-        self._stream.replace(cut.group.exit, linear_input(cut.group.exit), cut_exit)
-
-
-def influence(program: Program, groups: Groups, layers: Sequence[Sequence[Branch]], calibration: Calibration) -> Tensor:
-    """Return the mean block influence of each layer, given by its branches, over the calibration tokens."""
-    ends = [groups.stream_of(branches) for branches in layers]
-    nodes = {node for pair in ends for node in pair}
-    found = torch.zeros(len(layers), dtype=torch.float64)
-    stream = Stream(program, calibration)
-    for seen in stream.advance(max(nodes), nodes):
-        for index, (before, after) in enumerate(ends):
-            require_finite(seen[after], f"layer {layers[index][0].block.layer}")
-            found[index] += float(scores.block_influence(seen[before], seen[after]).mean())
-    return found / len(calibration.tokens)
+        self._stream.replace(cut.group.exit, linear_input(cut.group.exit), cut.exit_function())
 
 
 TOKENS_FOR_FIT = 4
@@ -185,7 +188,13 @@ def moments_of(original: Stream, group: Group, followers: Sequence[Follower], *,
     return [own, *theirs]
 
 
-def _exit_weight(program: Program, exit_: Node) -> tuple[Tensor, Tensor | None]:
+def unfitted(program: Program, cut: Cut) -> Cut:
+    """Return a cut that leaves the weights of its exit as they are as one that was fitted to them."""
+    weight, bias = exit_weight(program, cut.group.exit)
+    return replace(cut, fit=Fit(weight[:, cut.columns], weight.new_zeros(len(weight)) if bias is None else bias))
+
+
+def exit_weight(program: Program, exit_: Node) -> tuple[Tensor, Tensor | None]:
     """Return the weight ``[out, in]`` and bias of a projection."""
     weight, bias, outs, _ = linear_parts(exit_)
     value = get_tensor(program.module, str(weight.target)).detach()

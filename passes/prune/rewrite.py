@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
+from torch.nn.functional import linear
 
 from memc.blocks import AttentionBlock
 from memc.dialect import arguments, op_spec
@@ -50,6 +51,16 @@ class Cut:
     def columns(self) -> Tensor:
         """Which input channels of the exit projection stay, ``[in]`` bool."""
         return ~torch.isin(self.group.columns, torch.tensor(self.removed, dtype=torch.int64))
+
+    def exit_function(self) -> Callable[[Tensor], Tensor]:
+        """Return what the exit projection becomes, of the inputs that it has in the original; needs ``fit``."""
+        assert self.fit is not None
+        fit, kept = self.fit, torch.nonzero(self.columns)[:, 0]
+
+        def function(x: Tensor) -> Tensor:
+            return linear(x[..., kept.to(x.device)], fit.weight.to(x), fit.bias.to(x))
+
+        return function
 
     @property
     def parameters(self) -> int:

@@ -16,6 +16,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 import memc.dialect  # noqa: F401  defines the ops
 from memc.artifact import held
 from memc.dialect.bank_ffn import ACTIVATIONS
+from memc.dialect.quantised_attention import code_bytes
 from memc.dialect.sparse_attention import description
 from memc.infer import infer
 from memc.passes.memory_bank import MemoryBank
@@ -148,6 +149,20 @@ def paged(b: Builder, tag: str, groups: int, key: int, value: int, page: int, me
     return [*growing(b, tag, groups, key, value), b.state(f"past_pages{tag}", "B", groups, f"S/{page}", *sizes)]
 
 
+def coded(b: Builder, tag: str, groups: int, key: int, value: int, page: int, bits: int) -> list[Node]:
+    """The states of ``quantised_attention``."""
+    u8 = torch.uint8
+    return [
+        b.state(f"past_key{tag}", "B", groups, f"S/{page}", page, code_bytes(key, bits), dtype=u8),
+        b.state(f"past_value{tag}", "B", groups, "S", code_bytes(value, bits), dtype=u8),
+        b.state(f"past_positions{tag}", "B", "S", dtype=torch.int64, init=-1),
+        b.state(f"past_pages{tag}", "B", groups, f"S/{page}", 2 * key),
+        b.state(f"past_ranges{tag}", "B", groups, "S", 2),
+        b.state(f"past_key_tail{tag}", "B", groups, page, key),
+        b.state(f"past_value_tail{tag}", "B", groups, page, value),
+    ]
+
+
 def _start(b: Builder, heads: int, groups: int, key: int, value: int, width: int) -> tuple[Node, list[Node]]:
     x = b.embed(width)
     return x, [
@@ -242,17 +257,25 @@ def sparse_attention(
     sink_logits: bool = False,
     lse: bool = False,
     layers: int = 1,
+    bits: int = 0,
     **options: Any,
 ) -> Program:
-    """Tokens to query, key and value, ``memc::sparse_attention``, logits that read the log-sum-exp where asked."""
+    """Tokens to query, key and value, the op, logits that read the log-sum-exp where asked.
+
+    The op is ``memc::sparse_attention``, with ``bits`` ``memc::quantised_attention``.
+    """
     b = Builder()
     x, qkv = _start(b, heads, groups, key, value, 24)
-    sizes = {"method": method, "page": page, "budget": budget, "sinks": sinks, "window": window, **options}
+    sizes = {"page": page, "budget": budget, "sinks": sinks, "window": window, **options}
+    sizes |= {"bits": bits} if bits else {"method": method}
     for layer in range(layers):
-        states = paged(b, str(layer), groups, key, value, page, method)
+        if bits:
+            op, states = torch.ops.memc.quantised_attention, coded(b, str(layer), groups, key, value, page, bits)
+        else:
+            op, states = torch.ops.memc.sparse_attention, paged(b, str(layer), groups, key, value, page, method)
         extra = [b.parameter("sink", heads, scale=1.0) if sink_logits else None]
-        out = b.call(torch.ops.memc.sparse_attention.default, *qkv, b.positions, *states, *extra, scale=0.7, **sizes)
-        b.next += [b.item(out, i) for i in (2, 3, 4, 5)]
+        out = b.call(op.default, *qkv, b.positions, *states, *extra, scale=0.7, **sizes)
+        b.next += [b.item(out, 2 + i) for i in range(len(states))]
         x = b.linear(b.merge(b.item(out, 0)), "out", 24, heads * value)
         if lse:
             per_token = b.call(aten.transpose.int, b.item(out, 1), 1, 2)
@@ -414,6 +437,7 @@ CASES: dict[str, Callable[[], Program]] = {
     "attention, chunk": lambda: attention(chunk=4),
     "sparse": lambda: sparse_attention(layers=2),
     "sparse, moments, guarded": lambda: sparse_attention(method="moments", dense_below=7, groups=6),
+    "sparse, by means": lambda: sparse_attention(method="hcam", rerank=2),
     "sparse, by channels": lambda: sparse_attention(method="lowbit", channels=3, layers=2, dense_below=5),
     "sparse, by channels, again": lambda: sparse_attention(
         method="lowbit", channels=2, rerank=2, groups=3, page=3, budget=9, window=4, sink_logits=True, lse=True
@@ -422,6 +446,12 @@ CASES: dict[str, Callable[[], Program]] = {
     "sparse, every option": lambda: sparse_attention(
         rerank=3, dense_below=4, sink_logits=True, lse=True, softcap=2.0, layers=2, page=1, budget=4
     ),
+    "sparse, few bits": lambda: sparse_attention(bits=4, layers=2, rerank=2),
+    "sparse, few bits, one stage": lambda: sparse_attention(bits=8, page=3, budget=9, window=4, dense_below=6),
+    "sparse, few bits, every option": lambda: sparse_attention(
+        bits=4, key=7, value=5, rerank=3, dense_below=5, sink_logits=True, lse=True, softcap=2.0, groups=6
+    ),
+    "sparse, few bits, a page of one token": lambda: sparse_attention(bits=8, page=1, budget=4, groups=1, rerank=2),
     "bank": lambda: bank_ffn(*ACTIVATIONS, units=3),
     "gated": linear_memory,
     "gated, strong": lambda: linear_memory(strength=50.0, per_channel=False, groups=6),

@@ -1,4 +1,4 @@
-"""``memc::sparse_attention`` in ONNX: long calls, ties, and what an artifact is checked for."""
+"""``memc::sparse_attention`` and ``memc::quantised_attention`` in ONNX: long calls, ties, and what is checked."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from onnx_support import build, compare, span
 
 from memc.backends.onnx import blocks
 from memc.conversion.lowering import CHOICE_KL, chooses_from, verify_lowered
+from memc.dialect.quantised_attention import BITS
 from memc.dialect.sparse_attention import METHODS
 from memc.program import Program
 from memc.verify import VerificationText
@@ -35,6 +36,35 @@ def test_long_calls_equal_the_reference(
     assert compare(program, runner, calls) < 1e-4
 
 
+@pytest.mark.parametrize("form", ["blocks", "tokens"])
+@pytest.mark.parametrize("rerank", [1, 2])
+@pytest.mark.parametrize("bits", BITS)
+def test_long_calls_over_few_bits_equal_the_reference(
+    bits: int, rerank: int, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if form == "tokens":
+        monkeypatch.setitem(blocks.REACH, "bounds", 0)
+    program = ops.sparse_attention(bits=bits, rerank=rerank, dense_below=30, **OPTIONS)
+    runner = build(program, tmp_path, context=160)
+    calls = [([span(0, 100), span(0, 20, right=80)], [99]), ([span(100, 7), span(20, 7)], None)]
+    calls += [([[107 + i], [27 + i]], None) for i in range(12)]
+    assert compare(program, runner, calls) < 1e-4
+    fewer = build(ops.sparse_attention(bits=bits, rerank=rerank, **OPTIONS), tmp_path / "fewer", context=160)
+    assert compare(program, fewer, calls) > 1e-3, "below the guard everything is read"
+
+
+@pytest.mark.parametrize("length", [22, 23, 24])
+def test_what_fills_the_buffers_to_the_last_slot_is_held(length: int, tmp_path: Path) -> None:
+    """Pages of 4 in buffers of so many tokens and one for padding, which may stand on the page of the last token."""
+    program = ops.sparse_attention(bits=4, **{**OPTIONS, "budget": 20})
+    runner = build(program, tmp_path, context=length)
+    calls = [([span(0, 17), span(0, 3, left=14)], None), ([span(17, length - 18), span(3, length - 18)], None)]
+    assert compare(program, runner, [*calls, ([[length - 1], [-1]], None)]) < 1e-4
+    state = runner.new_state(2)
+    assert state.current["past_key0"].nbytes == 2 * 2 * -(-(length + 1) // 4) * 4 * 4
+    assert state.current["past_key0"].dtype == np.uint8
+
+
 def of_equal_keys(**options: Any) -> Program:
     """Make every key the same, so that all scores are equal, and every value another."""
     program = ops.sparse_attention(**OPTIONS, **options)
@@ -44,7 +74,7 @@ def of_equal_keys(**options: Any) -> Program:
 
 
 @pytest.mark.parametrize("form", ["blocks", "tokens"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, "few bits"])
 @pytest.mark.parametrize("rerank", [1, 2])
 def test_equal_scores_choose_equally(
     rerank: int, method: str, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -52,8 +82,9 @@ def test_equal_scores_choose_equally(
     from memc.kernels.sparse_attention import choose
 
     if form == "tokens":
-        monkeypatch.setitem(blocks.REACH, method, 0)
-    program = of_equal_keys(rerank=rerank, method=method, channels=2)
+        monkeypatch.setattr(blocks, "REACH", dict.fromkeys(blocks.REACH, 0))
+    chosen_by = {"bits": 4} if method == "few bits" else {"method": method, "channels": 2}
+    program = of_equal_keys(rerank=rerank, **chosen_by)
     runner = build(program, tmp_path, context=120)
     calls = [([span(0, 100)], None), ([[100]], None), ([[101]], None)]
     assert compare(program, runner, calls) < 1e-5
@@ -70,10 +101,11 @@ def test_blocks_take_what_tokens_take_where_their_number_is_odd(tmp_path: Path) 
     assert compare(program, runner, [([span(0, 33)], None), ([span(33, 9)], None), ([span(42, 95)], None)]) < 1e-4
 
 
-def test_no_tensor_has_an_entry_for_each_pair_of_tokens(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bits", [0, 4])
+def test_no_tensor_has_an_entry_for_each_pair_of_tokens(bits: int, tmp_path: Path) -> None:
     import resource
 
-    program = ops.sparse_attention(heads=6, groups=2, **OPTIONS)
+    program = ops.sparse_attention(heads=6, groups=2, bits=bits, **OPTIONS)
     runner = build(program, tmp_path, context=6000)
     state, at = runner.new_state(1), np.arange(6000)[None]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -152,9 +152,10 @@ def test_every_dialect_op_has_a_form_or_a_reason() -> None:
             if (spec := op_spec(node.target)) is not None:
                 answers[spec.name] = TvmBackend().supports(node, CPU)
     assert all(isinstance(answer, Yes) for answer in answers.values())
-    assert set(OPS) - set(answers) == {"sparse_attention"}
-    sparse = next(n for n in ops.sparse_attention().module.graph.nodes if op_spec(n.target) is not None)
-    assert isinstance(TvmBackend().supports(sparse, CPU), No)
+    assert set(OPS) - set(answers) == {"sparse_attention", "quantised_attention"}
+    for program in (ops.sparse_attention(), ops.sparse_attention(bits=4)):
+        sparse = next(n for n in program.module.graph.nodes if op_spec(n.target) is not None)
+        assert isinstance(TvmBackend().supports(sparse, CPU), No)
 
 
 def test_refusals_come_before_anything_is_written(tmp_path: Path) -> None:

@@ -288,12 +288,25 @@ def fitted() -> files.FitFacts:
         )
         for layer in range(30)
     ]
+    prune = [f"prune:amount={amount},unit=ffn,of=layers,alike=true" for amount in (0.1, 0.25)]
+    layers += [
+        files.FitLayer(
+            layer=layer,
+            kind="feed_forward",
+            spec=prune[0] if layer in (3, 4) else "",
+            kl={prune[0]: 0.002 * (1 + layer % 5), prune[1]: 0.01 * (1 + layer % 5)},
+        )
+        for layer in range(30)
+    ]
     return files.FitFacts(
         limits=[
             files.FitLimit(limit="state@32k<=0.5x", reached=6.0e8, original=1.5e9, used=0.8),
             files.FitLimit(limit="ppl<=1.05x", reached=1.047, original=1.0, used=0.997),
         ],
         layers=layers,
+        weights="int8",
+        weights_kl={"int8": 0.0009, "int4": 0.0912},
+        binds="ppl<=1.05x",
         kl_expected=0.0325,
         kl_mean=0.04125,
         perplexity_ratio=1.047,
@@ -309,6 +322,7 @@ def predicted(saving: int) -> m.Predicted:
         flops_by_context={512: 2.9e8, 4096: 4.1e8},
         bytes_read_per_token={512: 5.4e8, 4096: 7.3e8},
         decode_ms={512: 14.2, 4096: 21.7 / saving},
+        prefill_ms={512: 2150.0, 4096: 26_400.0 / saving},
         state_bytes={512: 23_592_960, 4096: 188_743_680 // saving, 32768: 1_509_949_440 // saving},
         weight_bytes=538_060_032,
         peak_rss_bytes=1_900_000_000,
@@ -322,6 +336,7 @@ def curve(saving: int) -> m.ByContext:
     return m.ByContext(
         bytes_read_per_token={n: 5.4e8 + 46_080 * n / saving for n in contexts},
         decode_ms={n: 14.2 + n / 1000 / saving for n in contexts},
+        prefill_ms={n: 4.0 * n + n * n / 4000 / saving for n in contexts},
         state_bytes={n: 46_080 * n // saving for n in contexts},
     )
 

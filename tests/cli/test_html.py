@@ -120,9 +120,10 @@ def test_costs_at_a_context_stand_there_without_a_script() -> None:
 
 
 def test_costs_are_drawn_over_the_context() -> None:
-    state, read, time = figures(render(report()), of="context")
+    state, read, time, prompt = figures(render(report()), of="context")
     assert "original: 5.625 at context 128, 5760 at context 131072" in alternative(state)
     assert "converted" in alternative(read) and "converted" in alternative(time)
+    assert "original: 0.5161 at context 128" in alternative(prompt)
     line = state.find(".//polyline")
     assert line is not None
     points = [float(point.split(",")[0]) for point in line.get("points", "").split()]
@@ -176,6 +177,8 @@ def test_limits_and_what_every_layer_loses_are_shown() -> None:
     assert row is not None
     cells = re.findall(r">([^<>]+)</td>", row.group(1))
     assert cells == ["sparsify:budget=256,dense_below=512", "0.003", "0.0015", "0.001"]
+    assert "KL of each feed-forward block alone" in page and "weights int8" in page
+    assert "ppl&lt;=1.05x binds; given up most, nats a token: feed-forward 4 0.01, feed-forward 3 0.008" in page
 
 
 def test_without_training_there_is_no_picture_of_it() -> None:

@@ -8,8 +8,10 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Sequence
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx2
 import numpy as np
@@ -269,6 +271,72 @@ def test_bench_draws(out: str, tmp_path: Path, capsys: Capture) -> None:
     assert "folder of the page does not exist" in capsys.readouterr().err
 
 
+class Binding:
+    """``llama_cpp`` as its documentation has it, as far as memc calls it: a model of byte tokens that counts."""
+
+    __version__ = "0.3.16"
+
+    class Llama:
+        def __init__(
+            self, model_path: str, *, n_ctx: int, n_gpu_layers: int, n_threads: int, n_threads_batch: int, verbose: bool
+        ) -> None:
+            if not Path(model_path).read_bytes().startswith(b"GGUF"):
+                raise ValueError(f"Failed to load model from file: {model_path}")
+            assert n_gpu_layers == 0 and n_threads == n_threads_batch == 1 and not verbose
+            self.context, self.n_tokens = n_ctx, 0
+
+        def n_ctx(self) -> int:
+            return self.context
+
+        def n_vocab(self) -> int:
+            return 400
+
+        def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
+            return [1] * add_bos + list(text)
+
+        def reset(self) -> None:
+            self.n_tokens = 0
+
+        def eval(self, tokens: Sequence[int]) -> None:
+            assert all(0 <= token < 400 for token in tokens)
+            self.n_tokens += len(tokens)
+            assert self.n_tokens <= self.context
+
+        def save_state(self) -> SimpleNamespace:
+            return SimpleNamespace(llama_state_size=100 * self.n_tokens)
+
+
+def test_bench_takes_a_file_in_llama_cpp(
+    out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setitem(sys.modules, "llama_cpp", Binding)  # type: ignore[arg-type]
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    against = f"llama.cpp:{tmp_path / 'model.gguf'}"
+    words = ["bench", out, "--contexts", "8,40", "--steps", "2", "--threads", "1", "--json", "--against"]
+    assert main([*words, against]) == 0
+    document = m.BenchDocument.model_validate_json(capsys.readouterr().out)
+    assert document.sides == {"a": out, "b": f"{against} (llama-cpp-python 0.3.16)"}
+    held = [row.state_bytes for row in document.rows if row.side == "b"]
+    assert held == [100 * (8 + 2 + 4), 100 * (40 + 2 + 4)], "after the prompt, the warm-up and the steps, no more"
+    assert any("different tokenizers" in warning for warning in document.warnings)
+    (tmp_path / "model.gguf").write_bytes(b"nothing")
+    assert main([*words, against]) == 3
+    assert "E302 llama.cpp cannot read the file" in capsys.readouterr().err
+    assert main([*words, against + "x"]) == 3
+    assert "E301" in capsys.readouterr().err
+
+
+def test_without_its_binding_llama_cpp_is_refused_with_what_installs_it(
+    out: str, text: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    assert main(["bench", out, "--against", "llama.cpp:model.gguf"]) == 6
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == "E602 llama-cpp-python is not installed Next: pip install llama-cpp-python"
+    assert main(["eval", out, "--text", text, "--against", "llama.cpp:model.gguf"]) == 2
+    assert "E208 llama.cpp can only be timed" in capsys.readouterr().err
+
+
 def test_lower_makes_a_second_artifact(tmp_path: Path, capsys: Capture) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     api.convert(tiny_program(), first, passes=["window:window=8,sinks=2"], backend="eager")
@@ -326,6 +394,13 @@ def test_serve_refuses_what_it_cannot_serve(out: str, tmp_path: Path, capsys: Ca
     assert "E200 cannot listen" in capsys.readouterr().err
     assert main(["serve", str(tmp_path / "nothing"), "--port", "0"]) == 3
     assert capsys.readouterr().err.startswith("E309")
+    key = tmp_path / "key"
+    for held in (b"", b" \n", b"two words", b"\xff\xfe", "schlüssel".encode()):
+        key.write_bytes(held)
+        assert main(["serve", out, "--port", "0", "--api-key-file", str(key)]) == 2
+        assert "API key" in capsys.readouterr().err
+    assert main(["serve", out, "--port", "0", "--api-key-file", str(key) + "x"]) == 2
+    assert "cannot be read" in capsys.readouterr().err
     encoder = str(make_artifact(tmp_path / "encoder", decoder=False))
     assert main(["serve", encoder, "--port", "0"]) == 2
     assert capsys.readouterr().err.startswith("E208")

@@ -8,6 +8,7 @@ import torch
 from memc.cost import WEIGHT_BYTES, predict
 from memc.pipeline import parse_spec
 from memc.program import Program
+from memc.runtime.session import CHUNK
 from memc.target import get_target
 from tests.core.tiny import TinyConfig, tiny_program
 
@@ -76,6 +77,45 @@ def test_roofline_moves_with_the_machine(program: Program) -> None:
     one, two = (predict(program, get_target("cpu"), CONTEXTS, threads=n) for n in (1, 2))
     assert one.decode_ms[4096] >= two.decode_ms[4096]
     assert predict(program, get_target("c"), CONTEXTS).decode_ms == {}
+
+
+def test_a_prompt_is_computed_in_pieces_and_its_last_logits_alone(program: Program) -> None:
+    rates = {"memory_bandwidth": 1e30, "launch_overhead": 0.0, "flops": {"fp32": 1e9}}
+    target = get_target("cpu").model_copy(update=rates)
+    cost = predict(program, target, (1, CHUNK, CHUNK + 1, 2 * CHUNK, 1000), threads=1)
+    at = predict(program, target, (1, 256, 257, 512, 768, 1000), threads=1).flops_by_context
+    logits = 2 * CONFIG.vocab * CONFIG.width
+    assert CHUNK == 256
+    expected = {
+        1: at[1],
+        256: 256 * (at[256] - logits) + logits,
+        257: 256 * (at[256] - logits) + at[257] + logits,
+        512: 256 * (at[256] + at[512] - 2 * logits) + 2 * logits,
+    }
+    expected[1000] = expected[512] + 256 * (at[768] - logits) + 232 * (at[1000] - logits) + 2 * logits
+    for length, flops in expected.items():
+        assert cost.prefill_ms[length] == pytest.approx(1e3 * flops / 1e9, rel=1e-6), length
+
+
+def test_a_prompt_reads_the_weights_once_a_piece_at_the_rate_of_prompts(program: Program) -> None:
+    rates = {"memory_bandwidth": 1e6, "state_bandwidth": None, "launch_overhead": 1e-3, "flops": {"fp32": 1e30}}
+    target = get_target("cpu").model_copy(update=rates)
+    cost = predict(program, target, (1, 200, 300), threads=1)
+    assert cost.prefill_ms[1] == pytest.approx(cost.decode_ms[1])
+    assert cost.prefill_ms[200] == pytest.approx(cost.decode_ms[200])
+    twice = predict(program, target, (256,), threads=1).decode_ms[256] + cost.decode_ms[300]
+    assert cost.prefill_ms[300] == pytest.approx(twice)
+    quick = target.model_copy(update={"memory_bandwidth": 1e30, "launch_overhead": 0.0, "flops": {"int8": 1e9}})
+    slow, fast = (
+        predict(program, quick.model_copy(update={"prompt_flops": found}), (200,), weights="int8", threads=1)
+        for found in ({}, {"int8": 2e9})
+    )
+    assert fast.prefill_ms[200] == pytest.approx(slow.prefill_ms[200] / 2)
+    assert fast.decode_ms == slow.decode_ms
+
+
+def test_without_rates_no_prompt_is_predicted(program: Program) -> None:
+    assert predict(program, get_target("c"), CONTEXTS).prefill_ms == {}
 
 
 def test_windows_make_cost_constant(program: Program) -> None:

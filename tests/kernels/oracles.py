@@ -140,6 +140,8 @@ def page_score(query: Tensor, keys: Tensor, method: str) -> float:
         column = keys[:, channel].tolist()
         if method == "bounds":
             total += max(q * x for x in column)
+        elif method == "hcam":
+            total += q * sum(column) / len(column)
         else:
             mean = sum(column) / len(column)
             total += q * mean + q * q / 2 * sum((x - mean) ** 2 for x in column) / len(column)
@@ -157,8 +159,9 @@ def sparse_choice(query: Tensor, own: list[Token], p: int, group: int, o: Mappin
     scaled, positions = query * o["scale"], range(p + 1)
     if p < o.get("dense_below", 0):
         return list(positions)
-    must = {j for j in positions if j < sinks or p - j < window}
-    take = by_channels if o["method"] == "lowbit" else by_pages
+    whole_page = "bits" in o  # of tokens held in few bits those of p's own page are always read
+    must = {j for j in positions if j < sinks or p - j < window or (whole_page and j // o["page"] == p // o["page"])}
+    take = by_channels if o.get("method") == "lowbit" else by_pages
     tokens = take(scaled, seen, p, must, o)
     ranked = [(math.inf if j in must else max(float(q @ seen[j]) for q in scaled), j) for j in tokens]
     return sorted(best(ranked, o["budget"]))
@@ -184,13 +187,37 @@ def by_pages(queries: Tensor, seen: Mapping[int, Tensor], p: int, must: set[int]
             pages.append((math.inf, number))
         else:
             keys = torch.stack([seen[j] for j in inside])
-            pages.append((max(page_score(q, keys, o["method"]) for q in queries), number))
+            pages.append((max(page_score(q, keys, o.get("method", "bounds")) for q in queries), number))
     taken = best(pages, o.get("rerank", 1) * o["budget"] // page)
     return [j for number in taken for j in range(number * page, (number + 1) * page) if j <= p]
 
 
+def rounded(x: Tensor, bits: int) -> Tensor:
+    """Return ``x [N]`` with each number the nearest of 2^bits levels from its smallest to its largest."""
+    low, top, levels = float(x.min()), float(x.max()), 2**bits - 1
+    step = (top - low) / levels
+    if not step:
+        return x
+    return torch.tensor([low + round((one - low) / step) * step for one in x.tolist()], dtype=x.dtype)
+
+
+def through_codes(own: list[Token], p: int, o: Mapping[str, Any]) -> list[Token]:
+    """Return the tokens as a query at p reads them: those of earlier pages with keys and values of few bits."""
+    page, bits, read = o["page"], o["bits"], []
+    for token in own:
+        if token.position // page == p // page:
+            read.append(token)
+            continue
+        start = token.position // page * page
+        keys = torch.stack([x.key for x in own if start <= x.position < start + page], 1)
+        channels = [[rounded(keys[g, :, c], bits) for c in range(keys.shape[2])] for g in range(keys.shape[0])]
+        key = torch.stack([torch.stack([c[token.position - start] for c in group]) for group in channels])
+        read.append(Token(token.position, key, torch.stack([rounded(row, bits) for row in token.value])))
+    return read
+
+
 def sparse_attention(query: Tensor, key: Tensor, value: Tensor, positions: Tensor, **o: Any) -> Result:
-    """``memc::sparse_attention`` from an empty state; ``left`` is unused."""
+    """``memc::sparse_attention`` from an empty state, with ``bits`` the one that holds few; ``left`` is unused."""
     batch, heads, tokens, _ = query.shape
     per_group = heads // key.shape[1]
     shape = (batch, heads, tokens)
@@ -202,10 +229,11 @@ def sparse_attention(query: Tensor, key: Tensor, value: Tensor, positions: Tenso
             if p < 0:
                 continue
             own = [*([] if p == 0 else own), Token(p, key[b, :, t].double(), value[b, :, t].double())]
+            found = through_codes(own, p, o) if "bits" in o else own
             for group in range(key.shape[1]):
                 mine = range(group * per_group, (group + 1) * per_group)
-                chosen = set(sparse_choice(query[b, mine, t].double(), own, p, group, o))
-                read = [x for x in own if x.position in chosen]
+                chosen = set(sparse_choice(query[b, mine, t].double(), found, p, group, o))
+                read = [x for x in found if x.position in chosen]
                 for h in mine:
                     row = softmax_row(query[b, h, t].double(), read, h, group, p, o)
                     result.out[b, h, t], result.lse[b, h, t] = row

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import memc.kernels  # noqa: F401
 from memc.dialect import OPS
+from memc.dialect.quantised_attention import code_bytes
 from memc.dialect.sparse_attention import description
 
 B, H, G, T, D, E = 2, 4, 2, 7, 3, 5
@@ -55,6 +56,28 @@ def sparse_case(held: int, bias: bool, **options: Any) -> Callable[[], Case]:
     return make
 
 
+def quantised_case(held: int, bias: bool, **options: Any) -> Callable[[], Case]:
+    """Pages longer than the sequences: rounding has no derivative to compare with."""
+
+    def make() -> Case:
+        page, bits = 16, options["bits"]
+        past = torch.arange(held).expand(B, held).contiguous()
+        positions = torch.stack([torch.arange(held, held + T), torch.tensor([held, -1, 0, 1, 2, 3, 4])])
+        codes = (
+            torch.zeros(B, G, -(-held // page), page, code_bytes(D, bits), dtype=torch.uint8),
+            torch.zeros(B, G, held, code_bytes(E, bits), dtype=torch.uint8),
+        )
+        there = (torch.arange(page) < held)[:, None]
+        tails = (real(B, G, page, D) * there, real(B, G, page, E) * there)
+        state = (*codes, past, real(B, G, codes[0].shape[2], 2 * D), real(B, G, held, 2), *tails)
+        extra = (real(H),) if bias else ()
+        args = (real(B, H, T, D), real(B, G, T, D), real(B, G, T, E), positions, *state, *extra)
+        fixed = {"scale": 0.4, "page": page, "budget": 32, "sinks": 1, "window": 1}
+        return Case("quantised_attention", args, {**fixed, **options})
+
+    return make
+
+
 def memory_case(channels: int, update: str, tokens: int = T) -> Callable[[], Case]:
     def make() -> Case:
         gate = -2 * torch.rand(B, G, tokens, channels, dtype=torch.float64)
@@ -78,7 +101,11 @@ CASES: dict[str, Callable[[], Case]] = {
     "sparse": sparse_case(5, True, method="bounds", budget=4, softcap=2.0),
     "sparse-again": sparse_case(5, False, method="moments", budget=4, rerank=2, dense_below=3),
     "sparse-channels": sparse_case(5, True, method="lowbit", channels=2, budget=4, rerank=2),
+    "sparse-means": sparse_case(5, False, method="hcam", budget=4),
     "sparse-empty": sparse_case(0, False, method="moments", budget=4),
+    "quantised": quantised_case(5, True, bits=4, softcap=2.0),
+    "quantised-again": quantised_case(5, False, bits=8, rerank=2),
+    "quantised-empty": quantised_case(0, False, bits=8),
     "full": lambda: Case(
         "full_attention",
         (real(B, H, T, D), real(B, G, 4, D), real(B, G, 4, E), KEYS, real(H, 1, 4), real(H)),
@@ -111,7 +138,14 @@ def is_real(value: Any) -> bool:
 
 def is_index(case: Case, index: int) -> bool:
     """Whether an argument chooses what is read and has no gradient."""
-    return case.op == "sparse_attention" and index == 7
+    return index in {"sparse_attention": (7,), "quantised_attention": (7, 8)}.get(case.op, ())
+
+
+def differentiable(case: Case, results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The results that have a gradient."""
+    indices = {"sparse_attention": (0, 1, 2, 3), "quantised_attention": (0, 1, 7, 8)}.get(case.op)
+    kept = results if indices is None else tuple(results[index] for index in indices)
+    return tuple(y for y in kept if is_real(y))
 
 
 def test_every_op_has_a_case() -> None:
@@ -126,8 +160,7 @@ def test_gradients_equal_finite_differences(name: str) -> None:
     def function(*values: Tensor) -> tuple[Tensor, ...]:
         given = iter(values)
         args = tuple(next(given) if is_real(x) else x for x in case.args)
-        results = call(case, args)
-        return tuple(y for y in (results[:4] if case.op == "sparse_attention" else results) if is_real(y))
+        return differentiable(case, call(case, args))
 
     assert torch.autograd.gradcheck(function, leaves)
 

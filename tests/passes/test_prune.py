@@ -1,4 +1,4 @@
-"""The prune pass: how much goes, which goes, what the refit does, and what is refused."""
+"""The prune pass: how much goes, what is reported, and what is refused."""
 
 from __future__ import annotations
 
@@ -7,55 +7,27 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.fx import Interpreter, Node
 
 from memc.conversion.pipeline import plan_pass
 from memc.errors import MemcError
 from memc.passes.linearize import Linearize
-from memc.passes.prune import Prune, scores
-from memc.passes.prune.choice import Task
-from memc.passes.prune.eliminate import eliminate
-from memc.passes.prune.groups import Group, Groups, Kind
-from memc.passes.prune.moments import Moments
-from memc.passes.prune.refit import compensate, refit, ridge
-from memc.passes.prune.rewrite import Cut, Fit, Pruner
-from memc.passes.prune.walk import linear_parts
+from memc.passes.prune import Prune
 from memc.passes.window import Window
-from memc.pipeline import Calibration, PassReport, parse_spec
-from memc.program import Program, get_tensor, retie, set_tensor
+from memc.pipeline import parse_spec
+from memc.program import get_tensor, set_tensor
 from memc.raising import raise_program
-from memc.raising.feed_forward import linear_input
 from memc.relation import Bounded, Exact
 from memc.verify import require_well_formed
 from tests.core.test_families import DECODERS, every
 from tests.families import VOCAB, raw_program
+from tests.passes.pruning import (
+    SMALL,
+    fake,
+    prune,
+    shapes,
+    text,
+)
 from tests.passes.tiny_program import TARGET, tiny, tokens_of
-
-SMALL: dict[str, Any] = {"round": 4, "protect": "none"}
-
-
-def text(count: int = 12, length: int = 16, seed: int = 1, vocabulary: int = 37) -> Calibration:
-    tokens = torch.randint(0, vocabulary, (count, length), generator=torch.Generator().manual_seed(seed))
-    return Calibration(tokens, torch.arange(length).expand(count, length).contiguous(), "random tokens")
-
-
-def prune(program: Program, calibration: Calibration | None = None, **options: Any) -> tuple[Program, PassReport]:
-    pass_ = Prune(**{**SMALL, **options})
-    plan = replace(plan_pass(pass_, program, TARGET), calibration=calibration)
-    return pass_.apply(program, plan)
-
-
-def fake(program: Program) -> Program:
-    """Return the program with parameters that have no values."""
-    planned, made = program.copy(), dict[int, Tensor]()
-    named = dict(planned.module.named_parameters(remove_duplicate=False))
-    retie(planned.module, {n: made.setdefault(id(p), p.detach().to("meta")) for n, p in named.items()})
-    return planned
-
-
-def shapes(program: Program) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(value.shape) for name, value in program.module.named_parameters()}
 
 
 @pytest.mark.parametrize("unit", ["ffn", "heads", "layers", "auto"])
@@ -184,229 +156,11 @@ def test_activations_that_are_not_finite_name_the_layer(options: dict[str, Any])
     assert caught.value.exit_code == 4
 
 
-class Recorded(Interpreter):
-    """Runs a program and keeps what some nodes were."""
-
-    def __init__(self, program: Program, nodes: set[Node]) -> None:
-        super().__init__(program.module)
-        self.nodes, self.seen = nodes, dict[Node, Tensor]()
-
-    def run_node(self, n: Node) -> Any:
-        value = super().run_node(n)
-        if n in self.nodes:
-            self.seen[n] = value.detach()
-        return value
-
-
-def entries(program: Program, group: Group, calibration: Calibration) -> Tensor:
-    """Inputs ``[N, T, C]`` of a group's exit projection, from one run of the whole batch."""
-    node = linear_input(group.exit)
-    run = Recorded(program, {node})
-    run.run(calibration.tokens, calibration.positions, *program.new_state(len(calibration.tokens)))
-    return run.seen[node].reshape(len(calibration.tokens), -1, len(group.columns)).double()
-
-
-def feed_forward(program: Program, layer: int = 0) -> Group:
-    groups = Groups(program)
-    block = next(block for block in groups.blocks if block.kind == "feed_forward" and block.layer == layer)
-    return groups.of(block, "ffn_channels")
-
-
-def heads(program: Program, layer: int = 0) -> Group:
-    groups = Groups(program)
-    block = next(block for block in groups.blocks if block.kind == "attention" and block.layer == layer)
-    return groups.of(block, "kv_groups")
-
-
-def values(program: Program, node: Node, calibration: Calibration) -> Tensor:
-    """Values ``[tokens, C]`` of a node, from one run of the whole batch."""
-    run = Recorded(program, {node})
-    run.run(calibration.tokens, calibration.positions, *program.new_state(len(calibration.tokens)))
-    return run.seen[node].flatten(0, -2).double()
-
-
-def exit_weight(program: Program, group: Group) -> Tensor:
-    return get_tensor(program.module, str(linear_parts(group.exit)[0].target)).detach().double()
-
-
-def fit_of(program: Program, group: Group) -> Fit:
-    """Weight and bias that a pruned program's projection behind a group has."""
-    exit_ = next(n for n in program.module.graph.nodes if n.name == group.exit.name)
-    weight, bias, _, _ = linear_parts(exit_)
-    assert bias is not None
-    return Fit(*(get_tensor(program.module, str(node.target)).detach() for node in (weight, bias)))
-
-
-@pytest.mark.parametrize("score", ["wanda", "flap", "activation", "magnitude", "taylor"])
-def test_the_lowest_scores_go(score: str) -> None:
-    program, calibration = tiny(), text()
-    group = feed_forward(program, 1)
-    x = entries(program, group, calibration)
-    w = program.module.get_parameter("model.layers.1.mlp.down.weight").detach().double()
-    if score == "taylor":
-        expected = naive_taylor(program, group, calibration)
-    else:
-        names = [f"model.layers.1.mlp.{name}.weight" for name in ("up", "gate")]
-        rows = sum(program.module.get_parameter(name).detach().double().square().sum(1) for name in names)
-        expected = {
-            "wanda": w.abs().sum(0) * x.square().mean((0, 1)).sqrt(),
-            "flap": x.flatten(0, 1).var(0, correction=0) * w.square().sum(0),
-            "activation": x.abs().mean(1).square().sum(0).sqrt(),
-            "magnitude": (rows + w.square().sum(0)).sqrt(),
-        }[score]
-    _, report = prune(program, calibration, score=score, unit="ffn", refit=False)
-    removed = report.details["1"]["ffn_channels_removed"]
-    assert removed == sorted(expected.argsort()[: len(removed)].tolist()) and removed
-
-
-def naive_taylor(program: Program, group: Group, calibration: Calibration) -> Tensor:
-    """|sum_i W_ij dL/dW_ij|, a sequence at a time: the same as a gate's gradient."""
-    weight = program.module.get_parameter("model.layers.1.mlp.down.weight")
-    total = torch.zeros(weight.shape[1], dtype=torch.float64)
-    for row in calibration.tokens:
-        logits = program.run(row[None])[0]
-        loss = torch.nn.functional.cross_entropy(logits[:-1], row[1:])
-        (gradient,) = torch.autograd.grad(loss, weight)
-        total += (weight * gradient).sum(0).abs().double()
-    return total
-
-
-def test_taylor_leaves_no_gradients_behind() -> None:
-    program = tiny()
-    program.module.zero_grad()  # the tiny programs share their parameters, which other tests leave gradients on
-    scores.taylor(program, [feed_forward(program)], text(2))
-    assert all(parameter.grad is None for parameter in program.module.parameters())
-
-
-def test_heads_go_by_the_sum_over_their_channels() -> None:
-    program, calibration = tiny(), text()
-    groups = Groups(program)
-    group = groups.of(groups.blocks[0], "kv_groups")
-    x = entries(program, group, calibration)
-    w = program.module.get_parameter("model.layers.0.attention.o.weight").detach().double()
-    channels = w.abs().sum(0) * x.square().mean((0, 1)).sqrt()
-    expected = channels.reshape(2, -1).sum(1).argmin()
-    result, report = prune(program, calibration, unit="heads", amount=0.28, score="wanda")
-    assert report.details["0"]["kv_groups_removed"] == [int(expected)]
-    assert result.states[0].shape[1] == 1
-
-
-def least_error(moments: Moments, weight: Tensor, kept: Tensor) -> float:
-    """Squared error that the best fit on the kept channels leaves, with the ridge in the covariance."""
-    covariance = moments.covariance + ridge(moments) * torch.eye(len(kept), dtype=torch.float64)
-    inner, outer = covariance[kept][:, kept], covariance[kept][:, ~kept]
-    rest = covariance[~kept][:, ~kept] - outer.T @ torch.linalg.solve(inner, outer)
-    return float(torch.einsum("oi,ij,oj->", weight[:, ~kept], rest, weight[:, ~kept]))
-
-
-@pytest.mark.parametrize(("kv_heads", "kind"), [(2, "ffn_channels"), (4, "kv_groups"), (2, "query_heads")])
-def test_what_the_best_fit_misses_least_goes_first(kv_heads: int, kind: Kind) -> None:
-    program, calibration = tiny(kv_heads=kv_heads), text()
-    groups = Groups(program)
-    group = groups.of(next(b for b in groups.blocks if (b.kind == "attention") == (kind != "ffn_channels")), kind)
-    x, weight = entries(program, group, calibration).flatten(0, 1), exit_weight(program, group)
-    moments = Moments(len(group.columns), gram=True, where="")
-    moments.update(x)
-    expected = set[int]()
-    for index in range(2):
-        row = {unit // 2 for unit in expected} if kind == "query_heads" else set()
-        left = [unit for unit in range(group.units) if unit not in expected and unit // 2 not in row]
-        errors = {
-            unit: least_error(moments, weight, ~torch.isin(group.columns, torch.tensor([*expected, unit])))
-            for unit in left
-        }
-        expected.add(min(left, key=errors.__getitem__))
-        assert len(expected) == index + 1
-    assert eliminate(Task(group, 2), weight, moments) == tuple(sorted(expected))
-
-
 def test_query_heads_go_where_there_is_one_key_value_head() -> None:
     program = tiny(kv_heads=1)
     result, report = prune(program, text(), unit="heads", amount=0.11)
     assert report.details["0"]["query_heads"] == "4 -> 3"
     assert result.states[0].shape == program.states[0].shape
-
-
-def test_layers_that_turn_the_stream_least_go() -> None:
-    program = tiny(layers=4).copy()
-    for name in ("model.layers.2.attention.o.weight", "model.layers.2.mlp.down.weight"):
-        set_tensor(program.module, name, program.module.get_parameter(name).detach() * 1e-3)
-    result, report = prune(program, text(), unit="layers", amount=0.25)
-    assert {site.layer for site in report.sites} == {2} and report.details["2"]["layer"] == "removed"
-    influence = {layer: report.details[layer]["block_influence"] for layer in "0123"}
-    assert min(influence, key=influence.__getitem__) == "2"
-    tokens = tokens_of(2, 9)
-    torch.testing.assert_close(result.run(tokens), program.run(tokens), atol=0.05, rtol=0)
-    assert len(result.states) == len(program.states) - 3
-
-
-def test_the_refit_is_the_least_squares_solution() -> None:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(400, 12, generator=generator) @ torch.randn(12, 12, generator=generator) + 2.0
-    weight, bias = torch.randn(5, 12, generator=generator), torch.randn(5, generator=generator)
-    kept = torch.arange(12) % 3 > 0
-    target = x @ weight.T + bias
-    moments = Moments(12, gram=True, where="", targets=5)
-    moments.update(x[:150], target[:150])
-    moments.update(x[150:], target[150:])
-
-    def error(fit: Any) -> float:
-        found = x[:, kept].double() @ fit.weight.double().T + fit.bias.double()
-        return float((found - target.double()).square().mean())
-
-    found, biased = refit(weight, moments, kept), compensate(weight, bias, moments, kept)
-    design = torch.cat([x[:, kept], torch.ones(400, 1)], 1).double()
-    best = torch.linalg.lstsq(design, target.double()).solution
-    least = float((design @ best - target).square().mean())
-    assert least <= error(found) < 1.001 * least
-    assert error(found) < 0.9 * error(biased)
-    assert torch.equal(biased.weight, weight[:, kept])
-    torch.testing.assert_close((x[:, kept] @ biased.weight.T + biased.bias).mean(0), target.mean(0))
-
-
-@pytest.mark.parametrize(("unit", "amount"), [("ffn", 0.2), ("heads", 0.28)])
-def test_a_block_is_chosen_and_fitted_to_bring_the_pruned_stream_back(unit: str, amount: float) -> None:
-    program, calibration = tiny(), text(64)
-    result, report = prune(program, calibration, unit=unit, amount=amount, score="wanda")
-    groups = [feed_forward(program, n) if unit == "ffn" else heads(program, n) for n in (0, 1)]
-    cuts = [Cut(g, tuple(report.details[str(n)][f"{g.kind}_removed"])) for n, g in enumerate(groups)]
-    first = replace(cuts[0], biased=True, fit=fit_of(result, groups[0]))
-    pruned = Pruner(program).run([first])
-    exit_ = next(n for n in pruned.module.graph.nodes if n.name == groups[1].exit.name)
-    x = values(pruned, linear_input(exit_), calibration)
-    channels = x.square().mean(0).sqrt() * exit_weight(program, groups[1]).abs().sum(0)
-    units = torch.zeros(groups[1].units, dtype=torch.float64).index_add_(0, groups[1].columns, channels)
-    assert list(cuts[1].removed) == sorted(units.argsort()[: len(cuts[1].removed)].tolist()), "scored on pruned inputs"
-    branch = Groups(program).branch(groups[1].block)
-    (stream,) = (n for n in branch.add.args[:2] if isinstance(n, Node) and n is not branch.addend)
-    after = next(n for n in pruned.module.graph.nodes if n.name == stream.name)
-    target = values(program, groups[1].exit, calibration)
-    owed = values(program, stream, calibration) - values(pruned, after, calibration)
-    assert owed.square().mean() > 1e-4 * target.square().mean(), "what comes before is off"
-    design = torch.cat([x[:, cuts[1].columns], torch.ones(len(x), 1, dtype=torch.float64)], 1)
-
-    def error(solution: Tensor, aim: Tensor) -> float:
-        return float((design @ solution - aim).square().mean())
-
-    fit = fit_of(result, groups[1])
-    found = torch.cat([fit.weight.double().T, fit.bias.double()[None]])
-    best, other = (torch.linalg.lstsq(design, aim).solution for aim in (target + owed, target))
-    assert error(found, target + owed) < 1.003 * error(best, target + owed)
-    assert error(other, target + owed) > 1.003 * error(best, target + owed), "its own output alone is another aim"
-
-
-def test_refitting_brings_the_outputs_nearer() -> None:
-    program, calibration, tokens = tiny(), text(64), tokens_of(8, 16, seed=5)
-    dense = program.run(tokens)
-
-    def error(**options: Any) -> float:
-        return float((prune(program, calibration, **options)[0].run(tokens) - dense).square().mean())
-
-    wanda = error(score="wanda")
-    assert wanda < 0.9 * error(score="wanda", refit=False)
-    assert error() < 0.97 * wanda
-    assert error() < 0.95 * error(refit=False)
-    assert error(amount=0.5) < 0.9 * error(amount=0.5, refit=False)
 
 
 @pytest.mark.parametrize("other", [Window(window=5, sinks=2), Linearize(window=5, feature_size=12, keep="none")])

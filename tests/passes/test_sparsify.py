@@ -14,13 +14,15 @@ from torch import Tensor
 
 from memc.blocks import AttentionBlock
 from memc.cost import predict
+from memc.dialect.quantised_attention import BITS
 from memc.dialect.sparse_attention import METHODS
+from memc.errors import MemcError
 from memc.passes.sparsify import Sparsify
 from memc.program import Program
 from memc.program_io import load_program, save_program
 from memc.relation import Bounded, Close
 from memc.verify import well_formed
-from tests.kernels.oracles import Token, sparse_choice
+from tests.kernels.oracles import Token, sparse_attention, sparse_choice
 from tests.passes.tiny_program import TARGET, Attention, naive_run, run_pieces, scores, tiny, tokens_of
 
 CHOICES: list[dict[str, Any]] = [
@@ -65,6 +67,18 @@ def chosen_softmax(**options: Any) -> Attention:
     return attention
 
 
+def oracle_softmax(**options: Any) -> Attention:
+    """Attention as the oracle of few bits computes it."""
+
+    def attention(a: dict[str, Any], block: AttentionBlock, hidden: Tensor) -> Tensor:
+        qkv = [a[name].detach() for name in ("query", "key", "value")]
+        positions = torch.arange(qkv[0].shape[2]).expand(qkv[0].shape[0], -1)
+        score = {name: a[name] for name in ("scale", "softcap", "sink_logits")}
+        return sparse_attention(*qkv, positions, **score, **options).out
+
+    return attention
+
+
 @settings(max_examples=6, deadline=None)
 @given(pages=st.integers(3, 6), dense_below=st.sampled_from([0, 20]), rerank=st.integers(1, 3), batch=st.integers(1, 3))
 def test_short_prompts_give_the_original_logits(pages: int, dense_below: int, rerank: int, batch: int) -> None:
@@ -88,10 +102,61 @@ def test_long_prompts_equal_a_softmax_over_what_the_oracle_chooses(variant: str,
     assert (result - naive_run(program, chosen_softmax(**other), tokens)).abs().max() > 1e-3
 
 
-@settings(max_examples=4, deadline=None)
-@given(cuts=st.lists(st.integers(1, 29), max_size=4), method=st.sampled_from(METHODS))
+@pytest.mark.parametrize(("variant", "bits"), [("plain", 8), ("softcap", 4), ("sink_logits", 4)])
+def test_few_bits_equal_a_softmax_over_what_the_oracle_rounds_and_chooses(variant: str, bits: int) -> None:
+    program, tokens = tiny(**VARIANTS[variant]), tokens_of(2, 30)
+    options = {**SMALL, "method": "bounds", "bits": bits, "rerank": 2}
+    result = rewrite(program, **options).run(tokens)
+    torch.testing.assert_close(result, naive_run(program, oracle_softmax(**options), tokens), atol=2e-5, rtol=0)
+    options.pop("bits")
+    assert (result - naive_run(program, oracle_softmax(**options), tokens)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_few_bits_are_exact_within_a_page(bits: int) -> None:
+    sparsify = Sparsify(method="bounds", bits=bits, budget=60, page=20, window=4)
+    assert sparsify.exact_to == 20
+    plan = sparsify.plan(program := tiny(), TARGET)
+    assert plan.relations[0] == Close(1e-4, tokens=20)
+    result, tokens = sparsify.apply(program, plan)[0], tokens_of(2, 21)
+    away = (result.run(tokens) - program.run(tokens)).abs().amax((0, 2))
+    assert away[:20].max() < 1e-5 < 1e-4 < away[20]
+
+
+@pytest.mark.parametrize("retrieve", ["all", "heads:[0.1]"])
+def test_states_of_few_bits_are_small_and_survive_the_disk(retrieve: str, tmp_path: Path) -> None:
+    program = tiny(head_dim=32)
+    options = {"page": 64, "budget": 128, "window": 1, "method": "bounds", "retrieve": retrieve}
+    result = rewrite(program, **options, bits=4)
+    assert well_formed(result) == []
+    held = {spec.name: (spec.shape, spec.dtype) for spec in result.states}
+    groups = 2 if retrieve == "all" else 1
+    assert held["layer0_key"] == (("B", groups, "S/64", 64, 16), torch.uint8)
+    assert held["layer0_value"] == (("B", groups, "S", 16), torch.uint8)
+    assert held["layer0_key_tail"] == (("B", groups, 64, 32), torch.float32)
+    per_token = 16 + 4 + 16 + 8  # codes and ranges of a key, then of a value
+    layers = 2 if retrieve == "all" else 1
+    assert result.state_bytes(64_000) - result.state_bytes(0) == 64_000 * layers * (groups * per_token + 8)
+    gain = program.state_bytes(64_000) / result.state_bytes(64_000)
+    assert gain > (5 if retrieve == "all" else 16)
+    assert result.state_bytes(64_000) < rewrite(program, **options, bits=8).state_bytes(64_000)
+    save_program(result, tmp_path)
+    loaded, tokens = load_program(tmp_path), tokens_of(2, 70)
+    assert loaded.states == result.states
+    assert torch.equal(loaded.run(tokens), result.run(tokens))
+
+
+@pytest.mark.parametrize(("options", "reason"), [({"bits": 4}, "method=bounds"), ({"bits": 5}, "0 or one of 8, 4")])
+def test_bits_that_do_not_fit_are_refused(options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(MemcError, match=f"E203.*{reason}"):
+        Sparsify(**options)
+
+
+@settings(max_examples=6, deadline=None)
+@given(cuts=st.lists(st.integers(1, 29), max_size=4), method=st.sampled_from([*METHODS, "few bits"]))
 def test_any_split_equals_one_run(cuts: list[int], method: str) -> None:
-    result = rewrite(tiny(layers=1), **SMALL, method=method)
+    chosen_by: dict[str, Any] = {"method": "bounds", "bits": 4} if method == "few bits" else {"method": method}
+    result = rewrite(tiny(layers=1), **SMALL, **chosen_by)
     tokens = tokens_of(2, 30)
     positions = torch.arange(30).expand_as(tokens)
     torch.testing.assert_close(run_pieces(result, tokens, positions, cuts), result.run(tokens), atol=2e-5, rtol=0)

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor
 from torch.fx import Node
 
 from memc import sites
 from memc.analysis.heads import head_roles
 from memc.blocks import Alibi, AttentionBlock, Chunked, SlidingWindow
-from memc.dialect import arguments, op_spec
-from memc.dialect.sparse_attention import METHODS, description, forced_pages
+from memc.dialect import arguments
+from memc.dialect.quantised_attention import BITS
+from memc.dialect.sparse_attention import METHODS, forced_pages
 from memc.errors import MemcError
-from memc.head_split import HeadSplit, attend_window, join_heads, of_kept, split_states
+from memc.head_split import HeadSplit, attend_window, join_heads, split_states
+from memc.passes.sparsify.attention import attend_quantised, attend_sparse
 from memc.pipeline import Pass, PassReport, Plan, option
-from memc.program import Dim, Program, StateSpec
+from memc.program import Program
 from memc.relation import Bounded, Close, Relation
 from memc.rewrite import Editor, result_of, window_states
 from memc.target import Target
@@ -35,24 +35,31 @@ class Sparsify(Pass):
     - ``method=lowbit``: by the few ``channels`` of every key in which the query is strongest (SparQ, Ribar et al.
       2024), read from a second copy of the keys that is laid out channel by channel; the state has half as much again;
     - ``method=bounds``: page by page, by the bounds of each channel (Quest, Tang et al. 2024);
-    - ``method=moments``: page by page, by the mean and variance of each channel.
+    - ``method=moments``: page by page, by the mean and variance of each channel;
+    - ``method=hcam``: page by page, by the mean of each channel (the summaries of HCAM, Lampinen et al. 2021).
 
     With ``rerank`` n over 1 a token takes n budgets' worth, ranks these tokens by their whole keys and reads the values
     of the best. Soft-cap and sink logits stay; what is done to queries and keys before the attention (QK-norm, rotary)
     is as it was.
 
-    What is read for a token at context N, in keys or values of one head of size D: ``channels`` / D N (``lowbit``) or
-    2 N / ``page`` to choose by, ``rerank`` ``budget`` keys, ``budget`` values, in place of 2 N. Below ``dense_below``
-    tokens everything is read, which is faster there.
+    What is read for a token at context N, in keys or values of one head of size D: ``channels`` / D N (``lowbit``),
+    N / ``page`` (``hcam``) or 2 N / ``page`` to choose by, ``rerank`` ``budget`` keys, ``budget`` values, in place of
+    2 N. Below ``dense_below`` tokens everything is read, which is faster there.
 
     ``retrieve=heads:P%`` does so for the P percent of the key-value heads (each with the query heads that read it)
     whose best query head looks up earlier tokens most by the scores of :mod:`memc.analysis.heads`, fewer where no more
     do at all. The others stream (DuoAttention, Xiao et al. 2025; RazorAttention, Tang et al. 2025):
     ``memc::window_memory`` of ``stream_window`` tokens and the sinks, whose state does not grow.
 
+    ``bits=8`` or ``bits=4`` hold keys and values in so many bits a channel, for which ``method=bounds`` is needed: keys
+    rounded channel by channel within their page, by the same bounds that the page is chosen by, values token by token
+    (KIVI, Liu et al. 2024). Tokens read their own page as it is. With 4 bits and pages of 64 the state has a sixth of
+    float32's bytes, a third of bfloat16's.
+
     Identity setting: ``budget`` or ``dense_below`` at least as long as the context, and ``stream_window`` where heads
-    stream. Prompts of at most the longer of the first two, and no longer than the third, give the original logits by
-    construction; beyond, the perplexity ratio is measured and nothing is promised.
+    stream, and ``page`` where ``bits`` are given. Prompts of at most the longer of the first two, and no longer than
+    the others, give the original logits by construction; beyond, the perplexity ratio is measured and nothing is
+    promised.
 
     Does not handle:
 
@@ -75,7 +82,7 @@ class Sparsify(Pass):
     budget: int = option(512, "most tokens that a token reads, sinks and window among them", unit="tokens", min=1)
     page: int = option(
         0,
-        "keys described together; divides the budget; 0 for 16, or 64 with lowbit where the budget allows it",
+        "keys described together; divides the budget; 0 for 16, or 64 with lowbit or bits where the budget allows it",
         unit="tokens",
         min=0,
     )
@@ -83,6 +90,7 @@ class Sparsify(Pass):
     window: int = option(48, "most recent tokens that a token reads, itself included", unit="tokens", min=1)
     rerank: int = option(2, "budgets' worth of pages whose tokens are ranked one by one; 1 for none", unit="", min=1)
     dense_below: int = option(1024, "position from which on the choice is made", unit="tokens", min=0)
+    bits: int = option(0, "of each channel of the keys and values held, 8 or 4; 0 for their own type", unit="bits")
     retrieve: str = option(
         "all",
         "key-value heads that choose among all tokens: all; heads:P%, the P percent whose query heads look up earlier"
@@ -98,6 +106,13 @@ class Sparsify(Pass):
         if self.retrieve != "all" and not sites.check_heads(self.name, self.retrieve, "retrieve"):
             where = f"{self.name}:retrieve={self.retrieve}"
             raise MemcError("E203", "option 'retrieve' is all, heads:P% or heads:[LAYER.HEAD,...]", where)
+        if self.bits not in (0, *BITS):
+            where = f"{self.name}:bits={self.bits}"
+            raise MemcError("E203", f"option 'bits' is 0 or one of {', '.join(map(str, BITS))}", where)
+        if self.bits and self.method != "bounds":
+            message = f"bits go with method=bounds, by which keys are both rounded and ranked, not with {self.method}"
+            where = f"{self.name}:method={self.method},bits={self.bits}"
+            raise MemcError("E203", message, where, f"write {self.name}:method=bounds,bits={self.bits}")
         page = self.page_size
         where = f"{self.name}:budget={self.budget},page={page},sinks={self.sinks},window={self.window}"
         least = self._least(page)
@@ -111,15 +126,20 @@ class Sparsify(Pass):
 
     @property
     def page_size(self) -> int:
-        """Tokens of a page; longer ones keep each channel of ``lowbit`` in fewer pieces."""
-        if self.page or self.method != "lowbit":
+        """Tokens of a page; longer ones keep a channel of ``lowbit`` in fewer pieces, and bounds in fewer bytes."""
+        if self.page or not (self.bits or self.method == "lowbit"):
             return self.page or 16
         return next((page for page in (64, 32) if self.budget % page == 0 and self._least(page) <= self.budget), 16)
 
     @property
-    def exact_to(self) -> int:
+    def reads_all_to(self) -> int:
         """Tokens of a sequence up to which everything is read."""
         return max(self.budget, self.dense_below)
+
+    @property
+    def exact_to(self) -> int:
+        """Tokens of a sequence up to which heads that retrieve read everything as it was."""
+        return min(self.reads_all_to, self.page_size) if self.bits else self.reads_all_to
 
     def resolve(self, program: Program, target: Target) -> tuple[Sparsify, dict[str, Any]]:
         """Name the heads that ``retrieve=heads:P%`` stands for, by their scores on repeated random tokens."""
@@ -190,34 +210,27 @@ class Sparsify(Pass):
             assert streamed is not None
             old.replace_all_uses_with(streamed)
             return facts
-        output, more = self._sparse(editor, block, split, inputs)
+        output, more = self._retrieved(editor, block, split, inputs)
         old.replace_all_uses_with(output if streamed is None else join_heads(editor, block, split, output, streamed))
         return facts | more
 
-    def _sparse(
+    def _retrieved(
         self, editor: Editor, block: AttentionBlock, split: HeadSplit, inputs: dict[str, Node]
     ) -> tuple[Node, dict[str, Any]]:
         """Insert the attention of the heads that retrieve, whose states must be theirs alone."""
-        node, row = block.attention, op_spec(torch.ops.memc.sparse_attention.default)
-        assert row is not None
-        bound, held = arguments(node), editor.states_of(node)["past_key"]
-        page, size = self.page_size, int(held.shape[3])
-        shape: tuple[Dim, ...] = ("B", len(split.kept), f"S/{page}", *description(self.method, page, size))
-        pages = StateSpec(held.name.replace("_key", "_pages"), held.dtype, shape, grows=2)
-        inputs = {**inputs, "past_pages": editor.add_state(pages, inputs["past_positions"])}
-        options = {name: getattr(self, name) for name in ("method", "budget", "sinks", "window", "rerank")}
-        options |= {"page": page, "dense_below": self.exact_to, "scale": bound["scale"], "softcap": bound["softcap"]}
+        page, size = self.page_size, int(editor.states_of(block.attention)["past_key"].shape[3])
+        options: dict[str, Any] = {name: getattr(self, name) for name in ("budget", "sinks", "window", "rerank")}
+        options |= {"page": page, "dense_below": self.reads_all_to}
+        facts = {"budget": self.budget, "page": page}
+        if self.bits:
+            output, states = attend_quantised(editor, block, split, inputs, {**options, "bits": self.bits})
+            held = sum(spec.bytes(page) for spec in states if spec.grows is not None)
+            return output, facts | {"bits": self.bits, "held_bytes_per_token": held / page}
+        options["method"] = self.method
         if self.method == "lowbit":
             options["channels"] = min(size, self.channels or max(1, size // 8))
-
-        def layer(t: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-            results = torch.ops.memc.sparse_attention.default(**of_kept(split, t), **options)
-            return (results[0], *(results[index] for index in row.states.values()))
-
-        output, *after = editor.insert(layer, inputs, node, block.path, (split, *options.items()))
-        for name, value in zip(row.states, after, strict=True):
-            editor.set_next(inputs[name], value)
-        return output, {"budget": self.budget, "page": page, "page_bytes_per_token": pages.bytes(page) / page}
+        output, (pages,) = attend_sparse(editor, block, split, inputs, options)
+        return output, facts | {"page_bytes_per_token": pages.bytes(page) / page}
 
 
 def _refuse(program: Program, block: AttentionBlock) -> sites.Refusal | None:

@@ -1,0 +1,65 @@
+"""``memc::attention_``: attention over a state that lies in buffers of slots, where slot p holds the token at p."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from memc.kernels.attention.reference import BLOCK_SCORES, Rule, readable
+from memc.kernels.common import accumulation_type
+from memc.kernels.softmax import alibi, attend
+
+
+def write(
+    positions: Tensor,
+    tensors: tuple[tuple[Tensor, Tensor], ...],
+    past_positions: Tensor,
+) -> None:
+    """Write a call's tokens into the slots of their ``positions [B,T]``, padding into the last one.
+
+    ``tensors`` pairs what is new ``[B,G,T,D]`` with its buffer ``[B,G,S,D]``. A sequence start empties the row's
+    ``past_positions [B,S]`` first. Nothing is read back by the host.
+    """
+    last = past_positions.shape[1] - 1
+    slot = torch.where(positions >= 0, positions, last)
+    for new, buffer in tensors:
+        batch, groups, tokens, size = new.shape
+        buffer.scatter_(2, slot[:, None, :, None].expand(batch, groups, tokens, size), new)
+    past_positions.masked_fill_((positions == 0).any(1, keepdim=True), -1)
+    past_positions.scatter_(1, slot, positions)
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    positions: Tensor,
+    past_key: Tensor,
+    past_value: Tensor,
+    past_positions: Tensor,
+    slopes: Tensor | None = None,
+    sink_logits: Tensor | None = None,
+    *,
+    scale: float,
+    window: int = 0,
+    chunk: int = 0,
+    prefix: int = 0,
+    softcap: float = 0.0,
+) -> Tensor:
+    """Run ``memc::attention`` on buffers ``past_key [B,G,S,D]``, ``past_value [B,G,S,E]``, ``past_positions [B,S]``.
+
+    S is one more than the most tokens of a sequence; the last slot takes the padding. The tokens of a row are of one
+    sequence, which starts with the call's first token that is no padding or goes on.
+    """
+    write(positions, ((key, past_key), (value, past_value)), past_positions)
+    rule, kind = Rule(scale, window, chunk, prefix, softcap), accumulation_type(query)
+    q, k, v = query.to(kind), past_key.to(kind), past_value.to(kind)
+    out = query.new_empty(*query.shape[:3], value.shape[3])
+    size = max(1, BLOCK_SCORES // max(1, query.shape[0] * query.shape[1] * k.shape[2]))
+    same = torch.ones(1, 1, 1, dtype=torch.bool, device=query.device)
+    for start in range(0, query.shape[2], size):
+        rows = slice(start, start + size)
+        mask = readable(positions[:, rows], past_positions, same, rule)[:, None, None]
+        bias = alibi(slopes, past_positions[:, None, :] - positions[:, rows, None], key.shape[1])
+        out[:, :, rows], _ = attend(q[:, :, rows], k, v, mask, bias, sink_logits, scale, softcap)
+    return out

@@ -1,0 +1,261 @@
+"""``memc::quantised_attention`` in torch: everything is decoded, then blocks of queries with masks of what they read.
+
+Each sequence is one row of 2 L keys and values: those of the L positions through their codes, then as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from memc.kernels.common import accumulation_type, cast_like, held_positions, put, segments, take
+from memc.kernels.quantised_attention.codes import decode, encode
+from memc.kernels.softmax import attend, attend_backward
+from memc.kernels.sparse_attention.choose import Rule, chosen
+from memc.kernels.sparse_attention.reference import Sequence, blocks, describe_pages, find_sequences
+
+
+@dataclass(frozen=True)
+class State:
+    """What is held, as the op's arguments."""
+
+    key: Tensor
+    value: Tensor
+    positions: Tensor
+    pages: Tensor
+    ranges: Tensor
+    key_tail: Tensor
+    value_tail: Tensor
+
+
+@dataclass(frozen=True)
+class Contents:
+    """One sequence of every row of a call.
+
+    ``exact_place [B,L]`` says where the token at each position is in the tail with the call appended, -1 for none;
+    ``keys``, ``values [B,G,2L,.]`` are what may be read, ``codes [B,G,P,page,.]`` and ``pages [B,G,P,2D]`` what is
+    held of complete pages.
+    """
+
+    sequence: Sequence
+    exact_place: Tensor
+    keys: Tensor
+    values: Tensor
+    codes: Tensor
+    pages: Tensor
+
+    @property
+    def length(self) -> int:
+        """Positions that there is room for."""
+        return self.exact_place.shape[1]
+
+    def readable(self, query: Tensor, positions: Tensor, rows: slice, rule: Rule) -> Tensor:
+        """Return the mask ``[B,G,1,T,2L]`` of what a block of queries ``[B,H,T,D]`` reads."""
+        mine = self.sequence.mine[:, rows]
+        at = torch.where(mine, positions[:, rows], -1)
+        tokens = chosen(query, self.keys[:, :, : self.length], self.pages, at, rule) & mine[:, None, :, None]
+        own = torch.arange(self.length, device=at.device) // rule.page == at[:, None, :, None] // rule.page
+        return torch.cat([tokens & ~own, tokens & own], -1)[:, :, None]
+
+
+@dataclass(frozen=True)
+class Call:
+    """Keys and values of a call behind those of the tails, its values' codes and ranges behind those held."""
+
+    key: Tensor
+    value: Tensor
+    codes: Tensor
+    ranges: Tensor
+    found: tuple[tuple[Sequence, Sequence], ...]
+
+    @staticmethod
+    def of(key: Tensor, value: Tensor, positions: Tensor, state: State, bits: int, page: int) -> Call:
+        """Append a call to the state and find the tokens of each of its sequences."""
+        length = -(-(state.positions.shape[1] + positions.shape[1]) // page) * page
+        everything = find_sequences(positions, state.positions, length)
+        held = everything[0].held[:, None]
+        slot = torch.arange(page, device=positions.device)
+        in_tail = torch.where(slot < held % page, held // page * page + slot, -1)
+        exact = find_sequences(positions, in_tail, length)
+        fresh = torch.stack([value.amax(-1), value.amin(-1)], -1)
+        kind = accumulation_type(value)
+        codes = encode(value.to(kind), *_ends(fresh.to(kind)), bits)
+        return Call(
+            torch.cat([state.key_tail, key], 2),
+            torch.cat([state.value_tail, value], 2),
+            torch.cat([state.value, codes], 2),
+            torch.cat([state.ranges, fresh], 2),
+            tuple(zip(everything, exact, strict=True)),
+        )
+
+    def contents(self, state: State, bits: int, page: int) -> Iterator[Contents]:
+        """Yield what each sequence holds, in the type of accumulation."""
+        kind, size = accumulation_type(self.key), self.key.shape[3]
+        value_of_code = decode(self.codes, *_ends(self.ranges.to(kind)), bits, self.value.shape[3])
+        for number, (sequence, exact) in enumerate(self.found):
+            keys, values = (take(x, exact.place).to(kind) for x in (self.key, self.value))
+            past_pages, past_codes = state.pages, state.key
+            if number:
+                past_pages, past_codes = past_pages[:, :, :0], past_codes[:, :, :0]
+            pages = describe_pages(keys, past_pages, sequence, "bounds", page)
+            count = pages.shape[2]
+            top, low = (x[..., None, :] for x in pages.split(size, -1))
+            codes = encode(keys.unflatten(2, (count, page)), top, low, bits)
+            whole = torch.arange(count, device=keys.device)
+            before, complete = (
+                (whole < reached[:, None] // page)[:, None, :, None, None]
+                for reached in (sequence.held, sequence.reached)
+            )
+            there = past_codes.shape[2]
+            codes[:, :, :there] = torch.where(before[:, :, :there], past_codes, codes[:, :, :there])
+            codes = codes.masked_fill(~complete, 0)
+            coded = decode(codes, top, low, bits, size).flatten(2, 3)
+            yield Contents(
+                sequence,
+                exact.place,
+                torch.cat([coded, keys], 2),
+                torch.cat([take(value_of_code, sequence.place), values], 2),
+                codes,
+                pages,
+            )
+
+    def next_tail(self, positions: Tensor, page: int) -> Tensor:
+        """Return where each token ``[B,page]`` of the page that the last sequence has not completed is, -1 for none."""
+        current = segments(positions)[:, -1:]
+        slot = torch.arange(page, device=positions.device)
+        place = torch.full_like(current, -1).expand(-1, page)
+        for number, (sequence, exact) in enumerate(self.found):
+            at = (sequence.reached // page * page)[:, None] + slot
+            index = at.clamp_max(exact.place.shape[1] - 1)
+            there = torch.where(at < sequence.reached[:, None], exact.place.gather(1, index), -1)
+            place = torch.where(current == number, there, place)
+        return place
+
+
+def _ends(ranges: Tensor) -> tuple[Tensor, Tensor]:
+    """Return largest and smallest ``[..., 1]`` of ``ranges [..., 2]``."""
+    return ranges[..., :1], ranges[..., 1:]
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    positions: Tensor,
+    past_key: Tensor,
+    past_value: Tensor,
+    past_positions: Tensor,
+    past_pages: Tensor,
+    past_ranges: Tensor,
+    past_key_tail: Tensor,
+    past_value_tail: Tensor,
+    sink_logits: Tensor | None = None,
+    *,
+    scale: float,
+    bits: int,
+    page: int,
+    budget: int,
+    sinks: int,
+    window: int,
+    rerank: int = 1,
+    dense_below: int = 0,
+    softcap: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Run ``memc::quantised_attention``; arguments and results as its dialect page has them."""
+    rule = Rule(scale, "bounds", page, budget, sinks, window, rerank, dense_below, own_page=True)
+    state = State(past_key, past_value, past_positions, past_pages, past_ranges, past_key_tail, past_value_tail)
+    call = Call.of(key, value, positions, state, bits, page)
+    q = query.to(accumulation_type(query))
+    out, lse = query.new_zeros(*query.shape[:3], value.shape[3]), q.new_zeros(query.shape[:3])
+    current = segments(positions)[:, -1]
+    next_key, next_pages = torch.empty(0), torch.empty(0)
+    for number, contents in enumerate(call.contents(state, bits, page)):
+        last = (current == number)[:, None, None, None]
+        pages = contents.pages.to(past_pages.dtype)
+        next_pages = torch.where(last, pages, next_pages if number else torch.zeros_like(pages))
+        next_key = torch.where(last[..., None], contents.codes, next_key if number else 0 * contents.codes)
+        for rows in blocks(query.shape[1], contents.sequence):
+            mask = contents.readable(q[:, :, rows], positions, rows, rule)
+            part, log = attend(q[:, :, rows], contents.keys, contents.values, mask, None, sink_logits, scale, softcap)
+            mine = contents.sequence.mine[:, None, rows]
+            out[:, :, rows] = torch.where(mine[..., None], part.to(out.dtype), out[:, :, rows])
+            lse[:, :, rows] = torch.where(mine, log, lse[:, :, rows])
+    tail = call.next_tail(positions, page)
+    held = held_positions(past_positions, positions)
+    tails = (take(call.key, tail), take(call.value, tail))
+    return out, lse, next_key, call.codes, held, next_pages, call.ranges, *tails
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    grad_key_tail: Tensor,
+    grad_value_tail: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    positions: Tensor,
+    past_key: Tensor,
+    past_value: Tensor,
+    past_positions: Tensor,
+    past_pages: Tensor,
+    past_ranges: Tensor,
+    past_key_tail: Tensor,
+    past_value_tail: Tensor,
+    sink_logits: Tensor | None = None,
+    *,
+    scale: float,
+    bits: int,
+    page: int,
+    budget: int,
+    sinks: int,
+    window: int,
+    rerank: int = 1,
+    dense_below: int = 0,
+    softcap: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of query, key, value, both tails and sink_logits, straight through the rounding."""
+    rule = Rule(scale, "bounds", page, budget, sinks, window, rerank, dense_below, own_page=True)
+    state = State(past_key, past_value, past_positions, past_pages, past_ranges, past_key_tail, past_value_tail)
+    call = Call.of(key, value, positions, state, bits, page)
+    kind, size = accumulation_type(query), call.key.shape[2]
+    q, grad = query.to(kind), grad_out.to(kind)
+    grad_q, grad_sinks = torch.zeros_like(q), q.new_zeros(q.shape[1])
+    tail = call.next_tail(positions, page)
+    grad_k, grad_v = put(grad_key_tail.to(kind), tail, size), put(grad_value_tail.to(kind), tail, size)
+    for contents in call.contents(state, bits, page):
+        placed_k, placed_v = torch.zeros_like(contents.keys), torch.zeros_like(contents.values)
+        for rows in blocks(query.shape[1], contents.sequence):
+            mask = contents.readable(q[:, :, rows], positions, rows, rule)
+            mine = contents.sequence.mine[:, None, rows]
+            g = attend_backward(
+                grad[:, :, rows] * mine[..., None],
+                grad_lse[:, :, rows].to(kind) * mine,
+                q[:, :, rows],
+                contents.keys,
+                contents.values,
+                mask,
+                None,
+                sink_logits,
+                scale,
+                softcap,
+            )
+            grad_q[:, :, rows] += g.query
+            placed_k += g.key
+            placed_v += g.value
+            if g.sink_logits is not None:
+                grad_sinks += g.sink_logits
+        # Rounding is passed straight through: what is read of a token goes to the token, however it was read.
+        grad_k += put(sum(placed_k.split(contents.length, 2)), contents.exact_place, size)
+        grad_v += put(sum(placed_v.split(contents.length, 2)), contents.exact_place, size)
+    return (
+        cast_like(grad_q, query),
+        cast_like(grad_k[:, :, page:], key),
+        cast_like(grad_v[:, :, page:], value),
+        cast_like(grad_k[:, :, :page], past_key_tail),
+        cast_like(grad_v[:, :, :page], past_value_tail),
+        cast_like(grad_sinks, sink_logits),
+    )

@@ -1,0 +1,126 @@
+"""``memc::quantised_attention``: ``memc::sparse_attention`` by bounds over keys and values of few bits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memc.dialect.base import Cost, check, check_heads, define
+from memc.dialect.sparse_attention import forced_pages, pages_of
+
+BITS = (8, 4)
+"""Bits that a channel of a key or value may be held in."""
+
+
+def code_bytes(channels: int, bits: int) -> int:
+    """Return the bytes that hold ``channels`` codes of ``bits`` bits."""
+    return (channels * bits + 7) // 8
+
+
+def _cost(a: Mapping[str, Any], context: int) -> Cost:
+    query, key, value, bits, page = a["query"], a["key"], a["value"], a["bits"], a["page"]
+    size, value_size, width = key.shape[3], value.shape[3], key.dtype.itemsize
+    read, scored = context, context
+    if context > a["dense_below"]:
+        read, scored = min(context, a["budget"]), min(context, a["rerank"] * a["budget"])
+    exact = min(context, page)
+    described = pages_of(context, page) * 2 * size
+    channels = described + scored * size + read * value_size
+    coded = (scored - exact) * code_bytes(size, bits) + (read - exact) * (code_bytes(value_size, bits) + 2 * width)
+    bytes_ = (described + exact * (size + value_size)) * width + coded
+    return Cost(2.0 * query.shape[1] * channels, float(bytes_ * key.shape[1]))
+
+
+@define(
+    "quantised_attention",
+    "(Tensor query, Tensor key, Tensor value, Tensor positions,"
+    " Tensor past_key, Tensor past_value, Tensor past_positions, Tensor past_pages, Tensor past_ranges,"
+    " Tensor past_key_tail, Tensor past_value_tail, Tensor? sink_logits=None, *,"
+    " float scale, int bits, int page, int budget, int sinks, int window, int rerank=1, int dense_below=0,"
+    " float softcap=0.0) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    states={
+        "past_key": 2,
+        "past_value": 3,
+        "past_positions": 4,
+        "past_pages": 5,
+        "past_ranges": 6,
+        "past_key_tail": 7,
+        "past_value_tail": 8,
+    },
+    cost=_cost,
+    reads_all_to=lambda a: max(int(a["budget"]), int(a["dense_below"])),
+)
+def quantised_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    positions: Tensor,
+    past_key: Tensor,
+    past_value: Tensor,
+    past_positions: Tensor,
+    past_pages: Tensor,
+    past_ranges: Tensor,
+    past_key_tail: Tensor,
+    past_value_tail: Tensor,
+    sink_logits: Tensor | None = None,
+    *,
+    scale: float,
+    bits: int,
+    page: int,
+    budget: int,
+    sinks: int,
+    window: int,
+    rerank: int = 1,
+    dense_below: int = 0,
+    softcap: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Attend causally to at most ``budget`` tokens whose keys and values are held in ``bits`` (8 or 4) bits a channel.
+
+    Arguments not named here as in ``memc::sparse_attention`` with the method ``bounds``. Keys are rounded channel by
+    channel within their page, values token by token (KIVI, Liu et al. 2024), to the nearest of 2^bits evenly spaced
+    levels from the smallest to the largest of the numbers that are rounded together:
+
+    - ``past_key [B,G,ceil(S/page),page,ceil(D bits/8)]`` and ``past_value [B,G,S,ceil(E bits/8)]``, bytes: the numbers
+      of the levels; with 4 bits the first half of the channels in the low halves of the bytes, the others in the high;
+    - ``past_pages [B,G,ceil(S/page),2D]``: largest and smallest of each channel of a page's keys, which is at once
+      what its codes are read by and the bound that it is chosen by;
+    - ``past_ranges [B,G,S,2]``: largest and smallest channel of each value;
+    - ``past_key_tail [B,G,page,D]``, ``past_value_tail [B,G,page,E]``: keys and values at the positions of the page
+      that is not complete, 0 for those to come.
+
+    A query at position p reads its own page, number floor(p / page), as it is, up to p, and any earlier page through
+    its codes: what it reads depends on p alone, and not on how the sequence is cut into calls. Its own page is always
+    among what is chosen, also where tokens are ranked one by one (``rerank`` over 1). Sequences of at most ``page``
+    tokens are attended to exactly.
+
+    Returns output and log-sum-exp as ``memc::sparse_attention``, then the next states in the order of the arguments.
+    Choosing has no gradient. Rounding has that of the identity (straight through, Bengio et al. 2013), towards the
+    keys and values of this call and of the tails; codes and ranges have none.
+    """
+    check_heads(query, key, value)
+    check(bits in BITS, f"bits is one of {', '.join(map(str, BITS))}")
+    check(page >= 1 and sinks >= 0 and window >= 1 and rerank >= 1, "page, window and rerank are at least 1, sinks 0")
+    check(budget % page == 0, "the budget is whole pages")
+    check(forced_pages(page, sinks, window) * page <= budget, "sinks and window fit the budget")
+    batch, heads, tokens, size = query.shape
+    groups, value_size = value.shape[1], value.shape[3]
+    held = past_positions.shape[1] + tokens
+    pages = pages_of(held, page)
+
+    def codes(*sizes: int) -> Tensor:
+        return torch.empty(batch, groups, *sizes, dtype=torch.uint8, device=query.device)
+
+    return (
+        query.new_empty(batch, heads, tokens, value_size),
+        torch.empty(batch, heads, tokens, dtype=torch.promote_types(query.dtype, torch.float32), device=query.device),
+        codes(pages, page, code_bytes(size, bits)),
+        codes(held, code_bytes(value_size, bits)),
+        positions.new_empty(batch, held),
+        key.new_empty(batch, groups, pages, 2 * size),
+        value.new_empty(batch, groups, held, 2),
+        key.new_empty(batch, groups, page, size),
+        value.new_empty(batch, groups, page, value_size),
+    )

@@ -1,0 +1,68 @@
+"""The JSON documents that the commands print: one pydantic model each, with its schema number."""
+
+from memc.report.models.conversion import (
+    ByContext,
+    ConvertDocument,
+    ExportDocument,
+    InspectDocument,
+    LowerDocument,
+    Measured,
+    PassFacts,
+    Predicted,
+)
+from memc.report.models.listing import (
+    BackendRow,
+    CoverageRow,
+    DoctorDocument,
+    OptionFacts,
+    PassesDocument,
+    PassRow,
+    RecipeRow,
+    RecipesDocument,
+)
+from memc.report.models.measuring import (
+    BenchDocument,
+    BenchRow,
+    ContextPerplexity,
+    Divergence,
+    EvalDocument,
+    EvalSide,
+    FreeRunningFacts,
+    GenerateDocument,
+    PositionBucket,
+    TaskCell,
+)
+from memc.report.models.whole import DiffDocument, Difference, ErrorDocument, ReportDocument
+
+__all__ = [
+    "BackendRow",
+    "BenchDocument",
+    "BenchRow",
+    "ByContext",
+    "ContextPerplexity",
+    "ConvertDocument",
+    "CoverageRow",
+    "DiffDocument",
+    "Difference",
+    "Divergence",
+    "DoctorDocument",
+    "ErrorDocument",
+    "EvalDocument",
+    "EvalSide",
+    "ExportDocument",
+    "FreeRunningFacts",
+    "GenerateDocument",
+    "InspectDocument",
+    "LowerDocument",
+    "Measured",
+    "OptionFacts",
+    "PassFacts",
+    "PassRow",
+    "PassesDocument",
+    "PositionBucket",
+    "Predicted",
+    "RecipeRow",
+    "RecipesDocument",
+    "ReportDocument",
+    "TaskCell",
+]

@@ -1,0 +1,99 @@
+"""The attention of the heads that retrieve, inserted with the states that it reads and writes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from memc.blocks import AttentionBlock
+from memc.dialect import OpSpec, arguments, op_spec
+from memc.dialect.quantised_attention import code_bytes
+from memc.dialect.sparse_attention import description
+from memc.head_split import HeadSplit, of_kept
+from memc.program import StateSpec
+from memc.rewrite import Editor
+
+
+def attend_sparse(
+    editor: Editor, block: AttentionBlock, split: HeadSplit, inputs: Mapping[str, Node], options: Mapping[str, Any]
+) -> tuple[Node, tuple[StateSpec, ...]]:
+    """Insert ``memc::sparse_attention`` of the kept heads, whose growing states must be theirs alone.
+
+    Returns its output's node, and the states that it has beside those.
+    """
+    held, page = editor.states_of(block.attention)["past_key"], options["page"]
+    sizes = description(options["method"], page, int(held.shape[3]))
+    pages = replace(held, name=_named(held, "pages"), shape=(*held.shape[:2], f"S/{page}", *sizes))
+    inputs = {**inputs, **_added(editor, inputs["past_positions"], {"past_pages": pages})}
+    row = op_spec(torch.ops.memc.sparse_attention.default)
+    assert row is not None
+    return _insert(editor, block, split, row, inputs, options), (pages,)
+
+
+def attend_quantised(
+    editor: Editor, block: AttentionBlock, split: HeadSplit, inputs: Mapping[str, Node], options: Mapping[str, Any]
+) -> tuple[Node, tuple[StateSpec, ...]]:
+    """Insert ``memc::quantised_attention`` of the kept heads, whose growing states become codes.
+
+    Returns its output's node, and the states that hold keys and values: codes, their ranges, and the tails.
+    """
+    states, page, bits = editor.states_of(block.attention), options["page"], options["bits"]
+    key, value = states["past_key"], states["past_value"]
+    leading, size, value_size = key.shape[:2], int(key.shape[3]), int(value.shape[3])
+    in_pages = (*leading, f"S/{page}", page, code_bytes(size, bits))
+    by_token = (*leading, "S", code_bytes(value_size, bits))
+    coded = {
+        "past_key": replace(key, dtype=torch.uint8, shape=in_pages),
+        "past_value": replace(value, dtype=torch.uint8, shape=by_token),
+    }
+    for name, spec in coded.items():
+        editor.reshape_state(inputs[name], spec)
+    more = {
+        "past_pages": replace(key, name=_named(key, "pages"), shape=(*leading, f"S/{page}", 2 * size)),
+        "past_ranges": replace(value, name=_named(key, "ranges"), shape=(*leading, "S", 2)),
+        "past_key_tail": replace(key, name=f"{key.name}_tail", shape=(*leading, page, size), grows=None),
+        "past_value_tail": replace(value, name=f"{value.name}_tail", shape=(*leading, page, value_size), grows=None),
+    }
+    inputs = {**inputs, **_added(editor, inputs["past_positions"], more)}
+    row = op_spec(torch.ops.memc.quantised_attention.default)
+    assert row is not None
+    return _insert(editor, block, split, row, inputs, options), (*coded.values(), *more.values())
+
+
+def _named(key: StateSpec, what: str) -> str:
+    return key.name.replace("_key", f"_{what}")
+
+
+def _added(editor: Editor, after: Node, specs: Mapping[str, StateSpec]) -> dict[str, Node]:
+    """Add states behind one another and return their placeholders."""
+    made: dict[str, Node] = {}
+    for name, spec in specs.items():
+        after = made[name] = editor.add_state(spec, after)
+    return made
+
+
+def _insert(
+    editor: Editor,
+    block: AttentionBlock,
+    split: HeadSplit,
+    row: OpSpec,
+    inputs: Mapping[str, Node],
+    options: Mapping[str, Any],
+) -> Node:
+    """Insert an op over the kept heads, make its results the next states, and return its output's node."""
+    bound = arguments(block.attention)
+    fixed = {**options, "scale": bound["scale"], "softcap": bound["softcap"]}
+
+    def layer(t: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        results = row.overload(**of_kept(split, t), **fixed)
+        return (results[0], *(results[index] for index in row.states.values()))
+
+    output, *after = editor.insert(layer, inputs, block.attention, block.path, (row.name, split, *fixed.items()))
+    for name, value in zip(row.states, after, strict=True):
+        editor.set_next(inputs[name], value)
+    return output

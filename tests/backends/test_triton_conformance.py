@@ -1,0 +1,94 @@
+"""Every dialect op, run in pieces by the triton backend with interpreted kernels, equals the reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import op_programs as ops
+import pytest
+import torch
+
+from memc.backends.triton.graph import prepare
+from memc.errors import MemcError
+from tests.backends.runs import SCENARIOS, Calls, compare, span
+from tests.backends.triton_support import interpret
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+TOLERANCE = 1e-4
+
+CASES = [case for case in ops.CASES if not case.startswith("sparse")]
+QUICK = {"gated delta": ("pieces",), "llama, window": ("pieces", "padding"), "llama, dense": ("pieces",)}
+"""Cases, and scenarios of them, that together go through most kernels in little time."""
+
+
+@pytest.mark.conformance
+@pytest.mark.parametrize("case", CASES)
+def test_op_in_place_equals_reference(case: str) -> None:
+    program = ops.CASES[case]()
+    runner = interpret(program)
+    worst = {name: compare(program, runner, calls) for name, calls in SCENARIOS.items()}
+    assert max(worst.values()) < TOLERANCE, worst
+
+
+@pytest.mark.parametrize("case", QUICK)
+def test_kernels_run_a_program_in_pieces(case: str) -> None:
+    program = ops.CASES[case]()
+    runner = interpret(program)
+    for scenario in QUICK[case]:
+        assert compare(program, runner, SCENARIOS[scenario]) < TOLERANCE, scenario
+
+
+def test_prefix_in_one_call() -> None:
+    program = ops.attention(prefix=3)
+    runner = interpret(program)
+    calls: Calls = [([span(0, 5), span(0, 2, right=3)], None), ([span(5, 2), [-1, -1]], None)]
+    assert compare(program, runner, calls) < TOLERANCE
+
+
+def test_states_are_copied_saved_and_restored() -> None:
+    program = ops.llama("attention", layers=1)
+    runner = interpret(program)
+    tokens = np.arange(12).reshape(2, 6) % ops.VOCAB
+    positions = np.tile(np.arange(6), (2, 1))
+    state = runner.new_state(2)
+    runner.run(tokens, positions, state)
+    saved, copied, swapped = state.arrays(), state.copy(), state.select([1, 0])
+    assert all(array.shape[2 if array.ndim == 4 else 1] == 6 for array in saved.values())
+    restored = runner.restore(saved)
+    after = [runner.run(tokens[:, :1], positions[:, -1:] + 1, each) for each in (state, copied, restored, swapped)]
+    assert np.array_equal(after[0], after[1]) and np.array_equal(after[0], after[2])
+    assert not np.array_equal(after[0], after[3])
+    saved.popitem()
+    with pytest.raises(MemcError, match="another artifact"):
+        runner.restore(saved)
+
+
+def test_ids_out_of_range_and_tokens_past_the_capacity_are_refused() -> None:
+    runner = interpret(ops.llama("attention", layers=1), context=4)
+    for tokens, positions, code in (([[ops.VOCAB]], [[0]], "E200"), ([[0]], [[4]], "E206")):
+        with pytest.raises(MemcError) as refused:
+            runner.run(np.array(tokens), np.array(positions), runner.new_state(1))
+        assert refused.value.code == code
+
+
+@pytest.mark.parametrize("kind", ["attention", "window_memory"])
+def test_one_graph_of_torch_compile_serves_every_length(kind: str) -> None:
+    """No graph breaks, and no more graphs than one for prompts and one for steps."""
+    program = ops.llama(kind, layers=1)
+    prepared = prepare(program)
+    made: list[torch.fx.GraphModule] = []
+
+    def count(module: torch.fx.GraphModule, _: Any) -> Any:
+        made.append(module)
+        return module.forward
+
+    torch._dynamo.reset()
+    run = torch.compile(prepared.module, backend=count, fullgraph=True, dynamic=True)
+    state = interpret(program).new_state(2).tensors
+    with torch.no_grad():
+        for tokens in (5, 9, 17, 1, 1, 3):
+            ids = torch.zeros(2, tokens, dtype=torch.int64)
+            run(ids, torch.full((2, tokens), -1), torch.arange(tokens), *state.values())
+    assert len(made) <= 2
