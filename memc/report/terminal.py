@@ -150,7 +150,8 @@ def fit_view(facts: files.FitFacts | None) -> RenderableType | None:
     if facts is None:
         return None
     limits, chosen = table(fit.LIMITS, fit.limit_rows(facts)), table(fit.CHOSEN, fit.chosen_rows(facts))
-    return Group(text("fit to limits", "bold"), limits, text(""), chosen, text(""), text(fit.summary(facts)))
+    told = text(fit.summary(facts)), text(fit.given_up(facts))
+    return Group(text("fit to limits", "bold"), limits, text(""), chosen, text(""), *told)
 
 
 def passes_table(passes: Sequence[m.PassFacts]) -> RenderableType:

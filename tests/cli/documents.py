@@ -288,12 +288,25 @@ def fitted() -> files.FitFacts:
         )
         for layer in range(30)
     ]
+    prune = [f"prune:amount={amount},unit=ffn,of=layers,alike=true" for amount in (0.1, 0.25)]
+    layers += [
+        files.FitLayer(
+            layer=layer,
+            kind="feed_forward",
+            spec=prune[0] if layer in (3, 4) else "",
+            kl={prune[0]: 0.002 * (1 + layer % 5), prune[1]: 0.01 * (1 + layer % 5)},
+        )
+        for layer in range(30)
+    ]
     return files.FitFacts(
         limits=[
             files.FitLimit(limit="state@32k<=0.5x", reached=6.0e8, original=1.5e9, used=0.8),
             files.FitLimit(limit="ppl<=1.05x", reached=1.047, original=1.0, used=0.997),
         ],
         layers=layers,
+        weights="int8",
+        weights_kl={"int8": 0.0009, "int4": 0.0912},
+        binds="ppl<=1.05x",
         kl_expected=0.0325,
         kl_mean=0.04125,
         perplexity_ratio=1.047,

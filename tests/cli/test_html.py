@@ -177,6 +177,8 @@ def test_limits_and_what_every_layer_loses_are_shown() -> None:
     assert row is not None
     cells = re.findall(r">([^<>]+)</td>", row.group(1))
     assert cells == ["sparsify:budget=256,dense_below=512", "0.003", "0.0015", "0.001"]
+    assert "KL of each feed-forward block alone" in page and "weights int8" in page
+    assert "ppl&lt;=1.05x binds; given up most, nats a token: feed-forward 4 0.01, feed-forward 3 0.008" in page
 
 
 def test_without_training_there_is_no_picture_of_it() -> None:
