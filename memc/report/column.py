@@ -33,6 +33,10 @@ LOOKS = 4
 """Passes that have a colour of their own; the others are told by name alone."""
 
 
+EXACT = 1e-9
+"""Relative squared error that is rounding: a block that is right by construction is not drawn as if it were off."""
+
+
 @dataclass(frozen=True)
 class _Form:
     """What a block became: the passes that rewrote it, in order, and the reasons of those that did not."""
@@ -82,7 +86,7 @@ def _pictures(
             yield charts.bar_chart("Half-life of the gates, from so many tokens on: % of tokens and heads", bars)
     for item in passes:
         found = item.training.transfer.by_position.get(layer) if item.training and item.training.transfer else None
-        line = charts.Line("trained", [(one.end, one.error) for one in found or [] if one.error > 0], dots=True)
+        line = charts.Line("trained", [(one.end, one.error) for one in found or [] if one.error > EXACT], dots=True)
         yield charts.line_chart("Error of the output up to a position", [line], "position", doubling=True)
 
 
