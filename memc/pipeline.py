@@ -67,8 +67,9 @@ class PassReport:
     """What a pass did. ``details`` holds per-site facts as JSON values, keyed by layer, and what it was resolved from.
 
     ``objectives`` tells how what was added is trained, one for each site; they are of the result's own nodes.
-    ``recovers`` tells that the pass added nothing to train and took away what adapters on the projections that are
-    left can win back: the result is still made of blocks that raising finds.
+    ``learns`` names new parameters that learn the text itself, everything else frozen: there is nothing that they stand
+    for and could imitate. ``recovers`` tells that the pass added nothing to train and took away what adapters on the
+    projections that are left can win back: the result is still made of blocks that raising finds.
     """
 
     spec: str
@@ -79,12 +80,13 @@ class PassReport:
     untrained: bool = False
     details: dict[str, Any] = field(default_factory=dict)
     objectives: tuple[BlockObjective, ...] = ()
+    learns: tuple[str, ...] = ()
     recovers: bool = False
 
     @property
     def trains(self) -> bool:
         """Whether there is anything to train."""
-        return bool(self.objectives) or self.recovers
+        return bool(self.objectives or self.learns) or self.recovers
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,12 @@ from memc.kernels.launch import FLOATS, DeviceKernels, Gpu, Launch, Tile, gpu_of
 
 # Calls of at most this many tokens go token by token.
 SHORT = 8
-# Tokens to a chunk, and to a block of scores where each channel has a gate: there the blocks on the diagonal are
-# computed term by term.
-CHUNK, CHANNEL_ROWS = 64, 16
+# Tokens to a chunk, and to a block of its scores: few where each channel has a gate, since the blocks on the diagonal
+# are then computed term by term, and fewer in float32, for the registers that it takes.
+CHUNK, CHANNEL_ROWS, FLOAT32_ROWS = 64, 16, 32
+# The most that a program holds of keys, channels times tokens of a chunk; half of it for the delta rule, which needs
+# them twice, in float32, and half again with gates per channel.
+KEYS = 8192
 # Rows that are eliminated one by one in the delta rule's system, before products of blocks.
 SOLVE = 16
 # Key and value channels at most: a program holds all key channels of its part of the state.
@@ -56,9 +59,21 @@ class Call:
         return self.key.shape[0] * self.key.shape[1]
 
     @property
+    def wide(self) -> int:
+        """How often the registers that a chunk of keys takes double over those of half types and one gate per head."""
+        return (self.log_decay.shape[3] > 1) + (self.key.dtype == torch.float32) if self.delta else 0
+
+    @property
+    def chunk(self) -> int:
+        """Tokens to a chunk."""
+        return max(CHANNEL_ROWS, min(CHUNK, (KEYS >> self.wide) // power(self.key.shape[3])))
+
+    @property
     def rows(self) -> int:
         """Tokens to a block of scores."""
-        return CHUNK if self.log_decay.shape[3] == 1 else CHANNEL_ROWS
+        if self.log_decay.shape[3] > 1:
+            return CHANNEL_ROWS
+        return min(self.chunk, FLOAT32_ROWS) if self.key.dtype == torch.float32 else self.chunk
 
     @property
     def blocks(self) -> int:
@@ -68,7 +83,7 @@ class Call:
     @property
     def chunks(self) -> int:
         """Chunks to a sequence."""
-        return -(-self.tokens // CHUNK)
+        return -(-self.tokens // self.chunk)
 
     @property
     def gpu(self) -> Gpu:
@@ -92,8 +107,9 @@ class Call:
             "V": self.value.shape[3],
             "CHANNELS": self.log_decay.shape[3],
             "DELTA": self.delta,
-            "CHUNK": CHUNK,
+            "CHUNK": self.chunk,
             "ROWS": self.rows,
+            "KEYS": power(self.key.shape[3]),
             "PRECISION": precision(self.gpu),
         }
         return {name: known[name] for name in names.split()}
@@ -170,8 +186,8 @@ def gates(call: Call) -> dict[str, Tensor]:
 
 def system(call: Call, sums: Mapping[str, Tensor]) -> Tensor:
     """Return how the keys of each chunk overlap; defined below the diagonal."""
-    overlap = call.empty(*call.key.shape[:3], CHUNK)
-    cut = call.tile("overlaps", Tile({"BK": block_of_keys(call)}, 4, 1))
+    overlap = call.empty(*call.key.shape[:3], call.chunk)
+    cut = call.tile("overlaps", Tile({"BK": block(call).sizes["BK"]}, 4, 1))
     call.run(
         "overlaps",
         (call.blocks * call.groups, 1),
@@ -205,7 +221,7 @@ def states(
     *_, keys, values = call.state.shape
     met, last = call.empty(call.groups, call.chunks, keys, values, dtype=kind), call.state.new_empty(call.state.shape)
     error = call.empty(*call.value.shape, dtype=kind) if call.delta else call.value
-    cut = call.tile("states", Tile({"BK": power(keys), "BV": min(power(values), sweep_values(call))}, 8, 1))
+    cut = call.tile("states", sweep(call))
     call.run(
         "states",
         (call.groups, -(-values // cut.sizes["BV"])),
@@ -221,20 +237,37 @@ def states(
             "error": error,
             "last": last,
         },
-        "G K V CHANNELS DELTA CHUNK PRECISION",
+        "G K V CHANNELS DELTA CHUNK KEYS PRECISION",
         cut,
     )
     return met, error, last
 
 
-def block_of_keys(call: Call) -> int:
-    """Return how many key channels to take at once: few where terms [rows, columns, channels] are formed."""
-    return 16 if call.rows < CHUNK else min(64, power(call.key.shape[3]))
+def sweep(call: Call) -> Tile:
+    """Return how to cut what steps from chunk to chunk."""
+    values = 16 if call.wide else 32
+    return Tile({"BV": min(values, power(call.value.shape[3]))}, 8, 1)
 
 
-def sweep_values(call: Call) -> int:
-    """Return how many value channels a program that steps from chunk to chunk holds."""
-    return 32
+def block(call: Call) -> Tile:
+    """Return how to cut what is done for all chunks at once."""
+    keys, values, warps = (32, 32, 8) if call.key.dtype == torch.float32 else (64, 64, 4)
+    if call.log_decay.shape[3] > 1:
+        keys, values, warps = 16, 64, 4
+    return fitted(call, keys, values, warps)
+
+
+def gradient_block(call: Call) -> Tile:
+    """Return how to cut the gradient of keys, which holds most."""
+    keys, values, warps = (16 if call.key.dtype == torch.float32 else 32, 32, 8)
+    if call.log_decay.shape[3] > 1:
+        keys, values, warps = 16, 16, 4
+    return fitted(call, keys, values, warps)
+
+
+def fitted(call: Call, keys: int, values: int, warps: int) -> Tile:
+    """Return a tile that is not wider than the heads."""
+    return Tile({"BK": min(keys, power(call.key.shape[3])), "BV": min(values, power(call.value.shape[3]))}, warps, 1)
 
 
 def step(call: Call, last: Tensor) -> tuple[Tensor, Tensor]:
@@ -242,9 +275,9 @@ def step(call: Call, last: Tensor) -> tuple[Tensor, Tensor]:
 
     A program reads its part of the state before it writes it, and no other program reads that part.
     """
-    *_, keys, values = call.state.shape
+    values = call.state.shape[3]
     out = call.empty(*call.query.shape[:3], values, dtype=call.query.dtype)
-    cut = call.tile("step", Tile({"BK": power(keys, 1), "BV": min(32, power(values, 1))}, 4, 1))
+    cut = call.tile("step", Tile({"BV": min(32, power(values))}, 4, 1))
     call.run(
         "step",
         (call.groups, -(-values // cut.sizes["BV"])),
@@ -259,7 +292,7 @@ def step(call: Call, last: Tensor) -> tuple[Tensor, Tensor]:
             "out": out,
             "last": last,
         },
-        "G R K V CHANNELS DELTA",
+        "G R K V CHANNELS DELTA KEYS",
         cut,
     )
     return out, last
@@ -285,7 +318,7 @@ def forward(
     met, added, last = states(call, sums, inverted, call.key.dtype)
     values = value.shape[3]
     out = call.empty(*query.shape[:3], values, dtype=query.dtype)
-    cut = call.tile("outputs", Tile({"BK": block_of_keys(call), "BV": min(64, power(values))}, 4, 1))
+    cut = call.tile("outputs", block(call))
     call.run(
         "outputs",
         (call.blocks * query.shape[0] * query.shape[1], -(-values // cut.sizes["BV"])),
@@ -355,7 +388,7 @@ def backward(
         strength = beta.masked_fill((positions < 0)[:, None], 0)
         grad_value = (right * strength[..., None]).to(value.dtype)
         grad_beta = (right * added).sum(-1).to(beta.dtype)
-    grad_query, grad_key, grad_log_decay = grad_keys(call, sums, met, added, grads, grad_out, grad_value)
+    grad_query, grad_key, grad_log_decay = grad_keys(call, sums, met, added, grads, grad_out, -grad_value)
     return grad_query, grad_key, grad_value, grad_log_decay, grad_first, grad_beta
 
 
@@ -366,7 +399,7 @@ def states_back(
     *_, keys, values = call.state.shape
     grads, grad_first = call.empty(call.groups, call.chunks, keys, values), call.state.new_empty(call.state.shape)
     right = call.empty(*call.value.shape) if call.delta else grad_first
-    cut = call.tile("states_back", Tile({"BK": power(keys), "BV": min(power(values), sweep_values(call))}, 8, 1))
+    cut = call.tile("states_back", sweep(call))
     call.run(
         "states_back",
         (call.groups, -(-values // cut.sizes["BV"])),
@@ -384,7 +417,7 @@ def states_back(
             "right": right,
             "grad_state": grad_first,
         },
-        "G R K V CHANNELS DELTA CHUNK PRECISION",
+        "G R K V CHANNELS DELTA CHUNK KEYS PRECISION",
         cut,
     )
     return grads, right, grad_first
@@ -396,7 +429,7 @@ def grad_values(
     """Return the gradient of what tokens add, from outputs and, with ``grads`` of later states, from these."""
     values = call.value.shape[3]
     result = call.empty(*call.value.shape, dtype=kind)
-    cut = call.tile("grad_values", Tile({"BK": block_of_keys(call), "BV": min(64, power(values))}, 4, 1))
+    cut = call.tile("grad_values", block(call))
     call.run(
         "grad_values",
         (call.blocks * call.groups, -(-values // cut.sizes["BV"])),
@@ -423,12 +456,12 @@ def grad_keys(
     added: Tensor,
     grads: Tensor,
     grad_out: Tensor,
-    grad_value: Tensor,
+    erased: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of query, key and log_decay."""
+    """Return the gradients of query, key and log_decay; ``erased`` is the gradient of what keys read."""
     batch, groups, tokens, keys = call.key.shape
     channels = call.log_decay.shape[3]
-    cut = call.tile("grad_keys", Tile({"BK": block_of_keys(call), "BV": min(64, power(call.value.shape[3]))}, 8, 1))
+    cut = call.tile("grad_keys", gradient_block(call))
     parts = 1 if channels > 1 else -(-keys // cut.sizes["BK"])
     total = call.empty(batch, groups, tokens, channels * parts)
     ends = call.empty(batch, groups, call.blocks, channels * parts)
@@ -442,7 +475,7 @@ def grad_keys(
             "added": added,
             "beta": call.beta,
             "grad_out": grad_out,
-            "grad_value": grad_value,
+            "erased": erased,
             "positions": call.positions,
             **sums,
             "met": met,

@@ -80,7 +80,7 @@ def require_mergeable(recipe: Recipe, training: bool, planned: Sequence[PassFact
     settings = recipe.train or Train()
     if settings.onto != "original":
         return
-    where, adding = "train: onto", [facts.spec for facts in planned if "transfer" in facts.trains]
+    where, adding = "train: onto", [facts.spec for facts in planned if {"transfer", "text"} & set(facts.trains)]
     if adding:
         reason = f"{adding[0]} adds parameters, which the original has no place for"
         raise MemcError("E203", reason, where, "onto: result, or leave that pass out")

@@ -64,18 +64,22 @@ class GuardFacts(Facts):
     kl: list[tuple[int, float]]
 
 
+TrainedOnto = Literal["result", "original", "memory"]
+
+
 class RecoveryFacts(Facts):
     """Recovery of the whole model. ``guard_kl`` pairs a step with the KL to the original, the mean of held-out texts.
 
     Training stops when that gets worse, or any of ``guard_texts`` worse than at the start; ``best_step`` is the step
-    whose parameters stayed. ``adapter_rank`` 0 means that every parameter was trained. Where adapters were merged
-    ``onto`` the original, they learned the text, and cross-entropy stands in the place of the KL.
+    whose parameters stayed. ``adapter_rank`` 0 means that every parameter was trained, or only those of a ``memory``.
+    Where adapters were merged ``onto`` the original, or a memory was taught, they learned the text, and cross-entropy
+    stands in the place of the KL.
     """
 
     steps: int
     tokens: int
     adapter_rank: int
-    onto: Literal["result", "original"] = "result"
+    onto: TrainedOnto = "result"
     curve: CurveFacts = Field(default_factory=CurveFacts)
     guard_kl: list[tuple[int, float]] = Field(default_factory=list)
     guard_texts: list[GuardFacts] = Field(default_factory=list)

@@ -199,7 +199,7 @@ def _heads(spec: str, found: files.HeadFacts) -> str:
             size = len(one.induction) // one.kv_heads
             kept = [group * size + head for group in one.kept for head in range(size)]
             rows.append(charts.Heads(f"layer {one.layer}", getattr(one, name), kept))
-        parts.append(charts.head_map(f"Share of attention, {name} (framed: stays softmax)", rows))
+        parts.append(charts.head_map(f"Share of attention, {name} (framed: stays as it is)", rows))
     return "".join(parts)
 
 

@@ -182,19 +182,6 @@ def test_query_heads_go_where_there_is_one_key_value_head() -> None:
     assert result.states[0].shape == program.states[0].shape
 
 
-def test_layers_that_turn_the_stream_least_go() -> None:
-    program = tiny(layers=4).copy()
-    for name in ("model.layers.2.attention.o.weight", "model.layers.2.mlp.down.weight"):
-        set_tensor(program.module, name, program.module.get_parameter(name).detach() * 1e-3)
-    result, report = prune(program, text(), unit="layers", amount=0.25)
-    assert {site.layer for site in report.sites} == {2} and report.details["2"]["layer"] == "removed"
-    influence = {layer: report.details[layer]["block_influence"] for layer in "0123"}
-    assert min(influence, key=influence.__getitem__) == "2"
-    tokens = tokens_of(2, 9)
-    torch.testing.assert_close(result.run(tokens), program.run(tokens), atol=0.05, rtol=0)
-    assert len(result.states) == len(program.states) - 3
-
-
 @pytest.mark.parametrize("other", [Window(window=5, sinks=2), Linearize(window=5, feature_size=12, keep="none")])
 def test_what_was_pruned_is_rewritten_by_other_passes(other: Any) -> None:
     program = tiny()

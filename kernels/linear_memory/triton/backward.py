@@ -126,19 +126,19 @@ def states_back(
     CHANNELS: tl.constexpr,
     DELTA: tl.constexpr,
     CHUNK: tl.constexpr,
+    KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
-    BK: tl.constexpr,
     BV: tl.constexpr,
 ):
     """Step back from chunk to chunk: write down the gradient of the state after each, and of the first state.
 
     For the delta rule also ``right``, the gradient of the right-hand side of (I + beta overlap) u = beta (v - reads).
-    Grid: groups, blocks of value channels; BK covers the key channels.
+    Grid: groups, blocks of value channels; KEYS is K, padded.
     """
     DOT: tl.constexpr = key.dtype.element_ty
     group = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BV + tl.arange(0, BV)
-    channels = tl.arange(0, BK)
+    channels = tl.arange(0, KEYS)
     positions += group // G * T
     key += group * T * K
     whole += group * T * CHANNELS
@@ -151,25 +151,28 @@ def states_back(
         rows = number * CHUNK + tl.arange(0, CHUNK)
         end = tl.minimum(number * CHUNK + CHUNK, T) - 1
         taken = present(positions, rows, T)
-        head = since_start(whole, part, rows, channels, T, CHANNELS)
         following = memory
         memory = memory * through(whole, part, end, channels, CHANNELS)[:, None]
-        if DELTA:
-            k = load_rows(key, rows, channels, taken, K)
-            tail = tl.exp2(-offsets(whole, part, rows, end, channels, T, CHANNELS))
-            grad = load_rows(grad_added + group * T * V, rows, columns, taken, V)
-            grad = tl.dot((k * tail).to(DOT), following.to(DOT), grad, input_precision=PRECISION)
-            mixer = load_rows(inverse + group * T * CHUNK, rows, tl.arange(0, CHUNK), rows < T, CHUNK).to(DOT)
-            grad = tl.dot(tl.trans(mixer), grad.to(DOT), input_precision=PRECISION)
-            store_rows(right + group * T * V, grad, rows, columns, rows < T, V)
-            strength = tl.load(beta + group * T + rows, mask=taken, other=0.0).to(tl.float32)
-            grad = (-grad * strength[:, None]).to(DOT)
-            memory = tl.dot(tl.trans((k * head).to(DOT)), grad, memory, input_precision=PRECISION)
+        head = since_start(whole, part, rows, channels, T, CHANNELS)
         for r in range(R):
             read = group * R + r
             q = (load_rows(query + read * T * K, rows, channels, taken, K) * head).to(DOT)
             grad = load_rows(grad_out + read * T * V, rows, columns, taken, V)
             memory = tl.dot(tl.trans(q), grad, memory, input_precision=PRECISION)
+        if DELTA:
+            tail = tl.exp2(-offsets(whole, part, rows, end, channels, T, CHANNELS))
+            writing = (load_rows(key, rows, channels, taken, K) * tail).to(DOT)
+            grad = load_rows(grad_added + group * T * V, rows, columns, taken, V)
+            grad = tl.dot(writing, following.to(DOT), grad, input_precision=PRECISION)
+            mixer = load_rows(inverse + group * T * CHUNK, rows, tl.arange(0, CHUNK), rows < T, CHUNK).to(DOT)
+            grad = tl.dot(tl.trans(mixer), grad.to(DOT), input_precision=PRECISION)
+            store_rows(right + group * T * V, grad, rows, columns, rows < T, V)
+            strength = tl.load(beta + group * T + rows, mask=taken, other=0.0).to(tl.float32)
+            grad = (-grad * strength[:, None]).to(DOT)
+            # Loaded once more, after the store: kept, they would not fit the registers.
+            head = since_start(whole, part, rows, channels, T, CHANNELS)
+            reading = (load_rows(key, rows, channels, taken, K) * head).to(DOT)
+            memory = tl.dot(tl.trans(reading), grad, memory, input_precision=PRECISION)
     store_rows(grad_state + group * K * V, memory, channels, columns, channels < K, V)
 
 
@@ -212,12 +215,12 @@ def grad_reads(
     met,
     block,
     channels,
+    strict,
     T,
     K: tl.constexpr,
     V: tl.constexpr,
     CHANNELS: tl.constexpr,
     DELTA: tl.constexpr,
-    STRICT: tl.constexpr,
     CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -226,7 +229,7 @@ def grad_reads(
 ):
     """Return gradients ``[rows, channels]`` of reads x_i (h_i S + sum_j E_ij k_j u_j^T): of x, and of k as read from.
 
-    ``STRICT`` reads do not see what their own token writes.
+    ``strict`` reads do not see what their own token writes.
     """
     DOT: tl.constexpr = key.dtype.element_ty
     chunk, mark = block * ROWS // CHUNK, block * ROWS
@@ -242,10 +245,7 @@ def grad_reads(
         of_read = tl.dot(pulled, tl.trans(memory), of_read, input_precision=PRECISION)
     of_read = of_read * since_start(whole, part, rows, channels, T, CHANNELS)
     a = grad_scores(grad, added, beta, rows, rows, taken, taken, V, DELTA, ROWS, BV, PRECISION)
-    if STRICT:
-        a = tl.where(local[:, None] > local[None, :], a, 0.0)
-    else:
-        a = tl.where(local[:, None] >= local[None, :], a, 0.0)
+    a = tl.where(local[:, None] >= local[None, :] + strict, a, 0.0)
     of_read += to_rows(a, key, whole, part, rows, rows, taken, mark, channels, T, K, CHANNELS, True, PRECISION)
     of_key = to_columns(a, x, whole, part, rows, rows, taken, mark, channels, T, K, CHANNELS, True, PRECISION)
     if ROWS < CHUNK:
@@ -280,7 +280,7 @@ def grad_keys(
     added,
     beta,
     grad_out,
-    grad_value,
+    erased,
     positions,
     whole,
     part,
@@ -342,25 +342,20 @@ def grad_keys(
     of_end *= through(whole, part, end, channels, CHANNELS)
     of_end = tl.where(block * ROWS == chunk * CHUNK, of_end, 0.0) + tl.sum(k * of_key, 0)
     of_gate = per_gate(-k * of_key, CHANNELS)
-    for r in range(R):
+    # What a key reads is taken off its value: one more read, whose output's gradient is minus that of the value.
+    for r in range(R + DELTA):
         read = group * R + r
-        x, grad = query + read * T * K, grad_out + read * T * V
+        own = r == R
+        x = tl.where(own, key, query + read * T * K)
+        grad = tl.where(own, erased + group * T * V, grad_out + read * T * V)
         as_row, as_column = grad_reads(
-            x, grad, key, added, beta, positions, whole, part, met, block, channels, T,
-            K, V, CHANNELS, DELTA, False, CHUNK, ROWS, PRECISION, BK, BV,
+            x, grad, key, added, beta, positions, whole, part, met, block, channels, own, T,
+            K, V, CHANNELS, DELTA, CHUNK, ROWS, PRECISION, BK, BV,
         )  # fmt: skip
-        store_rows(grad_query + read * T * K, as_row, rows, channels, rows < T, K)
-        of_key += as_column
+        store_rows(grad_query + read * T * K, as_row, rows, channels, (rows < T) & (r < R), K)
+        of_key += as_column + tl.where(own, as_row, 0.0)
         x_rows = load_rows(x, rows, channels, taken, K).to(tl.float32)
         of_gate += per_gate(x_rows * as_row - k * as_column, CHANNELS)
-    if DELTA:
-        # What a key reads is taken off its value: a read whose output's gradient is minus that of the value.
-        as_row, as_column = grad_reads(
-            key, grad_value + group * T * V, key, added, beta, positions, whole, part, met, block, channels, T,
-            K, V, CHANNELS, DELTA, True, CHUNK, ROWS, PRECISION, BK, BV,
-        )  # fmt: skip
-        of_key -= as_row + as_column
-        of_gate -= per_gate(k * (as_row - as_column), CHANNELS)
     store_rows(grad_key + group * T * K, of_key, rows, channels, rows < T, K)
     if CHANNELS > 1:
         store_rows(total + group * T * WIDTH, of_gate, rows, channels, rows < T, WIDTH)

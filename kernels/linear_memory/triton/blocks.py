@@ -52,7 +52,7 @@ def sums(whole, part, rows, channels, T, CHANNELS: tl.constexpr):
         w, p = tl.load(whole + at), tl.load(part + at)
     else:
         at = at + channels[None, :]
-        inside = (at >= 0) & (channels < CHANNELS)[None, :]
+        inside = (channels < CHANNELS)[None, :]
         w, p = tl.load(whole + at, mask=inside, other=0.0), tl.load(part + at, mask=inside, other=0.0)
     return w, p
 

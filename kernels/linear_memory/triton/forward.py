@@ -73,19 +73,19 @@ def states(
     CHANNELS: tl.constexpr,
     DELTA: tl.constexpr,
     CHUNK: tl.constexpr,
+    KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
-    BK: tl.constexpr,
     BV: tl.constexpr,
 ):
     """Step from chunk to chunk: write down the state ``met`` by each, and the last.
 
     The delta rule's tokens write beta times ``error``, which is (I + overlap beta)^-1 (v - (head k) S).
-    Grid: groups, blocks of value channels; BK covers the key channels.
+    Grid: groups, blocks of value channels; KEYS is K, padded.
     """
     DOT: tl.constexpr = key.dtype.element_ty
     group = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BV + tl.arange(0, BV)
-    channels = tl.arange(0, BK)
+    channels = tl.arange(0, KEYS)
     positions += group // G * T
     key += group * T * K
     value += group * T * V
@@ -199,16 +199,16 @@ def step(
     V: tl.constexpr,
     CHANNELS: tl.constexpr,
     DELTA: tl.constexpr,
-    BK: tl.constexpr,
+    KEYS: tl.constexpr,
     BV: tl.constexpr,
 ):
     """Decay, write and read token by token, the state read and written once: for calls of a few tokens.
 
-    Grid: groups, blocks of value channels; BK covers the key channels.
+    Grid: groups, blocks of value channels; KEYS is K, padded.
     """
     group = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BV + tl.arange(0, BV)
-    channels = tl.arange(0, BK)
+    channels = tl.arange(0, KEYS)
     inside, within = channels < K, columns < V
     memory = load_rows(state + group * K * V, channels, columns, inside, V).to(tl.float32)
     for t in range(T):
