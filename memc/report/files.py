@@ -14,8 +14,10 @@ from memc.report.facts import (
     CheckFacts,
     Document,
     Facts,
+    GateFacts,
     ModelFacts,
     NearMissFacts,
+    PositionError,
     RelationFacts,
     SiteFacts,
     SkippedFacts,
@@ -33,13 +35,15 @@ class CurveFacts(Facts):
 class TransferFacts(Facts):
     """Block-wise transfer. ``errors`` are relative squared errors of each layer's output on held-out text.
 
-    They are keyed by ``untrained``, ``initial`` (first values in closed form) and ``trained``, then by layer.
+    They are keyed by ``untrained``, ``initial`` (first values in closed form) and ``trained``, then by layer;
+    ``by_position`` has those of what was trained, by layer.
     """
 
     steps: int
     tokens: int
     curve: CurveFacts = Field(default_factory=CurveFacts)
     errors: dict[str, dict[int, float]] = Field(default_factory=dict)
+    by_position: dict[int, list[PositionError]] = Field(default_factory=dict)
     seconds: float = 0.0
 
 
@@ -264,12 +268,16 @@ class PassReportFile(Document):
 
 
 class VerifyReport(Document):
-    """``report/verify.json``: every check of the lowered artifact against the original. ``text`` says on what."""
+    """``report/verify.json``: every check of the lowered artifact against the original. ``text`` says on what.
+
+    ``gates`` tells of each linear memory what it forgets of one sequence of that text.
+    """
 
     schema_: Literal["memc.report.verify/1"] = Field(default="memc.report.verify/1", alias="schema")
     checks: list[CheckFacts]
     text: str = ""
     tokens: int = 0
+    gates: list[GateFacts] = Field(default_factory=list)
     timing: Timing = Field(default_factory=Timing)
 
     @property

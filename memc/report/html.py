@@ -37,7 +37,7 @@ def _sections(report: m.ReportDocument) -> Iterable[str]:
     if done is not None:
         how = f"through {escaped(done.backend)}, weights {escaped(done.weights)}"
         yield f"<p>For <b>{escaped(done.target)}</b> {how}.</p>\n"
-        yield slider.section(done.curves)
+        yield slider.section(done.curves, done.measured.decode_ms if done.measured is not None else None)
         yield _costs(done)
         yield _fit(done.fit) if done.fit is not None else ""
     yield _passes(report.passes)
@@ -48,7 +48,8 @@ def _sections(report: m.ReportDocument) -> Iterable[str]:
     if report.verify is not None:
         yield _checks(report.verify.checks)
     if report.raising is not None:
-        yield column.section(report.raising.blocks, report.passes)
+        gates = report.verify.gates if report.verify is not None else []
+        yield column.section(report.raising.blocks, report.passes, gates)
     if done is not None and (known := provenance.facts(done)):
         yield table("Where it comes from", ["", ""], known)
     yield _timing(report)

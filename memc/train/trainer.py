@@ -231,6 +231,7 @@ class Trainer:
             transfer.train(self._batch, schedule, self.settings.rate, self.seed, checkpoints, self.progress)
         )
         facts.errors["trained"] = transfer.errors(*guard)
+        facts.by_position = transfer.errors_by_position(*guard)
         facts.tokens = self.transfer_steps * self.settings.batch * self.settings.length
         facts.seconds = time.perf_counter() - began
         return facts

@@ -118,6 +118,9 @@ def training(*, kept: tuple[int, ...] = (3, 7), trained: float = 0.25) -> files.
                 "initial": dict.fromkeys(range(8), 0.5),
                 "trained": dict.fromkeys(range(8), trained),
             },
+            by_position={
+                5: [f.PositionError(start=n // 2, end=n, error=0.5 / n) for n in (64, 128, 256, 512)],
+            },
             seconds=512.0,
         ),
         choice=files.ChoiceFacts(
@@ -259,6 +262,7 @@ def converted(*, dry_run: bool = False) -> m.ConvertDocument:
         if dry_run
         else m.Measured(
             parameters=136_215_008,
+            decode_ms={512: 15.3, 2048: 16.1},
             disk_bytes=800_000_000,
             peak_rss_bytes=2_000_000_000,
             seconds=61.5,
@@ -363,13 +367,22 @@ def write_artifact(folder: Path, *, finished: bool = True) -> Path:
     )
     write_report(folder, "02-linearize.json", pass_file_of())
     if finished:
-        write_report(folder, VERIFY, files.VerifyReport(checks=checks(), text="sampled", tokens=2048))
+        write_report(folder, VERIFY, verified())
         write_report(folder, CONVERT, converted().model_copy(update={"out": str(folder)}))
         (folder / "memc.json").write_text("{}")
     else:
         error = m.ErrorDocument(code="E401", message="verification failed", next="memc report out", exit_code=4)
         write_report(folder, "error.json", error)
     return folder
+
+
+def verified() -> files.VerifyReport:
+    """Checks, and gates of two layers, one of which forgets nothing that can be told."""
+    gates = [
+        f.GateFacts(path="model.layers.3.self_attn", shares={5: 0.25, 7: 0.75}),
+        f.GateFacts(path="model.layers.4.self_attn", shares={16: 1.0}),
+    ]
+    return files.VerifyReport(checks=checks(), text="sampled", tokens=2048, gates=gates)
 
 
 def evaluated() -> m.EvalDocument:

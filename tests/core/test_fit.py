@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from pathlib import Path
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from memc import api
 from memc.analysis.sensitivity import Distance, Yardstick, unchanged
+from memc.conversion.fitting import _within
 from memc.cost import demands
 from memc.errors import MemcError
 from memc.fit import driver, menu
@@ -30,6 +32,7 @@ from memc.progress import Silent
 from memc.quantise import quantise
 from memc.recipe import Recipe
 from memc.report import fit as view
+from memc.report.files import FitFacts, FitLayer, FitLimit
 from memc.search import Choice, frontier
 from memc.target import Target
 from memc.verify.execute import whole
@@ -105,6 +108,52 @@ def test_what_is_no_limit_is_refused(text: str, said: str) -> None:
     with pytest.raises(MemcError, match="E200") as caught:
         parse_limits(text)
     assert said in str(caught.value)
+
+
+def test_a_limit_past_the_positions_of_a_table_is_refused_and_one_past_the_training_is_said() -> None:
+    said: list[str] = []
+
+    class Listener(Silent):
+        def note(self, text: str) -> None:
+            said.append(text)
+
+    def within(fit: str, **model: Any) -> Any:
+        recipe = Recipe(recipe=1, fit=fit)
+        info = dataclasses.replace(tiny().model, **model)
+        return _within(parse_limits(fit), recipe, info, Listener())
+
+    table = {"max_positions": 64, "absolute_positions": True}
+    with pytest.raises(MemcError, match="E206 the limit is at 4096 tokens, past the model's 64 positions"):
+        within("kl<=1,state@4k<=0.5x", **table)
+    limits, context = within("state<=0.5x,decode@32>=2x", **table)
+    assert limits.contexts == (32, 64) and context == 64, "where none is named the model's last position is meant"
+    assert not said
+    assert within("state@4k<=0.5x,kl<=1", max_positions=64)[0].contexts == (4096,)
+    assert said == ["beyond_trained: state@4k<=0.5x is past the 64 positions of the training"]
+    assert within("state<=0.5x")[0].contexts == (32768,)
+
+
+def test_what_binds_is_said_with_what_was_given_up_and_what_a_looser_one_leaves() -> None:
+    kl = {"window": 0.02, "prune": 0.01}
+    layers = [FitLayer(layer=3, kind="feed_forward", spec="prune", kl=kl), FitLayer(layer=4, spec="window", kl=kl)]
+    limit = FitLimit(limit="state<=0.5x", reached=1.0, original=2.0, used=1.0)
+    facts = FitFacts(
+        limits=[limit],
+        layers=[*layers, FitLayer(layer=5, spec="", kl=kl)],
+        weights="int8",
+        weights_kl={"int8": 0.003},
+        kl_expected=0.033,
+        kl_mean=0.03,
+        perplexity_ratio=1.02,
+        tokens=64,
+        binds="state<=0.5x",
+        looser=1.25,
+        kl_looser=0.013,
+    )
+    lost = "attention 4 0.02, feed-forward 3 0.01, weights in int8 0.003"
+    loose = "were it 1.25 times looser, 0.013 would be lost in place of 0.033"
+    assert view.given_up(facts) == f"state<=0.5x binds; given up most, nats a token: {lost}; {loose}"
+    assert ("attention as it is", "5", "") in view.chosen_rows(facts)
 
 
 @pytest.mark.parametrize("changes", [{"passes": ["window"]}, {"data": ["a.txt"], "tokens": 5}])

@@ -12,10 +12,11 @@ from memc.conversion.pipeline import plan_pass
 from memc.errors import MemcError
 from memc.passes.linearize import Linearize
 from memc.passes.prune import Prune
+from memc.passes.prune.groups import block_parameters
 from memc.passes.window import Window
 from memc.pipeline import parse_spec
 from memc.program import get_tensor, set_tensor
-from memc.raising import raise_program
+from memc.raising import find_blocks, raise_program
 from memc.relation import Bounded, Exact
 from memc.verify import require_well_formed
 from tests.core.test_families import DECODERS, every
@@ -90,6 +91,24 @@ def test_every_decoder_is_pruned_or_refused_by_name(name: str) -> None:
     require_well_formed(result)
     assert report.details["total"]["removed_share"] == pytest.approx(0.25, abs=0.03)
     assert torch.isfinite(result.run(calibration.tokens)).all()
+
+
+def test_layers_can_each_have_an_amount_of_their_own() -> None:
+    """``of=layers`` counts the layers that are not protected; two such passes give two amounts."""
+    program = tiny()
+    sizes = []
+    for amount, protect in ((0.1, "[1]"), (0.3, "[0]")):
+        pass_ = Prune(amount=amount, unit="ffn", of="layers", alike=True, round=1, protect=protect)
+        program, report = pass_.apply(program, plan_pass(pass_, program, TARGET))
+        (site,) = report.sites
+        assert str(site.layer) not in protect
+        sizes.append(report.details["total"]["removed_parameters"])
+    whole = block_parameters(tiny(), find_blocks(tiny()))
+    unit = (
+        block_parameters(tiny(), tuple(b for b in find_blocks(tiny()) if b.kind == "feed_forward" and b.layer == 0))
+        / 28
+    )
+    assert [size / (whole / 2) for size in sizes] == pytest.approx([0.1, 0.3], abs=unit / whole)
 
 
 def test_encoders_are_left_alone() -> None:
