@@ -238,7 +238,7 @@ def test_what_it_leaves_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     "spec",
-    ["ranks=", "ranks=0:0", "ranks=4;2", "ranks=-1", "layers=[]", "layers=some", "kind=side", "rank=4"],
+    ["ranks=", "ranks=0:0", "ranks=4;2", "ranks=-1", "layers=[]", "layers=some", "kind=table", "rank=4"],
 )
 def test_options_that_are_refused(spec: str) -> None:
     with pytest.raises(MemcError) as caught:
