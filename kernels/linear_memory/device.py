@@ -203,7 +203,7 @@ def system(call: Call, sums: Mapping[str, Tensor]) -> Tensor:
 def inverse(call: Call, overlap: Tensor, *, by_row: bool) -> Tensor:
     """Return the inverse of I + overlap beta, or ``by_row`` of I + beta overlap."""
     result = overlap.new_empty(overlap.shape)
-    cut = call.tile("invert", Tile({}, 4, 1))
+    cut = call.tile("invert", Tile({}, 256 // call.gpu.warp, 1))
     call.run(
         "invert",
         (call.chunks * call.groups, 1),
