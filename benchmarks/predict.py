@@ -23,7 +23,8 @@ from cpu import facts, model, numbers
 from page import grid, save
 
 from memc import api, runtime
-from memc.calibrate import calibrate, random_states
+from memc.calibrate import calibrate
+from memc.conversion.speed import random_states
 from memc.cost import predict
 from memc.program_io import load_program
 from memc.report.text import amount

@@ -16,8 +16,7 @@ import resource
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import product
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,8 @@ from memc.analysis.stream import Stream
 from memc.cli.console import Console
 from memc.cost import demands
 from memc.data import Corpus, TokenStream, read_tokens
+from memc.evaluate.score import words_in
+from memc.evaluate.tasks import parse_tasks
 from memc.frontend import capture_source
 from memc.passes.prune import Prune, measure, scores
 from memc.passes.prune.allocate import allocate
@@ -41,17 +42,22 @@ from memc.pipeline import Calibration
 from memc.program import Program
 from memc.raising import raise_program
 from memc.runtime.text import Text
+from memc.target import get_target
 from memc.verify.relations import perplexity
 from memc.weights import materialize
 
-Key = tuple[float, str]
-"""An amount, and how it is spread over the blocks."""
+Key = tuple[float, Prune]
+"""An amount, and the options of what goes."""
 
 HERE = Path(__file__).parent
 NOVELS = ("emma", "mansfield-park", "persuasion", "pride-and-prejudice", "sense-and-sensibility")
 HELD_OUT = "northanger-abbey"
 AMOUNTS = (0.2, 0.25, 0.5)
+HEADS = 0.08
+"""The share of block parameters that heads alone give: of SmolLM2-135M's a third in every layer but the outer ones."""
 LENGTH = 512
+TASKS, RECALL = "copy,passkey,needle_single", 256
+"""What is to be recalled, in so many tokens."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +67,16 @@ class Variant:
     name: str
     score: str
     refits: bool
-    allocate: str = "uniform"
+    options: Prune = field(default_factory=Prune)
+    amount: float | None = None
+    """The one amount that it is for, in place of those asked for."""
 
 
 VARIANTS = (
     Variant("obs, refit", "obs", True),
-    Variant("obs, refit, searched", "obs", True, "search"),
+    Variant("obs, refit, searched", "obs", True, Prune(allocate="search")),
+    Variant("heads", "obs", True, Prune(unit="heads"), HEADS),
+    Variant("heads, none protected", "obs", True, Prune(unit="heads", protect_heads="none"), HEADS),
     Variant("wanda", "wanda", False),
     Variant("flap, its bias", "flap", False),
     Variant("taylor", "taylor", False),
@@ -93,25 +103,42 @@ class Bench:
         tokens, positions = (torch.from_numpy(part) for part in corpus.sequences(LENGTH).batch(0, sequences))
         self.calibration = Calibration(tokens, positions, "five novels and the Jargon File, two to one")
         novel = read_tokens(texts / f"austen-{HELD_OUT}.txt", tokenizer).ids
+        self.words = words_in(tokenizer, self.original.model.vocab_size or tokenizer.get_vocab_size())
         self.tests = {"Austen": _rows(novel, rows), "Jargon File": _rows(jargon[len(jargon) * 9 // 10 :], rows)}
 
     def measure(self, program: Program) -> dict[str, float]:
         """Return the perplexity on each test text."""
         return {name: perplexity(program, rows) for name, rows in self.tests.items()}
 
+    def recall(self, program: Program, samples: int) -> dict[str, float]:
+        """Return the share of right answers to each task, ``samples`` of them for each depth."""
+        found: dict[str, float] = {}
+        for task in parse_tasks(TASKS) if samples else ():
+            right = [
+                bool((logits[q.start - 1 : q.stop - 1].argmax(-1) == ids[q.start : q.stop]).all())
+                for sample in task.samples(self.words, RECALL, samples, 0)
+                for ids in [torch.from_numpy(sample.ids)]
+                for logits in [program.run(ids[None])[0]]
+                for q in sample.questions
+            ]
+            found[task.spec] = sum(right) / len(right)
+        return found
+
     def drafts(self, amounts: Sequence[float], variants: Sequence[Variant], protect: str) -> dict[Key, Draft]:
-        """Settle how much goes where, for each amount and allocation."""
+        """Settle how much goes where, for each amount and kind of cut."""
         found: dict[Key, Draft] = {}
-        for amount, kind in product(amounts, dict.fromkeys(variant.allocate for variant in variants)):
-            pass_ = Prune(amount=amount, protect=protect, allocate=kind)
+        for amount, options in dict.fromkeys(
+            (amount, variant.options)
+            for variant in variants
+            for amount in (amounts if variant.amount is None else [variant.amount])
+        ):
+            pass_, _ = replace(options, amount=amount, protect=protect).resolve(self.original, get_target("cpu"))
             draft = pass_.draft(self.original)
-            if kind == "search":
+            if pass_.allocate == "search":
                 with self.console.step(f"search {amount:.0%}"):
-                    chosen = allocate(
-                        self.original, draft.tasks, self.calibration, pass_.score, pass_.round, pass_.length
-                    )
+                    chosen = allocate(self.original, draft.tasks, self.calibration, "obs", pass_.round, pass_.length)
                 draft = replace(draft, tasks=chosen.tasks)
-            found[amount, kind] = draft
+            found[amount, options] = draft
         return found
 
     def cuts(
@@ -132,7 +159,7 @@ class Bench:
                 own, *theirs = measure.moments_of(stream, groups[exit_], list(followers.values()), gram=False)
                 for (key, draft), seen in zip(drafts.items(), theirs, strict=True):
                     for task in (task for task in draft.tasks if task.group.exit is exit_ and task.count):
-                        for variant in (variant for variant in variants if variant.allocate == key[1]):
+                        for variant in (variant for variant in variants if variant.options == key[1]):
                             chosen = gates[exit_] if variant.score == "taylor" else None
                             found = seen if variant.refits else own
                             cut = measure.cut_by(
@@ -150,7 +177,7 @@ def _rows(ids: Any, count: int) -> torch.Tensor:
     return torch.from_numpy(np.stack([np.asarray(ids[start : start + LENGTH]) for start in starts]).astype(np.int64))
 
 
-def asked(program: Program) -> list[tuple[str, float]]:
+def demanded(program: Program) -> list[tuple[str, float]]:
     """Return what a token asks for after as many as a row has."""
     found = demands(program, [LENGTH])[LENGTH]
     return [("flops", found.flops), ("bytes_read", found.bytes_read)]
@@ -169,10 +196,22 @@ def page(document: dict[str, Any]) -> str:
             f"{row['bytes_read']:.3f}",
             *(f"{row['perplexity'][name] / dense[name]:.3f}" for name in names),
             *(f"{row['perplexity'][name]:.1f}" for name in names),
+            *(f"{value:.3f}" for value in row["recall"].values()),
         ]
         for row in sorted(document["rows"], key=lambda row: float(row["amount"]))
     ]
-    head = ["asked", "variant", "removed", "parameters", "FLOPs", "bytes read", *(f"{n}, ratio" for n in names), *names]
+    asked = ", ".join(f"{task} {value:.3f}" for task, value in document["recall"].items())
+    head = [
+        "asked",
+        "variant",
+        "removed",
+        "parameters",
+        "FLOPs",
+        "bytes read",
+        *(f"{n}, ratio" for n in names),
+        *names,
+        *document["recall"],
+    ]
     parts = [
         "# SmolLM2-135M pruned without training",
         f"{document['cpu']}, one thread; memc at {document['commit']}. {document['calibration_tokens']} tokens of"
@@ -183,6 +222,7 @@ def page(document: dict[str, Any]) -> str:
         " are in blocks. Ratios are to dense in the same run; FLOPs and bytes read are those of a token after"
         f" {LENGTH}.",
         grid(head, lines),
+        *([f"Recall in {RECALL} tokens, dense: {asked}."] if asked else []),
         f"{document['seconds']:.0f} s, peak memory {document['peak_rss_bytes'] / 2**30:.2f} GiB.",
     ]
     return "\n\n".join(parts) + "\n"
@@ -196,6 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sequences", type=int, default=128, help=f"calibration sequences of {LENGTH} tokens")
     parser.add_argument("--gated", type=int, default=128, help="those of them that Taylor's gradients see")
     parser.add_argument("--rows", type=int, default=16, help=f"rows of {LENGTH} tokens of each test text")
+    parser.add_argument("--samples", type=int, default=0, help="samples of each task of recall and depth")
     parser.add_argument("--only", action="append", choices=[one.name for one in VARIANTS], help="variant; repeatable")
     parser.add_argument("--amounts", type=float, nargs="*", default=AMOUNTS, help="shares of block parameters that go")
     parser.add_argument("--protect", default="ends", help="the pass's option")
@@ -219,14 +260,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "total_parameters": bench.original.parameter_count,
         "rows": [],
     }
-    asks = [value for _, value in asked(bench.original)]
+    asks = [value for _, value in demanded(bench.original)]
     with bench.console.step("dense"):
         document["dense"] = bench.measure(bench.original)
+        document["recall"] = bench.recall(bench.original, options.samples)
     made = bench.cuts(drafts, variants, options.gated)
     for (amount, name), cuts in sorted(made.items(), key=lambda item: (item[0][1] != VARIANTS[0].name, item[0][0])):
         with bench.console.step(f"{name} at {amount:.0%}"):
             program = Pruner(bench.original).run(cuts)
-            found = bench.measure(program)
+            found, recalled = bench.measure(program), bench.recall(program, options.samples)
         removed = sum(cut.parameters for cut in cuts)
         layers = {cut.group.block.layer for cut in cuts}
         row = {
@@ -236,8 +278,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "removed_parameters": removed,
             "parameters": program.parameter_count,
             "perplexity": found,
+            "recall": recalled,
             "layers": {str(n): sum(c.parameters for c in cuts if c.group.block.layer == n) for n in sorted(layers)},
-            **{name: value / dense for (name, value), dense in zip(asked(program), asks, strict=True)},
+            **{name: value / dense for (name, value), dense in zip(demanded(program), asks, strict=True)},
         }
         document["rows"].append(row)
         document["seconds"] = time.perf_counter() - start

@@ -207,6 +207,15 @@ def gpu_of(device: torch.device) -> Gpu:
     return launcher.gpu
 
 
+def precision(device: torch.device, *kinds: torch.dtype) -> str:
+    """Return how Triton is to multiply matrices of these types; those of different types are widened to float32.
+
+    That on NVIDIA's tensor cores is three products in tf32, nearly as exact as float32 itself.
+    """
+    wide = torch.float32 in kinds or len(set(kinds)) > 1
+    return "tf32x3" if wide and gpu_of(device).name.startswith("nvidia") else "ieee"
+
+
 def device_of(call: Launch) -> torch.device:
     """Return the device of a launch's tensors."""
     return next(value.device for value in call.arguments.values() if isinstance(value, Tensor))

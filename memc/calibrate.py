@@ -17,9 +17,9 @@ import transformers
 from safetensors.torch import save_file
 
 from memc import machine
-from memc.artifact import Manifest, held
 from memc.backend import LowerOptions, Runner
 from memc.conversion.lowering import lower
+from memc.conversion.speed import random_states
 from memc.cost import CHANNELS, Work, work
 from memc.doctor import require_backend
 from memc.errors import MemcError
@@ -120,19 +120,6 @@ class Probe:
     def work(self, context: int) -> Work:
         """Return what the model of costs counts for one token."""
         return work(self.program, context)
-
-
-def random_states(manifest: Manifest, context: int) -> dict[str, np.ndarray]:
-    """Return states of one sequence as if it had seen ``context`` tokens, by name: small random numbers.
-
-    A step takes the same time as after a prompt, which need not be run; zeros would be read from one page of memory.
-    """
-    random = np.random.default_rng(0)
-    made = {}
-    for state in manifest.states:
-        shape = [1 if size == "B" else held(size, context) for size in state.shape]
-        made[state.input] = (0.1 * random.standard_normal(shape, np.float32)).astype(state.dtype)
-    return made
 
 
 def calibrate(*, threads: int | None = None, scale: Scale | None = None, progress: Progress | None = None) -> Target:

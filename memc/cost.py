@@ -95,8 +95,10 @@ NOTHING = Demand(0.0, 0.0, 0.0, 0, 0)
 
 def demands(program: Program, contexts: Sequence[int], weights: str = "fp32") -> dict[int, Demand]:
     """Return what a token asks at each context, its weights (of a type) read once; as :func:`predict` counts it."""
-    kinds = _parameter_kinds(program)
-    read = sum(_read(tensor, kinds.get(name, set()), weights) for name, tensor in _parameters(program))
+    kinds, rows = _parameter_kinds(program), _rows_looked_up(program)
+    read = sum(
+        _read(tensor, kinds.get(name, set()), rows.get(name, 0.0), weights) for name, tensor in _parameters(program)
+    )
     done = {context: work(program, context) for context in contexts}
     return {
         context: Demand(one.flops, read, one.state_bytes_read, one.kernels, program.state_bytes(context))
@@ -227,6 +229,19 @@ def _uses(node: Node) -> set[str]:
     return found
 
 
+def _rows_looked_up(program: Program) -> dict[str, float]:
+    """Return how many rows of each parameter that is looked up in one token of one sequence reads, 1 at least."""
+    first = {id(tensor): name for name, tensor in _parameters(program)}
+    tokens, found = _rows(program), dict[str, float]()
+    for node in program.module.graph.nodes:
+        if node.target in _GATHERS and node.args[0].op == "get_attr":
+            tensor = get_tensor(program.module, str(node.args[0].target))
+            rows = _numel(node.meta["val"]) / max(tensor[:1].numel(), 1) / tokens
+            name = first.get(id(tensor), "")
+            found[name] = found.get(name, 0.0) + max(rows, 1.0)
+    return found
+
+
 def _stored(tensor: Tensor, kinds: set[str], weights: str) -> float:
     quantised = weights in ("int8", "int4")
     if quantised and not ("product" in kinds and tensor.dim() == 2):
@@ -234,12 +249,12 @@ def _stored(tensor: Tensor, kinds: set[str], weights: str) -> float:
     return WEIGHT_BYTES[weights] * tensor.numel()
 
 
-def _read(tensor: Tensor, kinds: set[str], weights: str) -> float:
-    """Bytes read for one token: all of it, or one row of what is only looked up in."""
+def _read(tensor: Tensor, kinds: set[str], rows: float, weights: str) -> float:
+    """Bytes read for one token: all of it, or the ``rows`` that are read of what is only looked up in."""
     stored = _stored(tensor, kinds, weights)
     if not kinds:
         return 0.0
-    return stored / max(tensor.shape[0], 1) if kinds == {"gather"} else stored
+    return stored * min(max(rows, 1.0) / max(tensor.shape[0], 1), 1.0) if kinds == {"gather"} else stored
 
 
 def work(program: Program, context: int) -> Work:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from torch import Tensor
@@ -67,8 +67,9 @@ class PassReport:
     """What a pass did. ``details`` holds per-site facts as JSON values, keyed by layer, and what it was resolved from.
 
     ``objectives`` tells how what was added is trained, one for each site; they are of the result's own nodes.
-    ``recovers`` tells that the pass added nothing to train and took away what adapters on the projections that are
-    left can win back: the result is still made of blocks that raising finds.
+    ``learns`` names new parameters that learn the text itself, everything else frozen: there is nothing that they stand
+    for and could imitate. ``recovers`` tells that the pass added nothing to train and took away what adapters on the
+    projections that are left can win back: the result is still made of blocks that raising finds.
     """
 
     spec: str
@@ -79,12 +80,13 @@ class PassReport:
     untrained: bool = False
     details: dict[str, Any] = field(default_factory=dict)
     objectives: tuple[BlockObjective, ...] = ()
+    learns: tuple[str, ...] = ()
     recovers: bool = False
 
     @property
     def trains(self) -> bool:
         """Whether there is anything to train."""
-        return bool(self.objectives) or self.recovers
+        return bool(self.objectives or self.learns) or self.recovers
 
 
 @dataclass(frozen=True)
@@ -142,9 +144,20 @@ class Pass(Configurable, ABC):
     def offers(self) -> tuple[Self, ...]:
         """Return the settings among which a conversion that is to fit limits chooses for every layer.
 
-        None unless the pass needs no training and can be told by :meth:`only` which layers to rewrite.
+        None unless the pass needs no training and can be told by :meth:`only` which layers to rewrite. The sites of a
+        setting are blocks of one kind.
         """
         return ()
+
+    def one_by_one(self, program: Program, plan: Plan) -> Iterator[tuple[int, Program]]:
+        """Yield, for each layer of the plan's sites in order, the program with that layer alone rewritten.
+
+        As :meth:`apply` would, given that layer's sites; a pass whose layers share what calibration text shows, looks
+        at it once.
+        """
+        for layer in sorted({site.layer for site in plan.sites}):
+            alone = replace(plan, sites=tuple(site for site in plan.sites if site.layer == layer))
+            yield layer, self.apply(program, alone)[0]
 
     def only(self, layers: Collection[int], present: Collection[int]) -> Self:
         """Return the pass rewriting ``layers`` alone of those ``present``; ``TypeError`` where it offers nothing."""

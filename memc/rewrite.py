@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +21,24 @@ from memc.artifact import held
 from memc.dialect import arguments, op_spec
 from memc.infer import infer, mode_of
 from memc.program import Dim, InputSpec, Program, Provenance, StateSpec, get_tensor, named_tensors, set_tensor
+
+
+@dataclass(frozen=True)
+class New:
+    """A parameter that a pass adds: its shape, and how to make its values from a seeded generator."""
+
+    shape: tuple[int, ...]
+    make: Callable[[torch.Generator], Tensor]
+
+    @property
+    def count(self) -> int:
+        """Number of its values."""
+        return math.prod(self.shape)
+
+
+def constant(shape: tuple[int, ...], value: float) -> New:
+    """Describe a parameter that starts with one value everywhere."""
+    return New(shape, lambda _: torch.full(shape, value))
 
 
 @dataclass
@@ -89,6 +109,15 @@ class Editor:
         """Make ``value`` the next value of a state."""
         self._state(placeholder).next = value
 
+    def output(self, index: int) -> Node:
+        """Return the node of one of the program's outputs."""
+        node: Node = self._outputs[index]
+        return node
+
+    def set_output(self, index: int, value: Node) -> None:
+        """Make ``value`` one of the program's outputs."""
+        self._outputs[index] = value
+
     def remove_state(self, placeholder: Node) -> None:
         """Drop a state that nothing is to read or write any more."""
         self._states.remove(self._state(placeholder))
@@ -145,6 +174,16 @@ class Editor:
         with mode:
             node.meta["val"] = torch.empty(shape, dtype=dtype)
         return node
+
+    def add_parameters(
+        self, prefix: str, new: Mapping[str, New], seed: int, transform: str, before: Node
+    ) -> dict[str, Node]:
+        """Register new float32 parameters ``prefix.NAME``, made in order from one generator; return their nodes."""
+        generator = torch.Generator().manual_seed(seed)
+        return {
+            name: self.add_parameter(f"{prefix}.{name}", item.shape, partial(item.make, generator), transform, before)
+            for name, item in new.items()
+        }
 
     def insert(
         self,

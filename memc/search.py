@@ -45,11 +45,12 @@ class _Label:
         return tuple(reversed(found))
 
 
-def frontier(blocks: Sequence[Sequence[Choice]]) -> list[Selection]:
+def frontier(blocks: Sequence[Sequence[Choice]], most: int | None = None) -> list[Selection]:
     """Return the selection of least loss for every amount of costs, told apart in ``STEPS`` of each cost's range.
 
     Dynamic programming over the blocks, a label for each (rounded) vector of costs reached so far; the sums themselves
-    are exact. Several costs may be given; a block of no choices is refused with ``ValueError``.
+    are exact. At most ``most`` labels are kept after a block, ``MOST`` unless said. Several costs
+    may be given; a block of no choices is refused with ``ValueError``.
     """
     if not blocks or not all(blocks):
         raise ValueError("every block has a choice")
@@ -66,7 +67,7 @@ def frontier(blocks: Sequence[Sequence[Choice]]) -> list[Selection]:
             for index, choice in enumerate(block)
         ]
         labels = _least(reached, units)
-        while len(labels) > MOST:
+        while len(labels) > (most or MOST):
             units = [2 * unit for unit in units]
             labels = _least(labels, units)
     return [Selection(label.loss, label.costs, label.picks()) for label in labels]

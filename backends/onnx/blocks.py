@@ -23,23 +23,26 @@ FEW = 8
 BLOCK = 32
 """Tokens of a block."""
 
-REACH = {"lowbit": 8192, "bounds": 6144, "moments": 6144}
+REACH = {"lowbit": 8192, "bounds": 6144, "moments": 6144, "hcam": 6144}
 """Most held tokens that blocks read, by method; past it fetching what each token has chosen is faster."""
 
 HALVINGS = 40
 """Most steps of the search for a threshold, after which it is known to the last bit of the range."""
 
 
-def features(c: Rule, query: str) -> str:
-    """Write ``feature0`` and ``feature1``, whose products with the halves of a description add up to its score."""
-    if c.method == "bounds":
-        return f"feature0 = Max({query}, absent)\nfeature1 = Min({query}, absent)"
-    return f"""
-    feature0 = Identity({query})
-    squared = Mul({query}, {query})
-    {float_("half_", 0.5)}
-    feature1 = Mul(squared, half_)
-    """
+def features(c: Rule, query: str, axis: int) -> str:
+    """Write ``feature``, whose product with a description is its score, of a query with its channels along ``axis``."""
+    if c.method == "hcam":
+        return f"feature = Identity({query})"
+    halves = f"feature0 = Max({query}, absent)\nfeature1 = Min({query}, absent)"
+    if c.method == "moments":
+        halves = f"""
+        feature0 = Identity({query})
+        squared = Mul({query}, {query})
+        {float_("half_", 0.5)}
+        feature1 = Mul(squared, half_)
+        """
+    return f"{halves}\nfeature = Concat<axis = {axis}>(feature0, feature1)"
 
 
 def scan(s: Scores, c: Rule, made: Sequence[str], held: str) -> str:
@@ -100,7 +103,7 @@ def held(c: Rule) -> str:
 
 
 def pages_in_use(c: Rule) -> str:
-    """Write ``in_use [B,G,N,2D]``, its ``descriptions [B,G,2D,N]`` and what spreads pages over their tokens."""
+    """Write ``in_use [B,G,N,C]``, its ``descriptions [B,G,C,N]`` and what spreads pages over their tokens."""
     return f"""
     in_use = Slice(next_pages, origin, described, along)
     descriptions = Transpose<perm = [0, 1, 3, 2]>(in_use)
@@ -235,8 +238,7 @@ def _pages(s: Scores, c: Rule) -> str:
     taken_tokens = Or(padded_tokens, exact)
     """
     return f"""
-    {features(c, "q_rows")}
-    feature = Concat<axis = -1>(feature0, feature1)
+    {features(c, "q_rows", -1)}
     bounds = MatMul(feature, descriptions)
     bounds_heads = Reshape(bounds, by_head)
     {ints("over_heads", 2)}

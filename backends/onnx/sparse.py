@@ -151,23 +151,27 @@ def sparse_attention(s: Scores, c: Rule, kernel: bool) -> Function:
 
 
 def _describe(s: Scores, c: Rule) -> str:
-    if c.method == "bounds":
-        describe = """
-        half0 = ReduceMax<keepdims = 0>(by_page, last_axis)
-        half1 = ReduceMin<keepdims = 0>(by_page, last_axis)
-        """
-    elif c.method == "lowbit":
-        describe = "description = Transpose<perm = [0, 1, 2, 4, 3]>(by_page)"
-    else:
-        describe = """
-        mean = ReduceMean(by_page, last_axis)
-        half0 = Squeeze(mean, last_axis)
-        away = Sub(by_page, mean)
-        square = Mul(away, away)
-        half1 = ReduceMean<keepdims = 0>(square, last_axis)
-        """
-    if c.method != "lowbit":
-        describe += "description = Concat<axis = -1>(half0, half1)"
+    halves = "description = Concat<axis = -1>(half0, half1)"
+    match c.method:
+        case "bounds":
+            describe = f"""
+            half0 = ReduceMax<keepdims = 0>(by_page, last_axis)
+            half1 = ReduceMin<keepdims = 0>(by_page, last_axis)
+            {halves}
+            """
+        case "lowbit":
+            describe = "description = Transpose<perm = [0, 1, 2, 4, 3]>(by_page)"
+        case "hcam":
+            describe = "description = ReduceMean<keepdims = 0>(by_page, last_axis)"
+        case _:
+            describe = f"""
+            mean = ReduceMean(by_page, last_axis)
+            half0 = Squeeze(mean, last_axis)
+            away = Sub(by_page, mean)
+            square = Mul(away, away)
+            half1 = ReduceMean<keepdims = 0>(square, last_axis)
+            {halves}
+            """
     return f"""
     fresh = GatherND<batch_dims = 2>(next_key, touched)
     {ints("paged", 0, 0, -1, c.page, s.key_dim)}

@@ -92,11 +92,10 @@ def _estimates(c: Rule) -> str:
 
 
 def page_estimates(c: Rule) -> str:
-    """Write ``estimate [B,G,N]``, the scores of the pages ``in_use [B,G,N,2D]`` for ``q_columns [B,G,D,R]``."""
+    """Write ``estimate [B,G,N]``, the scores of the pages ``in_use [B,G,N,C]`` for ``q_columns [B,G,D,R]``."""
     return f"""
-    {blocks.features(c, "q_columns")}
-    features = Concat<axis = 2>(feature0, feature1)
-    estimates = MatMul(in_use, features)
+    {blocks.features(c, "q_columns", 2)}
+    estimates = MatMul(in_use, feature)
     estimate = ReduceMax<keepdims = 0>(estimates, last_axis)
     """
 

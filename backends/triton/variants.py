@@ -108,9 +108,10 @@ def noted(node: Node, gpu: Gpu, arguments: tuple[Any, ...], options: Mapping[str
     """Return what a node's host code launches for arguments on the device ``meta``; nothing where it refuses them."""
     name = op_name(node)
     kernels = device_kernels(name) if name is not None else None
-    own = None if kernels is None else kernels.in_place if node.target in IN_PLACE else kernels.forward
-    if kernels is None or own is None or kernels.refuses(gpu, *arguments, **options):
+    if kernels is None or kernels.refuses(gpu, *arguments, **options):
         return []
+    # An op that has nothing for it in place runs its functional form, and the next state is copied.
+    own = kernels.in_place if node.target in IN_PLACE and kernels.in_place else kernels.forward
     notes = Notes(gpu, tiles_of(gpu.name))
     with launching(notes):
         own(*arguments, **options)

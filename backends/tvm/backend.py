@@ -67,6 +67,7 @@ def lower(program: Program, target: Target, folder: Path, options: LowerOptions)
         states=[state.input for state in states],
         parameters=list(stored),
         limits=prepared.limits,
+        returned=list(prepared.returned),
     )
     (path.parent / INFO).write_text(info.model_dump_json(indent=1) + "\n")
     return Lowered(

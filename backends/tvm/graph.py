@@ -38,8 +38,8 @@ _aten = torch.ops.aten
 class Prepared:
     """A program ready for import: placeholders are the inputs (``keep`` last), the states, then the parameters.
 
-    It returns the outputs alone: states are written in place. ``limits`` are the rows of the tables that whole inputs
-    are looked up in.
+    It returns the outputs, then the next values of the states that it ``returned``, which no dialect op takes: all
+    others are written in place. ``limits`` are the rows of the tables that whole inputs are looked up in.
     """
 
     module: GraphModule
@@ -49,6 +49,7 @@ class Prepared:
     limits: dict[str, int]
     keep: bool
     summary: str
+    returned: tuple[str, ...] = ()
 
 
 @dataclass
@@ -171,14 +172,17 @@ def prepare(program: Program, parameters: Parameters) -> Prepared:
     placeholders = copy.placeholders()
     inputs, held = placeholders[: len(copy.inputs)], placeholders[len(copy.inputs) :]
     states = {str(node.target): spec for node, spec in zip(held, copy.states, strict=True)}
-    returned, count = results(graph), len(copy.outputs)
-    rewriter = _Rewriter(graph, states, dict(zip(states, returned[count:], strict=True)))
+    count = len(copy.outputs)
+    after = dict(zip(states, results(graph)[count:], strict=True))
+    rewriter = _Rewriter(graph, states, after)
+    returned = {name: place for place, (name, node) in enumerate(after.items(), count) if _is_plain(node)}
     for node in list(graph.nodes):
         node.args, node.kwargs = in_float32(node.args), in_float32(node.kwargs)
         if is_memc(node.target):
             rewriter.rewrite(node)
     keep = insert_keep(copy, held[0] if held else None)
-    set_results(graph, results(graph)[:count])
+    made = results(graph)
+    set_results(graph, [*made[:count], *(made[place] for place in returned.values())])
     for node in held:
         if node.target in rewriter.dropped:
             graph.erase_node(node)
@@ -198,7 +202,12 @@ def prepare(program: Program, parameters: Parameters) -> Prepared:
     specs |= {"keep": (torch.int64, ("K",))} if keep else {}
     specs |= {str(node.target): _spec_of(states[str(node.target)]) for node in held if node.target in read}
     specs |= {parameter.name: (parameter.dtype, parameter.shape) for parameter in used}
-    return Prepared(module, specs, remaining, used, limits, keep, parameters.summary)
+    return Prepared(module, specs, remaining, used, limits, keep, parameters.summary, tuple(returned))
+
+
+def _is_plain(after: Node) -> bool:
+    """Tell whether the next value of a state is computed by ordinary ops, and not by a dialect op that holds it."""
+    return after.op == "call_function" and not any(is_memc(source.target) for source in (after, *after.all_input_nodes))
 
 
 def _spec_of(spec: StateSpec) -> TensorSpec:

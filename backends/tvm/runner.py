@@ -31,7 +31,8 @@ class LibraryInfo(BaseModel):
     """``library.json``: what the library is for, and how its function is called.
 
     ``entry`` takes ``inputs``, then the states, then ``parameters`` (names in the parameter file), and returns the
-    outputs; states are written in place. ``limits`` bounds the ids that an input may hold.
+    outputs, then the next values of the states in ``returned``; other states are written in place. ``limits`` bounds
+    the ids that an input may hold.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -45,6 +46,7 @@ class LibraryInfo(BaseModel):
     states: list[str]
     parameters: list[str]
     limits: dict[str, int]
+    returned: list[str] = []
 
 
 class TvmRunner(SlotRunner):
@@ -89,6 +91,8 @@ class TvmRunner(SlotRunner):
         given = [self._wrap(_fed(feeds[port.name], port)) for port in self.manifest.inputs]
         held = [self._wrap(state.current[name]) for name in self.info.states]
         outputs = self._entry(*given, *held, *self._parameters)
+        for name, output in zip(self.info.returned, list(outputs)[1:], strict=True):
+            state.current[name][...] = np.from_dlpack(output)
         logits: Any = np.from_dlpack(outputs[0])
         return logits  # type: ignore[no-any-return]
 

@@ -9,7 +9,16 @@ from torch.library import register_autograd
 
 import memc.dialect  # noqa: F401 - defines the op
 from memc.kernels.bank_ffn.reference import backward, forward
-from memc.kernels.common import register_forward
+from memc.kernels.common import define_backward, like, register_forward
+
+_SCHEMA = "(Tensor grad_out, Tensor x, Tensor block, str activation) -> (Tensor, Tensor)"
+
+
+def _fake(_grad: Tensor, x: Tensor, block: Tensor, _activation: str) -> tuple[Tensor, Tensor]:
+    return like(x), like(block)
+
+
+_backward = define_backward("bank_ffn", _SCHEMA, _fake, backward)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -19,7 +28,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, block = ctx.saved_tensors
-    return *backward(grad, x, block, ctx.activation), None
+    return *_backward(grad, x, block, ctx.activation), None
 
 
 register_forward("bank_ffn", forward)

@@ -36,20 +36,28 @@ class Rule:
 
 
 def describe(keys: Tensor, method: str) -> Tensor:
-    """Return the descriptions of pages of ``keys [..., page, D]``: ``[..., 2D]``, of ``lowbit`` ``[..., D, page]``."""
-    if method == "lowbit":
-        return keys.mT
-    if method == "bounds":
-        return torch.cat([keys.amax(-2), keys.amin(-2)], -1)
-    mean = keys.mean(-2, keepdim=True)
-    return torch.cat([mean[..., 0, :], (keys - mean).square().mean(-2)], -1)
+    """Return the descriptions of pages of ``keys [..., page, D]``, shaped as the dialect says."""
+    match method:
+        case "lowbit":
+            return keys.mT
+        case "bounds":
+            return torch.cat([keys.amax(-2), keys.amin(-2)], -1)
+        case "hcam":
+            return keys.mean(-2)
+        case _:
+            mean = keys.mean(-2, keepdim=True)
+            return torch.cat([mean[..., 0, :], (keys - mean).square().mean(-2)], -1)
 
 
 def features(query: Tensor, method: str) -> Tensor:
-    """Return ``[..., 2D]`` whose product with a page's description is the score of ``query [..., D]`` and that page."""
-    if method == "bounds":
-        return torch.cat([query.clamp_min(0), query.clamp_max(0)], -1)
-    return torch.cat([query, query.square() / 2], -1)
+    """Return what of ``query [..., D]`` is multiplied with a page's description to give the score of the two."""
+    match method:
+        case "bounds":
+            return torch.cat([query.clamp_min(0), query.clamp_max(0)], -1)
+        case "hcam":
+            return query
+        case _:
+            return torch.cat([query, query.square() / 2], -1)
 
 
 def best_of_group(query: Tensor, rows: Tensor) -> Tensor:

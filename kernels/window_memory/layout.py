@@ -77,10 +77,17 @@ def slot_of(positions: Tensor, window: int, sinks: int) -> Tensor:
     return torch.where(positions < sinks, positions, sinks + (positions - sinks) % window)
 
 
-def lay_out(positions: Tensor, past_positions: Tensor, window: int, sinks: int) -> Layout:
-    """Work out order, sources of the next state, and the tokens that leave the window."""
+def lay_out(
+    positions: Tensor, past_positions: Tensor, window: int, sinks: int, *, padded: bool | None = None
+) -> Layout:
+    """Work out order, sources of the next state, and the tokens that leave the window.
+
+    ``padded`` says whether to move padding; None looks whether there is any, which a GPU would have to be waited for.
+    """
     order = inverse = None
-    if positions.shape[1] > 1 and bool((positions < 0).any()):
+    if padded is None:
+        padded = positions.shape[1] > 1 and bool((positions < 0).any())
+    if padded:
         order = torch.argsort((positions < 0).long(), dim=1, stable=True)
         inverse = torch.argsort(order, dim=1)
         positions = positions.gather(1, order)

@@ -53,6 +53,10 @@ class Stream:
         assert self._place[node] >= self._at and source in node.all_input_nodes
         self._instead[node] = (source, function)
 
+    def reaches(self, nodes: Collection[Node]) -> bool:
+        """Tell whether every value of ``nodes`` is still to come, or held."""
+        return all(self._place[node] >= self._at or all(node in held for held in self._held) for node in nodes)
+
     def advance(self, last: Node, watch: Collection[Node]) -> Iterator[dict[Node, Tensor]]:
         """Run every sequence up to ``last`` and yield the values of ``watch``, one sequence at a time.
 

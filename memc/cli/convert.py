@@ -100,9 +100,9 @@ def command(
     last verified pass, and within a training from the last checkpoint.
 
     --fit takes limits in place of passes: state[@N]<=SIZE or Rx, decode[@N]>=Rx or <=Tms, ppl<=Rx, kl<=NATS, with
-    commas between; N is a context in tokens (32k, or --context), Rx is times the original. Every layer is measured
-    with what the passes offer for it (once, it is kept), and the choice that loses least, or without limits of cost is
-    quickest, is converted; nothing that needs training is among them.
+    commas between; N is a context in tokens (32k, or --context), Rx is times the original. Every block is measured
+    with what the passes offer for it (once, it is kept), and without --weights their types too; the choice that loses
+    least, or without limits of cost is quickest, is converted. Nothing that needs training is among them.
     """
     if tokens is not None and not data:
         raise MemcError("E200", "--tokens goes with --data, which is not given", next="add --data FILE")

@@ -34,6 +34,12 @@ from memc.errors import MemcError
     help="Fetch the blocks that each conversation belongs to.",
     shell_complete=completing.folders,
 )
+@click.option(
+    "--api-key-file",
+    metavar="FILE",
+    help="Ask for the key that the file holds.  [default: no key]",
+    shell_complete=completing.files,
+)
 @threads_option
 def command(
     console: Console,
@@ -48,13 +54,15 @@ def command(
     max_body: int,
     keep: int,
     bank: str | None,
+    api_key_file: str | None,
     threads: int | None,
 ) -> None:
     """Serve a converted model through OpenAI's HTTP interface, under /v1, until it is interrupted.
 
     Completions and chat, streamed or whole. A conversation whose state does not grow is kept for its next turn, which
-    then runs only what is new; with a bank its first prompt settles what is fetched for it. There are no keys: whoever
-    reaches the address can use it. /health tells whether it answers. Needs pip install 'memc[serve]'.
+    then runs only what is new; with a bank its first prompt settles what is fetched for it. Without --api-key-file
+    whoever reaches the address can use it. /health, which asks for no key, tells whether it answers. Needs pip install
+    'memc[serve]'.
     """
     try:
         from memc.serve import Limits, listen, run
@@ -68,6 +76,7 @@ def command(
     from memc.report.tools import ServeDocument
     from memc.serve.server import is_loopback
 
+    key = _read_key(api_key_file) if api_key_file is not None else None
     limits = Limits(concurrent, queue, max_tokens, max_new_tokens, max_body, keep)
     with listen(host, port) as place:
         session = runtime.load(out, threads=threads)
@@ -76,7 +85,7 @@ def command(
         shown = f"[{host}]" if ":" in host else host
         url = f"http://{shown}:{place.getsockname()[1]}/v1"
         model = name or Path(out).resolve().name
-        if not is_loopback(host):
+        if key is None and not is_loopback(host):
             console.warn(f"{host} can be reached by others, who need no key")
 
         def ready() -> None:
@@ -84,4 +93,15 @@ def command(
                 console.text(ServeDocument(artifact=out, url=url, model=model).to_json() + "\n")
             console.note(f"serving {model} on {url}; Ctrl-C stops")
 
-        run(session, limits, model, place, ready)
+        run(session, limits, model, place, ready, key=key)
+
+
+def _read_key(path: str) -> str:
+    """Return what a file holds, but for what ends its lines: of a command line others on the machine can read it."""
+    try:
+        key = Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise MemcError("E200", f"the file of the API key cannot be read: {error}", path) from None
+    if not key or not key.isascii() or any(char.isspace() for char in key):
+        raise MemcError("E200", "an API key is one word of ASCII", path, "openssl rand -hex 32 > FILE makes one")
+    return key

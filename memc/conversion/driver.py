@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from memc import machine
+from memc.analysis.gates import half_lives
 from memc.artifact import seal
 from memc.backend import LowerOptions, Runner
 from memc.conversion.calibration import CalibrationText
@@ -29,7 +30,15 @@ from memc.conversion.pipeline import PassRun, Pipeline
 from memc.conversion.planning import capture_and_raise, make_plan, require_memory, write_plan
 from memc.conversion.quality import WINDOW, measure_quality
 from memc.conversion.request import Request, Steps, source_name
-from memc.conversion.speed import check_speed, fits_beside, measures_speed, modelled, speed_budgets
+from memc.conversion.speed import (
+    CONTEXTS,
+    check_speed,
+    decode_times,
+    fits_beside,
+    measures_speed,
+    modelled,
+    speed_budgets,
+)
 from memc.conversion.text import keep_text, verification_text
 from memc.conversion.training import (
     TrainingData,
@@ -62,6 +71,7 @@ from memc.verify import (
     noise_floor,
     past,
     split_invariance,
+    streams,
     take,
 )
 from memc.weights import materialize
@@ -260,6 +270,7 @@ class _Conversion:
             checks=[check_facts(check) for check in checks],
             text=text.origin,
             tokens=text.tokens.numel(),
+            gates=half_lives(program, text.tokens[:1]) if program.model.decoder else [],
             timing=self.steps.timing("verify"),
         )
         self.folder.write_report("verify.json", verified)
@@ -270,9 +281,13 @@ class _Conversion:
                 found = self.quality(manifest, runner, folder=place, seed=request.recipe.seed, progress=progress)
                 found.ablations = ablations(runs)
                 self.folder.write_report("quality.json", found)
+        times = dict[int, float]()
+        if runner is not None and streams(program):
+            with self.steps.step("decode", "time tokens of the result"):
+                times = decode_times(runner, CONTEXTS, request.threads)
         del runner
         self.folder.clean()
-        document = self._describe(program, runs, verified, lowered.forms)
+        document = self._describe(program, runs, verified, lowered.forms, times)
         self.folder.write_report("convert.json", document)
         seal(place, manifest)
         self.folder.finish()
@@ -286,11 +301,17 @@ class _Conversion:
         return check_speed(original, runner, place, request.backend, request.target, options, budgets)
 
     def _describe(
-        self, program: Program, runs: list[PassRun], verified: VerifyReport, forms: dict[str, str]
+        self,
+        program: Program,
+        runs: list[PassRun],
+        verified: VerifyReport,
+        forms: dict[str, str],
+        times: dict[int, float],
     ) -> ConvertDocument:
         out = self.request.out
         measured = Measured(
             parameters=program.parameter_count,
+            decode_ms=times,
             state_bytes={context: program.state_bytes(context) for context in self.document.predicted.state_bytes},
             peak_rss_bytes=machine.peak_rss_bytes(),
             disk_bytes=folder_bytes(self.folder.partial),

@@ -109,6 +109,8 @@ def planned_facts(report: PassReport, settings: Train | None = None) -> PassFact
 def _stages(report: PassReport, settings: Train) -> list[str]:
     if report.objectives:
         return ["transfer", *(["recovery"] if settings.transfer < 1 else [])]
+    if report.learns:
+        return ["text"]
     if not report.recovers:
         return []
     return ["recovery"] if settings.onto == "result" else ["adapters for the original"]

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from memc import machine
+from memc.artifact import Manifest, held
 from memc.backend import Backend, LowerOptions, Runner
 from memc.conversion.lowering import lower
 from memc.pipeline import Pass
@@ -30,6 +31,13 @@ LEAST = 0.02
 
 ROUNDING = 3.0
 """How far apart two timings of the same program may be, in what they were found apart."""
+
+
+CONTEXTS = (128, 512, 2048, 8192, 32_768)
+"""Contexts at which the result's tokens are timed, as far as it has room; predictions have them too."""
+
+TIMED, SECONDS = 10, 15.0
+"""Tokens that are timed at a context, of which the first two do not count, and how long that may take in all."""
 
 
 @dataclass
@@ -52,6 +60,41 @@ class _Side:
         positions = np.arange(start, start + ids.shape[1], dtype=np.int64)[None]
         self.runner.run(ids, positions, self.state, np.array([ids.shape[1] - 1]))
         return time.process_time() - began
+
+
+def random_states(manifest: Manifest, context: int) -> dict[str, np.ndarray]:
+    """Return states of one sequence as if it had seen ``context`` tokens, by name: small random numbers.
+
+    A step takes the same time as after a prompt, which need not be run; zeros would be read from one page of memory.
+    """
+    random = np.random.default_rng(0)
+    made = {}
+    for state in manifest.states:
+        shape = [1 if size == "B" else held(size, context) for size in state.shape]
+        made[state.input] = (0.1 * random.standard_normal(shape, np.float32)).astype(state.dtype)
+    return made
+
+
+def decode_times(runner: Runner, contexts: Sequence[int], threads: int | None) -> dict[int, float]:
+    """Return the median milliseconds of a token after random states, at contexts that the artifact has room for.
+
+    With one thread time of the processor, else of the wall. No further context is looked at once that has taken
+    ``SECONDS``.
+    """
+    clock = time.process_time if threads == 1 else time.perf_counter
+    capacity, began, found = runner.manifest.capacity, time.perf_counter(), dict[int, float]()
+    token, last = np.array([[1]]), np.zeros(1, np.int64)
+    for context in sorted(contexts):
+        if (capacity is not None and context >= capacity) or time.perf_counter() - began > SECONDS:
+            break
+        state = runner.restore(random_states(runner.manifest, context), context + 1)
+        seconds = []
+        for _ in range(TIMED):
+            start = clock()
+            runner.run(token, np.array([[context]]), state, last)
+            seconds.append(clock() - start)
+        found[context] = 1e3 * statistics.median(seconds[2:])
+    return found
 
 
 def speed_budgets(passes: Sequence[Pass], budgets: Mapping[str, float]) -> dict[str, float]:

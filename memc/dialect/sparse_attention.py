@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,13 +11,13 @@ from torch import Tensor
 
 from memc.dialect.base import Cost, check, check_heads, define
 
-METHODS = ("bounds", "moments", "lowbit")
+METHODS = ("bounds", "moments", "hcam", "lowbit")
 """How keys are described, page by page, so that a query can rank them without reading them whole."""
 
 
 def description(method: str, page: int, channels: int) -> tuple[int, ...]:
     """Return the shape of a description of a page of keys ``[page, channels]``."""
-    return (channels, page) if method == "lowbit" else (2 * channels,)
+    return {"lowbit": (channels, page), "hcam": (channels,)}.get(method, (2 * channels,))
 
 
 def pages_of(tokens: Any, page: int) -> Any:
@@ -34,7 +35,8 @@ def _cost(a: Mapping[str, Any], context: int) -> Cost:
     held, scanned = context, 0
     scored = context
     if context > a["dense_below"]:
-        per_page = a["page"] * a["channels"] if a["method"] == "lowbit" else 2 * key.shape[3]
+        described = math.prod(description(a["method"], a["page"], key.shape[3]))
+        per_page = a["page"] * a["channels"] if a["method"] == "lowbit" else described
         scanned = pages_of(context, a["page"]) * per_page
         held, scored = min(context, a["budget"]), min(context, a["rerank"] * a["budget"])
     channels = scanned + scored * key.shape[3] + held * value.shape[3]
@@ -83,11 +85,14 @@ def sparse_attention(
       q.k that they give (Quest, Tang et al. 2024);
     - ``moments``: mean and variance of each channel; the score is q.mean + q^2.variance / 2, the logarithm of the mean
       exponential of q.k for normal keys of independent channels;
+    - ``hcam``: mean of each channel; the score is q.mean (the summaries of HCAM, Lampinen et al. 2021, whose relevance
+      weights are here those of the one softmax over all that is read);
     - ``lowbit``: the keys themselves once more, channel by channel ``[D, page]``, of which a query reads the
       ``channels`` in which the sum of its magnitudes over the heads that share a key-value head is highest; the score
       of a token is q.k over these (SparQ, Ribar et al. 2024).
 
-    The first two describe ``[2D]``. A query at position p < ``dense_below`` reads all earlier tokens. Any other
+    The first two describe ``[2D]``, the third ``[D]``. A query at position p < ``dense_below`` reads all earlier
+    tokens. Any other
 
     1. takes the ``rerank budget / page`` pages of the highest scores (the highest over the heads that share a key-value
        head), among which are always those of the first ``sinks`` tokens and of the last ``window``, p itself included;

@@ -15,6 +15,8 @@ from memc.evaluate.tasks import Sample, Task, Words
 from memc.progress import Progress, Silent
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
     from memc.runtime import Session, SessionState
 
 BATCH_TOKENS = 8192
@@ -47,7 +49,11 @@ def words_of(session: Session) -> Words:
         raise MemcError("E208", "the artifact does not say how many tokens it knows", str(session.folder))
     if not (session.folder / "tokenizer.json").is_file():
         return Words(vocab)
-    tokenizer = session.text.tokenizer
+    return words_in(session.text.tokenizer, vocab)
+
+
+def words_in(tokenizer: Tokenizer, vocab: int) -> Words:
+    """Return the tokens that a model of ``vocab`` ids may be asked about in text."""
     # What stands in no tokenizer was never trained on: some models round their vocabulary up.
     unknown = set(range(vocab)) - set(tokenizer.get_vocab().values())
     before, _ = ends(tokenizer)

@@ -1,4 +1,4 @@
-"""The best choice for every layer under limits: least loss under the costs, or least cost under the loss."""
+"""The best choice for every block and the weights under limits: least loss under the costs, or least cost."""
 
 from __future__ import annotations
 
@@ -9,45 +9,61 @@ from functools import cached_property
 
 from memc.cost import NOTHING, Demand, decode_ms
 from memc.fit.limits import Limit, Limits
-from memc.fit.menu import Menu
+from memc.fit.menu import Menu, Slot
 from memc.search import Choice, Selection, frontier
 from memc.target import Target
+
+LABELS = 5_000
+"""Labels that are kept after a block: there are twice as many blocks as layers, and they are searched for each type."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A choice: the setting of every layer that changes, what a token asks by context, and the sum of its KL in nats.
+    """A choice: the setting of every block that changes, the weights' type, and what a token asks by context.
 
-    The KL of layers that were measured one at a time need not add up: what is expected of all is a factor times it.
+    ``kl`` is the sum of what they lose one at a time, in nats. It need not add up: what is expected of all is a factor
+    times it.
     """
 
-    picks: Mapping[int, int]
+    picks: Mapping[Slot, int]
+    weights: str
     asks: Mapping[int, Demand]
     kl: float
 
 
 @dataclass(frozen=True)
 class Chooser:
-    """All choices worth having from a menu, and what limits make of them. ``context`` is where speed counts if none."""
+    """All choices worth having from a menu, and what limits make of them. ``context`` is where speed counts if none.
+
+    What the original takes, with weights of the menu's first type, is what limits in times of it are about.
+    """
 
     menu: Menu
     limits: Limits
     target: Target
-    weights: str
     threads: int | None
     context: int
 
     @cached_property
     def fits(self) -> Sequence[Fit]:
-        """The choices of least loss for every amount that they may cost."""
-        layers = list(self.menu.layers)
-        nothing = dict.fromkeys(self.menu.original, NOTHING)
-        blocks = [
-            [Choice(0.0, self._costs(nothing))]
-            + [Choice(one.distance.kl_mean, self._costs(one.more)) for one in self.menu.layers[layer]]
-            for layer in layers
-        ]
-        return [self._fit(layers, selection) for selection in frontier(blocks)] if blocks else []
+        """The choices of least loss for every amount that they may cost, with weights of each type."""
+        found: list[Fit] = []
+        for weights in self.menu.weights:
+            nothing = dict.fromkeys(self.menu.original[weights], NOTHING)
+            blocks = [
+                [Choice(0.0, self._costs(nothing))]
+                + [Choice(one.distance.kl_mean, self._costs(one.more[weights])) for one in entries]
+                for entries in self.menu.slots.values()
+            ]
+            picked = frontier(blocks, LABELS) if blocks else [Selection(0.0, (), ())]
+            found += [self._fit(weights, selection) for selection in picked]
+        return found
+
+    @cached_property
+    def original(self) -> Fit:
+        """Nothing changed, with weights of the first type."""
+        weights = next(iter(self.menu.weights))
+        return Fit({}, weights, self.menu.original[weights], 0.0)
 
     def best(self, factor: float) -> Fit | None:
         """Return the choice of least loss that keeps the limits of cost, or where there are none the quickest one.
@@ -62,27 +78,37 @@ class Chooser:
     def pace(self, fit: Fit) -> float:
         """Return the milliseconds of a token where speed counts, or the bytes of state on a target without rates."""
         asks = fit.asks[self.context]
-        ms = decode_ms(asks, self.target, self.weights, self.threads)
+        ms = decode_ms(asks, self.target, fit.weights, self.threads)
         return ms if ms is not None else float(asks.state_bytes)
 
-    def reached(self, limit: Limit, asks: Mapping[int, Demand], kl: float) -> float:
+    def reached(self, limit: Limit, fit: Fit, factor: float = 0.0) -> float:
         """Return what a choice comes to in a limit's quantity: bytes, milliseconds, nats, or times the perplexity."""
         match limit.what:
             case "state":
-                return float(asks[limit.context].state_bytes)
+                return float(fit.asks[limit.context].state_bytes)
             case "decode":
-                ms = decode_ms(asks[limit.context], self.target, self.weights, self.threads)
+                ms = decode_ms(fit.asks[limit.context], self.target, fit.weights, self.threads)
                 assert ms is not None, "limits of time are refused for targets without rates"
                 return ms
             case "ppl":
-                return math.exp(min(kl, 700.0))
+                return math.exp(min(factor * fit.kl, 700.0))
             case "kl":
-                return kl
+                return factor * fit.kl
 
     def used(self, limit: Limit, fit: Fit, factor: float) -> float:
         """Return the share of a limit that a choice is expected to use."""
-        original = 1.0 if limit.is_quality else self.reached(limit, self.menu.original, 0.0)
-        return limit.used(self.reached(limit, fit.asks, factor * fit.kl), original)
+        original = 1.0 if limit.is_quality else self.reached(limit, self.original)
+        return limit.used(self.reached(limit, fit, factor), original)
+
+    def looser(self, limit: Limit, share: float, factor: float) -> float | None:
+        """Return the least loss, in nats, if a limit of cost were so much looser; None where no choice keeps it."""
+        others = [other for other in self.limits.limits if other != limit]
+        held = [
+            fit.kl
+            for fit in self.fits
+            if self.used(limit, fit, factor) <= share and all(self.used(other, fit, factor) <= 1 for other in others)
+        ]
+        return min(held, default=None)
 
     def nearest(self, factor: float) -> Fit | None:
         """Return the choice whose worst limit is kept best."""
@@ -108,13 +134,14 @@ class Chooser:
             costs = [asked.flops, asked.bytes_read] if self.target.memory_bandwidth else [asked.state_bytes]
         return tuple(map(float, costs))
 
-    def _fit(self, layers: Sequence[int], selection: Selection) -> Fit:
+    def _fit(self, weights: str, selection: Selection) -> Fit:
         picked = {
-            layer: self.menu.layers[layer][pick - 1]
-            for layer, pick in zip(layers, selection.picks, strict=True)
+            slot: self.menu.slots[slot][pick - 1]
+            for slot, pick in zip(self.menu.slots, selection.picks, strict=True)
             if pick
         }
         asks = {}
-        for context, original in self.menu.original.items():
-            asks[context] = sum((entry.more[context] for entry in picked.values()), original)
-        return Fit({layer: entry.setting for layer, entry in picked.items()}, asks, selection.loss)
+        for context, original in self.menu.original[weights].items():
+            asks[context] = sum((entry.more[weights][context] for entry in picked.values()), original)
+        lost = self.menu.weights[weights].kl_mean + selection.loss
+        return Fit({slot: entry.setting for slot, entry in picked.items()}, weights, asks, lost)

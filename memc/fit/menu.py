@@ -1,42 +1,86 @@
-"""What every layer may become: the settings on offer, what each costs, and how far it alone moves the model."""
+"""What every block may become: the settings on offer, what each costs, and how far it alone moves the model."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
-from memc import sites
-from memc.analysis.sensitivity import Distance, Yardstick
-from memc.blocks import AttentionBlock
+from memc.analysis.sensitivity import PRECISE, Distance, Yardstick
+from memc.blocks import AttentionBlock, Block
 from memc.cost import Demand, demands
-from memc.pipeline import Pass, Plan
+from memc.errors import MemcError
+from memc.fit.weights import quantised
+from memc.pipeline import Calibration, Pass, Plan
 from memc.plugins import load_plugin, registered
 from memc.program import Program
 from memc.progress import Progress
+from memc.quantise import BITS
+from memc.raising import find_blocks
 from memc.relation import Close
 from memc.target import Target
+
+Slot = tuple[int, str]
+"""A block that may become something else: its layer, and attention or feed_forward."""
+
+Calibrate = Callable[[int, int], Calibration]
+"""Gives at most so many sequences of so many tokens, to passes that ask for some."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A pass as it is on offer, and its plan, whose sites are of one kind of block."""
+
+    pass_: Pass
+    plan: Plan
+
+    @property
+    def kind(self) -> str:
+        """The kind of block."""
+        return self.plan.sites[0].kind
+
+    @property
+    def spec(self) -> str:
+        """The spec string of the pass."""
+        return self.pass_.spec
+
+    def key(self, layer: int) -> str:
+        """Name what is measured of it in a layer."""
+        return f"{layer} {self.spec}"
+
+    def alone(self, original: Program, layers: Sequence[int], calibrate: Calibrate) -> Iterator[tuple[int, Program]]:
+        """Yield the original with each of ``layers`` alone rewritten."""
+        plan = replace(self.plan, sites=tuple(site for site in self.plan.sites if site.layer in layers))
+        wanted = self.pass_.calibrates()
+        if wanted is not None:
+            plan = replace(plan, calibration=calibrate(*wanted))
+        yield from self.pass_.one_by_one(original, plan)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One layer as one of the settings leaves it: what a token then asks for more, by context, and the distance."""
+    """A block as one of the settings leaves it: what a token asks more, by type of weights and context, and the KL."""
 
     setting: int
-    more: Mapping[int, Demand]
+    more: Mapping[str, Mapping[int, Demand]]
     distance: Distance
 
 
 @dataclass(frozen=True)
 class Menu:
-    """The settings on offer, what each layer may become beside what it is, and what the original asks, by context."""
+    """The settings on offer, what each block may become beside what it is, and what the original asks.
 
-    settings: tuple[Pass, ...]
-    layers: Mapping[int, tuple[Entry, ...]]
-    original: Mapping[int, Demand]
-    present: tuple[int, ...]
+    ``weights`` has the distance of the original with weights of each type that may be chosen; ``original`` is by type
+    and context. ``present`` are the layers that have a block of each kind.
+    """
+
+    settings: tuple[Setting, ...]
+    slots: Mapping[Slot, tuple[Entry, ...]]
+    weights: Mapping[str, Distance]
+    original: Mapping[str, Mapping[int, Demand]]
+    present: Mapping[str, tuple[int, ...]]
 
 
 def offered() -> tuple[Pass, ...]:
@@ -81,97 +125,154 @@ def make_menu(
     original: Program,
     target: Target,
     contexts: Sequence[int],
-    weights: str,
+    weights: Sequence[str],
     yardstick: Callable[[], Yardstick],
     shown: int,
     kept: Kept,
+    calibrate: Calibrate,
     progress: Progress,
 ) -> Menu:
-    """Apply every setting on offer to every layer alone and measure it, unless ``kept`` has it.
+    """Apply every setting on offer to every block alone and measure it, unless ``kept`` has it.
 
     ``shown`` is the first token that the yardstick looks at: a setting that is exact up to a later one is left out,
     since what it loses does not show.
     """
-    settings, plans = [], []
-    for setting in offered():
-        plan = setting.plan(original, target)
+    blocks: dict[Slot, Block] = {(block.layer, block.kind): block for block in find_blocks(original)}
+    settings = tuple(_on_offer(original, target, shown))
+    present = {kind: tuple(sorted(layer for layer, of in blocks if of == kind)) for kind in {of for _, of in blocks}}
+    maker = _Measuring(original, settings, cache(yardstick), kept, calibrate, progress)
+    types = {kind: maker.of_weights(kind) for kind in weights}
+    maker.run()
+
+    def costs(program: Program) -> dict[str, dict[int, Demand]]:
+        return {kind: demands(program, contexts, kind) for kind in weights}
+
+    asks, more = costs(original), dict[tuple[str, int], Mapping[str, Mapping[int, Demand]]]()
+    slots: dict[Slot, tuple[Entry, ...]] = {}
+    for slot in sorted(blocks):
+        entries = []
+        for index, setting in enumerate(settings):
+            found = kept.found.get(setting.key(slot[0]))
+            if found is None or not any((site.layer, site.kind) == slot for site in setting.plan.sites):
+                continue
+            key = _shape(blocks[slot]), index
+            if key not in more:
+                result = costs(rewritten(original, target, [(setting, [slot[0]])], present))
+                more[key] = {kind: {c: result[kind][c] - asks[kind][c] for c in contexts} for kind in weights}
+            entries.append(Entry(index, more[key], found))
+        slots[slot] = tuple(entries)
+    return Menu(settings, {slot: found for slot, found in slots.items() if found}, types, asks, present)
+
+
+def _on_offer(original: Program, target: Target, shown: int) -> Iterator[Setting]:
+    """Yield the settings that find something to rewrite: first those that make blocks smaller."""
+    found = []
+    for pass_ in offered():
+        try:
+            plan = pass_.plan(original, target)
+        except MemcError as error:
+            if error.code != "E203":  # an amount that no block of this model can lose
+                raise
+            continue
         if plan.sites and _exact_to(plan) <= shown:
-            settings.append(setting)
-            plans.append(plan)
-    blocks = {block.layer: block for block in sites.attention_blocks(original)}
-    makes = _Makes(original, target, tuple(settings), tuple(blocks))
-    asks = demands(original, contexts, weights)
-    more: dict[tuple[str, int], Mapping[int, Demand]] = {}
-    layers: dict[int, tuple[Entry, ...]] = {}
-    yard = cache(yardstick)
-    with progress.step("measure what each layer loses", sum(len(plan.sites) for plan in plans)) as advance:
-        for layer, block in blocks.items():
-            fits = [i for i, plan in enumerate(plans) if any(site.layer == layer for site in plan.sites)]
-            missing = [index for index in fits if _key(layer, settings[index]) not in kept.found]
-            if missing:
-                measured = yard().distances([makes(layer, index) for index in missing])
-                kept.found |= {_key(layer, settings[i]): one for i, one in zip(missing, measured, strict=True)}
-                kept.save()
-            for index in fits:
-                if (_shape(block), index) not in more:
-                    result = demands(makes(layer, index), contexts, weights)
-                    more[_shape(block), index] = {c: result[c] - asks[c] for c in contexts}
-            layers[layer] = tuple(
-                Entry(index, more[_shape(block), index], kept.found[_key(layer, settings[index])]) for index in fits
-            )
-            advance(len(fits))
-            makes.forget()
-    return Menu(tuple(settings), layers, asks, tuple(blocks))
+            found.append(Setting(pass_, plan))
+    yield from sorted(found, key=lambda setting: setting.kind != "feed_forward")
 
 
 @dataclass
-class _Makes:
-    """Applies settings to one layer at a time, each once."""
+class _Measuring:
+    """Measures what is not known yet, layer after layer, so that the original runs through the text once."""
 
     original: Program
-    target: Target
-    settings: tuple[Pass, ...]
-    present: tuple[int, ...]
-    made: dict[tuple[int, int], Program] = field(default_factory=dict)
+    settings: Sequence[Setting]
+    yardstick: Callable[[], Yardstick]
+    kept: Kept
+    calibrate: Calibrate
+    progress: Progress
 
-    def __call__(self, layer: int, setting: int) -> Program:
-        if (layer, setting) not in self.made:
-            self.made[layer, setting] = rewritten(
-                self.original, self.target, [(self.settings[setting], [layer])], self.present
-            )
-        return self.made[layer, setting]
+    def of_weights(self, kind: str) -> Distance:
+        """Return the distance of the original with weights of a type: none, where they are not quantised."""
+        key = f"weights {kind}"
+        if kind not in BITS:
+            return Distance(tokens=1)
+        if key not in self.kept.found:
+            with self.progress.step(f"measure what weights in {kind} lose"):
+                (found,) = self.yardstick().distances([quantised(self.original, kind)], precise=PRECISE)
+            self.kept.found[key] = found
+            self.kept.save()
+        return self.kept.found[key]
 
-    def forget(self) -> None:
-        self.made.clear()
+    def run(self) -> None:
+        """Measure every setting in every layer that it has a site in."""
+        missing = [
+            [layer for layer in _layers(setting) if setting.key(layer) not in self.kept.found]
+            for setting in self.settings
+        ]
+        made = [
+            setting.alone(self.original, layers, self.calibrate)
+            for setting, layers in zip(self.settings, missing, strict=True)
+        ]
+        with self.progress.step("measure what each block loses", sum(map(len, missing))) as advance:
+            for layer in sorted({layer for layers in missing for layer in layers}):
+                open_ = [index for index, layers in enumerate(missing) if layer in layers]
+                programs = {index: found for index in open_ if (found := self._next(index, made[index], missing))}
+                if not programs:
+                    continue
+                measured = self.yardstick().distances(list(programs.values()), precise=PRECISE)
+                for index, distance in zip(programs, measured, strict=True):
+                    self.kept.found[self.settings[index].key(layer)] = distance
+                self.kept.save()
+                advance(len(programs))
+
+    def _next(self, index: int, made: Iterator[tuple[int, Program]], missing: list[list[int]]) -> Program | None:
+        """Return the next program of a setting; of one that the text does not suffice for, nothing, and no more."""
+        try:
+            return next(made)[1]
+        except MemcError as error:
+            if error.code != "E207":
+                raise
+            self.progress.note(f"{self.settings[index].spec} is left out: {error.message}")
+            missing[index].clear()
+            return None
 
 
 def rewritten(
-    original: Program, target: Target, chosen: Sequence[tuple[Pass, Sequence[int]]], present: Sequence[int]
+    original: Program,
+    target: Target,
+    chosen: Sequence[tuple[Setting, Sequence[int]]],
+    present: Mapping[str, Sequence[int]],
+    calibrate: Calibrate | None = None,
 ) -> Program:
-    """Apply settings one after the other, each to its layers."""
+    """Apply settings one after the other, each to its layers; without ``calibrate`` to the shapes alone."""
     program = original
     for pass_ in told(chosen, present):
-        program, _ = pass_.apply(program, pass_.plan(program, target))
+        plan = pass_.plan(program, target)
+        if calibrate is not None and (wanted := pass_.calibrates()) is not None:
+            plan = replace(plan, calibration=calibrate(*wanted))
+        program, _ = pass_.apply(program, plan)
     return program
 
 
-def told(chosen: Sequence[tuple[Pass, Sequence[int]]], present: Sequence[int]) -> list[Pass]:
-    """Return the passes, each told its layers: what an earlier one has rewritten is not there for the next."""
-    passes, left = [], set(present)
+def told(chosen: Sequence[tuple[Setting, Sequence[int]]], present: Mapping[str, Sequence[int]]) -> list[Pass]:
+    """Return the passes, each told its layers: an attention that one has rewritten is not there for the next."""
+    passes, left = [], {kind: set(layers) for kind, layers in present.items()}
     for setting, layers in chosen:
-        passes.append(setting.only(layers, left))
-        left -= set(layers)
+        passes.append(setting.pass_.only(layers, left[setting.kind]))
+        if setting.kind == "attention":
+            left["attention"] -= set(layers)
     return passes
+
+
+def _layers(setting: Setting) -> list[int]:
+    return sorted({site.layer for site in setting.plan.sites})
 
 
 def _exact_to(plan: Plan) -> int:
     return max((one.tokens for one in plan.relations if isinstance(one, Close) and one.tokens), default=0)
 
 
-def _key(layer: int, setting: Pass) -> str:
-    return f"{layer} {setting.spec}"
-
-
-def _shape(block: AttentionBlock) -> str:
-    """Say what the cost of an attention depends on."""
-    return repr((block.num_heads, block.num_kv_heads, block.head_dim, block.value_dim, block.mask))
+def _shape(block: Block) -> str:
+    """Say what the cost of a block depends on."""
+    if isinstance(block, AttentionBlock):
+        return repr((block.num_heads, block.num_kv_heads, block.head_dim, block.value_dim, block.mask))
+    return repr((block.width, block.hidden, block.gate is not None))

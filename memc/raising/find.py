@@ -306,13 +306,16 @@ def _common(first: str, second: str) -> str:
 
 
 def _experts(program: Program) -> Iterator[FeedForwardBlock]:
-    """Name mixtures of experts: a top-k choice made from a projection of the hidden states."""
+    """Name mixtures of experts: a top-k choice made from a projection of the hidden states.
+
+    What a pass added, whose parameters are below ``memc``, may choose as well and is none.
+    """
     graph = program.module.graph
     for ordinal, node in enumerate(n for n in graph.nodes if n.target == aten.topk.default):
         router = node
         while router.target not in LINEAR and router.all_input_nodes:
             router = router.all_input_nodes[0]
-        if router.target not in LINEAR:
+        if router.target not in LINEAR or _describe(router, None).weight.startswith("memc."):
             continue
         path = path_of(router)
         owner = path.rpartition(".")[0] or path

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from memc.report import branches, training
-from memc.report.facts import BlockFacts
+from memc.report import branches, charts, training
+from memc.report.facts import BlockFacts, GateFacts
 from memc.report.files import PassReportFile
 from memc.report.terminal import form_text, shape_text
 from memc.report.text import brief, escaped
@@ -33,6 +33,10 @@ LOOKS = 4
 """Passes that have a colour of their own; the others are told by name alone."""
 
 
+EXACT = 1e-9
+"""Relative squared error that is rounding: a block that is right by construction is not drawn as if it were off."""
+
+
 @dataclass(frozen=True)
 class _Form:
     """What a block became: the passes that rewrote it, in order, and the reasons of those that did not."""
@@ -42,17 +46,23 @@ class _Form:
     reasons: tuple[str, ...]
 
 
-def section(blocks: Sequence[BlockFacts], passes: Sequence[PassReportFile]) -> str:
-    """Show every layer with its blocks; nothing without blocks."""
+def section(blocks: Sequence[BlockFacts], passes: Sequence[PassReportFile], gates: Sequence[GateFacts] = ()) -> str:
+    """Show every layer with its blocks; nothing without blocks. ``gates`` are those of linear memories, by path."""
     if not blocks:
         return ""
     order = list(dict.fromkeys(item.name for item in passes))
     numbers = sorted({block.layer for block in blocks})
-    rows = "".join(f"<li>{_layer(layer, blocks, passes, order)}</li>\n" for layer in numbers)
+    rows = "".join(f"<li>{_layer(layer, blocks, passes, order, gates)}</li>\n" for layer in numbers)
     return f'<section aria-label="Layers"><h2>Layers</h2>\n<ol class="layers">\n{rows}</ol></section>\n'
 
 
-def _layer(layer: int, blocks: Sequence[BlockFacts], passes: Sequence[PassReportFile], order: list[str]) -> str:
+def _layer(
+    layer: int,
+    blocks: Sequence[BlockFacts],
+    passes: Sequence[PassReportFile],
+    order: list[str],
+    gates: Sequence[GateFacts],
+) -> str:
     forms = [_form(block, passes) for block in blocks if block.layer == layer]
     chips = "".join(f'<span class="{_look(form, order)}">{escaped(_became(form))}</span>' for form in forms)
     told = "".join(
@@ -60,7 +70,24 @@ def _layer(layer: int, blocks: Sequence[BlockFacts], passes: Sequence[PassReport
         for name, lines in _known(layer, forms, passes)
         if lines
     )
-    return f"<details><summary><b>layer {layer}</b>{chips}</summary><dl>{told}</dl></details>"
+    drawn = "".join(_pictures(layer, forms, passes, gates))
+    return f"<details><summary><b>layer {layer}</b>{chips}</summary><dl>{told}</dl>{drawn}</details>"
+
+
+def _pictures(
+    layer: int, forms: Sequence[_Form], passes: Sequence[PassReportFile], gates: Sequence[GateFacts]
+) -> Iterator[str]:
+    """Yield what a layer's gates forget, and where in a sequence it is off."""
+    paths = {form.block.path for form in forms}
+    for one in gates:
+        if one.path in paths:
+            powers = range(min(one.shares), max(one.shares) + 1)
+            bars = [charts.Bar(f"{2**power:,}", 100 * one.shares.get(power, 0.0), full=True) for power in powers]
+            yield charts.bar_chart("Half-life of the gates, from so many tokens on: % of tokens and heads", bars)
+    for item in passes:
+        found = item.training.transfer.by_position.get(layer) if item.training and item.training.transfer else None
+        line = charts.Line("trained", [(one.end, one.error) for one in found or [] if one.error > EXACT], dots=True)
+        yield charts.line_chart("Error of the output up to a position", [line], "position", doubling=True)
 
 
 def _form(block: BlockFacts, passes: Sequence[PassReportFile]) -> _Form:

@@ -142,6 +142,24 @@ class RelationFacts(Facts):
     passed: bool | None = None
 
 
+class GateFacts(Facts):
+    """Half-lives of a linear memory's gates: the share of all tokens and heads whose is from 2^n tokens on, by n.
+
+    Those under a token count as one, and the last power has all that are longer.
+    """
+
+    path: str
+    shares: dict[int, float]
+
+
+class PositionError(Facts):
+    """Relative squared error of a block's output on the tokens of a sequence from ``start`` on to before ``end``."""
+
+    start: int
+    end: int
+    error: float
+
+
 class CheckFacts(Facts):
     """One check of the finished artifact. It passed when ``value`` is at or under ``budget``."""
 

@@ -14,8 +14,10 @@ from memc.report.facts import (
     CheckFacts,
     Document,
     Facts,
+    GateFacts,
     ModelFacts,
     NearMissFacts,
+    PositionError,
     RelationFacts,
     SiteFacts,
     SkippedFacts,
@@ -33,13 +35,15 @@ class CurveFacts(Facts):
 class TransferFacts(Facts):
     """Block-wise transfer. ``errors`` are relative squared errors of each layer's output on held-out text.
 
-    They are keyed by ``untrained``, ``initial`` (first values in closed form) and ``trained``, then by layer.
+    They are keyed by ``untrained``, ``initial`` (first values in closed form) and ``trained``, then by layer;
+    ``by_position`` has those of what was trained, by layer.
     """
 
     steps: int
     tokens: int
     curve: CurveFacts = Field(default_factory=CurveFacts)
     errors: dict[str, dict[int, float]] = Field(default_factory=dict)
+    by_position: dict[int, list[PositionError]] = Field(default_factory=dict)
     seconds: float = 0.0
 
 
@@ -60,18 +64,22 @@ class GuardFacts(Facts):
     kl: list[tuple[int, float]]
 
 
+TrainedOnto = Literal["result", "original", "memory"]
+
+
 class RecoveryFacts(Facts):
     """Recovery of the whole model. ``guard_kl`` pairs a step with the KL to the original, the mean of held-out texts.
 
     Training stops when that gets worse, or any of ``guard_texts`` worse than at the start; ``best_step`` is the step
-    whose parameters stayed. ``adapter_rank`` 0 means that every parameter was trained. Where adapters were merged
-    ``onto`` the original, they learned the text, and cross-entropy stands in the place of the KL.
+    whose parameters stayed. ``adapter_rank`` 0 means that every parameter was trained, or only those of a ``memory``.
+    Where adapters were merged ``onto`` the original, or a memory was taught, they learned the text, and cross-entropy
+    stands in the place of the KL.
     """
 
     steps: int
     tokens: int
     adapter_rank: int
-    onto: Literal["result", "original"] = "result"
+    onto: TrainedOnto = "result"
     curve: CurveFacts = Field(default_factory=CurveFacts)
     guard_kl: list[tuple[int, float]] = Field(default_factory=list)
     guard_texts: list[GuardFacts] = Field(default_factory=list)
@@ -154,9 +162,13 @@ class FitLimit(Facts):
 
 
 class FitLayer(Facts):
-    """One layer: the setting that was chosen (empty: it stays) and the KL of each alone, in nats a token."""
+    """One block: the setting that was chosen (empty: it stays) and the KL of each alone, in nats a token.
+
+    ``kind`` is attention or feed_forward.
+    """
 
     layer: int
+    kind: str = "attention"
     spec: str
     kl: dict[str, float]
 
@@ -164,16 +176,23 @@ class FitLayer(Facts):
 class FitFacts(Facts):
     """How a choice was fitted to limits.
 
-    ``kl_expected`` is the sum of the layers' own; ``kl_mean`` and ``perplexity_ratio`` were measured on ``tokens`` of
-    text that the choice was not made on.
+    ``kl_expected`` is the sum of the blocks' own and that of the ``weights`` type that was chosen, of which
+    ``weights_kl`` has all that are quantised; ``kl_mean`` and ``perplexity_ratio`` were measured on ``tokens`` of text
+    that the choice was not made on. ``binds`` is the limit that uses most of its own. Were it ``looser`` by that
+    factor, the sum would be ``kl_looser``; None for a limit of quality.
     """
 
     limits: list[FitLimit]
     layers: list[FitLayer]
+    weights: str = ""
+    weights_kl: dict[str, float] = Field(default_factory=dict)
     kl_expected: float
     kl_mean: float
     perplexity_ratio: float
     tokens: int
+    binds: str = ""
+    looser: float = 1.0
+    kl_looser: float | None = None
     seconds: float = 0.0
 
 
@@ -249,12 +268,16 @@ class PassReportFile(Document):
 
 
 class VerifyReport(Document):
-    """``report/verify.json``: every check of the lowered artifact against the original. ``text`` says on what."""
+    """``report/verify.json``: every check of the lowered artifact against the original. ``text`` says on what.
+
+    ``gates`` tells of each linear memory what it forgets of one sequence of that text.
+    """
 
     schema_: Literal["memc.report.verify/1"] = Field(default="memc.report.verify/1", alias="schema")
     checks: list[CheckFacts]
     text: str = ""
     tokens: int = 0
+    gates: list[GateFacts] = Field(default_factory=list)
     timing: Timing = Field(default_factory=Timing)
 
     @property

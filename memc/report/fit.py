@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from memc.report.files import FitFacts, FitLimit
+from memc.report.files import FitFacts, FitLayer, FitLimit
 from memc.report.text import layers, number, ratio, size
 
 LIMITS = ("limit", ">original", ">reached", ">ratio", ">used")
 """Heads of :func:`limit_rows`."""
+
+MOST = 3
+"""Blocks that are named for what they lose."""
+
+KINDS = {"attention": "attention", "feed_forward": "feed-forward"}
 
 CHOSEN = ("setting", "layers", ">KL, summed")
 """Heads of :func:`chosen_rows`."""
@@ -29,21 +34,40 @@ def limit_rows(facts: FitFacts) -> list[tuple[str, str, str, str, str]]:
 
 def chosen_rows(facts: FitFacts) -> list[tuple[str, str, str]]:
     """Say which layers got which setting, and the sum of what they lose one at a time, in nats a token."""
-    found: dict[str, list[int]] = {}
+    found: dict[tuple[str, str], list[FitLayer]] = {}
     for one in facts.layers:
-        found.setdefault(one.spec, []).append(one.layer)
-    lost = {one.layer: one.kl.get(one.spec, 0.0) for one in facts.layers}
-    return [
-        (spec or "as it is", layers(where), number(sum(lost[layer] for layer in where)) if spec else "")
-        for spec, where in sorted(found.items())
+        found.setdefault((one.spec, one.kind if not one.spec else ""), []).append(one)
+    rows = [
+        (
+            spec or f"{KINDS[kind]} as it is",
+            layers(one.layer for one in where),
+            number(sum(one.kl[spec] for one in where)) if spec else "",
+        )
+        for (spec, kind), where in sorted(found.items())
     ]
+    if facts.weights_kl:
+        rows.append((f"weights {facts.weights}", "all", number(facts.weights_kl.get(facts.weights, 0.0))))
+    return rows
 
 
 def summary(facts: FitFacts) -> str:
     """Say how far the choice is from the original."""
     moved = f"KL {number(facts.kl_mean)} nats a token, perplexity {number(facts.perplexity_ratio)} times the original's"
     text = f"{facts.tokens} tokens that the choice was not made on"
-    return f"{moved}, on {text}; the layers' own KL add up to {number(facts.kl_expected)}"
+    return f"{moved}, on {text}; the KL of each alone adds up to {number(facts.kl_expected)}"
+
+
+def given_up(facts: FitFacts) -> str:
+    """Say which limit binds, what is lost for it and where most, and what there would be if it were looser."""
+    lost = sorted(((one.kl[one.spec], one) for one in facts.layers if one.spec), key=lambda pair: -pair[0])
+    most = [f"{KINDS[one.kind]} {one.layer} {number(kl)}" for kl, one in lost[:MOST]]
+    quantised = facts.weights_kl.get(facts.weights)
+    most += [f"weights in {facts.weights} {number(quantised)}"] if quantised is not None else []
+    told = f"{facts.binds} binds; given up most, nats a token: {', '.join(most) or 'nothing'}"
+    if facts.kl_looser is not None:
+        told += f"; were it {facts.looser:g} times looser, {number(facts.kl_looser)} would be lost"
+        told += f" in place of {number(facts.kl_expected)}"
+    return told
 
 
 def _amount(limit: FitLimit, value: float) -> str:

@@ -25,7 +25,7 @@ def legend(heads: HeadFacts) -> tuple[str, ...]:
         f"percent of {first}",
         second,
         f"| ends a key-value head; . rounds to 0; spread evenly both sum to {100 * heads.chance:.2g}",
-        f"* stays softmax: {last}",
+        f"* stays as it is: {last}",
     )
 
 

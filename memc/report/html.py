@@ -37,7 +37,7 @@ def _sections(report: m.ReportDocument) -> Iterable[str]:
     if done is not None:
         how = f"through {escaped(done.backend)}, weights {escaped(done.weights)}"
         yield f"<p>For <b>{escaped(done.target)}</b> {how}.</p>\n"
-        yield slider.section(done.curves)
+        yield slider.section(done.curves, done.measured.decode_ms if done.measured is not None else None)
         yield _costs(done)
         yield _fit(done.fit) if done.fit is not None else ""
     yield _passes(report.passes)
@@ -48,7 +48,8 @@ def _sections(report: m.ReportDocument) -> Iterable[str]:
     if report.verify is not None:
         yield _checks(report.verify.checks)
     if report.raising is not None:
-        yield column.section(report.raising.blocks, report.passes)
+        gates = report.verify.gates if report.verify is not None else []
+        yield column.section(report.raising.blocks, report.passes, gates)
     if done is not None and (known := provenance.facts(done)):
         yield table("Where it comes from", ["", ""], known)
     yield _timing(report)
@@ -111,14 +112,18 @@ def _costs(done: m.ConvertDocument) -> str:
 
 def _fit(facts: files.FitFacts) -> str:
     """Show how limits were kept, by what, and what every layer would lose by each setting."""
-    settings = list(dict.fromkeys(spec for one in facts.layers for spec in one.kl))
-    rows = [
-        (str(one.layer), one.spec or "as it is", *(number(one.kl.get(spec)) for spec in settings))
-        for one in facts.layers
-    ]
-    lost = table("KL of each layer alone, nats a token", [">layer", "chosen", *(f">{s}" for s in settings)], rows)
-    told = f"<p>{escaped(fit.summary(facts))}.</p>\n"
-    return table("Fit to limits", fit.LIMITS, fit.limit_rows(facts)) + told + lost
+    told = f"<p>{escaped(fit.summary(facts))}.</p>\n<p>{escaped(fit.given_up(facts))}.</p>\n"
+    parts = [table("Fit to limits", fit.LIMITS, fit.limit_rows(facts)), told]
+    parts.append(table("Chosen", fit.CHOSEN, fit.chosen_rows(facts)))
+    for kind, name in fit.KINDS.items():
+        blocks = [one for one in facts.layers if one.kind == kind]
+        settings = list(dict.fromkeys(spec for one in blocks for spec in one.kl))
+        rows = [
+            (str(one.layer), one.spec or "as it is", *(number(one.kl.get(spec)) for spec in settings)) for one in blocks
+        ]
+        columns = [">layer", "chosen", *(f">{spec}" for spec in settings)]
+        parts.append(table(f"KL of each {name} block alone, nats a token", columns, rows) if rows else "")
+    return "".join(parts)
 
 
 def _passes(passes: Sequence[files.PassReportFile]) -> str:
@@ -194,7 +199,7 @@ def _heads(spec: str, found: files.HeadFacts) -> str:
             size = len(one.induction) // one.kv_heads
             kept = [group * size + head for group in one.kept for head in range(size)]
             rows.append(charts.Heads(f"layer {one.layer}", getattr(one, name), kept))
-        parts.append(charts.head_map(f"Share of attention, {name} (framed: stays softmax)", rows))
+        parts.append(charts.head_map(f"Share of attention, {name} (framed: stays as it is)", rows))
     return "".join(parts)
 
 

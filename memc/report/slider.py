@@ -49,25 +49,34 @@ _ROWS: tuple[tuple[str, str, str, Callable[[float | None], str]], ...] = (
 )
 
 
+MEASURED = "measured"
+
+
 def policy() -> str:
     """Return the page's content security policy: nothing but its own style and this one script, by its digest."""
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     return f"{POLICY}; script-src 'sha256-{digest}'"
 
 
-def section(curves: Mapping[str, ByContext]) -> str:
-    """Show what both sides cost at a context that the reader chooses, and by context; nothing without curves."""
+def section(curves: Mapping[str, ByContext], measured: Mapping[int, float] | None = None) -> str:
+    """Show what both sides cost at a context that the reader chooses, and by context; nothing without curves.
+
+    ``measured`` are milliseconds a token of the result, at the contexts where they were.
+    """
     after = curves.get("converted", ByContext())
     before = curves.get("original", ByContext())
     contexts = sorted(after.state_bytes)
     if not contexts:
         return ""
-    told = _texts(before, after, contexts)
+    told, labels = _texts(before, after, contexts), [(row, label) for row, _, label, _ in _ROWS]
+    if measured:
+        told |= _measured(measured, after, contexts)
+        labels.append((MEASURED, "ms a token, measured"))
     first = contexts.index(SHOWN) if SHOWN in contexts else len(contexts) - 1
     cells = {name: f'<td class="n" id="{name}">{escaped(texts[first])}</td>' for name, texts in told.items()}
     rows = "".join(
         f'<tr><th scope="row">{label}</th>{"".join(cells[f"{row}-{side}"] for side in ("a", "b", "ratio"))}</tr>\n'
-        for row, _, label, _ in _ROWS
+        for row, label in labels
     )
     heads = "".join(f'<th scope="col" class="n">{name}</th>' for name in ("original", "converted", "ratio"))
     caption = f'At a context of <output id="tokens" for="context">{told["tokens"][first]}</output> tokens'
@@ -78,7 +87,7 @@ def section(curves: Mapping[str, ByContext]) -> str:
         f"<thead><tr><th></th>{heads}</tr></thead><tbody>\n{rows}</tbody></table></div>\n"
         f'<p hidden><label for="context">Context, {contexts[0]} to {contexts[-1]} tokens</label><br>{control}</p>\n'
         f'<script type="application/json" id="told">{data}</script><script>{SCRIPT}</script>\n'
-        f'<div class="charts">{"".join(_charts(before, after))}</div></section>\n'
+        f'<div class="charts">{"".join(_charts(before, after, measured or {}))}</div></section>\n'
     )
 
 
@@ -92,14 +101,27 @@ def _texts(before: ByContext, after: ByContext, contexts: Sequence[int]) -> dict
     return found
 
 
-def _charts(before: ByContext, after: ByContext) -> Sequence[str]:
+def _measured(measured: Mapping[int, float], after: ByContext, contexts: Sequence[int]) -> dict[str, list[str]]:
+    """Return what stands in the row of what was measured; beside it how much that is of what was predicted."""
+    found = [measured.get(context) for context in contexts]
+    ratios = [ratio(value, after.decode_ms.get(context)) for value, context in zip(found, contexts, strict=True)]
+    return {
+        f"{MEASURED}-a": ["-"] * len(contexts),
+        f"{MEASURED}-b": [number(value) for value in found],
+        f"{MEASURED}-ratio": [f"{said} predicted" if said else "" for said in ratios],
+    }
+
+
+def _charts(before: ByContext, after: ByContext, measured: Mapping[int, float]) -> Sequence[str]:
+    times = [charts.Line("converted, measured", sorted(measured.items()), dots=True)]
     return [
         charts.line_chart(
             title,
             [
                 charts.Line(name, [(context, value / unit) for context, value in sorted(getattr(side, field).items())])
                 for name, side in (("original", before), ("converted", after))
-            ],
+            ]
+            + (times if field == "decode_ms" and measured else []),
             "context",
             doubling=True,
         )

@@ -150,7 +150,8 @@ def fit_view(facts: files.FitFacts | None) -> RenderableType | None:
     if facts is None:
         return None
     limits, chosen = table(fit.LIMITS, fit.limit_rows(facts)), table(fit.CHOSEN, fit.chosen_rows(facts))
-    return Group(text("fit to limits", "bold"), limits, text(""), chosen, text(""), text(fit.summary(facts)))
+    told = text(fit.summary(facts)), text(fit.given_up(facts))
+    return Group(text("fit to limits", "bold"), limits, text(""), chosen, text(""), *told)
 
 
 def passes_table(passes: Sequence[m.PassFacts]) -> RenderableType:
@@ -233,10 +234,12 @@ def costs_table(document: m.ConvertDocument) -> RenderableType:
         new_ms = after.decode_ms[context]
         old_text = f"{old_ms:.3g}" if old_ms is not None else "-"
         rows.append((f"ms a token at {context}", old_text, f"{new_ms:.3g}", ratio(new_ms, old_ms)))
+    for context, taken in sorted(done.decode_ms.items()):
+        rows.append((f"ms measured at {context}", "", f"{taken:.3g}", ratio(taken, after.decode_ms.get(context))))
     for context, new_ms in sorted(after.prefill_ms.items()):
         old_ms = before.prefill_ms.get(context) if before else None
-        old_text = duration(old_ms / 1000) if old_ms is not None else "-"
-        rows.append((f"prompt of {context}", old_text, duration(new_ms / 1000), ratio(new_ms, old_ms)))
+        old_text = f"{old_ms / 1000:.3g}" if old_ms is not None else "-"
+        rows.append((f"seconds a prompt of {context}", old_text, f"{new_ms / 1000:.3g}", ratio(new_ms, old_ms)))
     rows.append((_work_label(document.model), amount(before.flops_per_token if before else None, "FLOP"),
                  amount(after.flops_per_token, "FLOP"), ""))  # fmt: skip
     shown: list[list[str]] = [list(row) for row in rows]

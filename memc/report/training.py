@@ -99,7 +99,8 @@ def _alone(choice: ChoiceFacts, layer: int) -> str:
 
 
 def _recovery_rows(recovery: RecoveryFacts) -> list[tuple[str, str]]:
-    trained = f"adapters of rank {recovery.adapter_rank}" if recovery.adapter_rank else "every parameter"
+    alone = "the memory alone" if recovery.onto == "memory" else "every parameter"
+    trained = f"adapters of rank {recovery.adapter_rank}" if recovery.adapter_rank else alone
     rows = [("recovery", f"{trained}, {recovery.steps} steps; the parameters of step {recovery.best_step} stayed")]
     if recovery.onto == "original":
         rows.append(("merged", "into the original: nothing is removed from the result"))
@@ -113,7 +114,8 @@ def _recovery_rows(recovery: RecoveryFacts) -> list[tuple[str, str]]:
 
 def guarded(recovery: RecoveryFacts) -> str:
     """Name what was measured on held-out text."""
-    return "KL" if recovery.onto == "result" else "cross-entropy of the smaller model"
+    names = {"result": "KL", "original": "cross-entropy of the smaller model", "memory": "cross-entropy"}
+    return names[recovery.onto]
 
 
 def _text_kl(text: GuardFacts, step: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import hmac
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -28,14 +29,16 @@ BODY_SECONDS = 30.0
 """Time that a caller has to send a request."""
 
 
-def make_app(session: Session, limits: Limits, name: str, *, hosts: frozenset[str] | None = None) -> Starlette:
+def make_app(
+    session: Session, limits: Limits, name: str, *, hosts: frozenset[str] | None = None, key: str | None = None
+) -> Starlette:
     """Build the application that serves ``session`` as the model ``name``.
 
     Its ``state.engine`` is the ``Engine``. With ``hosts`` a request must name one of them: a page in a browser can make
-    its own host name lead to a loopback address (DNS rebinding), but not send another one. Raises ``MemcError`` E208
-    for an encoder.
+    its own host name lead to a loopback address (DNS rebinding), but not send another one. With ``key`` it must bring
+    that one, but to ask for ``/health``. Raises ``MemcError`` E208 for an encoder.
     """
-    service = _Service(session, limits, name, hosts)
+    service = _Service(session, limits, name, hosts, key)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -65,10 +68,13 @@ def make_app(session: Session, limits: Limits, name: str, *, hosts: frozenset[st
 class _Service:
     """The handlers of one application."""
 
-    def __init__(self, session: Session, limits: Limits, name: str, hosts: frozenset[str] | None) -> None:
+    def __init__(
+        self, session: Session, limits: Limits, name: str, hosts: frozenset[str] | None, key: str | None
+    ) -> None:
         self.engine = Engine(session, limits)
         self.name = name
         self.hosts = hosts
+        self.key = None if key is None else key.encode()
         text = json.dumps(session.manifest.model_dump(by_alias=True), sort_keys=True)
         self.fingerprint = f"memc-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
@@ -79,10 +85,12 @@ class _Service:
 
     async def models(self, request: Request) -> Response:
         """List the one model."""
+        self._admit(request)
         return JSONResponse({"object": "list", "data": [self._model()]})
 
     async def model(self, request: Request) -> Response:
         """Describe the model, if it is that one."""
+        self._admit(request)
         self._known(request.path_params["model"])
         return JSONResponse(self._model())
 
@@ -90,6 +98,7 @@ class _Service:
         """Return the handler of one kind of request."""
 
         async def handler(request: Request) -> Response:
+            self._admit(request)
             asked = protocol.parse(await self._body(request), kind)
             self._known(asked.model)
             job = self.engine.submit(self._order(asked))
@@ -105,6 +114,13 @@ class _Service:
             return _Events(job, answer)
 
         return handler
+
+    def _admit(self, request: Request) -> None:
+        """Refuse a request without the key, before any of it is read; how long that takes tells nothing of the key."""
+        kind, _, given = request.headers.get("authorization", "").partition(" ")
+        if self.key is not None and not (kind.lower() == "bearer" and hmac.compare_digest(given.encode(), self.key)):
+            headers = {"WWW-Authenticate": "Bearer", "Connection": "close"}
+            raise RequestError(401, "this server asks for its API key", code="invalid_api_key", headers=headers)
 
     def _model(self) -> dict[str, Any]:
         return {

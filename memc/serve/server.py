@@ -38,15 +38,22 @@ def is_loopback(host: str) -> bool:
 
 
 def run(
-    session: Session, limits: Limits, name: str, place: socket.socket, on_ready: Callable[[], None] | None = None
+    session: Session,
+    limits: Limits,
+    name: str,
+    place: socket.socket,
+    on_ready: Callable[[], None] | None = None,
+    *,
+    key: str | None = None,
 ) -> None:
     """Serve until a signal asks to stop, then let what runs end within ``GRACE`` seconds.
 
-    ``on_ready`` is called before the first request is taken. Raises ``MemcError`` E208 for an encoder.
+    Requests have to bring the ``key``, if there is one. ``on_ready`` is called before the first request is taken.
+    Raises ``MemcError`` E208 for an encoder.
     """
     host = place.getsockname()[0]
     hosts = LOOPBACK_NAMES | {host} if is_loopback(host) else None
-    app = make_app(session, limits, name, hosts=hosts)
+    app = make_app(session, limits, name, hosts=hosts, key=key)
     config = uvicorn.Config(
         app, log_config=None, access_log=False, server_header=False, ws="none", timeout_graceful_shutdown=GRACE
     )

@@ -19,7 +19,15 @@ from memc.pipeline import Pass, PassReport, Plan
 from memc.program import Program, get_tensor, named_tensors, retie, set_tensor
 from memc.progress import Progress
 from memc.recipe import Train
-from memc.report.files import ChoiceFacts, CurveFacts, GuardFacts, RecoveryFacts, TrainingFacts, TransferFacts
+from memc.report.files import (
+    ChoiceFacts,
+    CurveFacts,
+    GuardFacts,
+    RecoveryFacts,
+    TrainedOnto,
+    TrainingFacts,
+    TransferFacts,
+)
 from memc.train.adapters import Adapter, add_adapters, attention_projections, block_projections, fold_adapters
 from memc.train.device import CPU, lent, name_of
 from memc.train.guard import Guard
@@ -66,9 +74,9 @@ class Trainer:
     """Trains what passes add, and recovers what they took away, on given batches.
 
     ``tokens`` are shared between transfer and recovery as ``settings`` say; recovery has all of them where a pass added
-    nothing. ``batches`` of ``settings.batch`` sequences; ``guard`` is held out of them. ``key`` tells what the data and
-    the model are. What trains computes on ``device``; programs come from the CPU and go back there. Of several
-    ``processes`` all call :meth:`train` alike, and the one that leads writes.
+    nothing, or what learns the text itself. ``batches`` of ``settings.batch`` sequences; ``guard`` is held out of them.
+    ``key`` tells what the data and the model are. What trains computes on ``device``; programs come from the CPU and go
+    back there. Of several ``processes`` all call :meth:`train` alike, and the one that leads writes.
     """
 
     settings: Train
@@ -89,6 +97,8 @@ class Trainer:
         by what restoring each one alone does. Raises ``MemcError``: E203 when the sequences are too short to teach
         anything, E403 when a loss is not finite, E502 when the disk is full, E204 for a checkpoint of another training.
         """
+        if applied[2].learns:
+            return self._taught(pass_, applied, folder)
         if not applied[2].objectives:
             return self._recovered(pass_, before, applied, folder)
         plan, after, report = applied
@@ -132,6 +142,41 @@ class Trainer:
         program, recovery = self._recover(before, after, report, folder)
         facts = TrainingFacts(tokens=self.tokens, device=name_of(self.device), recovery=recovery)
         return replace(done, program=program, facts=facts)
+
+    def _taught(self, pass_: Pass, applied: Applied, folder: Path | None) -> Rewritten:
+        """Teach what a pass added the text, everything else frozen. What was transferred is the program as it was.
+
+        The texts that were given guard it, not what the original wrote.
+        """
+        plan, after, report = applied
+        done = Rewritten(pass_, plan, after, report, after, None)
+        if not self.only_recovery_steps:
+            return done
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+        began, settings, trained = time.perf_counter(), self.settings, after.copy()
+        _own(trained, list(report.learns))
+        rates = dict.fromkeys(report.learns, settings.memory_rate)
+        recovery = Recovery(
+            after, trained, rates, settings.accumulate, 1.0, self.products, self.processes, imitates=False
+        )
+        given = replace(self, guard=self.guard.given)
+        result = given._run(recovery, 0, self.only_recovery_steps, folder)
+        facts = TrainingFacts(tokens=self.tokens, device=name_of(self.device))
+        facts.recovery = _recovery_facts(result, settings, 0, "memory", time.perf_counter() - began)
+        settled = replace(report, untrained=False, relations=pass_.trained_relations(plan))
+        return replace(done, program=trained, report=settled, facts=facts)
+
+    def _run(self, recovery: Recovery, first: int, steps: int, folder: Path | None) -> RecoveryResult:
+        """Recover for some steps, whose first batch is ``first``, where training computes."""
+
+        def later(step: int) -> tuple[Tensor, Tensor]:
+            return self._batch(first + step)
+
+        checkpoints = self._checkpoints(folder, "recovery")
+        with lent(self.device, recovery.before, recovery.after):
+            guard = self.guard.to(self.device)
+            return recover(recovery, later, guard, Schedule(steps), checkpoints, self.progress)
 
     def _batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Return a step's batch where training computes."""
@@ -186,6 +231,7 @@ class Trainer:
             transfer.train(self._batch, schedule, self.settings.rate, self.seed, checkpoints, self.progress)
         )
         facts.errors["trained"] = transfer.errors(*guard)
+        facts.by_position = transfer.errors_by_position(*guard)
         facts.tokens = self.transfer_steps * self.settings.batch * self.settings.length
         facts.seconds = time.perf_counter() - began
         return facts
@@ -253,17 +299,11 @@ class Trainer:
             self.processes,
             imitates=not merges,
         )
-        first = self.transfer_steps if report.objectives else 0
-
-        def later(step: int) -> tuple[Tensor, Tensor]:
-            return self._batch(first + step)
-
-        schedule = Schedule(self.recovery_steps if report.objectives else self.only_recovery_steps)
-        checkpoints = self._checkpoints(folder, "recovery")
-        with lent(self.device, before, trained):
-            guard = self.guard.to(self.device)
-            result = recover(recovery, later, guard, schedule, checkpoints, self.progress)
-        facts = _recovery_facts(result, settings, time.perf_counter() - began)
+        first, steps = (
+            (self.transfer_steps, self.recovery_steps) if report.objectives else (0, self.only_recovery_steps)
+        )
+        result = self._run(recovery, first, steps, folder)
+        facts = _recovery_facts(result, settings, settings.adapters, settings.onto, time.perf_counter() - began)
         if merges:
             return merge_adapters(before, after, trained, adapters), facts
         folded = fold_adapters(after, trained, adapters) if adapters else trained
@@ -276,12 +316,14 @@ class Trainer:
         return Checkpoints(folder / stage if folder is not None else None, key, writes=self.processes.leads)
 
 
-def _recovery_facts(result: RecoveryResult, settings: Train, seconds: float) -> RecoveryFacts:
+def _recovery_facts(
+    result: RecoveryResult, settings: Train, rank: int, onto: TrainedOnto, seconds: float
+) -> RecoveryFacts:
     return RecoveryFacts(
         steps=result.steps,
         tokens=result.steps * settings.accumulate * settings.batch * settings.length,
-        adapter_rank=settings.adapters,
-        onto=settings.onto,
+        adapter_rank=rank,
+        onto=onto,
         curve=_curve(result.curve),
         guard_kl=result.guard,
         guard_texts=[

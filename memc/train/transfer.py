@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from memc.objective import BlockObjective, relative_error
 from memc.program import Program
 from memc.progress import Progress
+from memc.report.facts import PositionError
 from memc.train.blocks import StudentBlock, Teacher, cut_out
 from memc.train.loop import (
     Batches,
@@ -146,6 +147,33 @@ class Transfer:
         for row in range(len(tokens)):
             self.teacher.run(tokens[row : row + 1], positions[row : row + 1], measure)
         return found
+
+    @torch.no_grad()
+    def errors_by_position(self, tokens: Tensor, positions: Tensor) -> dict[int, list[PositionError]]:
+        """Return each layer's relative squared error on ``tokens [N,T]`` from one power of two to the next."""
+        starts = [1 << power for power in range(max(tokens.shape[1] - 1, 1).bit_length())]
+        bounds = list(zip([0, *starts[1:]], [*starts[1:], tokens.shape[1]], strict=True))
+        sums = {block.objective.layer: torch.zeros(2, len(bounds)) for block in self.blocks}
+
+        def measure(index: int, values: dict[str, Tensor]) -> None:
+            objective = self.blocks[index].objective
+            with torch.no_grad():
+                target = objective.wanted(values).float()
+                pair = (self.blocks[index](values)[0].float() - target, target)
+            for row, part in enumerate(pair):
+                squares = part.square().sum((0, 1, 3)).cpu()
+                sums[objective.layer][row] += torch.stack([squares[start:end].sum() for start, end in bounds])
+
+        for row in range(len(tokens)):
+            self.teacher.run(tokens[row : row + 1], positions[row : row + 1], measure)
+        return {
+            layer: [
+                PositionError(start=start, end=end, error=float(error / square))
+                for (start, end), error, square in zip(bounds, *found, strict=True)
+                if square > 0
+            ]
+            for layer, found in sums.items()
+        }
 
     def start(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the tensors and facts of a checkpoint before the first step."""

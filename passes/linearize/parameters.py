@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from memc.blocks import AttentionBlock
+from memc.rewrite import New, constant
 
 HALF_LIFE = 512
 """Tokens after which an untrained gate has forgotten half of what it held."""
@@ -22,14 +21,6 @@ RANK = 16
 
 META = 0.0
 """First logit of a meta token."""
-
-
-@dataclass(frozen=True)
-class New:
-    """One parameter: its shape, and how to make its values from a seeded generator."""
-
-    shape: tuple[int, ...]
-    make: Callable[[torch.Generator], Tensor]
 
 
 def shared_parameters(
@@ -103,8 +94,3 @@ def projections(count: int, rows: int, columns: int, generator: torch.Generator)
     return torch.stack(
         [torch.nn.init.orthogonal_(torch.empty(rows, columns), generator=generator) for _ in range(count)]
     )
-
-
-def constant(shape: tuple[int, ...], value: float) -> New:
-    """Describe a parameter that starts with one value everywhere."""
-    return New(shape, lambda _: torch.full(shape, value))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -10,12 +10,16 @@ from memc import sites
 from memc.analysis.heads import head_roles
 from memc.blocks import Alibi, AttentionBlock, SlidingWindow
 from memc.errors import MemcError
-from memc.passes.linearize.site import rewrite_site
+from memc.passes.linearize.site import PARAMETERS, rewrite_site
 from memc.pipeline import Pass, PassReport, Plan, option
 from memc.program import Program
 from memc.relation import Bounded, Close, Relation
 from memc.rewrite import Editor
 from memc.target import Target
+from memc.train.transfer import Transfer
+
+SEQUENCES = (8, 512)
+"""Calibration sequences that first values are fitted to, and their tokens: as many as a training begins with."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,8 @@ class Linearize(Pass):
     memory holds exactly the tokens that left the window. Its mass has a learned scale that depends on the data.
     Identity setting: ``window`` at least as long as the context. Prompts of at most ``window`` tokens give the
     original logits by construction, trained or not. Untrained, the memory is all but off, so that the perplexity
-    beyond is that of the ``window`` pass.
+    beyond is that of the ``window`` pass; with ``start=fitted`` feature maps, gate and mass are fitted in closed form
+    to the attention that is replaced, on calibration text, which training would begin with.
 
     ``form=lizard``: the layer of Lizard (arXiv 2507.09025, section 3): a rotary-free gated branch over all tokens with
     a normaliser of its own, plus alpha times a rotary-free window with ``meta`` value-less logits. ``gate=token`` is
@@ -75,6 +80,11 @@ class Linearize(Pass):
     feature_size: int = option(128, "features of a query or key; even for hedgehog", unit="channels", min=2)
     gate: str = option("token", "what the memory's decay depends on", choices=("none", "head", "token", "channel"))
     update: str = option("gated", "how the memory is written", choices=("gated", "gated_delta"))
+    start: str = option(
+        "plain",
+        "first values of what is new: plain (the memory all but off), or fitted to calibration text in closed form",
+        choices=("plain", "fitted"),
+    )
     keep: str = option("auto", sites.AUTO_HELP)
 
     def __post_init__(self) -> None:
@@ -85,6 +95,8 @@ class Linearize(Pass):
         other, unused = ("meta", self.meta) if self.form == "shared" else ("sinks", self.sinks)
         if unused != 4:
             raise MemcError("E203", f"form={self.form} has no {other}", where=f"{self.name}:{other}={unused}")
+        if self.form == "lizard" and self.start == "fitted":
+            raise MemcError("E203", "start=fitted goes with form=shared", where=f"{self.name}:form=lizard")
         if self.form == "lizard" and self.update == "gated_delta":
             raise MemcError("E203", "update=gated_delta goes with form=shared", where=f"{self.name}:form=lizard")
         if self.feature_map == "hedgehog" and self.feature_size % 2:
@@ -125,6 +137,30 @@ class Linearize(Pass):
         """Return the pass with the layers that stay softmax named."""
         return replace(self, keep=sites.listed(layers))
 
+    def calibrates(self) -> tuple[int, int] | None:
+        """Ask for the sequences that first values are fitted to."""
+        return SEQUENCES if self.start == "fitted" else None
+
+    def offers(self) -> tuple[Linearize, ...]:
+        """Offer two windows with memories of fitted first values, which need no training."""
+        return tuple(replace(self, window=window, start="fitted") for window in (64, 256))
+
+    def only(self, layers: Collection[int], present: Collection[int]) -> Linearize:
+        """Return the pass keeping every other layer."""
+        return replace(self, keep=sites.all_but(layers, present))
+
+    def one_by_one(self, program: Program, plan: Plan) -> Iterator[tuple[int, Program]]:
+        """Rewrite each layer alone, with the first values that it has beside the others: they learn from the original.
+
+        So the calibration text is run once.
+        """
+        whole = dict(self.apply(program, plan)[0].module.named_parameters())
+        for layer, result in super().one_by_one(program, replace(plan, calibration=None)):
+            for name, value in result.module.named_parameters():
+                if name.startswith(PARAMETERS):
+                    value.data.copy_(whole[name].data)
+            yield layer, result
+
     def plan(self, program: Program, target: Target) -> Plan:
         """Choose every causal attention block that ``keep`` does not name."""
         blocks = sites.attention_blocks(program)
@@ -132,11 +168,14 @@ class Linearize(Pass):
         chosen, rejections = sites.choose_sites(blocks, self.keep, lambda block: self._refuse(program, block), heads)
         relations: tuple[Relation, ...] = (Bounded("perplexity_ratio", None),)
         if self.form == "shared":
-            relations = (Close(1e-4, tokens=self.window), Bounded("perplexity_ratio_to_window", 1.001))
+            exact = Close(1e-4, tokens=self.window)
+            relations = (exact, Bounded("perplexity_ratio_to_window", 1.001))
+            if self.start == "fitted":  # to attention, not to the predictions: that it helps is measured, not promised
+                relations = (exact, Bounded("perplexity_ratio", None), Bounded("kl_ratio_to_window", None))
         return Plan(self.spec, chosen, rejections, relations)
 
     def apply(self, program: Program, plan: Plan) -> tuple[Program, PassReport]:
-        """Rewrite the plan's sites; the memory of the ``shared`` form starts all but off."""
+        """Rewrite the plan's sites; the memory of the ``shared`` form starts all but off, unless it is fitted."""
         editor = Editor(program)
         blocks = sites.planned_blocks(editor.program, plan)
         made = [rewrite_site(self, editor, block, split) for block, split in blocks]
@@ -151,7 +190,10 @@ class Linearize(Pass):
             details,
             tuple(objective for _, objective in made),
         )
-        return editor.finish(), report
+        result = editor.finish()
+        if plan.calibration is not None:
+            Transfer(program, result, report.objectives).initialise(plan.calibration.tokens, plan.calibration.positions)
+        return result, report
 
     def _open(self, program: Program) -> list[AttentionBlock]:
         """Return the blocks that can be rewritten."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -18,14 +17,17 @@ from memc.head_split import HeadSplit, attend_kept, join_heads, of_others, split
 from memc.objective import BlockObjective
 from memc.passes.linearize.layers import LayerConfig, lizard_layer, shared_layer
 from memc.passes.linearize.objective import LizardObjective, SharedObjective
-from memc.passes.linearize.parameters import New, lizard_parameters, shared_parameters
+from memc.passes.linearize.parameters import lizard_parameters, shared_parameters
 from memc.program import Program, StateSpec
-from memc.rewrite import Editor, result_of, window_states
+from memc.rewrite import Editor, New, result_of, window_states
 
 if TYPE_CHECKING:
     from memc.passes.linearize.rewrite import Linearize
 
 SEED = 20250709
+
+PARAMETERS = "memc.linearize.layers."
+"""What the names of new parameters begin with, before the number of the layer."""
 
 
 def rewrite_site(
@@ -57,7 +59,7 @@ def rewrite_site(
     if options.form == "lizard":
         inputs.update(query=block.query_pre_rotary, key=block.key_pre_rotary)
     new = _parameters(options, linear)
-    added = _register(editor, label, block.layer, new, node)
+    added = editor.add_parameters(f"{PARAMETERS}{label}", new, SEED + block.layer, "linearize", node)
     output, *rest = _insert(editor, block, {**inputs, **added}, options.form, config, split)
     after, watched = rest[:4], rest[4:]
     whole = output if kept is None else join_heads(editor, block, split, kept, output)
@@ -68,7 +70,7 @@ def rewrite_site(
         "window": options.window,
         "sinks": sinks,
         "state_bytes": sum(spec.bytes(0) for spec in specs),
-        "new_parameters": sum(torch.Size(item.shape).numel() for item in new.values()),
+        "new_parameters": sum(item.count for item in new.values()),
     }
     objective = _objective(options, block, config, added, [output, *watched], old)
     if kept is not None:
@@ -130,14 +132,4 @@ def _free_label(program: Program, layer: int) -> str:
     """Return the layer's number, with a suffix where two towers or two runs of the pass number layers alike."""
     taken = {name for name, _ in program.module.named_modules()}
     labels = (str(layer) if n == 1 else f"{layer}_{n}" for n in count(1))
-    return next(label for label in labels if f"memc.linearize.layers.{label}" not in taken)
-
-
-def _register(editor: Editor, label: str, layer: int, new: Mapping[str, New], before: Node) -> dict[str, Node]:
-    """Make a layer's parameters from one seeded generator, in order, and return the nodes that read them."""
-    generator = torch.Generator().manual_seed(SEED + layer)
-    nodes = {}
-    for name, item in new.items():
-        path = f"memc.linearize.layers.{label}.{name}"
-        nodes[name] = editor.add_parameter(path, item.shape, partial(item.make, generator), "linearize", before)
-    return nodes
+    return next(label for label in labels if f"{PARAMETERS}{label}" not in taken)

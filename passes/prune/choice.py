@@ -35,14 +35,14 @@ def legal(group: Group, multiple: int) -> list[int]:
     """Return how many units may be removed, none included, in ascending order.
 
     Channels stay in multiples of ``multiple``; of the query heads of each key-value head as many go, and one stays; so
-    does one key-value head.
+    does one key-value head, and every one that is fixed.
     """
     match group.kind:
         case "ffn_channels":
             most = (group.units - 1) // multiple * multiple
             return [0, *(group.units - kept for kept in range(most, 0, -multiple))]
         case "kv_groups":
-            return list(range(group.units))
+            return list(range(group.units - max(1, len(group.fixed)) + 1))
         case "query_heads":
             assert isinstance(group.block, AttentionBlock)
             return list(range(0, group.units, group.block.num_kv_heads))
@@ -72,6 +72,8 @@ def most(groups: Sequence[Group], multiple: int) -> int:
 
 def lowest(task: Task, scores: Tensor) -> tuple[int, ...]:
     """Return the units of the lowest scores, the first of equal ones; as many query heads of each key-value head."""
+    scores = scores.double().clone()
+    scores[list(task.group.fixed)] = torch.inf
     rows = scores.reshape(parts(task.group), -1)
     per_row = task.count // len(rows)
     order = rows.argsort(dim=1, stable=True)[:, :per_row] + torch.arange(len(rows))[:, None] * rows.shape[1]
@@ -80,12 +82,12 @@ def lowest(task: Task, scores: Tensor) -> tuple[int, ...]:
 
 def evenly(task: Task) -> tuple[int, ...]:
     """Return units evenly spaced: what stands for the choice where nothing is known to choose by."""
+    free = [unit for unit in range(task.group.units) if unit not in task.group.fixed]
     rows = parts(task.group)
-    size = task.group.units // rows
-    per_row = task.count // rows
+    size, per_row = len(free) // rows, task.count // rows
     cuts = [size * index // per_row for index in range(per_row)] if per_row else []
     assert all(a < b for a, b in pairwise(cuts))
-    return tuple(row * size + cut for row in range(rows) for cut in cuts)
+    return tuple(free[row * size + cut] for row in range(rows) for cut in cuts)
 
 
 def parts(group: Group) -> int:

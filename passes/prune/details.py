@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from memc.passes.prune.allocate import Allocation
-from memc.passes.prune.draft import Draft, Layer
+from memc.passes.prune.draft import Draft
+from memc.passes.prune.removal import Removal
 from memc.passes.prune.rewrite import Cut
 from memc.pipeline import Calibration
 
 
 @dataclass(frozen=True)
 class Done:
-    """The cuts and the layers that went; ``influence`` of every layer that could have, and the search if there was."""
+    """The cuts and the blocks that went; ``scores`` of every removal that could have, and the search if there was."""
 
     draft: Draft
     cuts: Sequence[Cut]
-    layers: Sequence[Layer]
-    influence: Mapping[int, float]
+    removals: Sequence[Removal]
+    scores: Sequence[tuple[Removal, float]]
+    score: str
     allocation: Allocation | None
 
     def details(self, chosen_by: str, calibration: Calibration | None) -> dict[str, Any]:
         """Render the totals, and the facts of each layer under its number."""
-        removed = sum(cut.parameters for cut in self.cuts) + sum(layer.cost for layer in self.layers)
+        removed = sum(cut.parameters for cut in self.cuts) + sum(removal.cost for removal in self.removals)
         total: dict[str, Any] = {
             "block_parameters": self.draft.parameters,
             "removed_parameters": removed,
@@ -41,13 +43,19 @@ class Done:
             facts[group.kind] = f"{group.units} -> {group.units - len(cut.removed)}"
             facts[f"{group.kind}_group"] = group.describe()
             facts[f"{group.kind}_removed"] = list(cut.removed)
-        for layer in self.layers:
-            details.setdefault(str(layer.number), {})["layer"] = "removed"
-        for number, value in self.influence.items():
-            details.setdefault(str(number), {})["block_influence"] = value
+            if group.fixed:
+                facts["protected_heads"] = list(group.fixed)
+        for removal in self.removals:
+            details.setdefault(str(removal.number), {})[_what(removal)] = "removed"
+        for removal, value in self.scores:
+            details.setdefault(str(removal.number), {})[f"{_what(removal)}_{self.score}"] = value
         if self.allocation is not None:
             total["expected_kl"] = self.allocation.expected(self.allocation.tasks)
             total["expected_kl_uniform"] = self.allocation.expected(self.allocation.uniform)
             for curve, task in zip(self.allocation.curves, self.allocation.tasks, strict=True):
                 details[str(task.group.block.layer)][f"{task.group.kind}_expected_kl"] = curve.nats(task.count)
         return details
+
+
+def _what(removal: Removal) -> str:
+    return "layer" if len(removal.branches) > 1 else removal.blocks[0].kind

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
+import torch
+
+from memc import sites
 from memc.blocks import AttentionBlock, Block, FeedForwardBlock
 from memc.errors import MemcError
 from memc.passes.prune.choice import Task, legal, most, spread
 from memc.passes.prune.groups import Branch, Group, Groups, Kind, block_parameters
+from memc.passes.prune.removal import Removal, runs
 from memc.passes.prune.walk import BlockedError
 from memc.pipeline import Rejection
 from memc.program import Program
@@ -22,31 +26,28 @@ a quarter and did at a half."""
 HEADS_SHARE = 1 / 3
 """The share of the key-value heads that it takes then."""
 
+BLOCKS: dict[str, type[Block]] = {"attention_blocks": AttentionBlock, "ffn_blocks": FeedForwardBlock}
+"""Units that are single blocks."""
+
+REMOVED = (*BLOCKS, "layers")
+"""Units that are taken out of the residual stream whole."""
+
 Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
-class Layer:
-    """A layer that can be taken out of the residual stream, and how many parameters its projections have."""
-
-    number: int
-    branches: tuple[Branch, ...]
-    cost: int
-
-
-@dataclass(frozen=True)
 class Draft:
-    """Units to remove from groups, or ``count`` of some ``layers``; ``parameters`` are those of all blocks."""
+    """Units to remove from groups, and ``count`` of some ``removals``; ``parameters`` are those of all blocks."""
 
     groups: Groups
     tasks: tuple[Task, ...]
-    layers: tuple[Layer, ...]
+    removals: tuple[Removal, ...]
     count: int
     rejections: tuple[Rejection, ...]
     parameters: int
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Drafter:
     """Makes the draft of one program, with a uniform spread; ``spec`` is the pass's spec string, for messages.
 
@@ -57,9 +58,12 @@ class Drafter:
     spec: str
     amount: float
     unit: str
+    score: str
     multiple: int
     protect: str
+    protect_heads: str
     alike: bool
+    of: str
     searches: bool
 
     def __post_init__(self) -> None:
@@ -73,40 +77,79 @@ class Drafter:
             have = f"layers {numbers[0]} to {numbers[-1]}" if numbers else "no layer"
             raise MemcError("E203", reason, f"protect={self.protect}", f"the model has {have}")
         self._protected = {*numbers[:1], *numbers[-1:]} if self.protect == "ends" else named
+        attention = [block for block in self.groups.blocks if isinstance(block, AttentionBlock)]
+        self._kept = sites.kept_groups(self.protect_heads, attention, self.open, "protect_heads")
 
     def draft(self) -> Draft:
         """Settle how much goes where. Raises ``MemcError`` E203 where the amount leaves no legal shape."""
         total = block_parameters(self.program, self.groups.blocks)
-        wanted = self.amount * total
-        tasks: list[Task] = []
-        layers: list[Layer] = []
-        if self.unit == "layers":
-            layers = self._layers()
+        open_ = tuple(block for block in self.groups.blocks if block.layer not in self._protected)
+        base = total if self.of == "model" else block_parameters(self.program, open_)
+        wanted = self.amount * base
+        tasks, removals, count = list[Task](), list[Removal](), 0
+        if self.unit in REMOVED:
+            removals = self._layers() if self.unit == "layers" else self._blocks(BLOCKS[self.unit])
+            count = self._count(removals, wanted, base)
+        elif self.unit == "auto" and self.score == "2ssp":
+            removals = self._blocks(AttentionBlock)
+            count = self._attention_blocks(removals, wanted)
+            gone = sum(removal.cost for removal in spaced(removals, count))
+            tasks = self._checked([], self._each(FeedForwardBlock, self._channels), gone, wanted, base)
         else:
-            tasks = self._tasks(wanted, total)
-        count = self._count(layers, wanted, total)
-        return Draft(self.groups, tuple(tasks), tuple(layers), count, tuple(self.rejections), total)
-
-    def _tasks(self, wanted: float, total: int) -> list[Task]:
-        heads, channels = list[Task](), list[Group]()
-        if self.unit != "heads":
-            channels = self._each(FeedForwardBlock, self._channels)
-        if self.unit == "heads":
-            found = self._each(AttentionBlock, self._heads)
-            self._require(wanted, found, 0, total)
-            heads = spread(found, wanted, self.multiple, alike=self.alike)
-        elif self.unit == "auto" and (self.amount >= HEADS_FROM or self.searches):
-            found = [group for group in self._each(AttentionBlock, self._heads) if group.kind == "kv_groups"]
-            share = HEADS_SHARE if self.amount >= HEADS_FROM else 0
-            heads = [Task(group, max(1, round(share * group.units)) if share else 0) for group in found]
-        gone = sum(task.cost for task in heads)
-        if self.unit != "heads" and (channels or heads):
-            self._require(wanted, channels, gone, total)
-            heads += spread(channels, max(0.0, wanted - gone), self.multiple, alike=self.alike)
-        if self.amount and heads and not any(task.count for task in heads):
+            tasks = self._tasks(wanted, base)
+        if self.amount and tasks and not count and not any(task.count for task in tasks):
             reason = f"amount={self.amount} is less than half of a step: it would remove nothing"
             raise MemcError("E203", reason, self.spec, "a larger amount, or a smaller round")
-        return heads
+        return Draft(self.groups, tuple(tasks), tuple(removals), count, tuple(self.rejections), total)
+
+    def _tasks(self, wanted: float, total: int) -> list[Task]:
+        """Spread what is wanted over groups, after a fixed share of the heads where ``auto`` takes them."""
+        if self.unit == "heads":
+            return self._checked([], self._each(AttentionBlock, self._heads), 0, wanted, total)
+        heads = list[Task]()
+        if self.unit == "auto" and (self.amount >= HEADS_FROM or self.searches):
+            found = [group for group in self._each(AttentionBlock, self._heads) if group.kind == "kv_groups"]
+            share = HEADS_SHARE if self.amount >= HEADS_FROM else 0
+            heads = [Task(group, min(_some(share * group.units), legal(group, self.multiple)[-1])) for group in found]
+        channels = self._each(FeedForwardBlock, self._channels)
+        return self._checked(heads, channels, sum(task.cost for task in heads), wanted, total)
+
+    @property
+    def takes_heads(self) -> bool:
+        """Whether heads may go, in whatever unit."""
+        return self.unit not in ("ffn", "ffn_blocks") and (
+            self.unit != "auto" or self.searches or self.score == "2ssp" or self.amount >= HEADS_FROM
+        )
+
+    @property
+    def open(self) -> list[AttentionBlock]:
+        """The attention blocks whose heads may go, or be protected by what they do."""
+        return [
+            block
+            for block in self.groups.blocks
+            if isinstance(block, AttentionBlock)
+            and self.takes_heads
+            and block.layer not in self._protected
+            and block.attention.target is torch.ops.memc.attention.default
+        ]
+
+    def _checked(self, before: list[Task], groups: Sequence[Group], gone: int, wanted: float, total: int) -> list[Task]:
+        """Add to tasks that some groups give what else than ``gone`` is wanted."""
+        if not groups and not before:
+            return []
+        self._require(wanted, groups, gone, total)
+        return before + spread(groups, max(0.0, wanted - gone), self.multiple, alike=self.alike)
+
+    def _attention_blocks(self, removals: Sequence[Removal], wanted: float) -> int:
+        """Return how many attention blocks go: round(B s^((P_ffn / P_attention) / 1.5)) of B (2SSP, section 3.3).
+
+        At most as many as what is wanted pays for: the formula is for models of more feed-forward parameters.
+        """
+        kinds = [[block for block in self.groups.blocks if isinstance(block, kind)] for kind in BLOCKS.values()]
+        attention, feed_forward = (block_parameters(self.program, tuple(blocks)) for blocks in kinds)
+        share = float(self.amount ** (feed_forward / max(attention, 1) / 1.5))
+        most = wanted * len(removals) / max(sum(removal.cost for removal in removals), 1)
+        return min(round(share * len(kinds[0])), len(removals), int(most))
 
     def _require(self, wanted: float, groups: Sequence[Group], gone: int, total: int) -> None:
         """Refuse an amount that no legal shape gives; the last step of rounding is not held against it."""
@@ -116,27 +159,38 @@ class Drafter:
             hint = f"amount={can / total:.2f} or less, a smaller round, protect=none, or another unit"
             raise MemcError("E203", reason, self.spec, hint)
 
-    def _layers(self) -> list[Layer]:
+    def _layers(self) -> list[Removal]:
         found: dict[int, list[Branch]] = {}
-        for kind in (AttentionBlock, FeedForwardBlock):
-            for branch in self._each(kind, self.groups.branch):
+        for kind in BLOCKS.values():
+            for branch in self._each(kind, self._branch):
                 found.setdefault(branch.block.layer, []).append(branch)
         whole = {number: {b.path for b in self.groups.blocks if b.layer == number} for number in found}
         return [
-            Layer(number, tuple(branches), block_parameters(self.program, tuple(b.block for b in branches)))
-            for number, branches in sorted(found.items())
-            if {branch.block.path for branch in branches} == whole[number]
+            self._removal(*branches)
+            for _, branches in sorted(found.items())
+            if {branch.block.path for branch in branches} == whole[branches[0].block.layer]
         ]
 
-    def _count(self, layers: Sequence[Layer], wanted: float, total: int) -> int:
-        if not layers or not self.amount:
+    def _blocks(self, kind: type[Block]) -> list[Removal]:
+        return [self._removal(branch) for branch in self._each(kind, self._branch)]
+
+    def _removal(self, *branches: Branch) -> Removal:
+        cost = block_parameters(self.program, tuple(branch.block for branch in branches))
+        return Removal(branches[0].block.layer, branches, cost)
+
+    def _count(self, removals: Sequence[Removal], wanted: float, total: int) -> int:
+        if not removals or not self.amount:
             return 0
-        mean = sum(layer.cost for layer in layers) / len(layers)
+        mean = sum(removal.cost for removal in removals) / len(removals)
         count = round(wanted / mean)
-        if not 1 <= count <= len(layers):
-            reason = f"amount={self.amount} is {wanted / mean:.2f} of {len(layers)} layers that can go"
-            hint = f"an amount from {mean / total:.3f} to {mean * len(layers) / total:.3f}, or protect=none"
+        if not 1 <= count <= len(removals):
+            what = self.unit.replace("_", " ")
+            reason = f"amount={self.amount} is {wanted / mean:.2f} of {len(removals)} {what} that can go"
+            hint = f"an amount from {mean / total:.3f} to {mean * len(removals) / total:.3f}, or to protect less"
             raise MemcError("E203", reason, self.spec, hint)
+        if self.score == "similarity" and not runs(removals, count):
+            reason = f"no {count} layers that can go lie next to one another"
+            raise MemcError("E203", reason, self.spec, "a smaller amount, protect=none, or score=influence")
         return count
 
     def _channels(self, block: Block) -> Group:
@@ -147,7 +201,15 @@ class Drafter:
         kind: Kind = "kv_groups" if block.num_kv_heads > 1 else "query_heads"
         if block.num_heads == 1:
             raise BlockedError("single", "the block has one head")
-        return self.groups.of(block, kind)
+        group, fixed = self.groups.of(block, kind), tuple(sorted(g for layer, g in self._kept if layer == block.layer))
+        if len(fixed) == block.num_kv_heads:
+            raise BlockedError("protected", "protect_heads leaves every head of it as it is")
+        return replace(group, fixed=fixed)
+
+    def _branch(self, block: Block) -> Branch:
+        if isinstance(block, AttentionBlock) and any(layer == block.layer for layer, _ in self._kept):
+            raise BlockedError("protected", "it has heads that protect_heads leaves as they are")
+        return self.groups.branch(block)
 
     def _each(self, kind: type[Block], find: Callable[[Block], Found]) -> list[Found]:
         """Find something for every block of a kind, and note why not where there is none."""
@@ -171,6 +233,11 @@ class Drafter:
         return find(block)
 
 
-def spaced(items: Sequence[Layer], count: int) -> list[Layer]:
-    """Return so many layers, evenly spread."""
+def _some(count: float) -> int:
+    """Round a number of units, up to one where it is not none."""
+    return max(1, round(count)) if count else 0
+
+
+def spaced(items: Sequence[Removal], count: int) -> list[Removal]:
+    """Return so many removals, evenly spread."""
     return [items[(2 * index + 1) * len(items) // (2 * count)] for index in range(count)]

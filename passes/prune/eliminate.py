@@ -51,7 +51,7 @@ class Elimination:
         step = max(1, group.units // STEPS) if self._single else 1
         while len(self.removed) < count:
             rise = self._rise()
-            order = [unit for unit in sorted(rise, key=rise.__getitem__) if quota[row[unit]] > 0]
+            order = [u for u in sorted(rise, key=rise.__getitem__) if quota[row[u]] > 0 and u not in group.fixed]
             chosen = order[: min(step, count - len(self.removed))]
             for unit in chosen:
                 quota[row[unit]] -= 1

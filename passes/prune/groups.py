@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -33,6 +35,7 @@ class Group:
     heads that read it; ``query_heads`` are single query heads, of which every key-value head has to lose as many.
     ``labels`` has for every node with such a dimension its axis and the unit of each position. ``exit`` is the linear
     op that the dimension ends in: without the unit's columns of its input, it computes what it would if they were 0.
+    Units in ``fixed`` stay whatever their scores.
     """
 
     kind: Kind
@@ -41,6 +44,7 @@ class Group:
     labels: dict[Node, Labels] = field(repr=False)
     exit: Node
     module: GraphModule = field(repr=False)
+    fixed: tuple[int, ...] = ()
 
     @property
     def columns(self) -> Tensor:
@@ -119,16 +123,25 @@ class Groups:
         return Branch(block, node, *residual(node, self._content))
 
     def stream_of(self, branches: Sequence[Branch]) -> tuple[Node, Node]:
-        """Return the residual stream before and after a layer, given by all of its branches."""
-        adds, addends = {branch.add for branch in branches}, {branch.addend for branch in branches}
+        """Return the residual stream before and after some branches, which lie in one layer."""
+        adds = {branch.add for branch in branches}
         while True:
             last = max(adds)
-            before = {source for add in adds for source in add.args[:2]} - adds - addends
+            before = {source for add in adds for source in add.args[:2]} - adds - self._addends
             if before:
                 (stream,) = before
                 assert isinstance(stream, Node)
                 return stream, last
             adds.add(residual(last, self._content)[0])  # branches side by side are summed first
+
+    @cached_property
+    def _addends(self) -> set[Node]:
+        """What any block adds to the residual stream."""
+        found = set[Node]()
+        for block in self.blocks:
+            with suppress(BlockedError):
+                found.add(self.branch(block).addend)
+        return found
 
     def _channels(self, block: FeedForwardBlock) -> Group:
         assert block.down is not None

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 from torch.fx import Node
 
@@ -14,11 +13,11 @@ from memc.errors import MemcError
 from memc.passes.prune import scores
 from memc.passes.prune.choice import Task, evenly, lowest
 from memc.passes.prune.eliminate import eliminate
-from memc.passes.prune.groups import Branch, Group, Groups
-from memc.passes.prune.moments import Moments, require_finite
+from memc.passes.prune.groups import Group, Groups
+from memc.passes.prune.moments import Moments
 from memc.passes.prune.moves import moved_from
 from memc.passes.prune.refit import compensate, refit
-from memc.passes.prune.rewrite import Cut
+from memc.passes.prune.rewrite import Cut, Fit
 from memc.passes.prune.walk import BlockedError, linear_parts
 from memc.pipeline import Calibration
 from memc.program import Program, get_tensor
@@ -55,6 +54,28 @@ def choose(
         for follower in followers:
             follower.apply(cuts[index])
     return [cuts[index] for index in range(len(tasks))]
+
+
+def choose_apart(
+    program: Program, tasks: Sequence[Task], calibration: Calibration | None, score: str, *, refits: bool
+) -> Iterator[Cut]:
+    """Choose for each group as if it were the only one, in the order of the graph: the original runs once for all.
+
+    Without calibration as much goes, evenly spaced.
+    """
+    if calibration is None:
+        yield from choose_evenly([tasks[index] for index in in_order(tasks)], biased=refits or score == "flap")
+        return
+    gates = scores.taylor(program, [task.group for task in tasks], calibration) if score == "taylor" else []
+    original = Stream(program, calibration)
+    for index in in_order(tasks):
+        group = tasks[index].group
+        entry, exit_ = linear_input(group.exit), group.exit
+        where = f"layer {group.block.layer} {group.block.path}".strip()
+        found = Moments(len(group.columns), gram=score == "obs" or refits, where=where, targets=hints(exit_)[-1])
+        for seen in original.advance(exit_, {entry, exit_}):
+            found.update(seen[entry], seen[exit_])
+        yield cut_by(program, tasks[index], found, score, gates[index] if gates else None, refits=refits)
 
 
 def in_order(tasks: Sequence[Task]) -> list[int]:
@@ -126,19 +147,6 @@ class Follower:
         self._stream.replace(cut.group.exit, linear_input(cut.group.exit), cut.exit_function())
 
 
-def influence(program: Program, groups: Groups, layers: Sequence[Sequence[Branch]], calibration: Calibration) -> Tensor:
-    """Return the mean block influence of each layer, given by its branches, over the calibration tokens."""
-    ends = [groups.stream_of(branches) for branches in layers]
-    nodes = {node for pair in ends for node in pair}
-    found = torch.zeros(len(layers), dtype=torch.float64)
-    stream = Stream(program, calibration)
-    for seen in stream.advance(max(nodes), nodes):
-        for index, (before, after) in enumerate(ends):
-            require_finite(seen[after], f"layer {layers[index][0].block.layer}")
-            found[index] += float(scores.block_influence(seen[before], seen[after]).mean())
-    return found / len(calibration.tokens)
-
-
 TOKENS_FOR_FIT = 4
 """Least calibration tokens for each channel that a fit has: with 1.3 of them, SmolLM2-135M lost more at 20 % by fitting
 than by leaving the weights alone (2.5 times the perplexity against 1.4), and errors grow from block to block."""
@@ -178,6 +186,12 @@ def moments_of(original: Stream, group: Group, followers: Sequence[Follower], *,
                 target = target + (meant[stream].float() - values[stream].float()).reshape(target.shape)
             moments.update(values[entry], target)
     return [own, *theirs]
+
+
+def unfitted(program: Program, cut: Cut) -> Cut:
+    """Return a cut that leaves the weights of its exit as they are as one that was fitted to them."""
+    weight, bias = exit_weight(program, cut.group.exit)
+    return replace(cut, fit=Fit(weight[:, cut.columns], weight.new_zeros(len(weight)) if bias is None else bias))
 
 
 def exit_weight(program: Program, exit_: Node) -> tuple[Tensor, Tensor | None]:

@@ -28,6 +28,7 @@ class Moments:
         self.where = where
         self.total = torch.zeros(channels, dtype=torch.float64)
         self.squares = torch.zeros(channels, dtype=torch.float64)
+        self.norms = torch.zeros(channels, dtype=torch.float64)
         self.means_squared = torch.zeros(channels, dtype=torch.float64)
         self.gram = torch.zeros(channels, channels, dtype=torch.float64) if gram else None
         self.targets = torch.zeros(targets, dtype=torch.float64)
@@ -39,7 +40,9 @@ class Moments:
         require_finite(x, self.where)
         self.count += len(x)
         self.total += x.sum(0, dtype=torch.float64)
-        self.squares += x.square().sum(0, dtype=torch.float64)
+        squares = x.square().sum(0, dtype=torch.float64)
+        self.squares += squares
+        self.norms += squares.sqrt()
         self.means_squared += x.abs().mean(0, dtype=torch.float64).square()
         if self.gram is not None:
             self.gram += x.T @ x

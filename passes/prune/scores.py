@@ -37,7 +37,17 @@ def flap(moments: Moments, weight: Tensor) -> Tensor:
     return moments.variance * weight.square().sum(0)
 
 
-BY_MOMENTS: dict[str, Callable[[Moments, Tensor], Tensor]] = {"activation": activation, "wanda": wanda, "flap": flap}
+def two_stage(moments: Moments, weight: Tensor) -> Tensor:
+    """Mean over sequences of the norm of x_j over tokens (2SSP, Sandri et al., arXiv 2501.17771, stage 1)."""
+    return moments.norms
+
+
+BY_MOMENTS: dict[str, Callable[[Moments, Tensor], Tensor]] = {
+    "activation": activation,
+    "wanda": wanda,
+    "flap": flap,
+    "2ssp": two_stage,
+}
 
 
 def by_unit(group: Group, channels: Tensor) -> Tensor:
@@ -99,8 +109,3 @@ class _Gated(Interpreter):
             self.gates[n] = torch.ones(value.shape[-1], dtype=value.dtype, requires_grad=True)
             value = value * self.gates[n]
         return value
-
-
-def block_influence(before: Tensor, after: Tensor) -> Tensor:
-    """Return 1 - cos(h_in, h_out) of each token (ShortGPT, Men et al. 2024, eq. 1)."""
-    return 1 - functional.cosine_similarity(before.double(), after.double(), dim=-1)

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from memc import sites
+from memc.analysis.heads import head_roles
 from memc.errors import MemcError
 from memc.passes.prune import measure
+from memc.passes.prune import removal as removing
 from memc.passes.prune.allocate import allocate
 from memc.passes.prune.details import Done
-from memc.passes.prune.draft import Draft, Drafter, Layer, spaced
+from memc.passes.prune.draft import REMOVED, Draft, Drafter, spaced
+from memc.passes.prune.removal import Removal
 from memc.passes.prune.rewrite import Cut, Pruner
 from memc.pipeline import Calibration, Pass, PassReport, Plan, Site, option
 from memc.program import Program
 from memc.relation import Bounded, Exact, Relation
+from memc.sites import listed
 from memc.target import Target
+
+OF_UNITS = ("obs", "wanda", "flap", "activation", "magnitude", "taylor", "2ssp")
+OF_BLOCKS = ("influence", "similarity", "position", "2ssp")
 
 _LAYERS = re.compile(r"\[\s*([0-9]+\s*(,\s*[0-9]+\s*)*)?\]")
 
@@ -30,7 +38,7 @@ class Prune(Pass):
     original would with those channels or heads at zero. ``score`` says which. ``obs`` takes out step by step what a fit
     of the rest misses least (ZipLM, :mod:`memc.passes.prune.eliminate`). The others take the lowest of ``wanda`` (|W|
     times the input's norm), ``flap`` (fluctuation, with a bias for the mean of what goes), ``activation`` (Minitron),
-    ``magnitude`` or ``taylor``, by the formulas of :mod:`memc.passes.prune.scores`.
+    ``magnitude``, ``taylor`` or ``2ssp``, by the formulas of :mod:`memc.passes.prune.scores`.
 
     With ``refit`` the output and down projections get new weights and a bias by least squares over the calibration
     text, block after block: on what the model as far as it is pruned gives them, to what brings the residual stream
@@ -38,12 +46,18 @@ class Prune(Pass):
 
     ``unit=auto`` removes channels; from a third of the block parameters on, a third of the key-value heads too.
     ``unit=heads`` removes key-value heads with their query heads, or query heads where there is one key-value head.
-    ``unit=layers`` takes whole layers out of the residual stream, those that turn it least (block influence, ShortGPT).
+    ``unit=layers`` takes whole layers out of the residual stream, ``attention_blocks`` and ``ffn_blocks`` single
+    blocks. Those go that turn it least (``influence``, ShortGPT), or the layers in a row over which it turns least
+    (``similarity``), those without which predictions move least, early ones counting more (``position``,
+    HierarchicalPrune), or one after the other those without which perplexity stays least (``2ssp``): see
+    :mod:`memc.passes.prune.removal`. What is left keeps its weights. ``unit=auto,score=2ssp`` takes channels and then
+    attention blocks, as 2SSP shares them out.
 
     Calibration text is that of the conversion: its data, or text sampled from the original. Without it, as in planning,
     as much is removed, evenly spaced. Every block gives the same share, but for rounding: what one gives too little the
     next gives more, or with ``alike`` none does, and the sum is less exact. Block parameters are the
-    weights and biases of the projections of attention and feed-forward blocks.
+    weights and biases of the projections of attention and feed-forward blocks; ``of=layers`` counts those alone of
+    layers that are not protected, so that several such passes can give each layer an amount of its own.
 
     With ``allocate=search`` each block gives what the model misses least by dynamic programming over the sizes that it
     can have, of channels and, with ``unit=auto``, key-value heads: :mod:`memc.passes.prune.curves` tells what each size
@@ -59,7 +73,8 @@ class Prune(Pass):
     - ``encoder``: models that are no decoders.
     - ``fetched``: models with inputs that are fetched (``memory_bank``), made for the blocks as they are.
     - ``moe``: mixtures of experts, whose channels are chosen as they run.
-    - ``protected``: the first and the last layer, or those that the option ``protect`` names.
+    - ``protected``: the first and the last layer, or those that the option ``protect`` names, and heads that
+      ``protect_heads`` names or finds, with the attention block and the layer that they are in.
     - ``norm``: heads under a norm that runs over all of them.
     - ``shared``: dimensions, weights or states that another block reads too.
     - ``mixed``, ``conflict``, ``size``: dimensions that are laid out among others, twice, or computed with.
@@ -71,19 +86,29 @@ class Prune(Pass):
     name: ClassVar[str] = "prune"
 
     amount: float = option(0.25, "share of the block parameters to remove", min=0.0, max=0.95)
-    unit: str = option("auto", "what is removed", choices=("auto", "ffn", "heads", "layers"))
+    unit: str = option("auto", "what is removed", choices=("auto", "ffn", "heads", *REMOVED))
     score: str = option(
-        "obs",
-        "what channels and heads are chosen by",
-        choices=("obs", "wanda", "flap", "activation", "magnitude", "taylor"),
+        "auto",
+        f"what is chosen by: {', '.join(OF_UNITS)} of channels and heads; {', '.join(OF_BLOCKS)} of blocks and layers",
+        choices=("auto", *OF_UNITS, *(score for score in OF_BLOCKS if score not in OF_UNITS)),
     )
     refit: bool = option(True, "fit the projections behind what was removed, by least squares")
     round: int = option(64, "channels stay in multiples of this", unit="channels", min=1)
     alike: bool = option(False, "every layer loses as much, to the nearest round, so that it can be exported")
+    of: str = option(
+        "model",
+        "what amount is a share of: the block parameters of the model, or those of the layers that are not protected",
+        choices=("model", "layers"),
+    )
     allocate: str = option(
         "uniform", "each block gives the same share, or what a search finds best", choices=("uniform", "search")
     )
     protect: str = option("ends", "layers that stay as they are: ends (first and last), none, or a list [0,28,29]")
+    protect_heads: str = option(
+        "heads:5%",
+        "key-value heads that stay, and the blocks that they are in: heads:P%, the P percent whose query heads look up"
+        " earlier tokens most, heads:[3.0,3.2] as LAYER.HEAD, or none",
+    )
     sequences: int = option(128, "most calibration sequences", unit="sequences", min=1)
     length: int = option(512, "tokens of a calibration sequence", unit="tokens", min=2)
 
@@ -93,30 +118,79 @@ class Prune(Pass):
         if self.protect not in ("ends", "none") and not _LAYERS.fullmatch(self.protect):
             where, hint = f"{self.name}:protect={self.protect}", f"write {self.name}:protect=[0,28,29]"
             raise MemcError("E203", "option 'protect' is ends, none or a list of layers", where, hint)
+        if self.protect_heads != "none" and not sites.check_heads(self.name, self.protect_heads, "protect_heads"):
+            where, hint = f"{self.name}:protect_heads={self.protect_heads}", f"write {self.name}:protect_heads=heads:5%"
+            raise MemcError("E203", "option 'protect_heads' is none, heads:P% or a list of heads", where, hint)
+        self._require_score()
         if self.allocate == "search":
-            for option_, value, clashes in (
-                ("unit", self.unit, self.unit == "layers"),
-                ("refit", "false", not self.refit),
-                ("alike", "true", self.alike),
-            ):
-                if clashes:
-                    reason = f"allocate=search weighs what refitted blocks of any size lose, and {option_}={value}"
-                    raise MemcError("E203", reason, self.spec, f"leave out allocate=search or {option_}={value}")
+            self._require_searchable()
+
+    def _require_score(self) -> None:
+        """Refuse a score that does not tell the units of this kind apart."""
+        known = OF_BLOCKS if self.unit in REMOVED else OF_UNITS
+        what = f"unit={self.unit}"
+        if self.score != "auto" and self.score not in known:
+            reason = f"score={self.score} says nothing of {what}"
+            raise MemcError("E203", reason, self.spec, f"{what} takes score={', '.join(('auto', *known))}")
+        if self.score == "similarity" and self.unit != "layers":
+            raise MemcError("E203", "score=similarity is of whole layers in a row", self.spec, "write unit=layers")
+        if self.score == "2ssp" and self.unit == "heads":
+            reason = "score=2ssp is of channels and of blocks, not of heads"
+            raise MemcError("E203", reason, self.spec, "unit=auto does both of its stages")
+
+    def _require_searchable(self) -> None:
+        """Refuse what a search has no curves for."""
+        for name, value, clashes in (
+            ("unit", self.unit, self.unit in REMOVED),
+            ("score", self.score, self.score == "2ssp"),
+            ("refit", "false", not self.refit),
+            ("alike", "true", self.alike),
+        ):
+            if clashes:
+                reason = f"allocate=search weighs what refitted groups of any size lose, and {name}={value}"
+                raise MemcError("E203", reason, self.spec, f"leave out allocate=search or {name}={value}")
 
     def calibrates(self) -> tuple[int, int] | None:
         """Ask for sequences where the score or the refit looks at what the model does."""
-        unseen = self.score == "magnitude" and not self.refit and self.unit != "layers"
+        unseen = self._score == "magnitude" and not self.refit
         return None if unseen or not self.amount else (self.sequences, self.length)
 
     def quickens(self) -> bool:
         """Promise that a token takes no more time, where anything is removed."""
         return self.amount > 0
 
+    def offers(self) -> tuple[Prune, ...]:
+        """Offer to remove channels of single layers: a tenth or a quarter of a layer's block parameters."""
+        setting = replace(self, unit="ffn", of="layers", alike=True, protect="none", sequences=12)
+        return tuple(replace(setting, amount=amount) for amount in (0.1, 0.25))
+
+    def only(self, layers: Collection[int], present: Collection[int]) -> Prune:
+        """Return the pass protecting every other layer."""
+        return replace(self, protect=listed(set(present) - set(layers)) if set(present) - set(layers) else "none")
+
+    def one_by_one(self, program: Program, plan: Plan) -> Iterator[tuple[int, Program]]:
+        """Cut each layer alone, fitted to what it did itself: the others stay, so that there is nothing to make up for.
+
+        Raises ``MemcError`` E207 as :meth:`apply`, and ``TypeError`` where layers are weighed against each other.
+        """
+        if self.unit in REMOVED or self.allocate == "search":
+            raise TypeError(f"unit={self.unit}, allocate={self.allocate} weigh layers against each other")
+        draft, wanted = self.draft(program), {site.layer for site in plan.sites}
+        tasks = [task for task in draft.tasks if task.group.block.layer in wanted]
+        cuts = dict[int, list[Cut]]()
+        if plan.calibration is not None:
+            measure.require_usable(plan.calibration, tasks, refits=self.refit)
+        for cut in measure.choose_apart(program, tasks, plan.calibration, self._score, refits=self.refit):
+            cuts.setdefault(cut.group.block.layer, []).append(cut)
+            layer = cut.group.block.layer
+            if len(cuts[layer]) == sum(task.group.block.layer == layer for task in tasks):
+                yield layer, Pruner(program).run(cuts.pop(layer))
+
     def plan(self, program: Program, target: Target) -> Plan:
         """Settle how much of which block goes."""
         draft = self.draft(program)
         relations: tuple[Relation, ...] = (Bounded("perplexity_ratio", None),) if self.amount else (Exact(),)
-        return Plan(self.spec, _sites(draft, spaced(draft.layers, draft.count)), draft.rejections, relations)
+        return Plan(self.spec, _sites(draft, spaced(draft.removals, draft.count)), draft.rejections, relations)
 
     def apply(self, program: Program, plan: Plan) -> tuple[Program, PassReport]:
         """Choose what goes and remove it."""
@@ -124,52 +198,80 @@ class Prune(Pass):
         if plan.calibration is not None:
             measure.require_usable(plan.calibration, draft.tasks, refits=self.refit)
             if self.allocate == "search" and self.amount:
-                allocation = allocate(program, draft.tasks, plan.calibration, self.score, self.round, self.length)
+                allocation = allocate(program, draft.tasks, plan.calibration, self._score, self.round, self.length)
                 draft = replace(draft, tasks=allocation.tasks)
-        layers, influence = self._layers(program, draft, plan.calibration)
         cuts = self._cuts(program, draft, plan.calibration)
-        result = Pruner(program).run(cuts, [branch for layer in layers for branch in layer.branches])
-        done = Done(draft, cuts, layers, influence, allocation)
+        removals, scores = self._removals(program, draft, plan.calibration, cuts)
+        result = Pruner(program).run(cuts, [branch for one in removals for branch in one.branches])
+        done = Done(draft, cuts, removals, scores, self._score, allocation)
         details = done.details(self._chosen_by(plan.calibration), plan.calibration)
-        sites, recovers = _sites(draft, layers), self.amount > 0
+        sites, recovers = _sites(draft, removals), self.amount > 0
         report = PassReport(plan.spec, sites, plan.rejections, plan.relations, details=details, recovers=recovers)
         return result, report
 
+    def resolve(self, program: Program, target: Target) -> tuple[Prune, dict[str, Any]]:
+        """Name the heads that ``protect_heads=heads:P%`` protects, by their scores on repeated random tokens."""
+        share = sites.heads_share(self.protect_heads)
+        if share is None or program.is_fake or not self.amount or not program.model.decoder:
+            return self, {}
+        blocks = self._drafter(program).open
+        if not blocks:
+            return self, {}
+        roles = head_roles(program)
+        kept = roles.best(share, [(block.layer, block.path) for block in blocks])
+        return replace(self, protect_heads=sites.listed_groups(kept)), {"heads": roles.to_json(kept)}
+
     def draft(self, program: Program) -> Draft:
         """Settle how much goes where; needs no weights."""
-        searches = self.allocate == "search"
-        return Drafter(
-            program, self.spec, self.amount, self.unit, self.round, self.protect, self.alike, searches
-        ).draft()
+        return self._drafter(program).draft()
 
-    def _layers(
-        self, program: Program, draft: Draft, calibration: Calibration | None
-    ) -> tuple[list[Layer], dict[int, float]]:
-        """Return the layers to remove, and the influence of every layer that could be."""
+    def _drafter(self, program: Program) -> Drafter:
+        return Drafter(
+            program=program,
+            spec=self.spec,
+            amount=self.amount,
+            unit=self.unit,
+            score=self._score,
+            multiple=self.round,
+            protect=self.protect,
+            protect_heads=self.protect_heads,
+            alike=self.alike,
+            of=self.of,
+            searches=self.allocate == "search",
+        )
+
+    @property
+    def _score(self) -> str:
+        """What ``score=auto`` stands for."""
+        if self.score != "auto":
+            return self.score
+        return "influence" if self.unit in REMOVED else "obs"
+
+    def _removals(
+        self, program: Program, draft: Draft, calibration: Calibration | None, cuts: Sequence[Cut]
+    ) -> tuple[list[Removal], list[tuple[Removal, float]]]:
+        """Return what is taken out whole, and the score of everything that could be (of runs, under their first)."""
         if not draft.count or calibration is None:
-            return spaced(draft.layers, draft.count), {}
-        branches = [layer.branches for layer in draft.layers]
-        found = measure.influence(program, draft.groups, branches, calibration).tolist()
-        order = sorted(range(len(found)), key=found.__getitem__)[: draft.count]
-        values = {layer.number: value for layer, value in zip(draft.layers, found, strict=True)}
-        return [draft.layers[index] for index in sorted(order)], values
+            return spaced(draft.removals, draft.count), []
+        given = (program, draft.groups, draft.removals, draft.count, self._score, calibration, cuts)
+        chosen, values = removing.choose(*given)
+        return [draft.removals[index] for index in chosen], list(zip(draft.removals, values, strict=False))
 
     def _cuts(self, program: Program, draft: Draft, calibration: Calibration | None) -> list[Cut]:
         by_weights = self.calibrates() is None and not program.is_fake
         if not self.amount or (calibration is None and not by_weights):
-            return measure.choose_evenly(draft.tasks, biased=self.refit or self.score == "flap")
-        return measure.choose(program, draft.tasks, calibration, self.score, refits=self.refit)
+            return measure.choose_evenly(draft.tasks, biased=self.refit or self._score == "flap")
+        return measure.choose(program, draft.tasks, calibration, self._score, refits=self.refit)
 
     def _chosen_by(self, calibration: Calibration | None) -> str:
         if calibration is None and self.calibrates() is not None:
             return "even spacing, for want of calibration text"
-        return "block influence" if self.unit == "layers" else self.score
+        return self._score
 
 
-def _sites(draft: Draft, layers: Sequence[Layer]) -> tuple[Site, ...]:
+def _sites(draft: Draft, removals: Sequence[Removal]) -> tuple[Site, ...]:
     """Return the blocks that get smaller or go; at amount 0, where nothing does, those that could."""
-    idle = not any(task.count for task in draft.tasks)
+    idle = not any(task.count for task in draft.tasks) and not draft.count
     blocks = [task.group.block for task in draft.tasks if task.count or idle]
-    chosen = layers if draft.count else draft.layers
-    blocks += [branch.block for layer in chosen for branch in layer.branches]
+    blocks += [block for removal in (draft.removals if idle else removals) for block in removal.blocks]
     return tuple(Site(block.layer, block.path, block.kind) for block in blocks)

@@ -35,15 +35,16 @@ class Sparsify(Pass):
     - ``method=lowbit``: by the few ``channels`` of every key in which the query is strongest (SparQ, Ribar et al.
       2024), read from a second copy of the keys that is laid out channel by channel; the state has half as much again;
     - ``method=bounds``: page by page, by the bounds of each channel (Quest, Tang et al. 2024);
-    - ``method=moments``: page by page, by the mean and variance of each channel.
+    - ``method=moments``: page by page, by the mean and variance of each channel;
+    - ``method=hcam``: page by page, by the mean of each channel (the summaries of HCAM, Lampinen et al. 2021).
 
     With ``rerank`` n over 1 a token takes n budgets' worth, ranks these tokens by their whole keys and reads the values
     of the best. Soft-cap and sink logits stay; what is done to queries and keys before the attention (QK-norm, rotary)
     is as it was.
 
-    What is read for a token at context N, in keys or values of one head of size D: ``channels`` / D N (``lowbit``) or
-    2 N / ``page`` to choose by, ``rerank`` ``budget`` keys, ``budget`` values, in place of 2 N. Below ``dense_below``
-    tokens everything is read, which is faster there.
+    What is read for a token at context N, in keys or values of one head of size D: ``channels`` / D N (``lowbit``),
+    N / ``page`` (``hcam``) or 2 N / ``page`` to choose by, ``rerank`` ``budget`` keys, ``budget`` values, in place of
+    2 N. Below ``dense_below`` tokens everything is read, which is faster there.
 
     ``retrieve=heads:P%`` does so for the P percent of the key-value heads (each with the query heads that read it)
     whose best query head looks up earlier tokens most by the scores of :mod:`memc.analysis.heads`, fewer where no more

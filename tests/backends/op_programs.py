@@ -18,7 +18,10 @@ from memc.artifact import held
 from memc.dialect.bank_ffn import ACTIVATIONS
 from memc.dialect.quantised_attention import code_bytes
 from memc.dialect.sparse_attention import description
-from memc.program import InputSpec, ModelInfo, OutputSpec, Program, StateSpec
+from memc.infer import infer
+from memc.passes.memory_bank import MemoryBank
+from memc.program import InputSpec, ModelInfo, OutputSpec, Program, StateSpec, set_tensor
+from memc.target import get_target
 
 VOCAB = 37
 aten = torch.ops.aten
@@ -401,6 +404,20 @@ def llama(
     return b.finish(logits)
 
 
+def memory(kind: str, **options: Any) -> Program:
+    """A llama-like decoder with a memory of a kind in every layer, its values drawn where they come as zeros."""
+    program = llama("attention")
+    infer(program)
+    pass_ = MemoryBank(kind=kind, **{"layers": "all", **options})
+    result, _ = pass_.apply(program, pass_.plan(program, get_target("cpu")))
+    random = torch.Generator().manual_seed(1)
+    for name, value in list(result.module.named_parameters()):
+        if name.startswith("memc.") and not value.any():
+            drawn = torch.randn(value.shape, generator=random)
+            set_tensor(result.module, name, drawn.abs() if name.endswith("threshold") else 0.5 * drawn)
+    return result
+
+
 CASES: dict[str, Callable[[], Program]] = {
     "norm": norm,
     "norm centred with bias": lambda: norm(center=True, bias=True),
@@ -420,6 +437,7 @@ CASES: dict[str, Callable[[], Program]] = {
     "attention, chunk": lambda: attention(chunk=4),
     "sparse": lambda: sparse_attention(layers=2),
     "sparse, moments, guarded": lambda: sparse_attention(method="moments", dense_below=7, groups=6),
+    "sparse, by means": lambda: sparse_attention(method="hcam", rerank=2),
     "sparse, by channels": lambda: sparse_attention(method="lowbit", channels=3, layers=2, dense_below=5),
     "sparse, by channels, again": lambda: sparse_attention(
         method="lowbit", channels=2, rerank=2, groups=3, page=3, budget=9, window=4, sink_logits=True, lse=True
@@ -442,5 +460,9 @@ CASES: dict[str, Callable[[], Program]] = {
     "gated delta per head": lambda: linear_memory(update="gated_delta", per_channel=False),
     "llama, window": lambda: llama(softcap=3.0),
     "llama, dense": lambda: llama("attention"),
+    "llama, product keys": lambda: memory("pkm", slots=64, heads=2, top=3, row=5),
+    "llama, memory head": lambda: memory("head", layers="[1]", depth=2),
+    "llama, side copy": lambda: memory("side", layers="[1]"),
+    "llama, engram": lambda: memory("engram", slots=50, heads=2, row=5),
 }
 """Every dialect op, with the options that take forms of their own."""

@@ -85,8 +85,8 @@ class Checked:
 def test_what_is_launched_is_in_the_bundle(made: Made) -> None:
     runner = interpret(program())
     runner.launcher = checked = Checked({binary.variant.key for binary in made.bundle.binaries}, GPUS[TARGET])
-    for calls in SCENARIOS.values():
-        assert compare(program(), runner, calls) < 1e-4
+    for scenario in ("pieces", "padding"):
+        assert compare(program(), runner, SCENARIOS[scenario]) < 1e-4
     assert checked.used
 
 

@@ -18,22 +18,26 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 TOLERANCE = 1e-4
 
-QUICK = ("norm centred with bias", "rotary interleaved", "gated delta", "llama, window", "llama, dense", "bank")
-"""Cases that together go through every kernel; the others differ in their options."""
-
-CASES = [
-    case if case in QUICK else pytest.param(case, marks=pytest.mark.conformance)
-    for case in ops.CASES
-    if not case.startswith("sparse")
-]
+CASES = [case for case in ops.CASES if not case.startswith("sparse")]
+QUICK = {"gated delta": ("pieces",), "llama, window": ("pieces", "padding"), "llama, dense": ("pieces",)}
+"""Cases, and scenarios of them, that together go through most kernels in little time."""
 
 
+@pytest.mark.conformance
 @pytest.mark.parametrize("case", CASES)
 def test_op_in_place_equals_reference(case: str) -> None:
     program = ops.CASES[case]()
     runner = interpret(program)
     worst = {name: compare(program, runner, calls) for name, calls in SCENARIOS.items()}
     assert max(worst.values()) < TOLERANCE, worst
+
+
+@pytest.mark.parametrize("case", QUICK)
+def test_kernels_run_a_program_in_pieces(case: str) -> None:
+    program = ops.CASES[case]()
+    runner = interpret(program)
+    for scenario in QUICK[case]:
+        assert compare(program, runner, SCENARIOS[scenario]) < TOLERANCE, scenario
 
 
 def test_prefix_in_one_call() -> None:

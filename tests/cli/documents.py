@@ -118,6 +118,9 @@ def training(*, kept: tuple[int, ...] = (3, 7), trained: float = 0.25) -> files.
                 "initial": dict.fromkeys(range(8), 0.5),
                 "trained": dict.fromkeys(range(8), trained),
             },
+            by_position={
+                5: [f.PositionError(start=n // 2, end=n, error=0.5 / n) for n in (64, 128, 256, 512)],
+            },
             seconds=512.0,
         ),
         choice=files.ChoiceFacts(
@@ -259,6 +262,7 @@ def converted(*, dry_run: bool = False) -> m.ConvertDocument:
         if dry_run
         else m.Measured(
             parameters=136_215_008,
+            decode_ms={512: 15.3, 2048: 16.1},
             disk_bytes=800_000_000,
             peak_rss_bytes=2_000_000_000,
             seconds=61.5,
@@ -288,12 +292,25 @@ def fitted() -> files.FitFacts:
         )
         for layer in range(30)
     ]
+    prune = [f"prune:amount={amount},unit=ffn,of=layers,alike=true" for amount in (0.1, 0.25)]
+    layers += [
+        files.FitLayer(
+            layer=layer,
+            kind="feed_forward",
+            spec=prune[0] if layer in (3, 4) else "",
+            kl={prune[0]: 0.002 * (1 + layer % 5), prune[1]: 0.01 * (1 + layer % 5)},
+        )
+        for layer in range(30)
+    ]
     return files.FitFacts(
         limits=[
             files.FitLimit(limit="state@32k<=0.5x", reached=6.0e8, original=1.5e9, used=0.8),
             files.FitLimit(limit="ppl<=1.05x", reached=1.047, original=1.0, used=0.997),
         ],
         layers=layers,
+        weights="int8",
+        weights_kl={"int8": 0.0009, "int4": 0.0912},
+        binds="ppl<=1.05x",
         kl_expected=0.0325,
         kl_mean=0.04125,
         perplexity_ratio=1.047,
@@ -350,13 +367,22 @@ def write_artifact(folder: Path, *, finished: bool = True) -> Path:
     )
     write_report(folder, "02-linearize.json", pass_file_of())
     if finished:
-        write_report(folder, VERIFY, files.VerifyReport(checks=checks(), text="sampled", tokens=2048))
+        write_report(folder, VERIFY, verified())
         write_report(folder, CONVERT, converted().model_copy(update={"out": str(folder)}))
         (folder / "memc.json").write_text("{}")
     else:
         error = m.ErrorDocument(code="E401", message="verification failed", next="memc report out", exit_code=4)
         write_report(folder, "error.json", error)
     return folder
+
+
+def verified() -> files.VerifyReport:
+    """Checks, and gates of two layers, one of which forgets nothing that can be told."""
+    gates = [
+        f.GateFacts(path="model.layers.3.self_attn", shares={5: 0.25, 7: 0.75}),
+        f.GateFacts(path="model.layers.4.self_attn", shares={16: 1.0}),
+    ]
+    return files.VerifyReport(checks=checks(), text="sampled", tokens=2048, gates=gates)
 
 
 def evaluated() -> m.EvalDocument:

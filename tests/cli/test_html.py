@@ -20,7 +20,8 @@ from tests.cli.test_views import report, trained
 
 
 def figures(page: str, *, of: str = "") -> list[ElementTree.Element]:
-    """Return the pictures of a page: those of the cost by context, of quality, or all others."""
+    """Return the pictures of a page: those of the cost by context, of quality, or all others but those of a layer."""
+    page = re.sub(r"<details>.*?</details>", "", page, flags=re.DOTALL)
     found = re.search(r'<section class="context">.*?</section>', page, re.DOTALL)
     cost = found[0] if found else ""
     page = cost if of == "context" else page.replace(cost, "")
@@ -143,6 +144,28 @@ def test_every_layer_says_what_became_of_its_blocks() -> None:
     assert "not raised: down projection reads [red]two[/red] values\\x1b[31m" in rows[7][2]
 
 
+def test_a_measured_time_stands_beside_the_predicted_one() -> None:
+    page = render(report())
+    told = json.loads(re.findall(r'id="told">(.*?)</script>', page)[0])
+    assert told["measured-b"][:5] == ["-", "-", "15.3", "-", "16.1"]
+    assert told["measured-ratio"][2] == "1.07x predicted" and told["measured-a"] == ["-"] * 11
+    time = figures(page, of="context")[2]
+    assert "converted, measured: 15.3 at context 512, 16.1 at context 2048" in alternative(time)
+    bare = report()
+    assert bare.convert is not None and bare.convert.measured is not None
+    bare.convert.measured.decode_ms = {}
+    assert "measured-b" not in render(bare)
+
+
+def test_a_layer_shows_what_its_gates_forget_and_where_it_is_off() -> None:
+    page = render(report())
+    layers = dict(re.findall(r"<summary><b>layer (\d+)</b>(.*?)</details>", page, re.DOTALL))
+    assert "32: 25; 64: 0; 128: 75" in layers["3"] and "65,536: 100" in layers["4"]
+    assert [number for number, told in layers.items() if "<svg" in told] == ["3", "4"]
+    layers = dict(re.findall(r"<summary><b>layer (\d+)</b>(.*?)</details>", render(trained()), re.DOTALL))
+    assert "trained: 0.0078125 at position 64, 9.8e-04 at position 512" in layers["5"]
+
+
 def test_a_layer_shows_its_training_and_its_memory() -> None:
     page = render(trained())
     told = re.findall(r"<summary><b>layer 5</b>.*?</details>", page, re.DOTALL)[0]
@@ -177,6 +200,8 @@ def test_limits_and_what_every_layer_loses_are_shown() -> None:
     assert row is not None
     cells = re.findall(r">([^<>]+)</td>", row.group(1))
     assert cells == ["sparsify:budget=256,dense_below=512", "0.003", "0.0015", "0.001"]
+    assert "KL of each feed-forward block alone" in page and "weights int8" in page
+    assert "ppl&lt;=1.05x binds; given up most, nats a token: feed-forward 4 0.01, feed-forward 3 0.008" in page
 
 
 def test_without_training_there_is_no_picture_of_it() -> None:

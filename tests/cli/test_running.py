@@ -394,6 +394,13 @@ def test_serve_refuses_what_it_cannot_serve(out: str, tmp_path: Path, capsys: Ca
     assert "E200 cannot listen" in capsys.readouterr().err
     assert main(["serve", str(tmp_path / "nothing"), "--port", "0"]) == 3
     assert capsys.readouterr().err.startswith("E309")
+    key = tmp_path / "key"
+    for held in (b"", b" \n", b"two words", b"\xff\xfe", "schlüssel".encode()):
+        key.write_bytes(held)
+        assert main(["serve", out, "--port", "0", "--api-key-file", str(key)]) == 2
+        assert "API key" in capsys.readouterr().err
+    assert main(["serve", out, "--port", "0", "--api-key-file", str(key) + "x"]) == 2
+    assert "cannot be read" in capsys.readouterr().err
     encoder = str(make_artifact(tmp_path / "encoder", decoder=False))
     assert main(["serve", encoder, "--port", "0"]) == 2
     assert capsys.readouterr().err.startswith("E208")

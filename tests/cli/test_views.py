@@ -30,7 +30,7 @@ def report(*, finished: bool = True) -> m.ReportDocument:
         capture=files.CaptureReport(model=d.MODEL, timing=f.Timing(seconds=4.5)),
         raising=files.RaiseReport(blocks=d.blocks(), timing=f.Timing(seconds=1.5)),
         passes=[d.pass_file_of()],
-        verify=files.VerifyReport(checks=d.checks()) if finished else None,
+        verify=d.verified() if finished else None,
         error=None
         if finished
         else m.ErrorDocument(code="E401", message="verification failed", next="memc report out", exit_code=4),

@@ -352,6 +352,24 @@ def test_a_sparse_artifact_is_checked_where_it_chooses(llama: Path, tmp_path: Pa
     assert session.generate("w1 w2 w3", max_new_tokens=40, seed=1).ids
 
 
+@pytest.mark.parametrize("backend", ["eager", "onnx"])
+def test_an_artifact_of_few_bits_is_checked_saved_and_restored(llama: Path, tmp_path: Path, backend: str) -> None:
+    spec, recipe = f"{SPARSE},bits=4,rerank=2", Recipe(recipe=1)
+    document = api.convert(llama, tmp_path / "out", passes=[spec], backend=backend, recipe=recipe, context=100)
+    assert document.verified
+    checks = {check.name: check for check in document.checks}
+    assert {"split_invariance", "lowered_logits", "lowered_choice"} <= set(checks)
+    close, _ = document.passes[0].relations
+    assert (close.tokens, close.passed) == (4, True), "a page"
+    session = memc.load(tmp_path / "out")
+    state = session.new_state()
+    session.prefill([list(range(1, 28))], state)
+    session.save(state, tmp_path / "state.npz")
+    again = session.load_state(tmp_path / "state.npz")
+    for token in (3, 5):
+        assert np.array_equal(session.step([token], state), session.step([token], again))
+
+
 def test_a_relation_is_measured_past_what_is_exact() -> None:
     tokens = torch.arange(80).reshape(2, 40)
     text = VerificationText(tokens, "made")

@@ -58,9 +58,9 @@ class Slow:
 
 @asynccontextmanager
 async def client(
-    session: Session, limits: Limits | None = None, hosts: frozenset[str] | None = None
+    session: Session, limits: Limits | None = None, hosts: frozenset[str] | None = None, key: str | None = None
 ) -> AsyncIterator[httpx2.AsyncClient]:
-    app = make_app(session, limits or Limits(), "tiny", hosts=hosts)
+    app = make_app(session, limits or Limits(), "tiny", hosts=hosts, key=key)
     transport = httpx2.ASGITransport(app, raise_app_exceptions=False)
     async with app.router.lifespan_context(app), httpx2.AsyncClient(transport=transport, base_url="http://x") as made:
         made.engine = app.state.engine  # type: ignore[attr-defined]
@@ -369,6 +369,29 @@ def test_bodies_and_hosts_that_are_not_taken(session: Session) -> None:
         assert large.status_code == 413 and large.json()["error"]["message"]
 
     talk(session, script, Limits(body_bytes=200_000), LOOPBACK_NAMES)
+
+
+def test_with_a_key_nothing_but_health_is_answered_without_it(session: Session) -> None:
+    async def run() -> None:
+        async with client(session, key="s3cret") as made:
+            for given in (None, "none", "Bearer", "Bearer s3cre", "Bearer s3cret2", "Basic s3cret", "Bearer \u00e9"):
+                headers = {} if given is None else {"Authorization": given.encode()}
+                for call in (
+                    made.get("/v1/models", headers=headers),
+                    made.get("/v1/models/tiny", headers=headers),
+                    made.post("/v1/completions", json=PROMPT, headers=headers),
+                    made.post("/v1/chat/completions", content=b"no JSON", headers=headers),
+                ):
+                    answer = await call
+                    assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key"), given
+                    assert answer.headers["www-authenticate"] == "Bearer" and "s3cret" not in answer.text
+            assert (await made.get("/health")).status_code == 200
+            right = {"Authorization": "bearer s3cret"}
+            assert (await made.get("/v1/models", headers=right)).status_code == 200
+            answer = await made.post("/v1/completions", json=PROMPT, headers=right)
+            assert answer.json()["choices"][0]["text"]
+
+    asyncio.run(run())
 
 
 def test_faults_of_the_model_are_the_server_s(tmp_path: Path) -> None:

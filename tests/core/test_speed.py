@@ -13,6 +13,7 @@ import pytest
 from memc import api
 from memc.backend import LowerOptions, Runner, RunState
 from memc.backends.eager import EagerBackend
+from memc.conversion import speed
 from memc.conversion.lowering import lower
 from memc.conversion.speed import SPEED_CHECKS, check_speed, speed_budgets
 from memc.errors import MemcError
@@ -23,6 +24,7 @@ from memc.program import Program
 from memc.recipe import Recipe
 from memc.target import get_target
 from memc.verify import CheckResult
+from tests.core.runtime_fakes import FakeRunner, make_manifest
 from tests.core.test_convert import make_llama
 from tests.core.tiny import TinyConfig, tiny_program
 
@@ -102,3 +104,23 @@ def test_a_plan_says_what_time_is_modelled(tmp_path: Path) -> None:
     (check,) = document.checks
     assert check.name == "decode_time_ratio" and check.passed and check.value < 1
     assert check.detail.startswith("modelled")
+
+
+def test_tokens_are_timed_where_there_is_room_and_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Steady(FakeRunner):
+        def restore(self, arrays: Any, capacity: int | None = None) -> Any:
+            self.given = {name: array.shape for name, array in arrays.items()}
+            return self.new_state(1, capacity)
+
+        def run(self, *args: Any, **kwargs: Any) -> Any:
+            end = time.process_time() + 0.002
+            while time.process_time() < end:
+                pass
+            return super().run(*args, **kwargs)
+
+    runner = Steady(make_manifest(capacity=600))
+    found = speed.decode_times(runner, (128, 4096, 512), threads=1)
+    assert list(found) == [128, 512] and min(found.values()) >= 2.0
+    assert runner.given == {"hidden": (1, 8)}
+    monkeypatch.setattr(speed, "SECONDS", 0.0)
+    assert list(speed.decode_times(runner, (128, 512), threads=1)) == []

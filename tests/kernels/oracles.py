@@ -140,6 +140,8 @@ def page_score(query: Tensor, keys: Tensor, method: str) -> float:
         column = keys[:, channel].tolist()
         if method == "bounds":
             total += max(q * x for x in column)
+        elif method == "hcam":
+            total += q * sum(column) / len(column)
         else:
             mean = sum(column) / len(column)
             total += q * mean + q * q / 2 * sum((x - mean) ** 2 for x in column) / len(column)

@@ -101,6 +101,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "sparse": sparse_case(5, True, method="bounds", budget=4, softcap=2.0),
     "sparse-again": sparse_case(5, False, method="moments", budget=4, rerank=2, dense_below=3),
     "sparse-channels": sparse_case(5, True, method="lowbit", channels=2, budget=4, rerank=2),
+    "sparse-means": sparse_case(5, False, method="hcam", budget=4),
     "sparse-empty": sparse_case(0, False, method="moments", budget=4),
     "quantised": quantised_case(5, True, bits=4, softcap=2.0),
     "quantised-again": quantised_case(5, False, bits=8, rerank=2),

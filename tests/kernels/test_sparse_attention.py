@@ -171,12 +171,12 @@ def test_equal_scores_are_taken_by_the_lower_index() -> None:
     assert first(rank, 9).all()
 
 
-def test_bounds_and_channels_find_a_needle_that_means_lose(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bounds_and_channels_find_a_needle_that_means_lose() -> None:
     """One token in keys that resemble their neighbours; describing pages by their mean is the planted weak selector."""
     generator = torch.Generator().manual_seed(5)
     size, tokens = 64, 1024
     rule = Rule(size**-0.5, "bounds", page=16, budget=128, sinks=4, window=20, rerank=1, dense_below=0)
-    at, found = torch.tensor([[tokens - 1]]), {"bounds": 0, "lowbit": 0, "mean": 0}
+    at, found = torch.tensor([[tokens - 1]]), {"bounds": 0, "lowbit": 0, "hcam": 0}
     by_channels = replace(rule, method="lowbit", channels=8)
     for where in range(100, 900, 40):
         noise = torch.randn(1, 1, tokens, size, generator=generator)
@@ -188,10 +188,9 @@ def test_bounds_and_channels_find_a_needle_that_means_lose(monkeypatch: pytest.M
         pages = keys.unflatten(2, (-1, 16))
         found["bounds"] += bool(chosen(query, keys, describe(pages, "bounds"), at, rule)[0, 0, 0, where])
         found["lowbit"] += bool(chosen(query, keys, pages.mT, at, by_channels)[0, 0, 0, where])
-        with monkeypatch.context() as patch:
-            patch.setattr("memc.kernels.sparse_attention.choose.features", lambda q, _: q)
-            found["mean"] += bool(chosen(query, keys, pages.mean(3), at, rule)[0, 0, 0, where])
-    assert found["bounds"] >= 19 and found["lowbit"] >= 19 and found["mean"] <= 10, found
+        by_means = replace(rule, method="hcam")
+        found["hcam"] += bool(chosen(query, keys, describe(pages, "hcam"), at, by_means)[0, 0, 0, where])
+    assert found["bounds"] >= 19 and found["lowbit"] >= 19 and found["hcam"] <= 10, found
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -206,7 +205,8 @@ def test_half_types_are_as_near_as_they_can_be(dtype: torch.dtype) -> None:
     torch.testing.assert_close(out.double(), run(exact, [slice(None)], **fixed)[0], rtol=near, atol=near)
 
 
-FAULTS = [{"budget": 4}, {"window": 2}, {"sinks": 0}, {"rerank": 3}, {"method": "moments"}, {"method": "lowbit"}]
+FAULTS = [{"budget": 4}, {"window": 2}, {"sinks": 0}, {"rerank": 3}, {"method": "moments"}, {"method": "hcam"}]
+FAULTS += [{"method": "lowbit"}]
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -12,10 +12,11 @@ from memc.conversion.pipeline import plan_pass
 from memc.errors import MemcError
 from memc.passes.linearize import Linearize
 from memc.passes.prune import Prune
+from memc.passes.prune.groups import block_parameters
 from memc.passes.window import Window
 from memc.pipeline import parse_spec
 from memc.program import get_tensor, set_tensor
-from memc.raising import raise_program
+from memc.raising import find_blocks, raise_program
 from memc.relation import Bounded, Exact
 from memc.verify import require_well_formed
 from tests.core.test_families import DECODERS, every
@@ -92,6 +93,24 @@ def test_every_decoder_is_pruned_or_refused_by_name(name: str) -> None:
     assert torch.isfinite(result.run(calibration.tokens)).all()
 
 
+def test_layers_can_each_have_an_amount_of_their_own() -> None:
+    """``of=layers`` counts the layers that are not protected; two such passes give two amounts."""
+    program = tiny()
+    sizes = []
+    for amount, protect in ((0.1, "[1]"), (0.3, "[0]")):
+        pass_ = Prune(amount=amount, unit="ffn", of="layers", alike=True, round=1, protect=protect)
+        program, report = pass_.apply(program, plan_pass(pass_, program, TARGET))
+        (site,) = report.sites
+        assert str(site.layer) not in protect
+        sizes.append(report.details["total"]["removed_parameters"])
+    whole = block_parameters(tiny(), find_blocks(tiny()))
+    unit = (
+        block_parameters(tiny(), tuple(b for b in find_blocks(tiny()) if b.kind == "feed_forward" and b.layer == 0))
+        / 28
+    )
+    assert [size / (whole / 2) for size in sizes] == pytest.approx([0.1, 0.3], abs=unit / whole)
+
+
 def test_encoders_are_left_alone() -> None:
     program = tiny()
     encoder = replace(program, model=replace(program.model, decoder=False))
@@ -161,19 +180,6 @@ def test_query_heads_go_where_there_is_one_key_value_head() -> None:
     result, report = prune(program, text(), unit="heads", amount=0.11)
     assert report.details["0"]["query_heads"] == "4 -> 3"
     assert result.states[0].shape == program.states[0].shape
-
-
-def test_layers_that_turn_the_stream_least_go() -> None:
-    program = tiny(layers=4).copy()
-    for name in ("model.layers.2.attention.o.weight", "model.layers.2.mlp.down.weight"):
-        set_tensor(program.module, name, program.module.get_parameter(name).detach() * 1e-3)
-    result, report = prune(program, text(), unit="layers", amount=0.25)
-    assert {site.layer for site in report.sites} == {2} and report.details["2"]["layer"] == "removed"
-    influence = {layer: report.details[layer]["block_influence"] for layer in "0123"}
-    assert min(influence, key=influence.__getitem__) == "2"
-    tokens = tokens_of(2, 9)
-    torch.testing.assert_close(result.run(tokens), program.run(tokens), atol=0.05, rtol=0)
-    assert len(result.states) == len(program.states) - 3
 
 
 @pytest.mark.parametrize("other", [Window(window=5, sinks=2), Linearize(window=5, feature_size=12, keep="none")])

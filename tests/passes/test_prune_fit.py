@@ -34,7 +34,7 @@ from tests.passes.pruning import (
 from tests.passes.tiny_program import tiny, tokens_of
 
 
-@pytest.mark.parametrize("score", ["wanda", "flap", "activation", "magnitude", "taylor"])
+@pytest.mark.parametrize("score", ["wanda", "flap", "activation", "magnitude", "taylor", "2ssp"])
 def test_the_lowest_scores_go(score: str) -> None:
     program, calibration = tiny(), text()
     group = feed_forward(program, 1)
@@ -49,6 +49,7 @@ def test_the_lowest_scores_go(score: str) -> None:
             "wanda": w.abs().sum(0) * x.square().mean((0, 1)).sqrt(),
             "flap": x.flatten(0, 1).var(0, correction=0) * w.square().sum(0),
             "activation": x.abs().mean(1).square().sum(0).sqrt(),
+            "2ssp": x.norm(dim=1).mean(0),
             "magnitude": (rows + w.square().sum(0)).sqrt(),
         }[score]
     _, report = prune(program, calibration, score=score, unit="ffn", refit=False)

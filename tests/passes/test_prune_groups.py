@@ -138,7 +138,9 @@ def test_a_removed_branch_adds_nothing(name: str) -> None:
     groups = groups_of(name)
     program = groups.program
     blocks = [block for block in groups.blocks if block.kind != "moe"]
-    for chosen in [blocks[:1], blocks[1:2], blocks]:
+    attention = [block for block in blocks if isinstance(block, AttentionBlock)]
+    feed_forward = [block for block in blocks if not isinstance(block, AttentionBlock)]
+    for chosen in [blocks[:1], blocks[1:2], attention, feed_forward, blocks]:
         branches = [groups.branch(block) for block in chosen]
         pruned = Pruner(program).run([], branches)
         gone = sum(isinstance(block, AttentionBlock) for block in chosen)

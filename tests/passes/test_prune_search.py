@@ -179,7 +179,7 @@ def test_a_plan_of_a_search_is_a_uniform_spread() -> None:
     assert planned.parameter_count == prune(program, amount=0.2)[0].parameter_count
 
 
-@pytest.mark.parametrize("clash", ["unit=layers", "refit=false", "alike=true"])
+@pytest.mark.parametrize("clash", ["unit=layers", "unit=ffn_blocks", "score=2ssp", "refit=false", "alike=true"])
 def test_a_search_refuses_what_it_cannot_weigh(clash: str) -> None:
     with pytest.raises(MemcError, match=f"E203 allocate=search weighs .* and {clash}") as caught:
         parse_spec(f"prune:allocate=search,{clash}")

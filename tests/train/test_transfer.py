@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 
+from memc.analysis.gates import half_lives
 from memc.errors import MemcError
 from memc.program import get_tensor, set_tensor
 from memc.progress import Silent
 from memc.train.loop import Checkpoints, Schedule
 from memc.train.transfer import Transfer
 from tests.passes.tiny_program import tiny
-from tests.train.tiny_training import SINKS, batches, changed, linearized, packed, tensors_of, transfer
+from tests.train.tiny_training import SINKS, batches, changed, linearized, packed, tensors_of, transfer, values_of
 
 GUARD = packed(4, 8)
 
@@ -97,3 +99,37 @@ def test_a_loss_that_breaks_names_layer_and_step(rate: float, said: str) -> None
     layer = 1 if said == "loss" else 0
     with pytest.raises(MemcError, match=f"E403.*{said} is not finite at step 0 \\[layer {layer} model.layers.{layer}"):
         made.train(batches, Schedule(5), rate, 0, Checkpoints(None, {}), Silent())
+
+
+def test_errors_by_position_add_up_to_those_of_all() -> None:
+    before = tiny()
+    after, report = linearized(before)
+    made = Transfer(before, after, report.objectives)
+    tokens, positions = packed(2, seed=8, length=40)
+    found = made.errors_by_position(tokens, positions)
+    target = values_of(before, tokens, positions)[report.objectives[1].target].float().square().sum((0, 1, 3))
+    squares = [target[part.start : part.end].sum() for part in found[1]]
+    assert [(part.start, part.end) for part in found[1]] == [(0, 2), (2, 4), (4, 8), (8, 16), (16, 32), (32, 40)]
+    exact = report.objectives[1].exact
+    assert all(part.error < 1e-6 for part in found[1] if part.end <= exact) and found[1][-1].error > 1e-4
+    output = made.blocks[1](values_of(before, tokens, positions))[0].float()
+    off = (output - values_of(before, tokens, positions)[report.objectives[1].target].float()).square().sum()
+    total = sum(float(part.error * square) for part, square in zip(found[1], squares, strict=True))
+    assert total == pytest.approx(float(off), rel=1e-3)
+
+
+def test_gates_are_counted_by_their_half_lives() -> None:
+    program, _ = linearized(tiny())
+    parameters = dict(program.module.named_parameters())
+    for name, life in (("0", 512.0), ("1", 3.0)):
+        bias = parameters[f"memc.linearize.layers.{name}.gate_bias"]
+        bias.data.fill_(-math.log(math.expm1(math.log(2) / life)))
+        parameters[f"memc.linearize.layers.{name}.gate_weight"].data.zero_()
+    first, second = half_lives(program, packed(1, seed=3, length=20)[0])
+    assert [one.path for one in (first, second)] == [f"model.layers.{n}.attention" for n in (0, 1)]
+    assert sum(first.shares.values()) == pytest.approx(1) and set(first.shares) <= {8, 9}
+    assert second.shares == {1: 1.0}
+    for name in ("0", "1"):
+        parameters[f"memc.linearize.layers.{name}.gate_bias"].data.fill_(80.0)
+    assert half_lives(program, packed(1, seed=3, length=20)[0])[0].shares == {16: 1.0}
+    assert half_lives(tiny(), packed(1, seed=3, length=20)[0]) == []

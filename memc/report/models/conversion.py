@@ -53,6 +53,7 @@ class Predicted(ByContext):
 class Measured(Facts):
     """What the conversion measured, which ended ``at`` that time (ISO 8601, UTC).
 
+    ``decode_ms`` is of a token after random states: with one thread time of the processor, else of the wall.
     ``steps`` has the seconds of capture, raise, each pass, lower and verify.
     """
 

@@ -1,0 +1,165 @@
+"""Time of one attention for one new token through the onnx backend, sparse and dense."""
+
+from __future__ import annotations
+
+import operator
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.fx import Graph, GraphModule
+
+from memc.backend import LowerOptions
+from memc.backends.onnx import OnnxBackend
+from memc.conversion.lowering import lower
+from memc.cost import work
+from memc.dialect.quantised_attention import code_bytes
+from memc.dialect.sparse_attention import description
+from memc.infer import infer
+from memc.program import InputSpec, ModelInfo, OutputSpec, Program, StateSpec
+from memc.target import get_target
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Shape:
+    """An attention, and the choice that it is timed with."""
+
+    name: str
+    heads: int
+    groups: int
+    size: int
+    budget: int
+
+
+SHAPES = (
+    Shape("9 heads, 3 key-value, size 64", 9, 3, 64, 512),
+    Shape("32 heads, 8 key-value, size 128", 32, 8, 128, 2048),
+)
+VOCAB = 64
+
+
+SIDES: dict[str, dict[str, Any] | None] = {
+    "dense": None,
+    "bounds": {"method": "bounds", "page": 16, "rerank": 2},
+    "4 bits": {"bits": 4, "page": 64, "rerank": 4},
+    "lowbit": {"method": "lowbit", "page": 64, "rerank": 2},
+}
+
+
+def states_of(shape: Shape, choice: dict[str, Any] | None) -> list[StateSpec]:
+    """Return the states of an attention in the order of the op's arguments."""
+    size, page = shape.size, (choice or {}).get("page", 0)
+
+    def spec(name: str, *sizes: int | str, dtype: torch.dtype = torch.float32) -> StateSpec:
+        grows = 2 if str(sizes[0]).startswith("S") else None
+        return StateSpec(f"past_{name}", dtype, ("B", shape.groups, *sizes), grows=grows)
+
+    positions = StateSpec("past_positions", torch.int64, ("B", "S"), -1.0, 1)
+    if choice is None or "method" in choice:
+        kept = [spec("key", "S", size), spec("value", "S", size), positions]
+        if choice is not None:
+            kept.append(spec("pages", f"S/{page}", *description(choice["method"], page, size)))
+        return kept
+    code = code_bytes(size, choice["bits"])
+    return [
+        spec("key", f"S/{page}", page, code, dtype=torch.uint8),
+        spec("value", "S", code, dtype=torch.uint8),
+        positions,
+        spec("pages", f"S/{page}", 2 * size),
+        spec("ranges", "S", 2),
+        spec("key_tail", page, size),
+        spec("value_tail", page, size),
+    ]
+
+
+def op_of(shape: Shape, choice: dict[str, Any] | None) -> tuple[Any, dict[str, Any]]:
+    """Return the op of a choice and its options."""
+    options: dict[str, Any] = {"scale": shape.size**-0.5}
+    if choice is None:
+        return torch.ops.memc.attention.default, options
+    options |= {**choice, "budget": shape.budget, "sinks": 4, "window": 48, "dense_below": shape.budget}
+    if "bits" in choice:
+        return torch.ops.memc.quantised_attention.default, options
+    return torch.ops.memc.sparse_attention.default, {**options, "channels": shape.size // 8}
+
+
+def attention(shape: Shape, choice: dict[str, Any] | None) -> Program:
+    """Build a program of one attention over looked-up queries, keys and values; a choice of None is dense."""
+    graph, root = Graph(), torch.nn.Module()
+    tokens, positions = graph.placeholder("tokens"), graph.placeholder("positions")
+    states = states_of(shape, choice)
+    op, options = op_of(shape, choice)
+    held = [graph.placeholder(state.name) for state in states]
+    made = []
+    for name, heads in (("query", shape.heads), ("key", shape.groups), ("value", shape.groups)):
+        root.register_parameter(name, torch.nn.Parameter(torch.randn(VOCAB, heads * shape.size)))
+        flat = graph.call_function(aten.embedding.default, (graph.get_attr(name), tokens))
+        split = graph.call_function(aten.unflatten.int, (flat, -1, [heads, shape.size]))
+        made.append(graph.call_function(aten.transpose.int, (split, 1, 2)))
+    results = graph.call_function(op, (*made, positions, *held), options)
+    first = len(op._schema.returns) - len(states)
+    parts = [graph.call_function(operator.getitem, (results, i)) for i in (0, *range(first, first + len(states)))]
+    merged = graph.call_function(
+        aten.flatten.using_ints, (graph.call_function(aten.transpose.int, (parts[0], 1, 2)), 2)
+    )
+    graph.output((merged, *parts[1:]))
+    inputs = tuple(InputSpec(name, name, torch.int64, ("B", "T")) for name in ("tokens", "positions"))  # type: ignore[arg-type]
+    outputs = (OutputSpec("logits", torch.float32, ("B", "T", shape.heads * shape.size)),)
+    info = ModelInfo("benchmark", "", "benchmark", VOCAB)
+    program = Program(GraphModule(root, graph), inputs, outputs, tuple(states), info, raised=True)
+    infer(program)
+    return program
+
+
+def fill(array: Any, random: np.random.Generator) -> None:
+    """Fill a state with random numbers, bytes with random bytes."""
+    if array.dtype == np.uint8:
+        array[...] = random.integers(0, 256, array.shape, np.uint8)
+    else:
+        random.standard_normal(dtype=np.float32, out=array)
+
+
+def times(shape: Shape, contexts: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """Yield the time of one new token at each context, the sides taking turns."""
+    programs = {name: attention(shape, choice) for name, choice in SIDES.items()}
+    backend, random = OnnxBackend(), np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        runners = {}
+        for name, program in programs.items():
+            place = Path(folder) / name.replace(" ", "-")
+            options = LowerOptions("fp32", max(contexts) + 64, 1)
+            _, manifest = lower(program, backend, get_target("cpu"), place, options)
+            runners[name] = backend.load(place, manifest, 1)
+        for context in contexts:
+            states = {name: runner.new_state(1, context + 64) for name, runner in runners.items()}
+            for state in states.values():
+                for array in state.current.values():
+                    fill(array, random)
+                state.lengths[:] = context
+            query = torch.randn(1, shape.heads, 1, shape.size)
+            key, value = torch.randn(2, 1, shape.groups, context, shape.size)
+            taken: dict[str, list[float]] = {name: [] for name in ("sdpa", *runners)}
+            for step in range(23):
+                begin = time.perf_counter()
+                torch.nn.functional.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+                taken["sdpa"].append(time.perf_counter() - begin)
+                for name, runner in runners.items():
+                    token, at = np.full((1, 1), step % VOCAB), np.full((1, 1), context + step)
+                    begin = time.perf_counter()
+                    runner.run(token, at, states[name])
+                    taken[name].append(time.perf_counter() - begin)
+            read = {name: work(program, context).state_bytes_read for name, program in programs.items()}
+            yield {
+                "shape": f"{shape.name}, budget {shape.budget}",
+                "context": context,
+                "ms": {name: 1e3 * float(np.median(found[3:])) for name, found in taken.items()},
+                "p90": {name: 1e3 * float(np.quantile(found[3:], 0.9)) for name, found in taken.items()},
+                "predicted": {name: read["dense"] / found for name, found in read.items()},
+            }

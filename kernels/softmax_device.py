@@ -1,0 +1,446 @@
+"""Host code of the softmax kernels: what to launch for a prompt, for one token, and for gradients.
+
+``memc::attention`` and ``memc::window_memory`` differ in who reads whom (:class:`Rule`) and in how their state is held;
+the keys of either are a state and a call, each key with a position and the number of its sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from memc.kernels.common import segments
+from memc.kernels.launch import FLOATS, Launch, Tile, gpu_of, launch, power_of_two, precision, tile
+from memc.kernels.softmax_tiles import default
+
+LARGEST_HEAD = 256
+MOST_HEADS_OF_A_GROUP = 64
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Who reads whom, and how scores are made; fields as the ops' arguments, 0 for none."""
+
+    scale: float
+    softcap: float = 0.0
+    window: int = 0
+    chunk: int = 0
+    prefix: int = 0
+    sinks: int = 0
+
+
+@dataclass(frozen=True)
+class Held:
+    """The keys that a call may read, and where they and its queries stand.
+
+    ``key [B,G,N,D]`` and ``value [B,G,N,E]`` are contiguous. ``positions [B,N]`` and ``numbers [B,N]``, the sequence of
+    its row that each belongs to, are int32; ``query_positions`` and ``query_numbers [B,T]`` are so for the queries.
+    """
+
+    key: Tensor
+    value: Tensor
+    positions: Tensor
+    numbers: Tensor
+    query_positions: Tensor
+    query_numbers: Tensor
+
+    @property
+    def arguments(self) -> dict[str, Tensor]:
+        """What tells the kernels who may read whom."""
+        return {
+            "query_positions": self.query_positions,
+            "query_numbers": self.query_numbers,
+            "positions": self.positions,
+            "numbers": self.numbers,
+        }
+
+
+def refusal(query: Tensor, key: Tensor, value: Tensor, *others: Tensor | None) -> str:
+    """Return why the kernels do not take a call of these queries, keys and values; "" where they do."""
+    tensors = [x for x in (query, key, value, *others) if x is not None]
+    if any(x.dtype not in FLOATS for x in tensors):
+        return f"{next(x.dtype for x in tensors if x.dtype not in FLOATS)} values"
+    if len({x.dtype for x in (query, key, value)}) > 1:
+        return "queries, keys and values of different types"
+    if max(query.shape[3], value.shape[3]) > LARGEST_HEAD:
+        return f"heads of more than {LARGEST_HEAD} channels"
+    if query.shape[1] // key.shape[1] > MOST_HEADS_OF_A_GROUP:
+        return f"more than {MOST_HEADS_OF_A_GROUP} query heads to a key-value head"
+    return "" if query.numel() and value.numel() else "a call without tokens"
+
+
+def unordered(*states: Tensor) -> str:
+    """Return why states are not taken as they lie; "" where they are contiguous, and may be written in place."""
+    return "" if all(x.is_contiguous() for x in states) else "a state that is not contiguous"
+
+
+def held(key: Tensor, value: Tensor, positions: Tensor, past_positions: Tensor) -> Held:
+    """Return the keys of a state with a call appended; ``key`` and ``value`` are those of both."""
+    current = segments(positions).to(torch.int32)
+    own, past = positions.to(torch.int32), past_positions.to(torch.int32)
+    return Held(key, value, torch.cat([past, own], 1), torch.cat([torch.zeros_like(past), current], 1), own, current)
+
+
+def attend(
+    query: Tensor, keys: Held, slopes: Tensor | None, sink_logits: Tensor | None, rule: Rule
+) -> tuple[Tensor, Tensor]:
+    """Return the output ``[B,H,T,E]`` and the log-sum-exp ``[B,H,T]`` in float32 of a call, 0 for padding."""
+    batch, heads, tokens, _ = query.shape
+    out = query.new_empty(batch, heads, tokens, keys.value.shape[3])
+    lse = query.new_empty(batch, heads, tokens, dtype=torch.float32)
+    cut = _tile("attention.prompt", query, keys.value)
+    sizes = _sizes(query, keys.key, keys.value)
+    launch(
+        Launch(
+            "attention.prompt",
+            (_blocks(tokens, cut.sizes["block_queries"]), heads, batch),
+            {
+                "out": out,
+                "lse": lse,
+                "query": query.contiguous(),
+                "key": keys.key,
+                "value": keys.value,
+                **keys.arguments,
+                "intervals": _visits(keys, tokens, rule, cut),
+                "slopes": query if slopes is None else slopes.contiguous(),
+                "sink_logits": query if sink_logits is None else sink_logits.contiguous(),
+                "tokens": tokens,
+                "held": keys.positions.shape[1],
+            },
+            {
+                **sizes,
+                **_options(rule, slopes, query),
+                "has_sink_logits": sink_logits is not None,
+                **cut.sizes,
+            },
+            cut.warps,
+            cut.stages,
+        )
+    )
+    return out, lse
+
+
+@dataclass(frozen=True)
+class State:
+    """A state of S slots, contiguous: ``key [B,G,S,D]``, ``value [B,G,S,E]`` and ``positions [B,S]`` int64."""
+
+    key: Tensor
+    value: Tensor
+    positions: Tensor
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one token gives: ``out [B,H,1,E]``, ``lse [B,H,1]``, the next state and the token that left a ring."""
+
+    out: Tensor
+    lse: Tensor
+    following: State
+    left: State
+
+
+def attend_once(
+    query: Tensor,
+    token: State,
+    past: State,
+    slopes: Tensor | None,
+    sink_logits: Tensor | None,
+    rule: Rule,
+    *,
+    ring: bool = False,
+    in_place: bool = False,
+) -> Step:
+    """Attend with one ``token``, held as a state of one slot, and append it to ``past``.
+
+    With ``ring`` it takes its slot of a copy of ``past``; ``in_place`` it is written to slot p of ``past`` itself.
+    """
+    batch, heads, _, _ = query.shape
+    groups, slots = past.key.shape[1:3]
+    size, value_size = token.key.shape[3], token.value.shape[3]
+    cut = _tile("attention.step", query, token.value)
+    shares, share = splits(slots, batch * groups, cut.sizes["block_keys"], query.device)
+    # Which kernels there are must not depend on how much is held: only a ring's slots are known beforehand.
+    split = not ring or slots > SPLIT_ABOVE
+    if not split:
+        shares, share = 1, slots
+    length = slots if ring else slots + 1
+    following = past
+    if not in_place:
+        following = State(
+            token.key.new_empty(batch, groups, length, size),
+            token.value.new_empty(batch, groups, length, value_size),
+            token.positions.new_empty(batch, length),
+        )
+    left = State(*(x.new_empty(x.shape) for x in (token.key, token.value, token.positions))) if ring else token
+    out, lse = query.new_empty(batch, heads, 1, value_size), query.new_empty(batch, heads, 1, dtype=torch.float32)
+    parts, part_lse = out, lse
+    if split:
+        parts = query.new_empty(batch, heads, shares, value_size, dtype=torch.float32)
+        part_lse = query.new_empty(batch, heads, shares, dtype=torch.float32)
+    launch(
+        Launch(
+            "attention.step",
+            (shares, groups, batch),
+            {
+                "out": parts,
+                "lse": part_lse,
+                "next_key": following.key,
+                "next_value": following.value,
+                "next_positions": following.positions,
+                "left_key": left.key,
+                "left_value": left.value,
+                "left_positions": left.positions,
+                "query": query.contiguous(),
+                "key": token.key.contiguous(),
+                "value": token.value.contiguous(),
+                "positions": token.positions.contiguous(),
+                "past_key": past.key.contiguous(),
+                "past_value": past.value.contiguous(),
+                "past_positions": past.positions.contiguous(),
+                "slopes": query if slopes is None else slopes.contiguous(),
+                "sink_logits": query if sink_logits is None else sink_logits.contiguous(),
+                "past": slots,
+                "share": share,
+            },
+            {
+                **_sizes(query, token.key, token.value),
+                **_options(rule, slopes, query),
+                "has_sink_logits": sink_logits is not None,
+                "ring": ring,
+                "in_place": in_place,
+                "partial": split,
+                "block_rows": max(16, power_of_two(heads // groups)),
+                **cut.sizes,
+            },
+            cut.warps,
+            cut.stages,
+        )
+    )
+    if split:
+        merge(out, lse, parts, part_lse, token.positions)
+    return Step(out, lse, following, left)
+
+
+def merge(out: Tensor, lse: Tensor, parts: Tensor, part_lse: Tensor, positions: Tensor) -> None:
+    """Join shares ``parts [B,H,splits,E]`` with log-sum-exps to base 2 ``part_lse`` into ``out`` and ``lse``."""
+    batch, heads, shares, size = parts.shape
+    cut = tile("attention.merge", f"{size}", Tile({"block_splits": 16}, warps=4, stages=1), parts.device)
+    launch(
+        Launch(
+            "attention.merge",
+            (heads, batch, 1),
+            {
+                "out": out,
+                "lse": lse,
+                "parts": parts,
+                "part_lse": part_lse,
+                "positions": positions.contiguous(),
+                "splits": shares,
+            },
+            {"heads": heads, "value_size": size, "block_value": power_of_two(size), **cut.sizes},
+            cut.warps,
+            cut.stages,
+        )
+    )
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Gradients of one :func:`attend`: of queries, of all keys and values ``[B,G,N,.]``, of slopes and sink logits."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    slopes: Tensor | None
+    sink_logits: Tensor | None
+
+
+def attend_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    copied_key: Tensor,
+    copied_value: Tensor,
+    query: Tensor,
+    keys: Held,
+    slopes: Tensor | None,
+    sink_logits: Tensor | None,
+    rule: Rule,
+) -> Gradients:
+    """Return the gradients; ``copied_key [B,G,N,D]`` and ``copied_value`` are those of copies made of the keys."""
+    query, grad_out = query.contiguous(), grad_out.contiguous()
+    out, lse = attend(query, keys, slopes, sink_logits, rule)
+    there = (keys.query_positions[:, None] >= 0).expand(lse.shape)
+    # A row's D = do.o, Dao et al. 2022, equation 4; padding may hold anything.
+    common = -(grad_out.float() * out.float()).sum(-1)
+    if grad_lse is not None:
+        common = common + grad_lse.float()
+    common = torch.where(there, common, 0)
+    grad_query, distances = _query_gradient(grad_out, common, lse, query, keys, slopes, rule)
+    grad_key, grad_value = _key_gradient(
+        copied_key.contiguous(), copied_value.contiguous(), grad_out, common, lse, query, keys, slopes, rule
+    )
+    grad_sinks = None
+    if sink_logits is not None:
+        weights = torch.where(there, torch.exp(sink_logits.float()[:, None] - lse), 0)
+        grad_sinks = (weights * common).sum((0, 2))
+    return Gradients(grad_query, grad_key, grad_value, None if slopes is None else distances.sum((0, 2)), grad_sinks)
+
+
+def _query_gradient(
+    grad_out: Tensor, common: Tensor, lse: Tensor, query: Tensor, keys: Held, slopes: Tensor | None, rule: Rule
+) -> tuple[Tensor, Tensor]:
+    batch, heads, tokens, _ = query.shape
+    grad_query, distances = query.new_empty(query.shape), lse.new_empty(lse.shape)
+    cut = _tile("attention.query_gradient", query, keys.value)
+    launch(
+        Launch(
+            "attention.query_gradient",
+            (_blocks(tokens, cut.sizes["block_queries"]), heads, batch),
+            {
+                "grad_query": grad_query,
+                "distances": distances,
+                "grad_out": grad_out,
+                "common": common,
+                "lse": lse,
+                "query": query,
+                "key": keys.key,
+                "value": keys.value,
+                **keys.arguments,
+                "intervals": _visits(keys, tokens, rule, cut),
+                "slopes": query if slopes is None else slopes.contiguous(),
+                "tokens": tokens,
+                "held": keys.positions.shape[1],
+            },
+            {**_sizes(query, keys.key, keys.value), **_options(rule, slopes, query), **cut.sizes},
+            cut.warps,
+            cut.stages,
+        )
+    )
+    return grad_query, distances
+
+
+def _key_gradient(
+    copied_key: Tensor,
+    copied_value: Tensor,
+    grad_out: Tensor,
+    common: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    keys: Held,
+    slopes: Tensor | None,
+    rule: Rule,
+) -> tuple[Tensor, Tensor]:
+    batch, groups, everything, _ = keys.key.shape
+    grad_key, grad_value = keys.key.new_empty(keys.key.shape), keys.value.new_empty(keys.value.shape)
+    cut = _tile("attention.key_gradient", query, keys.value)
+    blocks = _blocks(everything, cut.sizes["block_keys"])
+    intervals = keys.positions.new_empty(batch, blocks, 2)
+    _bounds("attention.visitors", (blocks, batch, 1), intervals, keys, query.shape[2], rule, cut)
+    launch(
+        Launch(
+            "attention.key_gradient",
+            (blocks, groups, batch),
+            {
+                "grad_key": grad_key,
+                "grad_value": grad_value,
+                "copied_key": copied_key,
+                "copied_value": copied_value,
+                "grad_out": grad_out,
+                "common": common,
+                "lse": lse,
+                "query": query,
+                "key": keys.key,
+                "value": keys.value,
+                **keys.arguments,
+                "intervals": intervals,
+                "slopes": query if slopes is None else slopes.contiguous(),
+                "tokens": query.shape[2],
+                "held": keys.positions.shape[1],
+            },
+            {**_sizes(query, keys.key, keys.value), **_options(rule, slopes, query), **cut.sizes},
+            cut.warps,
+            cut.stages,
+        )
+    )
+    return grad_key, grad_value
+
+
+def _visits(keys: Held, tokens: int, rule: Rule, cut: Tile) -> Tensor:
+    """Return which blocks of keys each block of queries reads, ``[B, blocks of queries, 4]``."""
+    batch = keys.positions.shape[0]
+    blocks = _blocks(tokens, cut.sizes["block_queries"])
+    intervals = keys.positions.new_empty(batch, blocks, 4)
+    _bounds("attention.visits", (blocks, batch, 1), intervals, keys, tokens, rule, cut)
+    return intervals
+
+
+def _bounds(
+    kernel: str, grid: tuple[int, int, int], intervals: Tensor, keys: Held, tokens: int, rule: Rule, cut: Tile
+) -> None:
+    launch(
+        Launch(
+            kernel,
+            grid,
+            {
+                "intervals": intervals,
+                **keys.arguments,
+                "tokens": tokens,
+                "held": keys.positions.shape[1],
+            },
+            {**_reading(rule), "block_queries": cut.sizes["block_queries"], "block_keys": cut.sizes["block_keys"]},
+            cut.warps,
+            stages=1,
+        )
+    )
+
+
+SPLIT_ABOVE = 512
+"""Slots of a ring above which its keys are split over programs."""
+
+
+def splits(keys: int, programs: int, block: int, device: torch.device) -> tuple[int, int]:
+    """Return over how many programs each group's keys are split, to fill the GPU twice, and the keys of each."""
+    blocks = max(1, _blocks(keys, block))
+    wanted = max(1, min(blocks, _blocks(2 * gpu_of(device).multiprocessors, programs)))
+    share = _blocks(blocks, wanted)
+    return _blocks(blocks, share), share * block
+
+
+def _reading(rule: Rule) -> dict[str, int]:
+    return {"window": rule.window, "chunk": rule.chunk, "prefix": rule.prefix, "sinks": rule.sinks}
+
+
+def _options(rule: Rule, slopes: Tensor | None, query: Tensor) -> dict[str, int | float | bool | str]:
+    return {
+        "scale": rule.scale,
+        "softcap": rule.softcap,
+        **_reading(rule),
+        "has_slopes": slopes is not None,
+        "precision": precision(query.device, query.dtype),
+    }
+
+
+def _sizes(query: Tensor, key: Tensor, value: Tensor) -> dict[str, int]:
+    size, value_size = query.shape[3], value.shape[3]
+    return {
+        "heads": query.shape[1],
+        "groups": key.shape[1],
+        "size": size,
+        "value_size": value_size,
+        "block_size": max(16, power_of_two(size)),
+        "block_value": max(16, power_of_two(value_size)),
+    }
+
+
+def _tile(kernel: str, query: Tensor, value: Tensor) -> Tile:
+    size = max(16, power_of_two(query.shape[3]), power_of_two(value.shape[3]))
+    kind = str(query.dtype).removeprefix("torch.")
+    return tile(
+        kernel, f"{size}-{kind}", default(kernel, size, query.dtype.itemsize, gpu_of(query.device)), query.device
+    )
+
+
+def _blocks(size: int, block: int) -> int:
+    return -(-size // block)

@@ -1,0 +1,153 @@
+"""Kernels of one token of ``memc::sparse_attention`` in Triton's interpreter against the reference in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+
+from memc.kernels.launch import GPUS, Notes, launching
+from memc.kernels.sparse_attention import device, reference
+from tests.kernels.cases import Shape, walk
+from tests.kernels.triton_support import (
+    assert_near,
+    cut_small,  # noqa: F401 - a fixture
+    in_double,
+    interpreted,  # noqa: F401 - a fixture
+    poisoned,
+)
+
+SHAPE = Shape(batch=3, groups=1, per_group=2, tokens=71, key_size=12, value_size=20, seed=3)
+RULE: dict[str, Any] = {"scale": 0.4, "page": 8, "budget": 32, "sinks": 2, "window": 5}
+METHODS = ("bounds", "moments", "lowbit")
+
+
+def rule(method: str, **options: Any) -> dict[str, Any]:
+    return {**RULE, "method": method, "channels": 4 if method == "lowbit" else 0, **options}
+
+
+def state(
+    options: dict[str, Any], shape: Shape = SHAPE, dtype: torch.dtype = torch.float32, keys: float = 1.0
+) -> list[Any]:
+    """Return the state after a prompt: a row without padding, one that started again in it, one with padding."""
+    generator = shape.generator()
+    query, key, value = shape.qkv(generator, torch.float64)
+    positions = walk(shape, generator, padding=0.1, restart=0.0)
+    positions[0] = torch.arange(shape.tokens)
+    positions[1] = torch.arange(shape.tokens)
+    positions[1, 20:] -= 20
+    sizes = (shape.key_size, options["page"]) if options["method"] == "lowbit" else (2 * shape.key_size,)
+    empty = [query.new_zeros(shape.batch, shape.groups, 0, size) for size in (shape.key_size, shape.value_size)]
+    pages = query.new_zeros(shape.batch, shape.groups, 0, *sizes)
+    held = torch.zeros(shape.batch, 0, dtype=torch.long)
+    results = reference.forward(query, key * keys, value, positions, *empty, held, pages, **options)
+    return [x.to(dtype) if x.is_floating_point() else x for x in results[2:]]
+
+
+def token(shape: Shape, dtype: torch.dtype = torch.float32) -> list[Any]:
+    made = Shape(shape.batch, shape.groups, shape.per_group, 1, shape.key_size, shape.value_size, 5)
+    return [x.to(dtype) for x in made.qkv(made.generator())]
+
+
+def check(
+    tokens: list[Tensor], positions: Tensor, held: list[Any], sink_logits: Tensor | None, **options: Any
+) -> list[Any]:
+    arguments = [*tokens, positions, *held, sink_logits]
+    with poisoned():
+        results = device.forward(*arguments, **options)
+    for found, wanted in zip(results, reference.forward(*in_double(arguments), **options), strict=True):
+        if found.is_floating_point():
+            assert_near(found, wanted)
+        else:
+            assert torch.equal(found, wanted)
+    return list(results[2:])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("options", [{}, {"rerank": 2, "softcap": 2.0}, {"dense_below": 60}])
+@pytest.mark.usefixtures("cut_small")
+def test_one_token_equals_the_reference(method: str, options: dict[str, Any]) -> None:
+    fixed = rule(method, **options)
+    held = state(fixed)
+    # The token at 71 completes a page, the next starts anew, and the last is padding.
+    sink_logits = torch.randn(SHAPE.heads) if options else None
+    check(token(SHAPE), torch.tensor([[71], [0], [-1]]), held, sink_logits, **fixed)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.usefixtures("cut_small")
+def test_of_equal_scores_the_lower_index_is_taken(method: str) -> None:
+    fixed = rule(method, rerank=2)
+    held = state(fixed, keys=0.0)
+    check(token(SHAPE), held[2].amax(1, keepdim=True) + 1, held, None, **fixed)
+
+
+@pytest.mark.parametrize("page", [1, 5])
+@pytest.mark.usefixtures("cut_small")
+def test_pages_of_any_size_and_an_empty_state(page: int) -> None:
+    shape = Shape(1, 1, 3, 21, 20, 12, seed=1)
+    fixed = rule("bounds", page=page, budget=15)
+    held = state(fixed, Shape(2, 1, 3, 21, 20, 12, seed=1))
+    held = [x[:1] for x in held]
+    check(token(shape), torch.tensor([[21]]), held, None, **fixed)
+    check(token(shape), torch.tensor([[0]]), [x[:, :, :0] if x.dim() > 2 else x[:, :0] for x in held], None, **fixed)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_bfloat16_is_as_near_as_it_can_be() -> None:
+    fixed = rule("bounds")
+    held = state(fixed, dtype=torch.bfloat16)
+    check(token(SHAPE, torch.bfloat16), held[2].amax(1, keepdim=True) + 1, held, None, **fixed)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.usefixtures("cut_small")
+def test_what_is_not_chosen_is_not_read(method: str) -> None:
+    fixed = rule(method)
+    held = state(fixed)
+    arguments = [*token(SHAPE), torch.tensor([[71], [-1], [53 - 2]]), *held]
+    doubled = in_double(arguments)
+    doubled[5].requires_grad_()
+    reference.forward(*doubled, **fixed)[0].sum().backward()
+    unread = (doubled[5].grad == 0).all(3, keepdim=True)
+    assert unread[0].sum() > 20
+    # What completes a page is read once to describe it.
+    unread[0, :, 64:] = False
+    clean = device.forward(*arguments, **fixed)[:2]
+    arguments[4], arguments[5] = (x.masked_fill(unread, torch.nan) for x in arguments[4:6])
+    for one, other in zip(device.forward(*arguments, **fixed), clean, strict=False):
+        assert torch.equal(one[0], other[0])
+
+
+@pytest.mark.usefixtures("cut_small")
+def test_a_choice_of_other_pages_is_found() -> None:
+    fixed = rule("bounds")
+    held = state(fixed)
+    right = device._scores
+    with patch.object(device, "_scores", lambda *a: -right(*a)), pytest.raises(AssertionError):
+        check(token(SHAPE), held[2].amax(1, keepdim=True) + 1, held, None, **fixed)
+
+
+def test_what_is_launched_depends_on_no_length() -> None:
+    noted = []
+    for tokens in (71, 300):
+        fixed = rule("moments", rerank=2)
+        held = [x.to("meta") for x in state(fixed, Shape(3, 1, 2, tokens, 12, 20, seed=3))]
+        with launching(notes := Notes(GPUS["nvidia-sm120"])):
+            device.forward(
+                *(x.to("meta") for x in token(SHAPE)),
+                torch.empty(3, 1, dtype=torch.long, device="meta"),
+                *held,
+                **fixed,
+            )
+        noted.append([(one.kernel, one.constants, one.warps, one.stages) for one in notes.launches])
+    assert noted[0] == noted[1]
+
+
+def test_prompts_are_refused() -> None:
+    fixed = rule("bounds")
+    arguments = [torch.cat([x, x], 2) for x in token(SHAPE)]
+    assert "one token" in device.refuses(GPUS["nvidia-sm90"], *arguments, torch.zeros(3, 2), *state(fixed), **fixed)

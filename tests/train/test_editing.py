@@ -1,0 +1,101 @@
+"""Edits by a side copy: what was edited follows, what is unrelated keeps every bit, and faults of both are seen."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+
+from memc.errors import MemcError
+from memc.passes.memory_bank import MemoryBank
+from memc.program import Program, get_tensor, set_tensor
+from memc.progress import Silent
+from memc.train.editing import Edit, Edited, EditSettings, SideEditor, edit_program, follows
+from memc.verify import split_invariance
+from tests.core.test_families import raised
+from tests.passes.tiny_program import TARGET, tiny, tokens_of
+from tests.train.tiny_training import changed, tensors_of
+
+EDITS = (Edit((5, 6, 7), (11,)), Edit((9, 3, 3, 8), (12, 20)), Edit((30, 2), (4, 4, 31)))
+SETTINGS = EditSettings(steps=120, rate=2e-2)
+
+
+def with_side(program: Program) -> Program:
+    pass_ = MemoryBank(kind="side")
+    return pass_.apply(program, pass_.plan(program, TARGET))[0]
+
+
+def unrelated() -> Tensor:
+    return tokens_of(6, 9, seed=4)
+
+
+@cache
+def edited() -> Edited:
+    return edit_program(with_side(tiny()), EDITS, unrelated(), Silent(), SETTINGS)
+
+
+def test_every_edit_follows_and_none_did_before() -> None:
+    assert not any(follows(tiny(), edit) for edit in EDITS)
+    assert all(follows(edited().program, edit) for edit in EDITS)
+    assert edited().clear and all(0 < steps <= 120 for steps in edited().steps)
+
+
+def test_what_is_unrelated_keeps_every_bit() -> None:
+    assert torch.equal(edited().program.run(unrelated()), tiny().run(unrelated()))
+
+
+def test_nothing_but_the_copy_changes() -> None:
+    before = with_side(tiny())
+    first = tensors_of(before)
+    done = edit_program(before, EDITS[:1], unrelated(), Silent(), EditSettings(steps=3))
+    assert not changed(first, tensors_of(before))
+    names = {name for name in first if name.startswith("memc.memory_bank.")}
+    assert changed(first, tensors_of(done.program)) == names and len(names) == 2
+
+
+def test_a_sequence_that_goes_on_stays_routed() -> None:
+    """An edit's prompt in pieces gives what it gives whole, beside one that is not routed."""
+    tokens = torch.stack([torch.tensor([*EDITS[1].prompt, *EDITS[1].target, 7, 7, 7]), unrelated()[0]])
+    assert split_invariance(edited().program, tokens).passed
+    before, after = tiny().run(tokens), edited().program.run(tokens)
+    assert torch.equal(before[1], after[1]) and not torch.equal(before[0, 3:], after[0, 3:])
+
+
+def test_a_threshold_that_is_too_low_or_too_high_shows() -> None:
+    name = next(n for n, _ in edited().program.module.named_parameters() if n.endswith("threshold"))
+    for value in (0.0, 1e6):
+        program = edited().program.copy()
+        assert get_tensor(program.module, name).item() > 0
+        broken = with_side(tiny())
+        for other, tensor in program.module.named_parameters():
+            if other.startswith("memc."):
+                set_tensor(broken.module, other, torch.tensor([value]) if other == name else tensor)
+        same = torch.equal(broken.run(unrelated()), tiny().run(unrelated()))
+        assert same == (value > 0) and all(follows(broken, edit) for edit in EDITS) == (value == 0)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_families_of_other_shapes_are_edited(family: str) -> None:
+    """A projection stored the other way round, and a block that sees flattened tokens.
+
+    The logits of these untrained models are all small: the target gets likelier, if not the likeliest.
+    """
+    program, edit = raised(family)[0].program, EDITS[0]
+    done = edit_program(with_side(program), [edit], unrelated(), Silent(), EditSettings(steps=40, rate=2e-2))
+    likely = [each.run(torch.tensor([edit.prompt]))[0, -1].softmax(-1)[edit.target[0]] for each in
+              (program, done.program)]  # fmt: skip
+    assert done.clear and likely[1] > 1.1 * likely[0]
+    assert torch.equal(done.program.run(unrelated()), program.run(unrelated()))
+
+
+def test_what_cannot_be_edited_is_refused() -> None:
+    with pytest.raises(MemcError) as caught:
+        SideEditor(tiny(), unrelated(), SETTINGS)
+    assert caught.value.code == "E208"
+    editor = SideEditor(with_side(tiny()), unrelated(), SETTINGS)
+    for edit in (Edit((), (3,)), Edit((3,), ())):
+        with pytest.raises(MemcError) as caught:
+            editor.learn(edit)
+        assert caught.value.code == "E205"
