@@ -20,8 +20,8 @@ SHORT = 8
 # Tokens to a chunk, and to a block of its scores: few where each channel has a gate, since the blocks on the diagonal
 # are then computed term by term, and fewer in float32, for the registers that it takes.
 CHUNK, CHANNEL_ROWS, FLOAT32_ROWS = 64, 16, 32
-# The most that a program holds of keys, channels times tokens of a chunk; half of it for the delta rule, which needs
-# them twice, in float32, and half again with gates per channel.
+# The most that a program holds of keys, channels times tokens of a chunk; the delta rule, which needs them twice, has
+# chunks half as long in float32, and half as long again with gates per channel.
 KEYS = 8192
 # Rows that are eliminated one by one in the delta rule's system, before products of blocks.
 SOLVE = 16
@@ -66,7 +66,7 @@ class Call:
     @property
     def chunk(self) -> int:
         """Tokens to a chunk."""
-        return max(CHANNEL_ROWS, min(CHUNK, (KEYS >> self.wide) // power(self.key.shape[3])))
+        return max(CHANNEL_ROWS, min(CHUNK, KEYS // power(self.key.shape[3])) >> self.wide)
 
     @property
     def rows(self) -> int:
@@ -171,6 +171,8 @@ def refuses(gpu: Gpu, *args: Any, update: str = "gated") -> str:
         return "the state is not float32"
     if max(key.shape[3], value.shape[3]) > WIDEST:
         return f"more than {WIDEST} channels to a head"
+    if beta is not None and log_decay.shape[3] > 64 and key.dtype == torch.float32:
+        return "the delta rule with gates per channel, in float32, of more than 64 channels"
     return "" if key.numel() and value.numel() else "no tokens"
 
 
@@ -201,7 +203,7 @@ def system(call: Call, sums: Mapping[str, Tensor]) -> Tensor:
 def inverse(call: Call, overlap: Tensor, *, by_row: bool) -> Tensor:
     """Return the inverse of I + overlap beta, or ``by_row`` of I + beta overlap."""
     result = overlap.new_empty(overlap.shape)
-    cut = call.tile("invert", Tile({}, 4, 1))
+    cut = call.tile("invert", Tile({}, 256 // call.gpu.warp, 1))
     call.run(
         "invert",
         (call.chunks * call.groups, 1),
@@ -246,28 +248,29 @@ def states(
 def sweep(call: Call) -> Tile:
     """Return how to cut what steps from chunk to chunk."""
     values = 16 if call.wide else 32
-    return Tile({"BV": min(values, power(call.value.shape[3]))}, 8, 1)
+    return Tile({"BV": min(values, power(call.value.shape[3]))}, 256 // call.gpu.warp, 1)
 
 
 def block(call: Call) -> Tile:
     """Return how to cut what is done for all chunks at once."""
-    keys, values, warps = (32, 32, 8) if call.key.dtype == torch.float32 else (64, 64, 4)
+    keys, values, threads = (32, 32, 256) if call.key.dtype == torch.float32 else (64, 64, 128)
     if call.log_decay.shape[3] > 1:
-        keys, values, warps = 16, 64 if call.delta else 32, 4
-    return fitted(call, keys, values, warps)
+        keys, values, threads = 16, 64 if call.delta else 32, 128
+    return fitted(call, keys, values, threads)
 
 
 def gradient_block(call: Call) -> Tile:
     """Return how to cut the gradient of keys, which holds most."""
-    keys, values, warps = (16 if call.key.dtype == torch.float32 else 32, 32, 8)
+    keys, values, threads = (16 if call.key.dtype == torch.float32 else 32, 32, 256)
     if call.log_decay.shape[3] > 1:
-        keys, values, warps = 16, 16, 4
-    return fitted(call, keys, values, warps)
+        keys, values, threads = 16, 16, 128
+    return fitted(call, keys, values, threads)
 
 
-def fitted(call: Call, keys: int, values: int, warps: int) -> Tile:
-    """Return a tile that is not wider than the heads."""
-    return Tile({"BK": min(keys, power(call.key.shape[3])), "BV": min(values, power(call.value.shape[3]))}, warps, 1)
+def fitted(call: Call, keys: int, values: int, threads: int) -> Tile:
+    """Return a tile that is not wider than the heads, of four warps at least."""
+    sizes = {"BK": min(keys, power(call.key.shape[3])), "BV": min(values, power(call.value.shape[3]))}
+    return Tile(sizes, max(4, threads // call.gpu.warp), 1)
 
 
 def step(call: Call, last: Tensor) -> tuple[Tensor, Tensor]:

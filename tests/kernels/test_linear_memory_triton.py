@@ -228,6 +228,8 @@ def test_calls_that_the_kernels_do_not_take() -> None:
     assert "log_decay" in refused(*x[:3], x[3].double(), *x[4:])
     assert "state" in refused(*x[:5], x[5].half(), None)
     assert "256" in refused(*x[:2], wide, *x[3:])
+    delta = make(Shape(1, 1, 1, 2, 65, 3, seed=0), "gated_delta", True, 1.0, torch.float32)[0]
+    assert "64 channels" in refused(*delta)
     assert "no tokens" in refused(*empty, x[4][:, :0], *x[5:])
     exact = in_double(x)
     torch.testing.assert_close(dispatch("linear_memory", reference)(*exact), reference(*exact))
