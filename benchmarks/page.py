@@ -126,6 +126,7 @@ def cut(sides: dict[str, Any]) -> str:
 
 def save(results: Path, document: dict[str, Any], make: Callable[[dict[str, Any]], str] = page) -> None:
     """Write a document of results, and its page beside it."""
+    results.parent.mkdir(parents=True, exist_ok=True)
     results.write_text(json.dumps(document, indent=1) + "\n")
     write(results, document, make)
 

@@ -390,7 +390,7 @@ def _bounds(
                 "held": keys.positions.shape[1],
             },
             {**_reading(rule), "block_queries": cut.sizes["block_queries"], "block_keys": cut.sizes["block_keys"]},
-            warps=4,
+            cut.warps,
             stages=1,
         )
     )

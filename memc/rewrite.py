@@ -109,6 +109,15 @@ class Editor:
         """Make ``value`` the next value of a state."""
         self._state(placeholder).next = value
 
+    def output(self, index: int) -> Node:
+        """Return the node of one of the program's outputs."""
+        node: Node = self._outputs[index]
+        return node
+
+    def set_output(self, index: int, value: Node) -> None:
+        """Make ``value`` one of the program's outputs."""
+        self._outputs[index] = value
+
     def remove_state(self, placeholder: Node) -> None:
         """Drop a state that nothing is to read or write any more."""
         self._states.remove(self._state(placeholder))

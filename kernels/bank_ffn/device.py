@@ -88,7 +88,7 @@ def _cut(kernel: str, x: Tensor) -> Tile:
     wide = x.dtype == torch.float32
     rows = 16 if tokens == 1 else 32 if wide else 64
     sizes = {"block_tokens": rows, "block_units": 32 if wide else 64, "block_width": 32 if wide else 64}
-    return tile(f"bank_ffn.{kernel}", f"{'step' if tokens == 1 else 'prompt'}-{kind}", Tile(sizes, 4, 2), x.device)
+    return tile(f"bank_ffn.{kernel}", f"{'step' if tokens == 1 else 'prompt'}-{kind}", Tile(sizes, 8, 2), x.device)
 
 
 KERNELS = DeviceKernels(forward, refuses, backward)

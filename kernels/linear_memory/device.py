@@ -253,7 +253,7 @@ def block(call: Call) -> Tile:
     """Return how to cut what is done for all chunks at once."""
     keys, values, warps = (32, 32, 8) if call.key.dtype == torch.float32 else (64, 64, 4)
     if call.log_decay.shape[3] > 1:
-        keys, values, warps = 16, 64, 4
+        keys, values, warps = 16, 64 if call.delta else 32, 4
     return fitted(call, keys, values, warps)
 
 

@@ -233,8 +233,8 @@ def _choice(held: Held, rule: Rule) -> Constants:
 def _cut(kernel: str, name: str, held: Held) -> Tile:
     size = _power(max(held.key.shape[3], held.value.shape[3]))
     kind = str(held.key.dtype).removeprefix("torch.")
-    # Half as many rows of heads that are large, so that no registers spill.
-    default = Tile({name: 64 if size <= 64 else 32 if size <= 128 else 16}, 4, 1)
+    # Half as many rows of heads that are large, and more warps where queries are worked on, so that no registers spill.
+    default = Tile({name: 64 if size <= 64 else 32 if size <= 128 else 16}, 8 if "score" in kernel else 4, 1)
     return tile(f"sparse_attention.{kernel}", f"{size}-{kind}", default, held.key.device)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +85,15 @@ class BankModel:
         (width,) = {block.width for block in blocks}
         info = captured.program.model
         return cls(info.source, info.digest, tuple(sorted({block.layer for block in blocks})), width)
+
+    def only(self, layers: Collection[int]) -> BankModel:
+        """Return the model with some of its layers alone. Raises ``MemcError`` E200 for none, or one that has not."""
+        if missing := sorted(set(layers) - set(self.layers)):
+            message = f"layer {missing[0]} has no feed-forward block that a bank could add to"
+            raise MemcError("E200", message, "--layers", f"give some of {', '.join(map(str, self.layers))}")
+        if not layers:
+            raise MemcError("E200", "a bank adds to one layer at least", "--layers", "like 0,5,7")
+        return replace(self, layers=tuple(sorted(set(layers))))
 
 
 def build_bank(

@@ -70,6 +70,8 @@ def require_bank(session: Session, bank: Bank) -> None:
     wanted = {f"bank_{layer}": [3, shape.units, shape.width] for layer in shape.layers}
     if ports != wanted:
         reason = "artifact takes blocks of other layers or units than the bank has"
+        if ports.keys() != wanted.keys():
+            hint += f",layers=[{','.join(map(str, shape.layers))}]"
         raise MemcError("E310", reason, str(session.folder), hint)
 
 

@@ -70,6 +70,7 @@ def command() -> None:
 @click.option("--levels", type=POSITIVE, default=LEVELS, show_default=True, help="Levels of the tree.")
 @click.option("--branch", type=click.IntRange(2), default=BRANCH, show_default=True, help="Children of a cluster.")
 @click.option("--ranks", type=Naturals(), help="Hidden units of each level.  [default: 256,64,16,0]")
+@click.option("--layers", type=Naturals(), help="Layers that get blocks, like 0,5,7.  [default: all]")
 @click.option(
     "--encoder",
     default="sentence-transformers/all-MiniLM-L6-v2",
@@ -99,6 +100,7 @@ def build(
     levels: int,
     branch: int,
     ranks: list[int] | None,
+    layers: list[int] | None,
     encoder: str,
     passage: int,
     dtype: Any,
@@ -129,6 +131,8 @@ def build(
     )
     with console.step(f"inspect {model}"):
         owner = BankModel.of(model, remote_code=remote_code)
+    if layers is not None:
+        owner = owner.only(layers)
     build_bank(owner, data, Path(out), options, fresh=fresh, force=force, progress=console)
     _show(console, out, None)
 

@@ -22,7 +22,7 @@ from memc.report.models import PassFacts
 from memc.tensor_file import read_tensors, write_tensors
 from memc.train import Trainer
 from memc.train.device import CPU, accelerator, lent
-from memc.train.guard import Guard, GuardText
+from memc.train.guard import OWN, Guard, GuardText
 from memc.train.parallel import ALONE, Processes
 from memc.verify import VerificationText, sample_text
 
@@ -178,4 +178,4 @@ def _sampled(
             text = sample_text(original, recipe.seed, sequences=count, length=settings.length)
         write_tensors(path, {"tokens": text.tokens})
     rows = read_tensors(path)["tokens"]
-    return TokenStream.of([row.numpy() for row in rows], "sampled from the original")
+    return TokenStream.of([row.numpy() for row in rows], OWN)

@@ -27,6 +27,9 @@ aten = torch.ops.aten
 CHANGE, THRESHOLD = "change", "threshold"
 """Last parts of the names of the copy's two parameters."""
 
+ROWS = 16
+"""Unrelated sequences that are run at once."""
+
 
 @dataclass(frozen=True)
 class Edit:
@@ -112,7 +115,7 @@ class SideEditor:
         self._random = random.Random(seed)
         self._done: list[_Prepared] = []
         self._steps: list[int] = []
-        found = [self._run(row[None]) for row in unrelated]
+        found = [self._run(rows) for rows in unrelated.split(ROWS)]
         self._unrelated = torch.cat([values[self._read.name].flatten(0, -2).float() for values in found])
         outputs = torch.cat([values[self._output.name].flatten(0, -2).float() for values in found])
         self._unit = float(outputs.norm(dim=-1).median())
@@ -143,7 +146,7 @@ class SideEditor:
                 earlier = self._random.sample(self._done, min(self.settings.replay, len(self._done)))
                 text, loss = self._losses([prepared, *earlier])
                 require_finite("loss", loss, f"edit {len(self._done) + 1}", step)
-                if text < self.settings.enough and float(loss) < 2 * self.settings.enough:
+                if text < self.settings.enough and float(loss.detach()) < 2 * self.settings.enough:
                     break
                 self._made.zero_grad(set_to_none=True)
                 loss.backward()
@@ -190,9 +193,9 @@ class SideEditor:
         return (functional.linear(entry, self._change).square().sum(-1) + 1e-12).sqrt()
 
     def _run(self, tokens: Tensor) -> dict[str, Tensor]:
-        """Return what the layers above the copy, and the copy, are given on ``tokens [1,T]``."""
+        """Return what the layers above the copy, and the copy, are given on ``tokens [N,T]``."""
         held: dict[str, Tensor] = {}
-        positions = torch.arange(tokens.shape[1])[None]
+        positions = torch.arange(tokens.shape[1]).expand_as(tokens)
         self._teacher.run(tokens, positions, lambda _, values: held.update(values))
         return held
 

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+OWN = "sampled from the original"
+"""Name of the text that the original wrote itself."""
+
 SLACK = 1e-3
 """Nats a token by which a text may be further from the original than at the start and still count as no worse: what is
 all but exact at the start (text shorter than a window) is no reason to train nothing."""
@@ -36,6 +39,11 @@ class Guard:
     def to(self, device: torch.device) -> Guard:
         """Return the guard with its sequences on ``device``."""
         return Guard(tuple(GuardText(t.name, t.tokens.to(device), t.positions.to(device)) for t in self.texts))
+
+    @property
+    def given(self) -> Guard:
+        """The texts that were given, if there are any: of its own the original knows most, and any lesson hurts it."""
+        return Guard(tuple(text for text in self.texts if text.name != OWN) or self.texts)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -144,7 +144,10 @@ class Trainer:
         return replace(done, program=program, facts=facts)
 
     def _taught(self, pass_: Pass, applied: Applied, folder: Path | None) -> Rewritten:
-        """Teach what a pass added the text, everything else frozen. What was transferred is the program as it was."""
+        """Teach what a pass added the text, everything else frozen. What was transferred is the program as it was.
+
+        The texts that were given guard it, not what the original wrote.
+        """
         plan, after, report = applied
         done = Rewritten(pass_, plan, after, report, after, None)
         if not self.only_recovery_steps:
@@ -157,7 +160,8 @@ class Trainer:
         recovery = Recovery(
             after, trained, rates, settings.accumulate, 1.0, self.products, self.processes, imitates=False
         )
-        result = self._run(recovery, 0, self.only_recovery_steps, folder)
+        given = replace(self, guard=self.guard.given)
+        result = given._run(recovery, 0, self.only_recovery_steps, folder)
         facts = TrainingFacts(tokens=self.tokens, device=name_of(self.device))
         facts.recovery = _recovery_facts(result, settings, 0, "memory", time.perf_counter() - began)
         settled = replace(report, untrained=False, relations=pass_.trained_relations(plan))

@@ -18,6 +18,7 @@ from memc.errors import MemcError
 from memc.passes.memory_bank.beside import ROOT, Inserted
 from memc.passes.memory_bank.engram import Engram
 from memc.passes.memory_bank.fetched import fetched_name, insert_fetched
+from memc.passes.memory_bank.head import Head
 from memc.passes.memory_bank.product_keys import ProductKeys
 from memc.passes.memory_bank.side import Side
 from memc.pipeline import Pass, PassReport, Plan, Rejection, Site, option
@@ -37,6 +38,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "pkm": ("slots", "heads", "row", "top"),
     "engram": ("slots", "heads", "row", "ngram"),
     "side": (),
+    "head": ("depth", "mix"),
 }
 """The options that each kind has beside ``layers``."""
 
@@ -62,8 +64,12 @@ class MemoryBank(Pass):
     sequence is routed to from the token on at which the copy gives something that differs by more than a threshold
     (WISE, arXiv 2405.14768). Editing gives it its values, not training; the state carries whether one is routed.
 
-    The parameters of the last three are new and float32, called ``memc.memory_bank.*``; training teaches the tables the
-    text, all else frozen. Where a sequence is cut into calls changes nothing.
+    ``kind=head``: a stack of ``depth`` gated blocks without attention on what the block of one layer (``auto``: seven
+    tenths of the way up) is given, whose distribution over the vocabulary is mixed with the model's, ``mix`` of it
+    (MLP Memory, arXiv 2508.01832). Its logits come on top of the model's.
+
+    The parameters of the last four are new and float32, called ``memc.memory_bank.*``; training teaches the tables and
+    the stack the text, all else frozen. Where a sequence is cut into calls changes nothing.
 
     Identity setting: blocks of zeros, or of down projections that are zero; output projections that are zero, as they
     are before training; a copy that has not been edited. What is added is a zero then, or nothing, so that every output
@@ -88,6 +94,8 @@ class MemoryBank(Pass):
     row: int = option(32, "pkm, engram: size of a row", unit="channels", min=1)
     top: int = option(32, "pkm: rows that a query reads", unit="rows", min=1)
     ngram: int = option(3, "engram: tokens of the longest n-gram", unit="tokens", min=2, max=8)
+    depth: int = option(4, "head: blocks of the stack", unit="blocks", min=1, max=64)
+    mix: float = option(0.3, "head: weight of the memory's distribution beside the model's", min=0.0, max=0.99)
     layers: str = option("auto", "all, a list [0,5,7], or auto: what is usual for the kind, all of them for ffn")
 
     def __post_init__(self) -> None:
@@ -103,9 +111,9 @@ class MemoryBank(Pass):
             own = spec.name in ("kind", "layers", *KINDS[self.kind])
             if not own and (value := getattr(self, spec.name)) != spec.default:
                 raise MemcError("E203", f"kind={self.kind} has no {spec.name}", f"{self.name}:{spec.name}={value}")
-        if self.kind == "side" and self.layers != "auto" and not _ONE.fullmatch(self.layers):
+        if self.kind in ("side", "head") and self.layers != "auto" and not _ONE.fullmatch(self.layers):
             hint = "write layers=[25]"
-            raise MemcError("E203", "kind=side takes one layer", f"{self.name}:layers={self.layers}", hint)
+            raise MemcError("E203", f"kind={self.kind} takes one layer", f"{self.name}:layers={self.layers}", hint)
         if self.kind == "pkm" and (isqrt(self.slots) ** 2 != self.slots or self.top > isqrt(self.slots)):
             reason = "the rows of product keys are a square, and a query reads at most its root of them"
             raise MemcError("E203", reason, f"{self.name}:slots={self.slots},top={self.top}", "slots=65536,top=32")
@@ -168,6 +176,8 @@ class MemoryBank(Pass):
                 engram = Engram(self.slots, self.heads, self.ngram, self.row)
                 recent: list[Node] = [engram.recent(editor, blocks[0])]
                 return [engram.insert(editor, block, index, recent[0]) for index, block in enumerate(blocks)]
+            case "head":
+                return [Head(self.depth, self.mix).insert(editor, block) for block in blocks]
             case "side":
                 return [Side().insert(editor, block) for block in blocks]
             case _:
@@ -182,7 +192,7 @@ class MemoryBank(Pass):
             return set(known)
         if self.layers == "auto":  # 1 and 15 of 30, and 4, 12 and 20 of 24, are those of the papers
             count, first = len(able), 0 if len(able) < 2 else 1
-            usual = {"engram": (first, count // 2), "side": (5 * count // 6,)}
+            usual = {"engram": (first, count // 2), "side": (5 * count // 6,), "head": (7 * count // 10,)}
             places = usual.get(self.kind, (count // 6, count // 2, 5 * count // 6))
             return {sorted(able)[place] for place in places} if able else set()
         named = {int(number) for number in re.findall("[0-9]+", self.layers)}

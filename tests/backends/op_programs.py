@@ -461,6 +461,7 @@ CASES: dict[str, Callable[[], Program]] = {
     "llama, window": lambda: llama(softcap=3.0),
     "llama, dense": lambda: llama("attention"),
     "llama, product keys": lambda: memory("pkm", slots=64, heads=2, top=3, row=5),
+    "llama, memory head": lambda: memory("head", layers="[1]", depth=2),
     "llama, side copy": lambda: memory("side", layers="[1]"),
     "llama, engram": lambda: memory("engram", slots=50, heads=2, row=5),
 }

@@ -93,6 +93,19 @@ def test_what_is_built_already_or_otherwise_is_not_gone_on_with(
     build_bank(owner, sources, out, options, fresh=True)
 
 
+def test_a_bank_for_some_layers(
+    place: Path, tmp_path: Path, owner: BankModel, sources: list[str], options: BuildOptions
+) -> None:
+    last = owner.layers[-1]
+    manifest = build_bank(owner.only([last, last]), sources, tmp_path / "bank", options)
+    assert manifest.shape.layers == (last,) and len(owner.layers) > 1
+    bank = Bank.open(tmp_path / "bank")
+    assert set(bank.inputs([bank.retrieve("w0x1 w0x2")])) == {f"bank_{last}"}
+    message = refused("E200", owner.only, [0, last + 1])
+    assert f"layer {last + 1} has no feed-forward block" in message
+    refused("E200", owner.only, [])
+
+
 def test_data_that_are_no_bank_are_refused(
     place: Path, tmp_path: Path, owner: BankModel, options: BuildOptions
 ) -> None:

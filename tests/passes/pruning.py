@@ -21,7 +21,7 @@ from memc.program import Program, get_tensor, retie
 from memc.raising.feed_forward import linear_input
 from tests.passes.tiny_program import TARGET
 
-SMALL: dict[str, Any] = {"round": 4, "protect": "none"}
+SMALL: dict[str, Any] = {"round": 4, "protect": "none", "protect_heads": "none"}
 
 
 def text(count: int = 12, length: int = 16, seed: int = 1, vocabulary: int = 37) -> Calibration:

@@ -16,6 +16,7 @@ from memc.errors import MemcError
 from memc.passes.memory_bank import MemoryBank
 from memc.passes.memory_bank.beside import ROOT, columns
 from memc.passes.memory_bank.engram import Engram, recent_tokens
+from memc.passes.memory_bank.head import Head
 from memc.passes.memory_bank.product_keys import HALF, ProductKeys
 from memc.passes.memory_bank.side import routed
 from memc.pipeline import PassReport, parse_spec
@@ -35,12 +36,14 @@ KINDS: dict[str, dict[str, Any]] = {
     "pkm": {"kind": "pkm", "slots": 16, "heads": 2, "top": 3, "row": 5},
     "engram": {"kind": "engram", "slots": 30, "heads": 2, "ngram": 3, "row": 4},
     "side": {"kind": "side"},
+    "head": {"kind": "head", "depth": 2},
 }
+ONE = ("side", "head")
 LEARNING = [kind for kind in KINDS if kind != "side"]
 
 
 def inserted(program: Program, kind: str, **options: Any) -> tuple[Program, PassReport]:
-    pass_ = MemoryBank(**{**KINDS[kind], "layers": "[1]" if kind == "side" else "all", **options})
+    pass_ = MemoryBank(**{**KINDS[kind], "layers": "[1]" if kind in ONE else "all", **options})
     return pass_.apply(program, pass_.plan(program, TARGET))
 
 
@@ -202,6 +205,28 @@ def test_an_engram_is_the_formula() -> None:
             torch.testing.assert_close(engram.read(t, 0)[b, i].double(), wanted, rtol=1e-4, atol=1e-4)
 
 
+def test_a_head_mixes_two_distributions() -> None:
+    """The softmax of what comes out is (1 - mix) of the model's and mix of the memory's, in float64."""
+    head, random = Head(depth=2, mix=0.3), torch.Generator().manual_seed(0)
+    t = {name: torch.randn(new.shape, generator=random) * 0.2 for name, new in head.parameters(9, 13).items()}
+    t |= {"x": torch.randn(2, 5, 9, generator=random), "logits": 3 * torch.randn(2, 5, 13, generator=random)}
+    d = {name: value.double() for name, value in t.items()}
+
+    def norm(x: Tensor) -> Tensor:
+        return x / x.square().mean(-1, keepdim=True).add(1e-6).sqrt()
+
+    x = norm(d["x"])
+    for index in range(2):
+        gate, up = (norm(x) @ d[f"{name}{index}"].T for name in ("gate", "up"))
+        x = x + (gate * torch.sigmoid(gate) * up) @ d[f"down{index}"].T
+    memory = (d["logits"] + norm(x) @ d["vocabulary"].T).softmax(-1)
+    wanted = 0.7 * d["logits"].softmax(-1) + 0.3 * memory
+    (found,) = head.read(t)
+    torch.testing.assert_close(found.double().softmax(-1), wanted, rtol=1e-4, atol=1e-6)
+    t["vocabulary"] = t["vocabulary"] * 1e4
+    assert torch.isfinite(head.read(t)[0]).all(), "a memory that is sure must not overflow"
+
+
 def test_the_report_says_what_came_and_what_holds() -> None:
     program, report = inserted(tiny(), "pkm")
     fresh = dict(program.module.named_parameters())
@@ -219,7 +244,7 @@ def test_the_report_says_what_came_and_what_holds() -> None:
     )
 
 
-@pytest.mark.parametrize("kind", LEARNING)
+@pytest.mark.parametrize("kind", ["pkm", "engram"])
 def test_a_larger_table_costs_a_token_no_more_bytes(kind: str) -> None:
     read = {}
     for slots in (16, 64 * 64):
@@ -272,6 +297,8 @@ def test_one_memory_a_model(kind: str) -> None:
         "kind=side,slots=64",
         "kind=side,layers=all",
         "kind=side,layers=[0,1]",
+        "kind=head,layers=all",
+        "kind=head,mix=1.0",
         "kind=other",
     ],
 )

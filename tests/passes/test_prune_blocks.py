@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import cache
 from typing import Any
 
 import pytest
@@ -20,12 +19,12 @@ from memc.passes.prune.draft import Draft
 from memc.passes.prune.rewrite import Pruner
 from memc.pipeline import Calibration, parse_spec
 from memc.program import Program, set_tensor
-from memc.raising import raise_program
 from memc.train.blocks import logits_node
 from memc.verify import require_well_formed
 from tests.core.test_families import DECODERS, every
-from tests.families import VOCAB, raw_program
+from tests.families import VOCAB
 from tests.passes.pruning import prune, text, values
+from tests.passes.test_prune_groups import groups_of
 from tests.passes.tiny_program import TARGET, tiny, tokens_of
 
 
@@ -38,16 +37,15 @@ def quiet(*names: str, layers: int = 4) -> Program:
 
 
 def draft_of(program: Program, unit: str, amount: float = 0.25, **options: Any) -> Draft:
-    return Prune(amount=amount, unit=unit, protect="none", **options).draft(program)
+    return Prune(amount=amount, unit=unit, protect="none", protect_heads="none", **options).draft(program)
 
 
 def without(program: Program, *removals: removal.Removal) -> Program:
     return Pruner(program).run([], [branch for one in removals for branch in one.branches])
 
 
-@cache
 def family(name: str) -> Program:
-    return raise_program(raw_program(name)[0]).program
+    return groups_of(name).program
 
 
 def on(program: Program, seed: int = 1) -> Calibration:

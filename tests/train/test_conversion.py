@@ -261,3 +261,23 @@ def test_a_full_disk_while_checkpointing_is_said(llama: Path, tmp_path: Path, mo
     with pytest.raises(MemcError, match=r"E502 checkpoint cannot be written: No space left.*goes on"):
         convert(llama, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_memory_learns_the_text_in_a_conversion(llama: Path, tmp_path: Path) -> None:
+    spec = "memory_bank:kind=engram,slots=256,heads=2,row=8"
+    planned = convert(llama, tmp_path / "planned", spec, dry_run=True)
+    assert [facts.trains for facts in planned.passes] == [["text"]]
+    with pytest.raises(MemcError) as caught:
+        convert(llama, tmp_path / "merged", spec, train={"onto": "original"})
+    assert caught.value.code == "E203" and "adds parameters" in caught.value.message
+    document = convert(llama, tmp_path / "out", spec, train={"memory_rate": 2e-2, "accumulate": 1})
+    report, training = training_of(tmp_path / "out", "memory_bank")
+    assert document.verified and not document.untrained and training.transfer is None
+    assert training.recovery is not None and training.recovery.onto == "memory"
+    held = dict(training.recovery.guard_kl)
+    assert held[training.recovery.best_step] < held[0]
+    exact, ratio, kl = report.relations
+    assert exact.relation == "exact" and exact.value == 0, "as it came"
+    assert (ratio.metric, kl.metric) == ("perplexity_ratio", "kl_mean") and ratio.value != 1 and kl.value > 0
+    plain = convert(llama, tmp_path / "plain", spec, data=[], tokens=None)
+    assert plain.untrained and plain.verified

@@ -18,7 +18,7 @@ from memc.recipe import Train
 from memc.relation import Bounded, Exact
 from memc.report.training import fact_rows
 from memc.train import Rewritten, Trainer, loop
-from memc.train.guard import Guard, GuardText
+from memc.train.guard import OWN, Guard, GuardText
 from tests.passes.tiny_program import TARGET, tiny
 from tests.train.tiny_training import LENGTH, changed, tensors_of
 
@@ -26,6 +26,7 @@ STEPS = 16
 PASSES: dict[str, Pass] = {
     "pkm": MemoryBank(kind="pkm", slots=64, heads=2, top=4, row=8),
     "engram": MemoryBank(kind="engram", slots=200, heads=2, row=8),
+    "head": MemoryBank(kind="head", depth=2),
 }
 
 
@@ -74,6 +75,13 @@ def test_what_is_taught_is_the_memory_alone(kind: str) -> None:
     assert done.report.relations == (Exact(), Bounded("perplexity_ratio", None), Bounded("kl_mean", None))
     rows = dict(fact_rows(done.facts))
     assert "the memory alone" in rows["recovery"] and "cross-entropy on held-out text" in rows
+
+
+def test_what_the_original_wrote_does_not_hold_the_lesson_back() -> None:
+    """Of its own text the original knows most, so that learning any other makes that one worse."""
+    own = GuardText(OWN, *text(1))
+    guard = Guard((GuardText("a", *text(1)), own))
+    assert guard.given.names == ("a",) and Guard((own,)).given.names == (OWN,)
 
 
 def test_a_killed_training_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

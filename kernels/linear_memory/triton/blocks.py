@@ -125,9 +125,11 @@ def scores(
     ``mark`` is the first of the rows. Off the diagonal it stands between columns and rows, and a decay is the product
     of that before it and that after it; on the diagonal gates per channel are applied term by term.
     """
+    # Terms of eight channels at a time fit the registers, products take sixteen at least.
+    STEP: tl.constexpr = 8 if CHANNELS > 1 and DIAGONAL else BK
     total = tl.zeros([ROWS, ROWS], tl.float32)
-    for first in range(0, K, BK):
-        channels = first + tl.arange(0, BK)
+    for first in range(0, K, STEP):
+        channels = first + tl.arange(0, STEP)
         a = load_rows(x, rows, channels, row_taken, K)
         b = load_rows(y, columns, channels, column_taken, K)
         if CHANNELS == 1:

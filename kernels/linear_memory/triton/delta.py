@@ -92,9 +92,11 @@ def invert(
     blocks = tl.arange(0, BLOCKS)
     same = (blocks[:, None] == blocks[None, :])[:, None, :, None]
     inner = tl.reshape(tl.where(same, solved[:, :, None, :], 0.0), [CHUNK, CHUNK])
-    result = inner
-    if BLOCKS > 1:
-        step = tl.dot(inner, tl.where(near, 0.0, lower), input_precision=PRECISION)
-        for _ in range(1, BLOCKS):
-            result = inner - tl.dot(step, result, input_precision=PRECISION)
-    store_rows(inverse + group * T * CHUNK, result, rows, local, rows < T, CHUNK)
+    far = tl.where(near, 0.0, lower)
+    for number in range(BLOCKS):
+        first = tl.reshape(tl.where((blocks == number)[:, None, None], solved, 0.0), [CHUNK, BLOCK])
+        result = first
+        for _ in range(number + 1, BLOCKS):
+            below = tl.dot(far, result, input_precision=PRECISION)
+            result = first - tl.dot(inner, below, input_precision=PRECISION)
+        store_rows(inverse + group * T * CHUNK, result, rows, number * BLOCK + square, rows < T, CHUNK)
