@@ -26,6 +26,9 @@ SEGMENT = 32
 PRECISE = 0.1
 """Standard error of a KL, as a share of it, that is near enough to choose by."""
 
+FINE = 1e-4
+"""The same in nats a token: what many blocks may lose together is hundreds of times as much."""
+
 
 @dataclass(frozen=True)
 class Distance:
@@ -60,6 +63,10 @@ class Distance:
         spread = max(self.squares - self.kl * self.kl / self.segments, 0.0) / (self.segments - 1)
         return math.sqrt(spread * self.segments) / self.kl
 
+    def known(self, precise: float) -> bool:
+        """Tell whether the standard error is no more than a share of the KL, or than ``FINE``."""
+        return self.error <= precise or (self.tokens > 0 and self.error * self.kl_mean <= FINE)
+
     def __add__(self, other: Distance) -> Distance:
         """Return the distance over the tokens of both."""
         pairs = zip(astuple(self), astuple(other), strict=True)
@@ -86,15 +93,15 @@ class Yardstick:
         """Return how far each of ``results``, rewritten from the original, is from it.
 
         A row is run at a time, from an empty state; of a result only what does not have the original's values, of which
-        rewriting keeps the names, and logits of the tokens alone that count. A result whose ``error`` is no more than
-        ``precise`` is looked at on no further row.
+        rewriting keeps the names, and logits of the tokens alone that count. Where ``precise`` is not 0, a result whose
+        ``error`` is no more than that, or than ``FINE`` nats, is looked at on no further row.
         """
         parts = [_Part.of(self._original, result, self._first) for result in results]
         sums = [Distance() for _ in results]
         wanted = self._watch(dict.fromkeys(name for part in parts for name in part.inputs))
         for row, expected, values in zip(self._tokens, self._expected, self._advance(*wanted), strict=True):
             for index, part in enumerate(parts):
-                if sums[index].error > precise:
+                if not precise or not sums[index].known(precise):
                     sums[index] += _distance(expected, part(values), row[self._first :])
         return sums
 

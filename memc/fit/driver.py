@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from memc.analysis.sensitivity import Distance, Yardstick
+from memc.cost import Demand
 from memc.errors import MemcError
 from memc.fit.choose import Chooser, Fit
 from memc.fit.limits import Limit, Limits
@@ -106,13 +107,29 @@ def _chooser(fitting: Fitting, kept: Kept, progress: Progress) -> Chooser:
     def yardstick() -> Yardstick:
         return Yardstick(fitting.original, fitting.measured, first)
 
-    menu = make_menu(
-        fitting.original, target, contexts, fitting.weights, yardstick, first, kept, fitting.calibrate, progress
-    )
+    def helps(more: Mapping[int, Demand]) -> bool:
+        return _helps(fitting, more)
+
+    only_state = limits.costs and timed is None
+    weights = fitting.weights[:1] if only_state else fitting.weights  # which are no part of the state
+    place = kept, fitting.calibrate, progress
+    menu = make_menu(fitting.original, target, contexts, weights, yardstick, first, helps, *place)
     if not menu.slots and len(menu.weights) == 1:
         reason = "no pass has anything to offer for a layer of this model"
         raise MemcError("E307", reason, fitting.original.model.source, "memc inspect MODEL --why")
     return Chooser(menu, limits, target, fitting.threads, fitting.context)
+
+
+def _helps(fitting: Fitting, more: Mapping[int, Demand]) -> bool:
+    """Tell whether a block takes less of anything that is limited, or where nothing of cost is, less time."""
+    quick = bool(fitting.target.memory_bandwidth)
+    wanted = [(limit.what == "state", limit.context) for limit in fitting.limits.costs] or [
+        (not quick, fitting.context)
+    ]
+    return any(
+        more[context].state_bytes < 0 if state else more[context].flops < 0 or more[context].bytes_read < 0
+        for state, context in wanted
+    )
 
 
 def _quality(limit: Limit, distance: Distance) -> float:

@@ -128,6 +128,7 @@ def make_menu(
     weights: Sequence[str],
     yardstick: Callable[[], Yardstick],
     shown: int,
+    helps: Callable[[Mapping[int, Demand]], bool],
     kept: Kept,
     calibrate: Calibrate,
     progress: Progress,
@@ -135,19 +136,31 @@ def make_menu(
     """Apply every setting on offer to every block alone and measure it, unless ``kept`` has it.
 
     ``shown`` is the first token that the yardstick looks at: a setting that is exact up to a later one is left out,
-    since what it loses does not show.
+    since what it loses does not show. So is one for which ``helps`` says that what a token asks more, by context, is
+    of no use.
     """
     blocks: dict[Slot, Block] = {(block.layer, block.kind): block for block in find_blocks(original)}
-    settings = tuple(_on_offer(original, target, shown))
     present = {kind: tuple(sorted(layer for layer, of in blocks if of == kind)) for kind in {of for _, of in blocks}}
-    maker = _Measuring(original, settings, cache(yardstick), kept, calibrate, progress)
-    types = {kind: maker.of_weights(kind) for kind in weights}
-    maker.run()
 
     def costs(program: Program) -> dict[str, dict[int, Demand]]:
         return {kind: demands(program, contexts, kind) for kind in weights}
 
-    asks, more = costs(original), dict[tuple[str, int], Mapping[str, Mapping[int, Demand]]]()
+    asks, more = costs(original), dict[tuple[str, str], Mapping[str, Mapping[int, Demand]]]()
+
+    def asks_more(slot: Slot, setting: Setting) -> Mapping[str, Mapping[int, Demand]]:
+        key = _shape(blocks[slot]), setting.spec
+        if key not in more:
+            result = costs(rewritten(original, target, [(setting, [slot[0]])], present))
+            more[key] = {kind: {c: result[kind][c] - asks[kind][c] for c in contexts} for kind in weights}
+        return more[key]
+
+    def useful(setting: Setting) -> bool:
+        return any(helps(asks_more((site.layer, site.kind), setting)[weights[0]]) for site in setting.plan.sites)
+
+    settings = tuple(filter(useful, _on_offer(original, target, shown)))
+    maker = _Measuring(original, settings, cache(yardstick), kept, calibrate, progress)
+    types = {kind: maker.of_weights(kind) for kind in weights}
+    maker.run()
     slots: dict[Slot, tuple[Entry, ...]] = {}
     for slot in sorted(blocks):
         entries = []
@@ -155,11 +168,7 @@ def make_menu(
             found = kept.found.get(setting.key(slot[0]))
             if found is None or not any((site.layer, site.kind) == slot for site in setting.plan.sites):
                 continue
-            key = _shape(blocks[slot]), index
-            if key not in more:
-                result = costs(rewritten(original, target, [(setting, [slot[0]])], present))
-                more[key] = {kind: {c: result[kind][c] - asks[kind][c] for c in contexts} for kind in weights}
-            entries.append(Entry(index, more[key], found))
+            entries.append(Entry(index, asks_more(slot, setting), found))
         slots[slot] = tuple(entries)
     return Menu(settings, {slot: found for slot, found in slots.items() if found}, types, asks, present)
 

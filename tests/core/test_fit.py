@@ -332,7 +332,9 @@ def menu_of_tiny() -> menu.Menu:
     """What is on offer for the tiny decoder, measured once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("memc.fit.menu.offered", lambda: SETTINGS)
-        return driver._chooser(fitting("kl<=1"), menu.Kept(None), Silent()).menu
+        found = driver._chooser(fitting("kl<=1,state<=2x,decode<=2x"), menu.Kept(None), Silent()).menu
+        assert len(found.settings) == 5 and set(found.weights) == set(WEIGHTS)
+        return found
 
 
 @pytest.fixture
@@ -453,6 +455,12 @@ def test_convert_fits_and_says_how(tmp_path: Path) -> None:
     assert rows[0][0] == "state@100<=0.5x"
     assert "nats a token" in view.summary(document.fit)
     assert sum(len(row[1]) > 0 for row in view.chosen_rows(document.fit)) >= 1
+
+
+def test_what_saves_nothing_that_is_limited_is_not_measured() -> None:
+    chooser = driver._chooser(fitting("state<=0.9x"), menu.Kept(None), Silent())
+    assert {setting.pass_.name for setting in chooser.menu.settings} == {"linearize", "window"}
+    assert list(chooser.menu.weights) == ["fp32"]
 
 
 def test_no_data_is_fitted_on_what_the_model_says(tmp_path: Path) -> None:
