@@ -41,11 +41,12 @@ def platform_of(target: Target) -> tuple[str, int | str]:
     return "hip", target.instruction_set
 
 
-def build(variants: Sequence[Variant], target: Target, gpu: Gpu, folder: Path) -> Bundle:
+def build(variants: Sequence[Variant], target: Target, gpu: Gpu, folder: Path, *, spills: int = 0) -> Bundle:
     """Compile ``variants`` into ``folder`` in processes of their own, as many as there are cores.
 
-    Raises ``MemcError`` E602 where Triton's compiler ends early, E601 for a kernel that spills registers or needs more
-    shared memory than the GPU has: it would run, many times slower than planned, or not at all.
+    Raises ``MemcError`` E602 where Triton's compiler ends early, E601 for a kernel that spills more than ``spills``
+    (see ``Binary``) or needs more shared memory than the GPU has: it would run, many times slower than planned, or not
+    at all.
     """
     from triton import __version__ as version
 
@@ -64,7 +65,7 @@ def build(variants: Sequence[Variant], target: Target, gpu: Gpu, folder: Path) -
         binaries = [binary for place, process in running for binary in _finish(place, process, target, folder)]
     binaries.sort(key=lambda binary: binary.variant.key)
     for binary in binaries:
-        check(binary, gpu, target)
+        check(binary, gpu, target, spills)
     bundle = Bundle(target=target.name, triton=version, binaries=binaries)
     (folder / INFO).write_text(bundle.model_dump_json(indent=1) + "\n")
     return bundle
@@ -116,11 +117,11 @@ def _reason(stderr: str, code: int) -> tuple[str, str]:
         return "a kernel", f"its process ended with {code}: {last[:200]}"
 
 
-def check(binary: Binary, gpu: Gpu, target: Target) -> None:
+def check(binary: Binary, gpu: Gpu, target: Target, spills: int = 0) -> None:
     """Refuse a binary that its GPU would run badly or not at all."""
     sizes = ", ".join(f"{name} {value}" for name, value in binary.variant.constants.items() if name.startswith("block"))
     where = f"{binary.variant.kernel} ({sizes}, {binary.variant.warps} warps)"
-    if binary.spills:
+    if binary.spills > spills:
         unit = "bytes of stack" if target.instruction_set.startswith("sm_") else "registers"
         raise MemcError("E601", f"a kernel spills {binary.spills} {unit} on {target.name}", where)
     if binary.shared > gpu.shared_memory:

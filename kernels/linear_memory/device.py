@@ -189,7 +189,8 @@ def gates(call: Call) -> dict[str, Tensor]:
 def system(call: Call, sums: Mapping[str, Tensor]) -> Tensor:
     """Return how the keys of each chunk overlap; defined below the diagonal."""
     overlap = call.empty(*call.key.shape[:3], call.chunk)
-    cut = call.tile("overlaps", Tile({"BK": block(call).sizes["BK"]}, 4, 1))
+    warps = 2 if call.log_decay.shape[3] > 1 and call.gpu.warp == 32 else 4
+    cut = call.tile("overlaps", Tile({"BK": block(call).sizes["BK"]}, warps, 1))
     call.run(
         "overlaps",
         (call.blocks * call.groups, 1),

@@ -25,7 +25,7 @@ def forward(
     if x.numel() == 0:
         return out
     # Short calls, those of a step among them, would leave most of a large block idle.
-    block = min(power_of_two(tokens), 32)
+    block = min(power_of_two(tokens), max(1, 1024 // power_of_two(pairs)), 32)
     cut = tile("rotary.rotate", f"{size}x{block}", Tile({"tokens": block}, 4), x.device)
     launch(
         Launch(

@@ -1,4 +1,4 @@
-"""Every kernel compiles for every GPU, cut as its host code cuts it there: no spills, no more memory than there is."""
+"""Every kernel compiles for every GPU, cut as it is cut there: no spills, and no more memory than there is."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from memc.backends.triton.bundle import build
 from memc.backends.triton.variants import Variant, variant_of
 from memc.dialect import OPS
 from memc.kernels.launch import GPUS, Gpu, Notes, device_kernels, launching
+from memc.kernels.tiles import tiles_of
 from memc.target import get_target
 from tests.kernels.triton_support import interpreted  # noqa: F401 - the compiler must not mind that it is on
 
@@ -68,16 +69,20 @@ def calls(size: int, dtype: torch.dtype, tokens: int) -> Iterator[Call]:
     yield "rotary", "forward", (query, positions, single(size // 2)), {}
 
 
-def needed(gpu: Gpu, size: int, dtype: torch.dtype) -> list[Variant]:
+SPILLED_IN_TRAINING = 256
+"""Bytes that gradients may spill: they are compiled where they run, and no bundle holds them."""
+
+
+def needed(gpu: Gpu, size: int, dtype: torch.dtype, *, backward: bool) -> list[Variant]:
     found: dict[str, Variant] = {}
     for tokens in (1, 512):
         for op, form, arguments, options in calls(size, dtype, tokens):
             kernels = device_kernels(op)
             assert kernels is not None and op in OPS
             run = getattr(kernels, form)
-            if run is None or (form == "backward" and tokens == 1):
+            if run is None or (form == "backward") != backward:
                 continue
-            notes = Notes(gpu)
+            notes = Notes(gpu, tiles_of(gpu.name))
             with launching(notes):
                 run(*arguments, **options)
             assert notes.launches, (op, form)
@@ -101,6 +106,11 @@ def needed(gpu: Gpu, size: int, dtype: torch.dtype) -> list[Variant]:
 )
 def test_every_kernel_compiles(target: str, size: int, dtype: torch.dtype, tmp_path: Path) -> None:
     gpu = GPUS[target]
-    variants = needed(gpu, size, dtype)
-    bundle = build(variants, get_target(target), gpu, tmp_path)
-    assert len(bundle.binaries) == len(variants)
+    forward = {variant.key: variant for variant in needed(gpu, size, dtype, backward=False)}
+    backward = {variant.key: variant for variant in needed(gpu, size, dtype, backward=True)}
+    for variants, spills in (
+        (forward, 0),
+        ({key: variant for key, variant in backward.items() if key not in forward}, SPILLED_IN_TRAINING),
+    ):
+        bundle = build(list(variants.values()), get_target(target), gpu, tmp_path, spills=spills)
+        assert len(bundle.binaries) == len(variants)
