@@ -9,33 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from memc.kernels.launch import Launcher, Tile, launching
+from memc.kernels.tiles import Asked
 
 Timer = Callable[[Callable[[], Any]], float]
 """Returns what a side takes, in any unit."""
-
-
-class Chosen(dict[str, Any]):
-    """Tiles as a launcher has them, that remembers which were asked for and returns what is set."""
-
-    def __init__(self) -> None:
-        """Nothing has been asked for, nothing is set."""
-        super().__init__()
-        self.asked: dict[tuple[str, str], Tile] = {}
-        self.set: dict[tuple[str, str], Tile] = {}
-
-    def get(self, kernel: str, default: Any = None) -> Any:
-        """Return the tiles of a kernel by shape."""
-        return _Shapes(self, kernel)
-
-
-@dataclass
-class _Shapes:
-    owner: Chosen
-    kernel: str
-
-    def get(self, shape: str, default: Tile) -> Tile:
-        self.owner.asked.setdefault((self.kernel, shape), default)
-        return self.owner.set.get((self.kernel, shape), default)
 
 
 @dataclass
@@ -48,7 +25,7 @@ class Tuner:
 
     def tune(self, side: Callable[[], Any]) -> None:
         """Settle the tiles of every kernel that a side launches; what was settled before stays."""
-        chosen = Chosen()
+        chosen = Asked()
         chosen.set.update(self.best)
         launcher: Launcher = replace(self.launcher, tiles=chosen)
         with launching(launcher):

@@ -15,17 +15,16 @@ import memc.kernels  # noqa: F401 - the ops that programs are made of
 from memc.artifact import Manifest, check_digest
 from memc.backend import Lowered, LowerOptions, No, Runner, Yes
 from memc.backends.eager.precision import WEIGHT_TYPES, store_weights
-from memc.backends.triton.bundle import INFO, build, read_bundle
+from memc.backends.triton.bundle import INFO, build, fit, read_bundle
 from memc.backends.triton.graph import Prepared, prepare
 from memc.backends.triton.launcher import BundleLauncher, Cuda, Driver, Hip
 from memc.backends.triton.runner import TritonRunner
-from memc.backends.triton.variants import Variant, on_nothing, variants
+from memc.backends.triton.variants import Variant, on_nothing
 from memc.dialect import op_spec
 from memc.dialect.in_place import in_place
 from memc.errors import MemcError
 from memc.infer import infer
 from memc.kernels.launch import GPUS, device_kernels
-from memc.kernels.tiles import tiles_of
 from memc.prepare import capacity_of, forms_of, is_memc, ports
 from memc.program import Program
 from memc.program_io import GRAPH, PARAMETERS, load_program, save_program
@@ -72,8 +71,7 @@ def lower(program: Program, target: Target, folder: Path, options: LowerOptions)
     infer(stored)  # with a symbol for each size that changes, by which the kernels for each size are found
     prepared = prepare(stored)
     gpu = GPUS[target.name]
-    needed = variants(stored, prepared.module, gpu)
-    bundle = build(needed, target, gpu, folder / PLACE / KERNELS)
+    bundle = fit(stored, prepared.module, target, gpu, folder / PLACE / KERNELS)
     save_program(stored, folder / PLACE)
     return describe(stored, prepared, options, {**forms, "kernels": _kernels(bundle.binaries, target)})
 
@@ -127,7 +125,7 @@ def load(folder: Path, manifest: Manifest) -> Runner:
     for path in (place / GRAPH, place / PARAMETERS, *(place / KERNELS / name for name in names)):
         check_digest(folder, manifest, path)
     driver: Driver = Hip() if torch.version.hip else Cuda()
-    launcher = BundleLauncher(GPUS[target.name], bundle, place / KERNELS, driver, tiles_of(target.name))
+    launcher = BundleLauncher(GPUS[target.name], bundle, place / KERNELS, driver, bundle.tiles)
     device = torch.device("cuda")
     program = load_program(place)
     program.module.to(device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.fx.node import map_aggregate
 from memc.dialect import op_spec
 from memc.dialect.in_place import IN_PLACE
 from memc.kernels.launch import Gpu, Launch, Notes, device_kernels, launching
-from memc.kernels.tiles import tiles_of
+from memc.kernels.tiles import Asked
 from memc.program import InputSpec, Program, StateSpec
 
 TYPES = {
@@ -59,6 +60,14 @@ class Variant(BaseModel):
         return f"{self.kernel}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
+@dataclass(frozen=True)
+class Needed:
+    """A variant and the tile that cuts it, by kernel and shape."""
+
+    variant: Variant
+    tile: tuple[str, str]
+
+
 def variant_of(launch: Launch) -> Variant:
     """Return what a launch needs compiled."""
     kinds = {name: TYPES[x.dtype] if isinstance(x, Tensor) else "i32" for name, x in launch.arguments.items()}
@@ -71,13 +80,13 @@ def variant_of(launch: Launch) -> Variant:
     )
 
 
-def variants(program: Program, module: GraphModule, gpu: Gpu) -> list[Variant]:
-    """List what the nodes of a prepared ``module`` launch on a GPU, at any number of sequences and tokens.
+def variants(program: Program, module: GraphModule, gpu: Gpu, tiles: Asked) -> dict[str, Needed]:
+    """Find what the nodes of a prepared ``module`` launch on a GPU, at any number of sequences and tokens, by key.
 
     ``program`` is what the module was prepared from: it names the sizes of the inputs and states.
     """
     symbols = _symbols(program)
-    found: dict[str, Variant] = {}
+    found: dict[str, Needed] = {}
     asked: set[str] = set()
     for node in module.graph.nodes:
         name = op_name(node)
@@ -90,10 +99,10 @@ def variants(program: Program, module: GraphModule, gpu: Gpu) -> list[Variant]:
             if question in asked:
                 continue
             asked.add(question)
-            for launch in noted(node, gpu, arguments, options):
-                variant = variant_of(launch)
-                found.setdefault(variant.key, variant)
-    return list(found.values())
+            for launch in noted(node, gpu, tiles, arguments, options):
+                needed = Needed(variant_of(launch), (launch.kernel, tiles.last.get(launch.kernel, "")))
+                found.setdefault(needed.variant.key, needed)
+    return found
 
 
 def op_name(node: Node) -> str | None:
@@ -104,7 +113,7 @@ def op_name(node: Node) -> str | None:
     return None if spec is None else str(spec.name)
 
 
-def noted(node: Node, gpu: Gpu, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> list[Launch]:
+def noted(node: Node, gpu: Gpu, tiles: Asked, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> list[Launch]:
     """Return what a node's host code launches for arguments on the device ``meta``; nothing where it refuses them."""
     name = op_name(node)
     kernels = device_kernels(name) if name is not None else None
@@ -112,7 +121,7 @@ def noted(node: Node, gpu: Gpu, arguments: tuple[Any, ...], options: Mapping[str
         return []
     # An op that has nothing for it in place runs its functional form, and the next state is copied.
     own = kernels.in_place if node.target in IN_PLACE and kernels.in_place else kernels.forward
-    notes = Notes(gpu, tiles_of(gpu.name))
+    notes = Notes(gpu, tiles)
     with launching(notes):
         own(*arguments, **options)
     return notes.launches

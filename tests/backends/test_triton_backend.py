@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,14 @@ from memc.artifact import Manifest
 from memc.backend import Lowered, LowerOptions, No, Yes
 from memc.backends.triton import INSTALL, TritonBackend
 from memc.backends.triton import backend as lowering
-from memc.backends.triton.bundle import INFO, Bundle, build, check, read_bundle
+from memc.backends.triton import bundle as bundles
+from memc.backends.triton.bundle import INFO, Bundle, build, fit, read_bundle
 from memc.backends.triton.compiler import Binary
+from memc.backends.triton.graph import prepare
 from memc.backends.triton.launcher import BundleLauncher, Cuda
 from memc.backends.triton.variants import Variant, variant_of
 from memc.errors import MemcError
+from memc.infer import infer
 from memc.kernels.launch import GPUS, INTERPRETER, Jit, Launch, function
 from memc.program import Program
 from memc.target import get_target
@@ -84,7 +87,8 @@ class Checked:
 
 def test_what_is_launched_is_in_the_bundle(made: Made) -> None:
     runner = interpret(program())
-    runner.launcher = checked = Checked({binary.variant.key for binary in made.bundle.binaries}, GPUS[TARGET])
+    keys = {binary.variant.key for binary in made.bundle.binaries}
+    runner.launcher = checked = Checked(keys, GPUS[TARGET], made.bundle.tiles)
     for scenario in ("pieces", "padding"):
         assert compare(program(), runner, SCENARIOS[scenario]) < 1e-4
     assert checked.used
@@ -92,7 +96,8 @@ def test_what_is_launched_is_in_the_bundle(made: Made) -> None:
 
 def test_a_bundle_that_lacks_a_kernel_is_noticed(made: Made) -> None:
     runner = interpret(program())
-    runner.launcher = Checked({binary.variant.key for binary in made.bundle.binaries[1:]}, GPUS[TARGET])
+    keys = {binary.variant.key for binary in made.bundle.binaries[1:]}
+    runner.launcher = Checked(keys, GPUS[TARGET], made.bundle.tiles)
     with pytest.raises(AssertionError, match=made.bundle.binaries[0].variant.kernel):
         compare(program(), runner, SCENARIOS["pieces"])
 
@@ -145,14 +150,57 @@ def binary(**changes: Any) -> Binary:
     return Binary(variant=variant, symbol="normalise", file="x.cubin", **figures)
 
 
-def test_spills_and_too_much_shared_memory_are_refused() -> None:
+def test_spills_and_too_much_shared_memory_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     target = get_target("nvidia-sm120")
-    check(binary(shared=101_376), GPUS[target.name], target)
+    gpu, wanted = GPUS[target.name], [binary().variant]
+
+    def built(**figures: int) -> Bundle:
+        made = binary(**figures)
+        monkeypatch.setattr(bundles, "compiled", lambda *_: {made.variant.key: made})
+        return build(wanted, target, gpu, tmp_path)
+
+    assert len(built(shared=101_376).binaries) == 1
     with pytest.raises(MemcError, match="spills 8 bytes of stack") as refused:
-        check(binary(spills=8), GPUS[target.name], target)
+        built(spills=8)
     assert "block_size 64, 4 warps" in str(refused.value)
     with pytest.raises(MemcError, match="needs 101377 bytes of shared memory, nvidia-sm120 has 101376"):
-        check(binary(shared=101_377), GPUS[target.name], target)
+        built(shared=101_377)
+
+
+def fitting(monkeypatch: pytest.MonkeyPatch, fine: Callable[[Variant], bool], folder: Path) -> Bundle:
+    """Fit a bundle with a compiler for which only what is ``fine`` does not spill."""
+
+    def compiled(wanted: list[Variant], *_: object) -> dict[str, Binary]:
+        made = {}
+        for variant in wanted:
+            figures = binary(spills=0 if fine(variant) else 8)
+            made[variant.key] = figures.model_copy(update={"variant": variant, "file": f"{variant.key}.cubin"})
+            (folder / f"{variant.key}.cubin").touch()
+            (folder / f"{variant.key}.ttir").touch()
+        return made
+
+    monkeypatch.setattr(bundles, "compiled", compiled)
+    made = program()
+    infer(made)
+    return fit(made, prepare(made).module, get_target(TARGET), GPUS[TARGET], folder)
+
+
+def test_what_spills_is_cut_narrower_and_the_bundle_says_how(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fine(variant: Variant) -> bool:
+        return variant.kernel != "attention.prompt" or (variant.warps == 4 and variant.stages == 1)
+
+    bundle = fitting(monkeypatch, fine, tmp_path)
+    assert set(bundle.tiles) == {"attention.prompt"}
+    assert {tile.warps for tile in bundle.tiles["attention.prompt"].values()} == {4}
+    held = {f"{b.variant.key}{end}" for b in bundle.binaries for end in (".cubin", ".ttir")}
+    assert {path.name for path in tmp_path.iterdir()} == {*held, INFO}
+    assert read_bundle(tmp_path / INFO) == bundle
+    # Host code that is given these tiles launches what the bundle holds.
+    runner = interpret(program())
+    runner.launcher = Checked({b.variant.key for b in bundle.binaries}, GPUS[TARGET], bundle.tiles)
+    assert compare(program(), runner, SCENARIOS["prompt"]) < 1e-4
+    with pytest.raises(MemcError, match="a kernel spills 8 bytes"):
+        fitting(monkeypatch, lambda variant: variant.kernel != "attention.prompt", tmp_path)
 
 
 def test_a_kernel_that_does_not_compile_is_named(tmp_path: Path) -> None:
