@@ -1,4 +1,4 @@
-"""Where a result comes from: what it was made of, by what, on what, and how to make it again."""
+"""Where a result comes from: what it was made of, by what, into what, on what, and how to make it again."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ def facts(done: m.ConvertDocument) -> list[tuple[str, str]]:
         ("seed", str(done.seed)),
         ("threads", threads),
         ("machine", done.machine),
+        *((f"{op} lowered to", how) for op, how in sorted(done.forms.items())),
         ("finished", at),
         ("to repeat it", done.command),
     ]
