@@ -22,7 +22,8 @@ from memc.conversion.training import training_data, trains
 from memc.errors import MemcError
 from memc.progress import Silent
 from memc.recipe import Recipe, Train
-from memc.report.models import ConvertDocument, EvalDocument, PassReportFile, TrainingFacts
+from memc.report.files import PassReportFile, TrainingFacts
+from memc.report.models import ConvertDocument, EvalDocument
 from memc.train import loop
 from tests.core.test_convert import ANY_TIME, make_llama
 from tests.passes.tiny_program import tiny

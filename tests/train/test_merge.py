@@ -15,7 +15,8 @@ from memc.passes.prune import Prune
 from memc.program import Program, get_tensor
 from memc.program_io import load_program
 from memc.recipe import Recipe, Train
-from memc.report.models import ConvertDocument, PassReportFile
+from memc.report.files import PassReportFile
+from memc.report.models import ConvertDocument
 from memc.train.adapters import Adapter, add_adapters, block_projections, fold_adapters
 from memc.train.merge import expand, kept_indices, merge_adapters
 from tests.core.test_convert import make_llama
