@@ -68,7 +68,9 @@ def lower_again(
         folder.write_error(error)
         raise
     found = {"disk_bytes": folder_bytes(folder.partial), "seconds": time.perf_counter() - began}
-    document = made.model_copy(update={**found, "next": [f"memc bench {out} --against {source}"]})
+    runs = chosen.runs_here(hardware)
+    then = [f"memc bench {out} --against {source}" if runs else f"memc report {out}"]
+    document = made.model_copy(update={**found, "next": then})
     folder.write_report("lower.json", document)
     folder.finish()
     return document
