@@ -29,6 +29,7 @@ CONTENTS = (
     "memc/recipes/streaming.yaml",
     "memc/recipes/dense.yaml",
     "memc/targets/cpu.toml",
+    "memc/kernels/tiles.toml",
     "memc/targets/nvidia-sm90.toml",
 )
 
