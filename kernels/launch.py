@@ -164,26 +164,31 @@ def device_kernels(op: str) -> DeviceKernels | None:
     return kernels
 
 
-_active: list[Launcher | None] = []
+_active: list[tuple[Launcher | None, str]] = []
 
 
 @contextmanager
-def launching(launcher: Launcher | None) -> Iterator[None]:
-    """Launch through ``launcher`` meanwhile; None: run the references, also on a GPU.
+def launching(launcher: Launcher | None, device: str = "") -> Iterator[None]:
+    """Launch through ``launcher`` meanwhile, for tensors on one kind of ``device``, by default on any.
 
-    Of the process, not of the thread: autograd runs a backward pass on threads of its own.
+    None: run the references, also on a GPU. Of the process, not of the thread: autograd runs a backward pass on threads
+    of its own.
     """
-    _active.append(launcher)
+    entry = (launcher, device)
+    _active.append(entry)
     try:
         yield
     finally:
-        _active.remove(launcher)
+        # The last that is this one: another thread may have added its own since.
+        index = next(i for i in reversed(range(len(_active))) if _active[i] is entry)
+        del _active[index]
 
 
 def launcher_of(device: torch.device) -> Launcher | None:
     """Return what launches kernels for tensors on ``device``, None where nothing does."""
-    if _active:
-        return _active[-1]
+    for launcher, kind in reversed(_active):
+        if kind in ("", device.type):
+            return launcher
     return _jit(device.index or 0) if device.type == "cuda" else None
 
 

@@ -87,7 +87,7 @@ class TritonRunner(SlotRunner):
         """Run the program once; see ``SlotRunner.call``. Raises ``MemcError`` E200 for token ids out of range."""
         self._check_ids(feeds)
         fed = [self._fed(feeds[port.name], port.dtype) for port in self.manifest.inputs]
-        with torch.no_grad(), launching(self.launcher):
+        with torch.no_grad(), launching(self.launcher, self.device.type):
             if self.device.type == "cuda" and sizes.get("T") == 1:
                 output = self._step(fed, state)
             else:

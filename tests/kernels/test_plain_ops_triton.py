@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from memc.kernels.launch import Launch, launcher_of
+from memc.kernels.launch import Launch, launcher_of, launching
 from memc.kernels.norm import device as norm_device
 from memc.kernels.norm.reference import forward as norm
 from memc.kernels.rotary import device as rotary_device
@@ -58,6 +58,16 @@ def test_a_row_too_many_is_caught() -> None:
         found = norm_device.forward(x, eps=1e-5)
     with pytest.raises(AssertionError):
         assert_near(found, norm(x.double(), eps=1e-5))
+
+
+def test_a_launcher_is_for_the_devices_that_it_is_given() -> None:
+    cpu, meta = torch.device("cpu"), torch.device("meta")
+    outer = launcher_of(cpu)
+    with launching(None, "meta"):
+        assert launcher_of(meta) is None and launcher_of(cpu) is outer is not None
+        with launching(None):
+            assert launcher_of(cpu) is None
+    assert launcher_of(meta) is outer
 
 
 def test_other_types_are_left_to_the_reference() -> None:
