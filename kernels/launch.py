@@ -252,16 +252,21 @@ def dispatch(
     return run
 
 
+def name_of(index: int) -> str:
+    """Return the name of the target that a GPU which torch sees is of."""
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        return f"amd-{properties.gcnArchName.split(':')[0]}"
+    return f"nvidia-sm{properties.major}{properties.minor}"
+
+
 @cache
 def _jit(index: int) -> Launcher | None:
     """Return the launcher for a GPU that torch sees, None without Triton."""
     if find_spec("triton") is None:
         return None
-    properties = torch.cuda.get_device_properties(index)
-    if torch.version.hip:
-        name, warp = f"amd-{properties.gcnArchName.split(':')[0]}", 64
-    else:
-        name, warp = f"nvidia-sm{properties.major}{properties.minor}", 32
+    name, properties = name_of(index), torch.cuda.get_device_properties(index)
+    warp = 64 if torch.version.hip else 32
     known = GPUS.get(name)
     memory = known.shared_memory if known else 49_152
     from memc.kernels.tiles import tiles_of

@@ -24,7 +24,7 @@ from memc.dialect import op_spec
 from memc.dialect.in_place import in_place
 from memc.errors import MemcError
 from memc.infer import infer
-from memc.kernels.launch import GPUS, device_kernels
+from memc.kernels.launch import GPUS, device_kernels, name_of
 from memc.prepare import capacity_of, forms_of, is_memc, ports
 from memc.program import Program
 from memc.program_io import GRAPH, PARAMETERS, load_program, save_program
@@ -94,12 +94,7 @@ def _kernels(binaries: list[Any], target: Target) -> str:
 
 def here() -> str:
     """Return the name of the target of the GPU that torch sees, "" without one."""
-    if not torch.cuda.is_available():
-        return ""
-    properties = torch.cuda.get_device_properties(0)
-    if torch.version.hip:
-        return f"amd-{properties.gcnArchName.split(':')[0]}"
-    return f"nvidia-sm{properties.major}{properties.minor}"
+    return name_of(0) if torch.cuda.is_available() else ""
 
 
 def runs_here(target: Target) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,7 +31,7 @@ class Driver(Protocol):
         """Load a binary and return its kernel, allowed ``shared`` bytes of shared memory to a block."""
 
     def launch(
-        self, kernel: Any, grid: tuple[int, int, int], threads: int, shared: int, stream: int, values: Mapping[int, Any]
+        self, kernel: Any, grid: tuple[int, int, int], threads: int, shared: int, stream: int, values: Sequence[Any]
     ) -> None:
         """Launch a kernel on a stream; ``values`` are its arguments in order, of types of ``ctypes``."""
 
@@ -58,10 +58,10 @@ class Cuda:
         return kernel
 
     def launch(
-        self, kernel: Any, grid: tuple[int, int, int], threads: int, shared: int, stream: int, values: Mapping[int, Any]
+        self, kernel: Any, grid: tuple[int, int, int], threads: int, shared: int, stream: int, values: Sequence[Any]
     ) -> None:
         """Launch on the current context."""
-        given = (tuple(value.value or 0 for value in values.values()), tuple(type(value) for value in values.values()))
+        given = (tuple(value.value or 0 for value in values), tuple(type(value) for value in values))
         self._checked(self._driver.cuLaunchKernel(kernel, *grid, threads, 1, 1, shared, stream, given, 0), "launch")
 
     def _checked(self, result: tuple[Any, ...], what: str) -> Any:
@@ -93,7 +93,7 @@ class Hip:
         return self._checked(self._hip.hipModuleGetFunction(module, symbol.encode()), symbol)
 
     def launch(
-        self, kernel: Any, grid: tuple[int, int, int], threads: int, shared: int, stream: int, values: Mapping[int, Any]
+        self, kernel: Any, grid: tuple[int, int, int], threads: int, shared: int, stream: int, values: Sequence[Any]
     ) -> None:
         """Launch on the current device."""
         self._checked(
@@ -108,7 +108,7 @@ class Hip:
                 sharedMemBytes=shared,
                 stream=stream,
                 kernelParams=None,
-                extra=tuple(values.values()),
+                extra=tuple(values),
             ),
             "launch",
         )
@@ -145,7 +145,7 @@ class BundleLauncher:
         values = [_aligned(x) if isinstance(x, Tensor) else x for x in launch.arguments.values()]
         given = [ctypes.c_void_p(x.data_ptr()) if isinstance(x, Tensor) else ctypes.c_int(x) for x in values]
         given += [ctypes.c_void_p(0)] * binary.scratch
-        self.driver.launch(kernel, launch.grid, binary.threads, binary.shared, stream, dict(enumerate(given)))
+        self.driver.launch(kernel, launch.grid, binary.threads, binary.shared, stream, given)
 
     def _kernel(self, launch: Launch) -> tuple[Binary, Any]:
         key = self._key(launch)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memc.kernels.launch import FLOATS, DeviceKernels, Gpu, Launch, Tile, gpu_of, launch, tile
+from memc.kernels.launch import FLOATS, DeviceKernels, Gpu, Launch, Tile, gpu_of, launch, power_of_two, tile
 
 # Calls of at most this many tokens go token by token.
 SHORT = 8
@@ -31,7 +31,7 @@ WIDEST = 256
 
 def power(size: int, least: int = 16) -> int:
     """Return the power of two, at least ``least``, that holds ``size``."""
-    return max(least, 1 << (size - 1).bit_length())
+    return max(least, power_of_two(size))
 
 
 @dataclass(frozen=True)

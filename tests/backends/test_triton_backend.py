@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -114,8 +114,8 @@ class Recorder:
         self.loaded.append((symbol, shared))
         return symbol
 
-    def launch(self, kernel: Any, grid: Any, threads: int, shared: int, stream: int, values: Mapping[int, Any]) -> None:
-        self.launched.append((kernel, grid, threads, list(values.values())))
+    def launch(self, kernel: Any, grid: Any, threads: int, shared: int, stream: int, values: Sequence[Any]) -> None:
+        self.launched.append((kernel, grid, threads, list(values)))
 
 
 def example(made: Made, x: torch.Tensor) -> Launch:
