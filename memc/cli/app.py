@@ -25,6 +25,7 @@ COMMANDS = {
     "bench": "Time prefill and decode over contexts, two sides interleaved.",
     "serve": "Serve a converted model through OpenAI's HTTP interface.",
     "lower": "Lower a converted model again, for another target or backend.",
+    "edit": "Teach a converted model facts that change nothing else.",
     "export": "Write a converted model as a Hugging Face folder.",
     "bank": "Build, train and inspect a bank of blocks fetched by a prompt's text.",
     "passes": "The rewrites, with their options.",

@@ -10,6 +10,7 @@ from memc.report.models.conversion import (
     PassFacts,
     Predicted,
 )
+from memc.report.models.editing import EditDocument, EditFacts
 from memc.report.models.listing import (
     BackendRow,
     CoverageRow,
@@ -46,6 +47,8 @@ __all__ = [
     "Difference",
     "Divergence",
     "DoctorDocument",
+    "EditDocument",
+    "EditFacts",
     "ErrorDocument",
     "EvalDocument",
     "EvalSide",
