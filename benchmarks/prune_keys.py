@@ -32,20 +32,21 @@ from memc.target import get_target
 
 AMOUNTS = (0.25, 0.5)
 BASE = Prune(unit="key_channels", protect_heads="none", sequences=1 << 20)
+ALONE = "think, each key-value head alone"
 VARIANTS = {
-    "think, refit": BASE,
     "think": replace(BASE, refit=False),
+    ALONE: replace(BASE, refit=False),
+    "think, refit": BASE,
     "magnitude": replace(BASE, refit=False, score="magnitude"),
     "taylor": replace(BASE, refit=False, score="taylor"),
 }
-ALONE = "think, each key-value head alone"
 
 
-def pruned(bench: Bench, options: Prune) -> tuple[Program, dict[str, Any]]:
-    """Return the pruned program and what its report says in all."""
+def pruned(bench: Bench, options: Prune) -> tuple[Program, float]:
+    """Return the pruned program, and the share of the block parameters that went."""
     plan = options.plan(bench.original, get_target("cpu"))
     program, report = options.apply(bench.original, replace(plan, calibration=bench.calibration))
-    return program, report.details["total"]
+    return program, report.details["total"]["removed_share"]
 
 
 def alone(program: Program, tasks: Sequence[Task], calibration: Calibration) -> Program:
@@ -79,7 +80,7 @@ def page(document: dict[str, Any]) -> str:
             f"{row['removed_share']:.4f}",
             *(f"{row['perplexity'][name] / dense[name]:.3f}" for name in names),
         ]
-        for row in document["rows"]
+        for row in sorted(document["rows"], key=lambda row: float(row["amount"]))
     ]
     head = [
         "key channels removed",
@@ -110,6 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=Path("prune-work"), help="folder for the tokenizer")
     parser.add_argument("--sequences", type=int, default=16, help=f"calibration sequences of {LENGTH} tokens")
     parser.add_argument("--rows", type=int, default=8, help=f"rows of {LENGTH} tokens of each test text")
+    parser.add_argument("--only", action="append", choices=list(VARIANTS), help="variant; repeatable")
     parser.add_argument("--results", type=Path, default=HERE / "results")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -124,18 +126,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "dense": bench.measure(bench.original),
         "rows": [],
     }
-    for amount in AMOUNTS:
-        for name in (ALONE, *VARIANTS):
+    for name in options.only or VARIANTS:
+        for amount in AMOUNTS:
+            chosen = replace(VARIANTS[name], amount=amount)
             with bench.console.step(f"{name} at {amount:.0%}"):
                 if name == ALONE:
-                    tasks = replace(BASE, amount=amount).draft(bench.original).tasks
-                    program = alone(bench.original, tasks, bench.calibration)
+                    program = alone(bench.original, chosen.draft(bench.original).tasks, bench.calibration)
+                    share = 0.0
                 else:
-                    program, total = pruned(bench, replace(VARIANTS[name], amount=amount))
-                row = {"amount": amount, "variant": name, "perplexity": bench.measure(program)}
-            row |= {"state_bytes": program.state_bytes(LENGTH)}
-            row |= {"removed_share": 0.0 if name == ALONE else total["removed_share"]}
-            document["rows"].append(row)
+                    program, share = pruned(bench, chosen)
+                found = bench.measure(program)
+            row = {"amount": amount, "variant": name, "perplexity": found, "removed_share": share}
+            document["rows"].append({**row, "state_bytes": program.state_bytes(LENGTH)})
             document["seconds"] = time.perf_counter() - start
             save(options.results / f"prune-keys-{datetime.date.today().isoformat()}.json", document, page)
 

@@ -203,7 +203,13 @@ class Groups:
             after = result_of(block.attention, _states(block.attention)["past_key"])
             seeds |= {node: Labels(3, units) for node in (bound["past_key"], after) if node is not None}
         walk = Walk(self.program.module, block.attention, self._readers)
-        walk.run(seeds)
+        try:
+            walk.run(seeds)
+        except BlockedError as blocked:
+            if blocked.code != "conflict":
+                raise
+            reason = "channels of queries or keys lie on one axis with those of values, in a fused projection"
+            raise BlockedError("conflict", reason) from blocked
         if walk.exits:
             raise BlockedError("shared", f"the dimension is no block's own: {walk.exits[0].name} reads it")
         if "output" not in block.projections:
