@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from math import isqrt
 from typing import Any
 
 import pytest
+import sympy
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.fx import Interpreter
 
@@ -263,6 +268,44 @@ def test_a_larger_table_costs_a_token_no_more_bytes(kind: str) -> None:
     assert read[64 * 64] - plain == pytest.approx(stays + rows, abs=1)
 
 
+def freed(count: int, **sizes: Any) -> Program:
+    """The decoder as one that had ``count`` parameters more."""
+    program = tiny(**sizes)
+    return replace(program, model=replace(program.model, parameters=program.parameter_count + count))
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    kind=st.sampled_from(["pkm", "engram"]), count=st.integers(20_000, 60_000), layers=st.sampled_from(["all", "[1]"])
+)
+def test_a_memory_is_as_large_as_what_was_freed(kind: str, count: int, layers: str) -> None:
+    program = freed(count)
+    pass_ = MemoryBank(**{**KINDS[kind], "slots": MemoryBank.slots, "layers": layers, "freed": True})
+    result, report = pass_.apply(program, pass_.plan(program, TARGET))
+    total = report.details["total"]
+    spent = result.parameter_count - program.parameter_count
+    assert total["freed_parameters"] == count >= spent == total["spent_parameters"] == report.new_parameters
+    side = isqrt(total["slots"]) + 1
+    more = {"slots": side**2 if kind == "pkm" else total["slots"] + 1, "layers": layers}
+    larger, _ = inserted(tiny(), kind, **more)
+    assert larger.parameter_count - program.parameter_count > (count if kind == "pkm" else spent - 1)
+    if kind == "engram":  # several numbers of slots lead to the same primes
+        primes, _ = inserted(tiny(), kind, slots=int(sympy.nextprime(total["slots"] - 1)) + 1, layers=layers)
+        assert primes.parameter_count - program.parameter_count > count
+
+
+def test_too_little_for_a_memory_is_refused() -> None:
+    pass_ = MemoryBank(kind="engram", freed=True, layers="all")
+    for program, said in ((tiny(), "freed 0"), (freed(100), "freed 100"), (freed(-5), "freed 0")):
+        with pytest.raises(MemcError, match=rf"E203 earlier passes {said} parameters, and the smallest .* has [0-9]+"):
+            pass_.apply(program, pass_.plan(program, TARGET))
+
+
+def test_a_raised_program_knows_how_many_parameters_it_had() -> None:
+    program = raised("llama")[0].program
+    assert program.model.parameters == program.parameter_count
+
+
 def test_layers_that_are_usual_for_a_kind() -> None:
     pass_ = MemoryBank(kind="engram")
     able = list(range(30))
@@ -302,6 +345,9 @@ def test_one_memory_a_model(kind: str) -> None:
         "kind=head,layers=all",
         "kind=head,mix=1.0",
         "kind=other",
+        "kind=side,freed=true",
+        "freed=true",
+        "kind=pkm,freed=true,slots=64",
     ],
 )
 def test_options_that_do_not_go_together(spec: str) -> None:
