@@ -232,7 +232,7 @@ def test_sizes_are_multiples_of_eight_channels_at_most() -> None:
 
 def test_layers_can_be_cut_one_by_one() -> None:
     program = tiny()
-    pass_ = Prune(unit="key_channels", amount=0.4, round=2, round=2, protect="none", protect_heads="none")
+    pass_ = Prune(unit="key_channels", amount=0.4, round=2, protect="none", protect_heads="none")
     plan = replace(plan_pass(pass_, program, TARGET), calibration=text(24))
     narrow = dict(pass_.one_by_one(program, plan))
     assert [[spec.shape[3] for spec in one.states if "key" in spec.name] for one in narrow.values()] == [
