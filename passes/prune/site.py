@@ -32,7 +32,7 @@ _LAYERS = re.compile(r"\[\s*([0-9]+\s*(,\s*[0-9]+\s*)*)?\]")
 
 @dataclass(frozen=True)
 class Prune(Pass):
-    """Remove feed-forward channels, key-value heads or layers, and refit what is left, without training.
+    """Remove feed-forward or key channels, heads or layers, and refit what is left, without training.
 
     What goes is a group of dimensions that the graph couples: the rows, columns, biases, norms, slopes, sink logits and
     states that only get smaller together. The result is a program of smaller dense shapes that computes what the
@@ -94,7 +94,7 @@ class Prune(Pass):
 
     name: ClassVar[str] = "prune"
 
-    amount: float = option(0.25, "share of the block parameters to remove", min=0.0, max=0.95)
+    amount: float = option(0.25, "share to remove, of what the option of says", min=0.0, max=0.95)
     unit: str = option("auto", "what is removed", choices=("auto", "ffn", "heads", "key_channels", *REMOVED))
     score: str = option(
         "auto",

@@ -207,7 +207,7 @@ def test_decoding_goes_on_from_a_narrower_state() -> None:
         Linearize(window=5, feature_size=12, keep="none"),
         Sparsify(budget=64, page=4, window=5),
         Prune(unit="ffn", amount=0.2, round=4, protect="none", refit=False, score="magnitude"),
-        Prune(unit="heads", amount=0.1, protect="none", protect_heads="none", refit=False, score="magnitude"),
+        Prune(unit="heads", amount=0.25, protect="none", protect_heads="none", refit=False, score="magnitude"),
         Prune(unit="key_channels", amount=0.3, round=2, protect="none", protect_heads="none"),
     ],
 )
