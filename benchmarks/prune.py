@@ -37,6 +37,7 @@ from memc.frontend import capture_source
 from memc.passes.prune import Prune, measure, scores
 from memc.passes.prune.allocate import allocate
 from memc.passes.prune.draft import Draft
+from memc.passes.prune.groups import Groups
 from memc.passes.prune.rewrite import Cut, Pruner
 from memc.pipeline import Calibration
 from memc.program import Program
@@ -153,7 +154,8 @@ class Bench:
             with self.console.step(f"gradients on {gated} sequences"):
                 gates = dict(zip(groups, scores.taylor(self.original, list(groups.values()), fewer), strict=True))
         stream = Stream(self.original, self.calibration)
-        followers = {key: measure.Follower(self.original, self.calibration) for key in drafts}
+        known, start = Groups(self.original), stream.fork()
+        followers = {key: measure.Follower(known, start.fork()) for key in drafts}
         with self.console.step(f"moments of {len(groups)} groups"):
             for exit_ in sorted(groups):
                 own, *theirs = measure.moments_of(stream, groups[exit_], list(followers.values()), gram=False)

@@ -12,7 +12,7 @@ import torch
 from memc import sites
 from memc.blocks import AttentionBlock, Block, FeedForwardBlock
 from memc.errors import MemcError
-from memc.passes.prune.choice import Task, legal, most, spread
+from memc.passes.prune.choice import Task, legal, most, spread, unit_cost
 from memc.passes.prune.groups import Branch, Group, Groups, Kind, block_parameters
 from memc.passes.prune.removal import Removal, runs
 from memc.passes.prune.walk import BlockedError
@@ -87,7 +87,12 @@ class Drafter:
         base = total if self.of == "model" else block_parameters(self.program, open_)
         wanted = self.amount * base
         tasks, removals, count = list[Task](), list[Removal](), 0
-        if self.unit in REMOVED:
+        if self.unit == "key_channels":
+            groups = self._each(AttentionBlock, self._keys)
+            if self.of == "units":
+                base = sum(group.units * unit_cost(group) for group in groups)
+            tasks = self._checked([], groups, 0, self.amount * base, base)
+        elif self.unit in REMOVED:
             removals = self._layers() if self.unit == "layers" else self._blocks(BLOCKS[self.unit])
             count = self._count(removals, wanted, base)
         elif self.unit == "auto" and self.score == "2ssp":
@@ -155,7 +160,8 @@ class Drafter:
         """Refuse an amount that no legal shape gives; the last step of rounding is not held against it."""
         can = gone + most(groups, self.multiple)
         if self.amount and groups and (wanted > can or all(len(legal(group, self.multiple)) == 1 for group in groups)):
-            reason = f"amount={self.amount} leaves no legal shape: at most {can / total:.3f} of block parameters can go"
+            what = "key channels" if self.of == "units" else "block parameters"
+            reason = f"amount={self.amount} leaves no legal shape: at most {can / total:.3f} of {what} can go"
             hint = f"amount={can / total:.2f} or less, a smaller round, protect=none, or another unit"
             raise MemcError("E203", reason, self.spec, hint)
 
@@ -206,10 +212,19 @@ class Drafter:
             raise BlockedError("protected", "protect_heads leaves every head of it as it is")
         return replace(group, fixed=fixed)
 
+    def _keys(self, block: Block) -> Group:
+        assert isinstance(block, AttentionBlock)
+        self._require_unprotected(block)
+        return self.groups.of(block, "key_channels")
+
     def _branch(self, block: Block) -> Branch:
-        if isinstance(block, AttentionBlock) and any(layer == block.layer for layer, _ in self._kept):
-            raise BlockedError("protected", "it has heads that protect_heads leaves as they are")
+        if isinstance(block, AttentionBlock):
+            self._require_unprotected(block)
         return self.groups.branch(block)
+
+    def _require_unprotected(self, block: AttentionBlock) -> None:
+        if any(layer == block.layer for layer, _ in self._kept):
+            raise BlockedError("protected", "it has heads that protect_heads leaves as they are")
 
     def _each(self, kind: type[Block], find: Callable[[Block], Found]) -> list[Found]:
         """Find something for every block of a kind, and note why not where there is none."""

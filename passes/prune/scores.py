@@ -1,7 +1,8 @@
 """What a channel or head is worth: the lowest scores go first.
 
 Scores are of the input channels x_j of the projection W that a group ends in, over the tokens of the calibration
-sequences; a head's score is the sum over its channels. Only the order within a block matters.
+sequences; a head's score is the sum over its channels. Key channels end in the scores of the attention, and have a
+score of their own, :func:`query_driven`. Only the order within a block matters.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from torch import Tensor
 from torch.fx import Interpreter, Node
 from torch.nn import functional
 
+from memc.blocks import AttentionBlock
 from memc.passes.prune.groups import Group
 from memc.passes.prune.moments import Moments
 from memc.pipeline import Calibration
 from memc.plugins import load_kernels
 from memc.program import Program, get_tensor
+from memc.raising.evaluate import hints
 from memc.raising.feed_forward import linear_input
 
 
@@ -52,9 +55,32 @@ BY_MOMENTS: dict[str, Callable[[Moments, Tensor], Tensor]] = {
 
 def by_unit(group: Group, channels: Tensor) -> Tensor:
     """Sum channels' scores ``[C]`` over each unit."""
-    columns = group.columns
+    columns = group.keys if group.kind == "key_channels" else group.columns
     taken = columns >= 0
     return torch.zeros(group.units, dtype=torch.float64).index_add_(0, columns[taken], channels[taken].double())
+
+
+def query_driven(group: Group, query: Tensor, key: Tensor) -> Tensor:
+    """Score key channels of one sequence by the sum over the query heads of ``|Q_u| |K_u|`` (ThinK, arXiv 2407.21018).
+
+    ``query [1,H,T,D]`` and ``key [1,G,T,D]`` are as the attention reads them; the norms are over the tokens and the
+    channels of a unit u. Of a single channel that is ThinK's score ||Q_j K_j^T||_F (section 3.2), of all queries in
+    place of its window of the last. Of a pair it is the root of the product of the energies of query and key, which a
+    rotation leaves as they are.
+    """
+    return head_energies(group, query, key).sum(0)
+
+
+def head_energies(group: Group, query: Tensor, key: Tensor) -> Tensor:
+    """Return ``|Q_u| |K_u|`` of each query head and unit ``[H,units]``, as :func:`query_driven` has them."""
+    units = group.keys
+    taken = units >= 0
+
+    def energies(x: Tensor) -> Tensor:
+        squares = x[0].detach().float().cpu().square().sum(1, dtype=torch.float64)[:, taken]
+        return squares.new_zeros(len(squares), group.units).index_add_(1, units[taken], squares)
+
+    return (energies(query) * energies(key).repeat_interleave(query.shape[1] // key.shape[1], 0)).sqrt()
 
 
 def magnitude(group: Group) -> Tensor:
@@ -75,22 +101,31 @@ def magnitude(group: Group) -> Tensor:
 def taylor(program: Program, groups: Sequence[Group], calibration: Calibration) -> list[Tensor]:
     """Score each group's channels by |sum over tokens of x_j dL/dx_j|, summed over sequences.
 
-    L is the cross-entropy of the next tokens. To first order this is how much L changes when x_j becomes 0 (Molchanov
-    et al. 2019, eq. 8 with a gate on each channel), which equals |sum_i W_ij dL/dW_ij|. One sequence's activations are
-    held at a time.
+    Of key channels x is the query, all heads of it, ``[D]``; of other groups the input of their exit. L is the
+    cross-entropy of the next tokens. To first order this is how much L changes when x_j becomes 0 (Molchanov et al.
+    2019, eq. 8 with a gate on each channel), which for an exit equals |sum_i W_ij dL/dW_ij|. One sequence's activations
+    are held at a time.
     """
     load_kernels()
-    scores = [torch.zeros(len(group.columns), dtype=torch.float64) for group in groups]
+    gated = [_gated(group) for group in groups]
+    scores = [torch.zeros(hints(node)[-1], dtype=torch.float64) for node in gated]
     for row in range(len(calibration.tokens)):
         tokens, positions = (part[row : row + 1] for part in (calibration.tokens, calibration.positions))
-        run = _Gated(program, [linear_input(group.exit) for group in groups])
+        run = _Gated(program, gated)
         logits = run.run(tokens, positions, *program.nothing_fetched(1), *program.new_state(1))[0]
         goes_on = positions[0, 1:] > 0
         loss = functional.cross_entropy(logits[0, :-1][goes_on].float(), tokens[0, 1:][goes_on])
-        gates = [run.gates[linear_input(group.exit)] for group in groups]
+        gates = [run.gates[node] for node in gated]
         for score, gradient in zip(scores, torch.autograd.grad(loss, gates), strict=True):
             score += gradient.double().abs()
     return scores
+
+
+def _gated(group: Group) -> Node:
+    if group.kind != "key_channels":
+        return linear_input(group.exit)
+    assert isinstance(group.block, AttentionBlock)
+    return group.block.query
 
 
 class _Gated(Interpreter):
