@@ -40,12 +40,14 @@ def legal(group: Group, multiple: int) -> list[int]:
     match group.kind:
         case "ffn_channels":
             most = (group.units - 1) // multiple * multiple
-            return [0, *(group.units - kept for kept in range(most, 0, -multiple))]
+            kept = range(most, max(1, len(group.fixed)) - 1, -multiple)
+            return [0, *(group.units - count for count in kept)]
         case "kv_groups":
             return list(range(group.units - max(1, len(group.fixed)) + 1))
         case "query_heads":
             assert isinstance(group.block, AttentionBlock)
-            return list(range(0, group.units, group.block.num_kv_heads))
+            heads = group.block.num_kv_heads
+            return list(range(0, group.units - max(heads, len(group.fixed)) + 1, heads))
 
 
 def spread(groups: Sequence[Group], parameters: float, multiple: int, *, alike: bool = False) -> list[Task]:

@@ -35,7 +35,7 @@ class Group:
     heads that read it; ``query_heads`` are single query heads, of which every key-value head has to lose as many.
     ``labels`` has for every node with such a dimension its axis and the unit of each position. ``exit`` is the linear
     op that the dimension ends in: without the unit's columns of its input, it computes what it would if they were 0.
-    Units in ``fixed`` stay whatever their scores.
+    Units in ``fixed`` stay whatever their scores; ``given`` are scores of all units that come from elsewhere.
     """
 
     kind: Kind
@@ -45,6 +45,7 @@ class Group:
     exit: Node
     module: GraphModule = field(repr=False)
     fixed: tuple[int, ...] = ()
+    given: tuple[float, ...] = ()
 
     @property
     def columns(self) -> Tensor:
