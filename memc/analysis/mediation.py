@@ -39,6 +39,9 @@ CANDIDATES = 4
 
 SEED = 2402
 
+ROWS = 512
+"""Rows of patched prompts that are run at once."""
+
 CLEAR = 2.0
 """Standard errors that an effect has to be from 0 to count."""
 
@@ -136,7 +139,7 @@ def make_prompts(program: Program, count: int, passages: Tensor | None = None) -
 
 @torch.no_grad()
 def mediation(program: Program, units: Sequence[BlockUnits], prompts: Prompts, progress: Progress) -> Mediation:
-    """Patch the path of every query head of ``units`` to the logits of the last token, one head at a time."""
+    """Patch the path of every query head of ``units`` to the logits of the last token, each head by itself."""
     frozen = {one.node for one in units}
     paths = [_Path(program, one, frozen) for one in units]
     clean = _values(program, paths, prompts.tokens)
@@ -145,14 +148,16 @@ def mediation(program: Program, units: Sequence[BlockUnits], prompts: Prompts, p
     found = []
     with progress.step("patch the paths of the heads", sum(one.count for one in units)) as advance:
         for one, path in zip(units, paths, strict=True):
-            before = [_chance(path(clean, clean[one.node.name]), answer) for answer in answers]
-            effects = torch.zeros(one.count, 2, len(prompts.tokens))
-            for head in range(one.count):
-                for side, (twin, answer) in enumerate(zip(corrupted, answers, strict=True)):
-                    patched = clean[one.node.name].clone()
-                    patched[:, head] = twin[one.node.name][:, head]
-                    effects[head, side] = before[side] - _chance(path(clean, patched), answer)
-                advance(1)
+            own, effects = clean[one.node.name], torch.zeros(one.count, 2, len(prompts.tokens))
+            for side, (twin, answer) in enumerate(zip(corrupted, answers, strict=True)):
+                before = _chance(path(clean, own), answer)
+                for heads in torch.arange(one.count).split(max(1, ROWS // len(own))):
+                    patched = own.repeat(len(heads), *[1] * (own.dim() - 1)).unflatten(0, (len(heads), -1))
+                    for row, head in enumerate(heads):
+                        patched[row, :, head] = twin[one.node.name][:, head]
+                    after = _chance(path(clean, patched.flatten(0, 1)), answer.repeat(len(heads)))
+                    effects[heads, side] = before - after.unflatten(0, (len(heads), -1))
+            advance(one.count)
             means, error = effects.mean(-1), effects.std(-1) / len(prompts.tokens) ** 0.5
             found.append(LayerEffects(one, means[:, 0], means[:, 1], error[:, 0], error[:, 1]))
     top = gated_logits(program, prompts.tokens, positions_of(prompts.tokens), {})[:, -1].argmax(-1)
@@ -180,20 +185,31 @@ class _Path:
         self._module, self.names, _ = cut(program, [logits_node(program)], given)
         nodes = {node.name: node for node in program.module.graph.nodes}
         role = next(spec.name for spec in program.inputs if spec.role == "tokens")
-        count = str(nodes[role].meta["val"].shape[1])
-        self._axes = {name: [str(size) for size in nodes[name].meta["val"].shape] for name in self.names}
-        self._axis = {name: axes.index(count) if count in axes else None for name, axes in self._axes.items()}
+        batch, count = map(str, nodes[role].meta["val"].shape)
+        axes = {name: [str(size) for size in nodes[name].meta["val"].shape] for name in self.names}
+        self._axis = {name: sizes.index(count) if count in sizes else None for name, sizes in axes.items()}
+        self._batched = {name for name, sizes in axes.items() if sizes[:1] == [batch]}
 
     def __call__(self, values: Mapping[str, Tensor], patched: Tensor) -> Tensor:
-        """Return the logits ``[N,V]`` of the last token with the attention's result as it is ``patched``."""
-        given = [patched if name == self.source.name else values[name] for name in self.names]
-        last = [self._last(name, value) for name, value in zip(self.names, given, strict=True)]
-        logits: Tensor = self._module(*last)[0]
+        """Return the logits ``[K N,V]`` of the last token with the attention's result as it is ``patched [K N,...]``.
+
+        ``values`` are those of N prompts.
+        """
+        times = len(patched) // len(values[self.source.name])
+        given = [
+            self._last(name, patched) if name == self.source.name else self._repeated(name, values, times)
+            for name in self.names
+        ]
+        logits: Tensor = self._module(*given)[0]
         return logits[:, -1]
 
     def _last(self, name: str, value: Tensor) -> Tensor:
         axis = self._axis[name]
         return value if axis is None else value.narrow(axis, value.shape[axis] - 1, 1)
+
+    def _repeated(self, name: str, values: Mapping[str, Tensor], times: int) -> Tensor:
+        value = self._last(name, values[name])
+        return value.repeat(times, *[1] * (value.dim() - 1)) if name in self._batched else value
 
 
 def _values(program: Program, paths: Sequence[_Path], tokens: Tensor) -> dict[str, Tensor]:
