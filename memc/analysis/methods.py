@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -23,6 +24,9 @@ from memc.progress import Progress
 from memc.report.facts import SkippedFacts, Timing
 from memc.report.models import AnalysisDocument, BigramFacts, MediationFacts, UnitFacts
 from memc.verify.text import sample_text
+
+BLOCKS = ("attention", "feed_forward")
+"""Kinds of blocks that have units."""
 
 DIGITS = 5
 """Digits after the point that scores are written with."""
@@ -80,22 +84,16 @@ class Bigram(Analysis):
         with progress.step("measure the subnetwork"):
             fit = measure_mask(program, mask, data[held], table, rows[held])
         measured = {f"kl_{name}": value for name, value in dataclasses.asdict(fit).items() if name not in _AS_THEY_ARE}
-        return AnalysisDocument(
-            method="bigram",
-            model=model_facts(program),
-            text=origin,
-            units=[_facts(one, scores, scores > 0) for one, scores in zip(units, mask.scores, strict=True)],
-            left_out=_left_out(program, ("attention", "feed_forward")),
-            bigram=BigramFacts(
-                tokens=fit.tokens,
-                correlation=fit.correlation,
-                share=mask.share,
-                penalty=self.penalty,
-                steps=self.steps,
-                **measured,
-            ),
-            timing=Timing(seconds=time.perf_counter() - began, peak_rss_bytes=peak_rss_bytes()),
+        facts = BigramFacts(
+            tokens=fit.tokens,
+            correlation=fit.correlation,
+            share=mask.share,
+            penalty=self.penalty,
+            steps=self.steps,
+            **measured,
         )
+        kept = [_facts(one, scores, scores > 0) for one, scores in zip(units, mask.scores, strict=True)]
+        return _document(program, BLOCKS, origin, kept, began, method="bigram", bigram=facts)
 
 
 _AS_THEY_ARE = ("tokens", "correlation")
@@ -121,29 +119,21 @@ class Heads(Analysis):
 
     def run(self, program: Program, data: Tensor | None, progress: Progress) -> AnalysisDocument:
         """Patch the paths of all heads on prompts that contradict what the model would say."""
-        began, units = time.perf_counter(), units_of(program, kinds=("attention",))
+        began, units = time.perf_counter(), units_of(program, kinds=BLOCKS[:1])
         with progress.step("make prompts"):
             prompts = make_prompts(program, self.prompts, data)
         found = mediation(program, units, prompts, progress)
         origin = "passages sampled from the model" if data is None else "passages of data"
-        return AnalysisDocument(
-            method="heads",
-            model=model_facts(program),
-            text=origin,
-            units=[
-                _head_facts(one, kept, self.favour)
-                for one, kept in zip(found.layers, found.best(self.favour, self.share), strict=True)
-            ],
-            left_out=_left_out(program, ("attention",)),
-            mediation=MediationFacts(
-                prompts=found.prompts,
-                favour=self.favour,
-                share=self.share,
-                answered_context=found.answered_context,
-                answered_memory=found.answered_memory,
-            ),
-            timing=Timing(seconds=time.perf_counter() - began, peak_rss_bytes=peak_rss_bytes()),
+        facts = MediationFacts(
+            prompts=found.prompts,
+            favour=self.favour,
+            share=self.share,
+            answered_context=found.answered_context,
+            answered_memory=found.answered_memory,
         )
+        kept = found.best(self.favour, self.share)
+        heads = [_head_facts(one, chosen, self.favour) for one, chosen in zip(found.layers, kept, strict=True)]
+        return _document(program, BLOCKS[:1], origin, heads, began, method="heads", mediation=facts)
 
 
 METHODS: dict[str, type[Analysis]] = {method.name: method for method in (Bigram, Heads)}
@@ -155,6 +145,20 @@ def parse_analysis(spec: str) -> Analysis:
     if name not in METHODS:
         raise MemcError("E202", f"unknown analysis {name!r}", "--method", did_you_mean(name, METHODS))
     return METHODS[name].from_options(options)
+
+
+def _document(
+    program: Program, kinds: Sequence[str], text: str, units: list[UnitFacts], began: float, **own: Any
+) -> AnalysisDocument:
+    """Put together what every analysis says and its ``own`` fields."""
+    return AnalysisDocument(
+        model=model_facts(program),
+        text=text,
+        units=units,
+        left_out=[SkippedFacts(**dataclasses.asdict(rejection)) for rejection in refusals(program, kinds)],
+        timing=Timing(seconds=time.perf_counter() - began, peak_rss_bytes=peak_rss_bytes()),
+        **own,
+    )
 
 
 def _facts(units: BlockUnits, scores: Tensor, kept: Tensor) -> UnitFacts:
@@ -177,10 +181,6 @@ def _head_facts(layer: LayerEffects, kept: Tensor, favour: str) -> UnitFacts:
 
 def _rounded(values: Tensor) -> list[float]:
     return [round(value, DIGITS) for value in values.tolist()]
-
-
-def _left_out(program: Program, kinds: tuple[str, ...]) -> list[SkippedFacts]:
-    return [SkippedFacts(**dataclasses.asdict(rejection)) for rejection in refusals(program, kinds)]
 
 
 _EFFECTS = ("context", "memory", "context_error", "memory_error")

@@ -69,13 +69,12 @@ def units_of(program: Program, *, kinds: Sequence[str] = ("attention", "feed_for
 
 
 def refusals(program: Program, kinds: Sequence[str] = ("attention", "feed_forward")) -> list[Rejection]:
-    """Say of every block without units, or of another kind than ``kinds``, why it was left out."""
+    """Say of every block without units why it was left out; of feed-forward networks where ``kinds`` has them."""
     found = []
     for block in find_blocks(program):
-        refusal: BlockUnits | tuple[str, str] = _units(block)
-        if block.kind not in kinds and not isinstance(refusal, tuple):
-            refusal = ("kind", f"the analysis is of blocks of kind {' and '.join(kinds)}")
-        if isinstance(refusal, tuple):
+        refusal = _units(block)
+        asked = isinstance(block, AttentionBlock) or "feed_forward" in kinds
+        if asked and isinstance(refusal, tuple):
             found.append(Rejection(block.layer, block.path, block.kind, *refusal))
     return found
 
