@@ -37,7 +37,7 @@ class _Gated(Interpreter):
         value = super().run_node(n)
         if n.op == "get_attr":
             return value.detach()
-        return value * self._gates[n].to(value.dtype) if n in self._gates else value
+        return value * self._gates[n].to(value.device, value.dtype) if n in self._gates else value
 
 
 def closed(count: int, gone: Tensor) -> Tensor:

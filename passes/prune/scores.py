@@ -7,17 +7,15 @@ sequences; a head's score is the sum over its channels. Only the order within a 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Interpreter, Node
 from torch.nn import functional
 
+from memc.analysis.gated import gated_logits
 from memc.passes.prune.groups import Group
 from memc.passes.prune.moments import Moments
 from memc.pipeline import Calibration
-from memc.plugins import load_kernels
 from memc.program import Program, get_tensor
 from memc.raising.feed_forward import linear_input
 
@@ -79,33 +77,13 @@ def taylor(program: Program, groups: Sequence[Group], calibration: Calibration) 
     et al. 2019, eq. 8 with a gate on each channel), which equals |sum_i W_ij dL/dW_ij|. One sequence's activations are
     held at a time.
     """
-    load_kernels()
     scores = [torch.zeros(len(group.columns), dtype=torch.float64) for group in groups]
     for row in range(len(calibration.tokens)):
         tokens, positions = (part[row : row + 1] for part in (calibration.tokens, calibration.positions))
-        run = _Gated(program, [linear_input(group.exit) for group in groups])
-        logits = run.run(tokens, positions, *program.nothing_fetched(1), *program.new_state(1))[0]
+        gates = {linear_input(g.exit): torch.ones(len(g.columns), requires_grad=True) for g in groups}
+        logits = gated_logits(program, tokens, positions, gates)
         goes_on = positions[0, 1:] > 0
         loss = functional.cross_entropy(logits[0, :-1][goes_on].float(), tokens[0, 1:][goes_on])
-        gates = [run.gates[linear_input(group.exit)] for group in groups]
-        for score, gradient in zip(scores, torch.autograd.grad(loss, gates), strict=True):
+        for score, gradient in zip(scores, torch.autograd.grad(loss, list(gates.values())), strict=True):
             score += gradient.double().abs()
     return scores
-
-
-class _Gated(Interpreter):
-    """Runs a program with a gate of ones on the channels of some nodes; parameters take no part in the gradient."""
-
-    def __init__(self, program: Program, nodes: Sequence[Node]) -> None:
-        super().__init__(program.module)
-        self.gates: dict[Node, Tensor] = {}
-        self._gated = set(nodes)
-
-    def run_node(self, n: Node) -> Any:
-        value = super().run_node(n)
-        if n.op == "get_attr":
-            return value.detach()
-        if n in self._gated:
-            self.gates[n] = torch.ones(value.shape[-1], dtype=value.dtype, requires_grad=True)
-            value = value * self.gates[n]
-        return value

@@ -77,7 +77,8 @@ class Prune(Pass):
     - ``fetched``: models with inputs that are fetched (``memory_bank``), made for the blocks as they are.
     - ``moe``: mixtures of experts, whose channels are chosen as they run.
     - ``protected``: the first and the last layer, or those that the option ``protect`` names, and heads that
-      ``protect_heads`` names or finds, with the attention block and the layer that they are in.
+      ``protect_heads`` names or finds, with the attention block and the layer that they are in; units that a file of
+      ``analysis`` keeps, with their block where blocks go.
     - ``norm``: heads under a norm that runs over all of them.
     - ``shared``: dimensions, weights or states that another block reads too.
     - ``mixed``, ``conflict``, ``size``: dimensions that are laid out among others, twice, or computed with.
