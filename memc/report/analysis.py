@@ -23,7 +23,9 @@ def analysis_view(document: m.AnalysisDocument) -> RenderableType:
         lines([f"{document.model.source}: {_title(document)}", f"text: {document.text}"]),
         rich_table(["", ">"], list(_facts(document))),
         titled("strongest heads", rich_table(_HEADS, rows)) if (rows := _strongest(document)[:SHOWN]) else None,
-        titled("kept of each block", rich_table(_KEPT, list(_kept(document)))),
+        titled("kept of each block, none of the others", rich_table(_KEPT, rows))
+        if (rows := [row for row in _kept(document) if row[2] != "0"])
+        else None,
         titled("left out", lines(_left_out(document))),
     )
 
