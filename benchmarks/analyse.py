@@ -76,8 +76,8 @@ def _bigram(found: AnalysisDocument) -> list[str]:
     said = (
         f"A mask learned in {facts.steps} steps at a penalty of {facts.penalty:g} nats ({found.text}) keeps"
         f" {facts.share:.2%} of the block parameters. KL to the model's bigram on {facts.tokens} held-out tokens, nats"
-        f" a token; correlation of the subnetwork's surprisals with the bigram's {facts.correlation:.3f}. KL of the model"
-        f" to itself without the subnetwork {facts.kl_without:.3f}, without as many random units"
+        f" a token; correlation of the subnetwork's surprisals with the bigram's {facts.correlation:.3f}. KL of the"
+        f" model to itself without the subnetwork {facts.kl_without:.3f}, without as many random units"
         f" {facts.kl_without_random:.3f}."
     )
     fits = [[name, f"{getattr(facts, field):.3f}"] for name, field in FITS.items()]
