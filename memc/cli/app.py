@@ -18,6 +18,7 @@ from memc.cli.invocation import Invocation
 # In the order of a user's work. The summaries stand here so that --help imports no command.
 COMMANDS = {
     "inspect": "What is in a model: blocks, masks, heads, cost per token.",
+    "analyse": "Which heads and channels of a model make something up.",
     "convert": "Rewrite a model, lower it for a target, verify it.",
     "report": "What a conversion changed, cost and moved; diff compares two.",
     "generate": "Continue a prompt with a converted model.",

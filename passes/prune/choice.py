@@ -43,19 +43,20 @@ def legal(group: Group, multiple: int) -> list[int]:
     """
     match group.kind:
         case "ffn_channels":
-            return _in_multiples(group.units, multiple)
+            return _in_multiples(group.units, multiple, len(group.fixed))
         case "key_channels":
-            return _in_multiples(group.units, max(1, min(multiple, KEY_CHANNELS) // group.channels))
+            return _in_multiples(group.units, max(1, min(multiple, KEY_CHANNELS) // group.channels), len(group.fixed))
         case "kv_groups":
             return list(range(group.units - max(1, len(group.fixed)) + 1))
         case "query_heads":
             assert isinstance(group.block, AttentionBlock)
-            return list(range(0, group.units, group.block.num_kv_heads))
+            heads = group.block.num_kv_heads
+            return list(range(0, group.units - max(heads, len(group.fixed)) + 1, heads))
 
 
-def _in_multiples(units: int, multiple: int) -> list[int]:
+def _in_multiples(units: int, multiple: int, fixed: int) -> list[int]:
     most = (units - 1) // multiple * multiple
-    return [0, *(units - kept for kept in range(most, 0, -multiple))]
+    return [0, *(units - kept for kept in range(most, max(1, fixed) - 1, -multiple))]
 
 
 def spread(groups: Sequence[Group], parameters: float, multiple: int, *, alike: bool = False) -> list[Task]:

@@ -44,7 +44,8 @@ class Done:
             facts[f"{group.kind}_group"] = group.describe()
             facts[f"{group.kind}_removed"] = cut.places
             if group.fixed:
-                facts["protected_heads"] = list(group.fixed)
+                what = "channels" if group.kind == "ffn_channels" else "heads"
+                facts[f"protected_{what}"] = list(group.fixed)
         for removal in self.removals:
             details.setdefault(str(removal.number), {})[_what(removal)] = "removed"
         for removal, value in self.scores:

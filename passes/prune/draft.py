@@ -12,6 +12,7 @@ import torch
 from memc import sites
 from memc.blocks import AttentionBlock, Block, FeedForwardBlock
 from memc.errors import MemcError
+from memc.passes.prune.analysed import Analysed
 from memc.passes.prune.choice import Task, legal, most, spread, unit_cost
 from memc.passes.prune.groups import Branch, Group, Groups, Kind, block_parameters
 from memc.passes.prune.removal import Removal, runs
@@ -65,6 +66,7 @@ class Drafter:
     alike: bool
     of: str
     searches: bool
+    analysis: str
 
     def __post_init__(self) -> None:
         """Find the blocks and what is protected."""
@@ -79,6 +81,8 @@ class Drafter:
         self._protected = {*numbers[:1], *numbers[-1:]} if self.protect == "ends" else named
         attention = [block for block in self.groups.blocks if isinstance(block, AttentionBlock)]
         self._kept = sites.kept_groups(self.protect_heads, attention, self.open, "protect_heads")
+        read, scores = (self.analysis, self.groups.blocks), self.score == "analysis"
+        self._analysed = Analysed.read(*read, scores=scores) if self.analysis != "none" else None
 
     def draft(self) -> Draft:
         """Settle how much goes where. Raises ``MemcError`` E203 where the amount leaves no legal shape."""
@@ -200,7 +204,14 @@ class Drafter:
         return count
 
     def _channels(self, block: Block) -> Group:
-        return self.groups.of(block, "ffn_channels")
+        return self._applied(self.groups.of(block, "ffn_channels"))
+
+    def _applied(self, group: Group) -> Group:
+        """Return a group as an analysis has it, where one is given."""
+        found = group if self._analysed is None else self._analysed.applied(group)
+        if len(found.fixed) == found.units:
+            raise BlockedError("protected", "all of its units are to stay")
+        return found
 
     def _heads(self, block: Block) -> Group:
         assert isinstance(block, AttentionBlock)
@@ -210,7 +221,7 @@ class Drafter:
         group, fixed = self.groups.of(block, kind), tuple(sorted(g for layer, g in self._kept if layer == block.layer))
         if len(fixed) == block.num_kv_heads:
             raise BlockedError("protected", "protect_heads leaves every head of it as it is")
-        return replace(group, fixed=fixed)
+        return self._applied(replace(group, fixed=fixed))
 
     def _keys(self, block: Block) -> Group:
         assert isinstance(block, AttentionBlock)
@@ -220,6 +231,8 @@ class Drafter:
     def _branch(self, block: Block) -> Branch:
         if isinstance(block, AttentionBlock):
             self._require_unprotected(block)
+        if self._analysed is not None and self._analysed.keeps(block):
+            raise BlockedError("protected", f"it has units that {self.analysis} keeps")
         return self.groups.branch(block)
 
     def _require_unprotected(self, block: AttentionBlock) -> None:

@@ -37,7 +37,7 @@ class Group:
     ``labels`` has for every node with such a dimension its axis and the unit of each position. ``exit`` is the linear
     op that the dimension ends in: without the unit's columns of its input, it computes what it would if they were 0.
     Key channels end in the scores: there it is the output projection, all of whose inputs stay. Units in ``fixed`` stay
-    whatever their scores.
+    whatever their scores; ``given`` are scores of all units that come from elsewhere.
     """
 
     kind: Kind
@@ -47,6 +47,7 @@ class Group:
     exit: Node
     module: GraphModule = field(repr=False)
     fixed: tuple[int, ...] = ()
+    given: tuple[float, ...] = ()
 
     @property
     def columns(self) -> Tensor:

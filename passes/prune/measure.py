@@ -41,8 +41,8 @@ def choose(
     what it is fitted to is the original: see :class:`Follower`.
     """
     if calibration is None:
-        assert score == "magnitude" and not refits
-        return [Cut(task.group, lowest(task, scores.magnitude(task.group))) for task in tasks]
+        assert score in WITHOUT_TEXT and not refits
+        return [Cut(task.group, lowest(task, weight_scores(task.group, score))) for task in tasks]
     gates = scores.taylor(program, [task.group for task in tasks], calibration) if score == "taylor" else []
     cuts: dict[int, Cut] = {}
     original = Stream(program, calibration)
@@ -146,11 +146,20 @@ def cut_keys(program: Program, task: Task, values: Tensor, original: Stream, fol
 
 def unit_scores(group: Group, weight: Tensor, score: str, moments: Moments, gates: Tensor | None) -> Tensor:
     """Score the units of a group; ``gates`` are its Taylor scores by channel."""
-    if score == "magnitude":
-        return scores.magnitude(group)
+    if score in WITHOUT_TEXT:
+        return weight_scores(group, score)
     if gates is not None:
         return scores.by_unit(group, gates)
     return scores.by_unit(group, scores.BY_MOMENTS[score](moments, weight.double().cpu()))
+
+
+WITHOUT_TEXT = ("magnitude", "analysis")
+"""Scores that need no calibration text: of the weights, or of a file."""
+
+
+def weight_scores(group: Group, score: str) -> Tensor:
+    """Score the units of a group by their weights, or as they were given."""
+    return torch.tensor(group.given, dtype=torch.float64) if score == "analysis" else scores.magnitude(group)
 
 
 class Follower:

@@ -8,18 +8,17 @@ score of their own, :func:`query_driven`. Only the order within a block matters.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Interpreter, Node
+from torch.fx import Node
 from torch.nn import functional
 
+from memc.analysis.gated import gated_logits
 from memc.blocks import AttentionBlock
 from memc.passes.prune.groups import Group
 from memc.passes.prune.moments import Moments
 from memc.pipeline import Calibration
-from memc.plugins import load_kernels
 from memc.program import Program, get_tensor
 from memc.raising.evaluate import hints
 from memc.raising.feed_forward import linear_input
@@ -106,17 +105,15 @@ def taylor(program: Program, groups: Sequence[Group], calibration: Calibration) 
     2019, eq. 8 with a gate on each channel), which for an exit equals |sum_i W_ij dL/dW_ij|. One sequence's activations
     are held at a time.
     """
-    load_kernels()
     gated = [_gated(group) for group in groups]
     scores = [torch.zeros(hints(node)[-1], dtype=torch.float64) for node in gated]
     for row in range(len(calibration.tokens)):
         tokens, positions = (part[row : row + 1] for part in (calibration.tokens, calibration.positions))
-        run = _Gated(program, gated)
-        logits = run.run(tokens, positions, *program.nothing_fetched(1), *program.new_state(1))[0]
+        gates = {node: torch.ones(len(score), requires_grad=True) for node, score in zip(gated, scores, strict=True)}
+        logits = gated_logits(program, tokens, positions, gates)
         goes_on = positions[0, 1:] > 0
         loss = functional.cross_entropy(logits[0, :-1][goes_on].float(), tokens[0, 1:][goes_on])
-        gates = [run.gates[node] for node in gated]
-        for score, gradient in zip(scores, torch.autograd.grad(loss, gates), strict=True):
+        for score, gradient in zip(scores, torch.autograd.grad(loss, list(gates.values())), strict=True):
             score += gradient.double().abs()
     return scores
 
@@ -126,21 +123,3 @@ def _gated(group: Group) -> Node:
         return linear_input(group.exit)
     assert isinstance(group.block, AttentionBlock)
     return group.block.query
-
-
-class _Gated(Interpreter):
-    """Runs a program with a gate of ones on the channels of some nodes; parameters take no part in the gradient."""
-
-    def __init__(self, program: Program, nodes: Sequence[Node]) -> None:
-        super().__init__(program.module)
-        self.gates: dict[Node, Tensor] = {}
-        self._gated = set(nodes)
-
-    def run_node(self, n: Node) -> Any:
-        value = super().run_node(n)
-        if n.op == "get_attr":
-            return value.detach()
-        if n in self._gated:
-            self.gates[n] = torch.ones(value.shape[-1], dtype=value.dtype, requires_grad=True)
-            value = value * self.gates[n]
-        return value

@@ -23,7 +23,7 @@ from memc.relation import Bounded, Exact, Relation
 from memc.sites import listed
 from memc.target import Target
 
-OF_UNITS = ("obs", "wanda", "flap", "activation", "magnitude", "taylor", "2ssp")
+OF_UNITS = ("obs", "wanda", "flap", "activation", "magnitude", "taylor", "2ssp", "analysis")
 OF_KEYS = ("think", "magnitude", "taylor")
 OF_BLOCKS = ("influence", "similarity", "position", "2ssp")
 
@@ -39,7 +39,10 @@ class Prune(Pass):
     original would with those channels or heads at zero. ``score`` says which. ``obs`` takes out step by step what a fit
     of the rest misses least (ZipLM, :mod:`memc.passes.prune.eliminate`). The others take the lowest of ``wanda`` (|W|
     times the input's norm), ``flap`` (fluctuation, with a bias for the mean of what goes), ``activation`` (Minitron),
-    ``magnitude``, ``taylor`` or ``2ssp``, by the formulas of :mod:`memc.passes.prune.scores`.
+    ``magnitude``, ``taylor`` or ``2ssp``, by the formulas of :mod:`memc.passes.prune.scores`, or by those of a file.
+
+    ``analysis`` names a file of ``memc analyse``: the units that it keeps stay, and the blocks that they are in. With
+    ``score=analysis`` they are chosen by its scores instead, the lowest first.
 
     With ``refit`` the output and down projections get new weights and a bias by least squares over the calibration
     text, block after block: on what the model as far as it is pruned gives them, to what brings the residual stream
@@ -81,7 +84,8 @@ class Prune(Pass):
     - ``fetched``: models with inputs that are fetched (``memory_bank``), made for the blocks as they are.
     - ``moe``: mixtures of experts, whose channels are chosen as they run.
     - ``protected``: the first and the last layer, or those that the option ``protect`` names, and heads that
-      ``protect_heads`` names or finds, with the attention block and the layer that they are in.
+      ``protect_heads`` names or finds, with the attention block and the layer that they are in; units that a file of
+      ``analysis`` keeps, with their block where blocks go.
     - ``norm``: heads under a norm that runs over all of them; key channels under one that runs over a head's, which
       would divide what is left by another mean.
     - ``shared``: dimensions, weights or states that another block reads too.
@@ -126,6 +130,9 @@ class Prune(Pass):
         "key-value heads that stay, and the blocks that they are in: heads:P%, the P percent whose query heads look up"
         " earlier tokens most, heads:[3.0,3.2] as LAYER.HEAD, or none",
     )
+    analysis: str = option(
+        "none", "file of memc analyse whose kept units stay, or by whose scores units go with score=analysis"
+    )
     sequences: int = option(128, "most calibration sequences", unit="sequences", min=1)
     length: int = option(512, "tokens of a calibration sequence", unit="tokens", min=2)
 
@@ -151,6 +158,8 @@ class Prune(Pass):
         if self.score != "auto" and self.score not in known:
             reason = f"score={self.score} says nothing of {what}"
             raise MemcError("E203", reason, self.spec, f"{what} takes score={', '.join(('auto', *known))}")
+        if self.score == "analysis" and self.analysis == "none":
+            raise MemcError("E203", "score=analysis goes by a file, which is not given", self.spec, "add analysis=FILE")
         if self.score == "similarity" and self.unit != "layers":
             raise MemcError("E203", "score=similarity is of whole layers in a row", self.spec, "write unit=layers")
         if self.score == "2ssp" and self.unit == "heads":
@@ -171,7 +180,7 @@ class Prune(Pass):
 
     def calibrates(self) -> tuple[int, int] | None:
         """Ask for sequences where the score or the refit looks at what the model does."""
-        unseen = self._score == "magnitude" and not self.refit
+        unseen = self._score in measure.WITHOUT_TEXT and not self.refit
         return None if unseen or not self.amount else (self.sequences, self.length)
 
     def quickens(self) -> bool:
@@ -257,6 +266,7 @@ class Prune(Pass):
             alike=self.alike,
             of=self._of,
             searches=self.allocate == "search",
+            analysis=self.analysis,
         )
 
     @property

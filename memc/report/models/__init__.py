@@ -1,5 +1,6 @@
 """The JSON documents that the commands print: one pydantic model each, with its schema number."""
 
+from memc.report.models.analysis import AnalysisDocument, BigramFacts, MediationFacts, UnitFacts
 from memc.report.models.conversion import (
     ByContext,
     ConvertDocument,
@@ -36,9 +37,11 @@ from memc.report.models.measuring import (
 from memc.report.models.whole import DiffDocument, Difference, ErrorDocument, ReportDocument
 
 __all__ = [
+    "AnalysisDocument",
     "BackendRow",
     "BenchDocument",
     "BenchRow",
+    "BigramFacts",
     "ByContext",
     "ContextPerplexity",
     "ConvertDocument",
@@ -58,6 +61,7 @@ __all__ = [
     "InspectDocument",
     "LowerDocument",
     "Measured",
+    "MediationFacts",
     "OptionFacts",
     "PassFacts",
     "PassRow",
@@ -68,4 +72,5 @@ __all__ = [
     "RecipesDocument",
     "ReportDocument",
     "TaskCell",
+    "UnitFacts",
 ]
