@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field, replace
 from functools import cache
+from itertools import chain
 from pathlib import Path
 
 from memc.analysis.sensitivity import PRECISE, Distance, Yardstick
@@ -174,7 +175,7 @@ def make_menu(
 
 
 def _on_offer(original: Program, target: Target, shown: int) -> Iterator[Setting]:
-    """Yield the settings that find something to rewrite: first those that make blocks smaller."""
+    """Yield the settings that find something to rewrite: first those that leave a block for the next one."""
     found = []
     for pass_ in offered():
         try:
@@ -185,7 +186,7 @@ def _on_offer(original: Program, target: Target, shown: int) -> Iterator[Setting
             continue
         if plan.sites and _exact_to(plan) <= shown:
             found.append(Setting(pass_, plan))
-    yield from sorted(found, key=lambda setting: setting.kind != "feed_forward")
+    yield from sorted(found, key=lambda setting: not setting.pass_.keeps_form())
 
 
 @dataclass
@@ -217,10 +218,15 @@ class _Measuring:
             [layer for layer in _layers(setting) if setting.key(layer) not in self.kept.found]
             for setting in self.settings
         ]
-        made = [
-            setting.alone(self.original, layers, self.calibrate)
+        made: list[Iterator[Program]] = [
+            (program for _, program in setting.alone(self.original, layers, self.calibrate))
             for setting, layers in zip(self.settings, missing, strict=True)
         ]
+        for index, setting in enumerate(self.settings):
+            if missing[index] and setting.pass_.calibrates() is not None:
+                with self.progress.step(f"fit {setting.spec} to the text"):
+                    first = self._next(index, made[index], missing)
+                made[index] = chain([first] if first is not None else [], made[index])
         with self.progress.step("measure what each block loses", sum(map(len, missing))) as advance:
             for layer in sorted({layer for layers in missing for layer in layers}):
                 open_ = [index for index, layers in enumerate(missing) if layer in layers]
@@ -231,12 +237,12 @@ class _Measuring:
                 for index, distance in zip(programs, measured, strict=True):
                     self.kept.found[self.settings[index].key(layer)] = distance
                 self.kept.save()
-                advance(len(programs))
+                advance(len(programs), f"layer {layer}")
 
-    def _next(self, index: int, made: Iterator[tuple[int, Program]], missing: list[list[int]]) -> Program | None:
+    def _next(self, index: int, made: Iterator[Program], missing: list[list[int]]) -> Program | None:
         """Return the next program of a setting; of one that the text does not suffice for, nothing, and no more."""
         try:
-            return next(made)[1]
+            return next(made)
         except MemcError as error:
             if error.code != "E207":
                 raise
@@ -263,12 +269,12 @@ def rewritten(
 
 
 def told(chosen: Sequence[tuple[Setting, Sequence[int]]], present: Mapping[str, Sequence[int]]) -> list[Pass]:
-    """Return the passes, each told its layers: an attention that one has rewritten is not there for the next."""
+    """Return the passes, each told its layers: a block that one has turned into another is not there for the next."""
     passes, left = [], {kind: set(layers) for kind, layers in present.items()}
     for setting, layers in chosen:
         passes.append(setting.pass_.only(layers, left[setting.kind]))
-        if setting.kind == "attention":
-            left["attention"] -= set(layers)
+        if not setting.pass_.keeps_form():
+            left[setting.kind] -= set(layers)
     return passes
 
 

@@ -18,9 +18,9 @@ from memc.blocks import AttentionBlock
 from memc.dialect import arguments, op_spec
 from memc.passes.prune.groups import Branch, Group, residual
 from memc.passes.prune.moves import SIZED, SPLITS
-from memc.passes.prune.walk import linear_parts
 from memc.program import Program, get_tensor
 from memc.raising.evaluate import content_nodes, hints
+from memc.raising.feed_forward import linear_parts
 from memc.rewrite import Editor
 
 aten = torch.ops.aten
