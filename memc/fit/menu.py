@@ -84,6 +84,14 @@ class Menu:
     present: Mapping[str, tuple[int, ...]]
 
 
+@dataclass(frozen=True)
+class Usage:
+    """What limits make of costs by context: whether ``less`` of them helps, and whether so much is ``enough``."""
+
+    less: Callable[[Mapping[int, Demand]], bool]
+    enough: Callable[[Mapping[int, Demand]], bool]
+
+
 def offered() -> tuple[Pass, ...]:
     """Return the settings that the known passes offer, in the order of their names."""
     found: list[Pass] = []
@@ -129,7 +137,7 @@ def make_menu(
     weights: Sequence[str],
     yardstick: Callable[[], Yardstick],
     shown: int,
-    helps: Callable[[Mapping[int, Demand]], bool],
+    usage: Usage,
     kept: Kept,
     calibrate: Calibrate,
     progress: Progress,
@@ -137,8 +145,9 @@ def make_menu(
     """Apply every setting on offer to every block alone and measure it, unless ``kept`` has it.
 
     ``shown`` is the first token that the yardstick looks at: a setting that is exact up to a later one is left out,
-    since what it loses does not show. So is one for which ``helps`` says that what a token asks more, by context, is
-    of no use.
+    since what it loses does not show. So is one that by ``usage`` takes less of nothing that is limited, and one that
+    has no use because a dearer setting of the same pass, in all layers, is cheap enough: within a pass, what costs less
+    loses more.
     """
     blocks: dict[Slot, Block] = {(block.layer, block.kind): block for block in find_blocks(original)}
     present = {kind: tuple(sorted(layer for layer, of in blocks if of == kind)) for kind in {of for _, of in blocks}}
@@ -156,9 +165,26 @@ def make_menu(
         return more[key]
 
     def useful(setting: Setting) -> bool:
-        return any(helps(asks_more((site.layer, site.kind), setting)[weights[0]]) for site in setting.plan.sites)
+        return any(usage.less(one) for one in by_site(setting))
 
-    settings = tuple(filter(useful, _on_offer(original, target, shown)))
+    def by_site(setting: Setting) -> list[Mapping[int, Demand]]:
+        return [asks_more((site.layer, site.kind), setting)[weights[0]] for site in setting.plan.sites]
+
+    def enough(setting: Setting) -> bool:
+        asked = {c: sum((more[c] for more in by_site(setting)), asks[weights[0]][c]) for c in contexts}
+        return usage.enough(asked)
+
+    def cheaper(setting: Setting, other: Setting) -> bool:
+        pairs = list(zip(by_site(setting), by_site(other), strict=True))
+        less = (usage.less({c: mine[c] - its[c] for c in contexts}) for mine, its in pairs)
+        return all(less) and not any(usage.less({c: its[c] - mine[c] for c in contexts}) for mine, its in pairs)
+
+    def spared(setting: Setting) -> bool:
+        alike = (one for one in found if (one.pass_.name, one.plan.sites) == (setting.pass_.name, setting.plan.sites))
+        return any(cheaper(setting, one) and enough(one) for one in alike)
+
+    found = tuple(filter(useful, _on_offer(original, target, shown)))
+    settings = tuple(setting for setting in found if not spared(setting))
     maker = _Measuring(original, settings, cache(yardstick), kept, calibrate, progress)
     types = {kind: maker.of_weights(kind) for kind in weights}
     maker.run()
@@ -166,10 +192,10 @@ def make_menu(
     for slot in sorted(blocks):
         entries = []
         for index, setting in enumerate(settings):
-            found = kept.found.get(setting.key(slot[0]))
-            if found is None or not any((site.layer, site.kind) == slot for site in setting.plan.sites):
+            distance = kept.found.get(setting.key(slot[0]))
+            if distance is None or not any((site.layer, site.kind) == slot for site in setting.plan.sites):
                 continue
-            entries.append(Entry(index, asks_more(slot, setting), found))
+            entries.append(Entry(index, asks_more(slot, setting), distance))
         slots[slot] = tuple(entries)
     return Menu(settings, {slot: found for slot, found in slots.items() if found}, types, asks, present)
 

@@ -19,6 +19,7 @@ ol.layers { list-style: none; padding: 0; } ol.layers > li { border-bottom: 1px 
 .form { border-left: .4rem solid var(--line); padding-left: .4rem; min-width: 15rem; }
 .form.s0 { border-color: var(--s0); } .form.s1 { border-color: var(--s1); }
 .form.s2 { border-color: var(--s2); } .form.s3 { border-color: var(--s3); } .form.s4 { border-color: var(--s4); }
+@media (max-width: 30rem) { .form { min-width: 0; } .layers summary > b { min-width: 4.5rem; } }
 .legend .form { display: inline-block; min-width: 0; margin-right: 1rem; }
 .layers dl { margin: .25rem 0 .75rem 1.5rem; } .layers dt { font-weight: 600; } .layers dd { margin-left: 1rem; }
 """

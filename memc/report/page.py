@@ -17,9 +17,13 @@ dt { font-weight: 600; } dd { margin-left: 1rem; }
 th, td { text-align: left; padding: .25rem .75rem .25rem 0; border-bottom: 1px solid var(--line); }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 td:not(.n) { min-width: 6.5rem; } h1, h2, code, td { overflow-wrap: anywhere; } h2 { font-size: 1.2rem; }
+@media (max-width: 30rem) {
+  h1 { font-size: 1.5rem; } table { font-size: .85rem; }
+  th, td { padding-right: .4rem; } td:not(.n) { min-width: 5rem; }
+}
 @media print {
   body { margin: 0; max-width: none; font-size: .8rem; } div.wide { overflow-x: visible; }
-  figure, tr, li { break-inside: avoid; }
+  figure, tr, li { break-inside: avoid; } caption, thead, h2 { break-after: avoid; }
 }
 .good { color: var(--good); font-weight: 600; } .bad { color: var(--bad); font-weight: 600; }
 """

@@ -32,8 +32,9 @@ show();
 
 STYLE = """
 .context input { width: 100%; max-width: 32rem; accent-color: var(--s0); } .context td.n { min-width: 4.3rem; }
+@media (max-width: 30rem) { .context td.n { min-width: 3.8rem; } }
 .context tbody th { font-weight: 400; }
-@media print { .context input { display: none; } }
+@media print { .context p { display: none; } }
 """
 
 
