@@ -69,10 +69,10 @@ def fitting(limits: str, **changes: Any) -> driver.Fitting:
 
 @pytest.fixture(scope="module")
 def menu_of_tiny() -> menu.Menu:
-    """What is on offer for the tiny decoder, measured once."""
+    """What is on offer for the tiny decoder, measured once: all of it, as nothing keeps the limits."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("memc.fit.menu.offered", lambda: SETTINGS)
-        found = driver._chooser(fitting("kl<=1,state<=2x,decode<=2x"), menu.Kept(None), Silent()).menu
+        found = driver._chooser(fitting("kl<=1,state<=0.01x,decode<=0.01x"), menu.Kept(None), Silent()).menu
         assert len(found.settings) == 5 and set(found.weights) == set(WEIGHTS)
         return found
 
