@@ -32,15 +32,15 @@ CHUNK = 256
 def load(out: str | Path, *, threads: int | None = None, verify: bool = False, chunk: int = CHUNK) -> Session:
     """Load the artifact in folder ``out``.
 
-    ``threads`` of the backend, None for its own choice; ``verify`` checks the digest of every file; ``chunk`` is the
-    number of tokens per call when a longer sequence is run. Raises ``MemcError``: E309 no artifact, E402 a digest
-    differs, E202 or E602 the backend is unknown or missing, E200 ``threads`` or ``chunk`` below 1.
+    ``threads`` of the backend, None for its own choice; ``verify`` checks the digest of every file that is read;
+    ``chunk`` is the number of tokens per call when a longer sequence is run. Raises ``MemcError``: E309 no artifact,
+    E402 a digest differs, E202 or E602 the backend is unknown or missing, E200 ``threads`` or ``chunk`` below 1.
     """
     if threads is not None:
         at_least("threads", threads, 1)
     at_least("chunk", chunk, 1)
     folder = Path(out)
-    manifest = read_manifest(folder, verify=verify)
+    manifest = read_manifest(folder, verify=verify, unread="program")
     runner: Runner = load_plugin("memc.backends", manifest.backend)().load(folder, manifest, threads)
     return Session(folder, manifest, runner, chunk=chunk)
 

@@ -12,6 +12,7 @@ from memc.artifact import read_manifest
 from memc.cli import main
 from memc.report import models as m
 from memc.report.read import read_report
+from tests.core.test_convert import make_llama
 from tests.core.tiny import tiny_program
 
 pytestmark = pytest.mark.usefixtures("fake_backend")
@@ -59,3 +60,25 @@ def test_lower_makes_a_second_artifact(tmp_path: Path, capsys: Capture) -> None:
     assert main([*words, "--backend", "eager", "--force", "-q"]) == 0
     assert read_manifest(second).backend == "eager"
     assert main(["lower", str(first), "--target", "cpu", "-o", str(first), "--force"]) == 2
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["generate", "{out}", "--prompt", "the"], ["eval", "{out}", "--text", "{text}"], ["serve", "{out}"]],
+)
+def test_a_changed_file_is_named(out: str, text: str, capsys: Capture, words: list[str]) -> None:
+    (Path(out) / "lowered/fake/model.bin").write_bytes(b"altered")
+    assert main([word.format(out=out, text=text) for word in words]) == 4
+    shown = capsys.readouterr().err
+    assert shown.startswith("E402 digest of lowered/fake/model.bin does not match the manifest")
+
+
+@pytest.mark.parametrize("command", ["lower", "export"])
+def test_what_reads_the_program_looks_at_its_digest(tmp_path: Path, capsys: Capture, command: str) -> None:
+    model, out = make_llama(tmp_path / "model"), tmp_path / "out"
+    api.convert(model, out, recipe="dense", backend="eager")
+    weights = out / "program" / "params.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    words = ["--target", "cpu"] if command == "lower" else []
+    assert main([command, str(out), "-o", str(tmp_path / "other"), *words]) == 4
+    assert "E402 digest of program/params.safetensors does not match" in capsys.readouterr().err
