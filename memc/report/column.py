@@ -145,7 +145,7 @@ def _held(block: BlockFacts) -> str:
 
 
 def _said(name: str, value: object) -> str:
-    if name.endswith("_bytes") and isinstance(value, int):
+    if "bytes" in name and isinstance(value, int):
         return size(value)
     return amount(value) if name.endswith("_parameters") and isinstance(value, int) else brief(value)
 
