@@ -266,11 +266,13 @@ def test_what_is_supported() -> None:
     target = get_target(TARGET)
     backend = TritonBackend()
     found = {}
-    for name, make in (("llama", program), ("sparse", lambda: ops.sparse_attention())):
-        for node in make().module.graph.nodes:
+    made = {"llama": program(), "sparse": ops.sparse_attention(), "bits": ops.sparse_attention(bits=4)}
+    for name, each in made.items():
+        for node in each.module.graph.nodes:
             found[name, str(node.target)] = backend.supports(node, target)
     assert isinstance(found["llama", "memc.window_memory.default"], Yes)
-    refused = found["sparse", "memc.sparse_attention.default"]
+    assert found["sparse", "memc.sparse_attention.default"] == Yes("Triton kernels, state in place")
+    refused = found["bits", "memc.quantised_attention.default"]
     assert isinstance(refused, No) and "--backend eager" in refused.reason
     assert backend.refuses_weights("int8", target) and not backend.refuses_weights("bf16", target)
     assert "compiles for" in str(backend.refuses_weights("fp32", get_target("x86-64-v3")))
