@@ -118,7 +118,7 @@ def convert(
         passes=passes,
         data=data,
         tokens=tokens,
-        weights=weights or chosen.weights or "fp32",
+        weights=weights or chosen.weights or (None if fit or chosen.fit else "fp32"),  # limits choose it too
         context=context,
         seed=seed,
         fit=fit,

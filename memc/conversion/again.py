@@ -49,11 +49,11 @@ def lower_again(
 
     ``weights`` None is the source's where the backend takes it, else the backend's first; ``context`` None is the
     source's capacity. What was lowered is checked against the program where this machine runs it. Raises ``MemcError``:
-    E309 the source is no artifact, E204 ``out`` is in the way, E202 unknown names, E601 and E602 the backend refuses or
-    is missing, E401 the check fails, E502 too little disk.
+    E309 the source is no artifact, E402 a file of it has changed, E204 ``out`` is in the way, E202 unknown names, E601
+    and E602 the backend refuses or is missing, E401 the check fails, E502 too little disk.
     """
     began = time.perf_counter()
-    manifest = read_manifest(source)
+    manifest = read_manifest(source, verify=True, unread="lowered")
     hardware = get_target(target)
     chosen: Backend = load_plugin("memc.backends", require_backend(hardware, backend))()
     kind = weights or (manifest.weights if manifest.weights in chosen.weights else chosen.weights[0])

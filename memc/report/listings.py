@@ -77,6 +77,10 @@ def calibrate_view(document: CalibrateDocument) -> RenderableType:
             (f"prompts, {weights}", *(amount(rates.prompt_flops.get(weights), "FLOP/s") for rates in both))
             for weights in document.after.prompt_flops
         ),
+        *(
+            (f"prompts, {name}", *(amount(rates.prompt_ops.get(name), "FLOP/s") for rates in both))
+            for name in document.after.prompt_ops
+        ),
         ("launch", *(f"{1e6 * rates.launch_overhead:.3g} us" for rates in both)),
         ("disk written", *(amount(rates.disk_bandwidth, "B/s") for rates in both)),
     ]

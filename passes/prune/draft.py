@@ -14,11 +14,12 @@ from memc.blocks import AttentionBlock, Block, FeedForwardBlock
 from memc.errors import MemcError
 from memc.passes.prune.analysed import Analysed
 from memc.passes.prune.choice import Task, legal, most, spread, unit_cost
-from memc.passes.prune.groups import Branch, Group, Groups, Kind, block_parameters
+from memc.passes.prune.groups import Branch, Group, Groups, Kind
 from memc.passes.prune.removal import Removal, runs
 from memc.passes.prune.walk import BlockedError
 from memc.pipeline import Rejection
 from memc.program import Program
+from memc.raising import block_parameters
 
 HEADS_FROM = 1 / 3
 """The share of block parameters from which ``unit=auto`` takes key-value heads too: on SmolLM2-135M they did no good at

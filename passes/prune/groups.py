@@ -15,11 +15,11 @@ from torch.fx import GraphModule, Node
 from memc.blocks import AttentionBlock, Block, FeedForwardBlock
 from memc.dialect import arguments, op_spec
 from memc.passes.prune.moves import ELEMENTWISE, MOVES, SPLITS
-from memc.passes.prune.walk import BlockedError, Labels, Walk, linear_parts
+from memc.passes.prune.walk import BlockedError, Labels, Walk
 from memc.program import Program, get_tensor
 from memc.raising import find_blocks
 from memc.raising.evaluate import content_nodes, hints, shape
-from memc.raising.feed_forward import linear_input
+from memc.raising.feed_forward import linear_input, linear_parts
 from memc.rewrite import owns_its_states, result_of
 
 aten = torch.ops.aten
@@ -289,19 +289,3 @@ def residual(node: Node, content: set[Node]) -> tuple[Node, Node]:
 
 _CHAIN = ELEMENTWISE | (MOVES - SPLITS) | {torch.ops.memc.norm.default, aten.type_as.default}
 """What a block's output may go through on its way to the residual stream."""
-
-
-def block_parameters(program: Program, blocks: tuple[Block, ...]) -> int:
-    """Count the parameters of the projections of every attention and feed-forward block, tied ones once."""
-    found: dict[int, int] = {}
-    for block in blocks:
-        if isinstance(block, AttentionBlock):
-            linears = [projection.node for projection in block.projections.values()]
-        else:
-            linears = [node for node in (block.up, block.gate, block.down) if node is not None]
-        for linear in linears:
-            for node in linear_parts(linear)[:2]:
-                if node is not None and node.op == "get_attr":
-                    value = get_tensor(program.module, str(node.target))
-                    found[id(value)] = value.numel()
-    return sum(found.values())

@@ -20,11 +20,11 @@ from memc.passes.prune.moments import Moments, require_finite
 from memc.passes.prune.moves import moved_from
 from memc.passes.prune.refit import compensate, refit
 from memc.passes.prune.rewrite import Cut, Fit
-from memc.passes.prune.walk import BlockedError, linear_parts
+from memc.passes.prune.walk import BlockedError
 from memc.pipeline import Calibration
 from memc.program import Program, get_tensor
 from memc.raising.evaluate import hints
-from memc.raising.feed_forward import linear_input
+from memc.raising.feed_forward import linear_input, linear_parts
 
 
 def choose_evenly(tasks: Sequence[Task], *, biased: bool) -> list[Cut]:

@@ -18,9 +18,10 @@ from memc.blocks import AttentionBlock
 from memc.dialect import arguments, op_spec
 from memc.passes.prune.groups import Branch, Group, residual
 from memc.passes.prune.moves import SIZED, SPLITS
-from memc.passes.prune.walk import ROTARY, linear_parts, rotated_pairs
+from memc.passes.prune.walk import ROTARY, rotated_pairs
 from memc.program import Program, get_tensor, set_tensor
 from memc.raising.evaluate import content_nodes, hints
+from memc.raising.feed_forward import linear_parts
 from memc.rewrite import Editor
 
 aten = torch.ops.aten

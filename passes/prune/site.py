@@ -188,9 +188,17 @@ class Prune(Pass):
         return self.amount > 0
 
     def offers(self) -> tuple[Prune, ...]:
-        """Offer to remove channels of single layers: a tenth or a quarter of a layer's block parameters."""
-        setting = replace(self, unit="ffn", of="layers", alike=True, protect="none", sequences=12)
-        return tuple(replace(setting, amount=amount) for amount in (0.1, 0.25))
+        """Offer to remove from single layers key-value heads, or channels: so much of the layer's block parameters.
+
+        Heads come first, as their number is then that of the layer as it was.
+        """
+        setting = replace(self, of="layers", alike=True, protect="none", sequences=12)
+        heads = replace(setting, unit="heads", amount=0.08, protect_heads="none")
+        return heads, *(replace(setting, unit="ffn", amount=amount) for amount in (0.1, 0.25))
+
+    def keeps_form(self) -> bool:
+        """Say so where a block is only made smaller."""
+        return self.unit not in REMOVED
 
     def only(self, layers: Collection[int], present: Collection[int]) -> Prune:
         """Return the pass protecting every other layer."""

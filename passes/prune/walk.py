@@ -14,7 +14,7 @@ from memc.dialect import arguments
 from memc.passes.prune import moves
 from memc.program import get_tensor
 from memc.raising.evaluate import hints
-from memc.raising.feed_forward import LINEAR, linear_input
+from memc.raising.feed_forward import LINEAR, linear_input, linear_parts
 
 aten = torch.ops.aten
 _NORM = torch.ops.memc.norm.default
@@ -180,18 +180,6 @@ class Walk:
 
     def _is_result(self, node: Node) -> bool:
         return node.target is operator.getitem and node.all_input_nodes[0].target in _ATTENTION
-
-
-def linear_parts(node: Node) -> tuple[Node, Node | None, int, int]:
-    """Return weight and bias of a linear op, and the weight's axes of outputs and of inputs."""
-    if node.target == aten.addmm.default:
-        bias, _, weight = node.args
-    elif node.target == aten.mm.default:
-        (_, weight), bias = node.args, None
-    else:
-        weight, bias = node.args[1], node.args[2] if len(node.args) > 2 else None
-    assert isinstance(weight, Node) and (bias is None or isinstance(bias, Node))
-    return (weight, bias, 0, 1) if node.target == aten.linear.default else (weight, bias, 1, 0)
 
 
 def rotated_pairs(rotary: Node) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,14 @@ from memc import api
 from memc.conversion.calibration import CalibrationText
 from memc.conversion.training import training_data
 from memc.errors import MemcError
-from memc.progress import Silent
+from memc.progress import Advance, Silent
 from memc.recipe import Recipe, Train, load_recipe
 from memc.report.files import PassReportFile
 from memc.report.html import render
 from memc.report.models import ConvertDocument
 from memc.report.read import read_report
 from memc.report.terminal import convert_view
+from memc.verify import sample_text
 from tests.cli.test_views import text_of
 from tests.core.test_convert import ANY_TIME, make_llama
 from tests.passes.tiny_program import tiny
@@ -177,6 +180,23 @@ def test_calibration_and_guard_have_nothing_in_common(tmp_path: Path) -> None:
         row for row in apart if {tuple(row[i : i + 8]) for i in range(25)} & stretches
     ]
     assert not {tuple(row) for row in data.guard.rows[0].tolist()} & {tuple(row) for row in data.text.tokens.tolist()}
+
+
+def test_a_long_sequence_is_joined_from_sampled_pieces(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("memc.conversion.calibration.PIECE", 8)
+    (tmp_path / "report").mkdir()
+    program, seen = tiny(vocab=67), list[int]()
+
+    class Watched(Silent):
+        @contextmanager
+        def step(self, title: str, total: int | None = None) -> Iterator[Advance]:
+            assert "3 sequences of 20 tokens" in title and total == 6
+            yield lambda count, text="": seen.append(count)
+
+    shown = CalibrationText(Recipe(recipe=1, seed=5), program, tmp_path, Watched())(3, 20).tokens
+    pieces = sample_text(program, 6, sequences=9, length=7).tokens
+    assert shown.tolist() == pieces.reshape(3, 21)[:, :20].tolist()
+    assert seen == [1] * 6
 
 
 def test_a_dry_run_needs_no_text(llama: Path, tmp_path: Path) -> None:

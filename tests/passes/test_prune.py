@@ -12,11 +12,10 @@ from memc.conversion.pipeline import plan_pass
 from memc.errors import MemcError
 from memc.passes.linearize import Linearize
 from memc.passes.prune import Prune
-from memc.passes.prune.groups import block_parameters
 from memc.passes.window import Window
 from memc.pipeline import parse_spec
 from memc.program import get_tensor, set_tensor
-from memc.raising import find_blocks, raise_program
+from memc.raising import block_parameters, find_blocks, raise_program
 from memc.relation import Bounded, Exact
 from memc.verify import require_well_formed
 from tests.core.test_families import DECODERS, every
