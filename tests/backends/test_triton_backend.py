@@ -266,11 +266,15 @@ def test_what_is_supported() -> None:
     target = get_target(TARGET)
     backend = TritonBackend()
     found = {}
-    for name, make in (("llama", program), ("sparse", lambda: ops.sparse_attention())):
+    makes = (("llama", program), ("sparse", ops.sparse_attention), ("compact", ops.compact_attention))
+    for name, make in makes:
         for node in make().module.graph.nodes:
             found[name, str(node.target)] = backend.supports(node, target)
     assert isinstance(found["llama", "memc.window_memory.default"], Yes)
-    refused = found["sparse", "memc.sparse_attention.default"]
-    assert isinstance(refused, No) and "--backend eager" in refused.reason
+    for refused in (
+        found["sparse", "memc.sparse_attention.default"],
+        found["compact", "memc.compact_attention.default"],
+    ):
+        assert isinstance(refused, No) and "--backend eager" in refused.reason
     assert backend.refuses_weights("int8", target) and not backend.refuses_weights("bf16", target)
     assert "compiles for" in str(backend.refuses_weights("fp32", get_target("x86-64-v3")))
