@@ -9,11 +9,12 @@ import torch
 
 from memc.dialect import OpSpec
 from memc.dialect.in_place import IN_PLACE, outputs
-from memc.kernels.attention import slots
+from memc.kernels.attention.slots import forward as attention
 from memc.kernels.common import DEVICES
 from memc.kernels.launch import dispatch
+from memc.kernels.sparse_attention.slots import forward as sparse_attention
 
-REFERENCES: dict[str, Callable[..., Any]] = {"attention": slots.forward}
+REFERENCES: dict[str, Callable[..., Any]] = {"attention": attention, "sparse_attention": sparse_attention}
 """Ops whose state is laid out in another way in place than in the functional form."""
 
 

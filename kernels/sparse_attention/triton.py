@@ -1,7 +1,8 @@
-"""Kernels of one token of sparse attention: pages described and scored, tokens ranked, and attention to those chosen.
+"""Kernels of sparse attention: pages described and scored, tokens ranked, and attention to those that are chosen.
 
-Sizes: H query heads, G key-value heads, N keys held (``held``), of which the token at position j is at ``places [B,L]``
-(-1: none), L = P pages of ``page`` tokens; all of int32. What is chosen from scores, between these kernels, is sorting.
+Sizes: T tokens (``tokens``), each of which chooses for itself, H query heads, G key-value heads, N keys held
+(``held``), of which the token at position j is at ``places [B,L]`` (``length``; int32, -1: none), and P pages
+(``count``) of ``page`` tokens. What is chosen from scores, between these kernels, is sorting.
 """
 
 from __future__ import annotations
@@ -13,168 +14,190 @@ from memc.kernels.softmax_triton import LOG2E, capped, extend, load_rows, log_su
 
 
 @triton.jit
-def _queries(query, scale: tl.constexpr, heads: tl.constexpr, groups: tl.constexpr, size: tl.constexpr,
+def _queries(query, t, tokens, scale: tl.constexpr, heads: tl.constexpr, groups: tl.constexpr, size: tl.constexpr,
              block_rows: tl.constexpr, block_size: tl.constexpr):  # fmt: skip
-    """Load a group's heads of ``query [B,H,D]``, times the scale, in float32; 0 beyond them."""
+    """Load a group's heads of token ``t`` of ``query [B,H,T,D]``, times the scale, in float32; 0 beyond them."""
     group, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     r = tl.arange(0, block_rows)
     repeat: tl.constexpr = heads // groups
-    q = load_rows(query + (batch * heads + group * repeat) * size, r, r < repeat, size, block_size)
+    first = query + ((batch * heads + group * repeat) * tokens + t) * size
+    q = load_rows(first, r * tokens, r < repeat, size, block_size)
     return q.to(tl.float32) * scale, r < repeat
 
 
-@triton.jit(do_not_specialize=["held", "count"])
-def describe(
-    pages, key, places, positions, held, count,
-    groups: tl.constexpr, size: tl.constexpr, page: tl.constexpr, method: tl.constexpr,
-    block_page: tl.constexpr, block_size: tl.constexpr,
-):  # fmt: skip
-    """Write the description of the page that a token completes, if it does, to ``pages [B,G,P,...]``. Grid: (1, G, B).
+@triton.jit
+def _write_page(page_of, first, second, c, size: tl.constexpr, method: tl.constexpr):
+    """Write a description that has one or two values for each channel."""
+    kind = page_of.dtype.element_ty
+    tl.store(page_of + c, first.to(kind), mask=c < size)
+    if method != "hcam":
+        tl.store(page_of + size + c, second.to(kind), mask=c < size)
 
-    ``key [B,G,N,D]``; ``positions [B]`` is int64.
+
+@triton.jit(do_not_specialize=["tokens", "held", "length", "count"])
+def describe(
+    pages, key, places, positions, tokens, held, length, count,
+    groups: tl.constexpr, size: tl.constexpr, page: tl.constexpr, method: tl.constexpr, described: tl.constexpr,
+    block_page: tl.constexpr, block_size: tl.constexpr, block_described: tl.constexpr,
+):  # fmt: skip
+    """Write the description of the page that a token completes, if it does, to ``pages [B,G,P,...]``. Grid: (T, G, B).
+
+    A token that is alone in its call and starts a sequence first sets all to 0. ``key [B,G,N,D]``; ``positions [B,T]``
+    is int64; ``described`` is the numbers to a page.
     """
     group, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    p = tl.load(positions + batch).to(tl.int32)
+    p = tl.load(positions + batch * tokens + tl.program_id(0)).to(tl.int32)
+    pages += (batch * groups + group) * count * described
+    kind = pages.dtype.element_ty
+    if tokens == 1 and p == 0:
+        for start in range(0, count * described, block_described):
+            d = start + tl.arange(0, block_described)
+            tl.store(pages + d, tl.zeros([block_described], kind), mask=d < count * described)
+        tl.debug_barrier()
     if (p + 1) % page == 0 and p >= 0:
         n = p // page
         i, c = tl.arange(0, block_page), tl.arange(0, block_size)
-        place = tl.load(places + batch * count * page + n * page + i, mask=i < page, other=-1)
+        place = tl.load(places + batch * length + n * page + i, mask=i < page, other=-1)
         k = load_rows(key + (batch * groups + group) * held * size, place, place >= 0, size, block_size).to(tl.float32)
         inside = (place >= 0)[:, None]
-        pages += ((batch * groups + group) * count + n) * size * (page if method == "lowbit" else 2)
-        kind = pages.dtype.element_ty
+        pages += n.to(tl.int64) * described
         if method == "lowbit":
             tl.store(pages + c[None, :] * page + i[:, None], k.to(kind), mask=inside & (c < size)[None, :])
         elif method == "bounds":
             highest = tl.max(tl.where(inside, k, float("-inf")), 0)
-            lowest = tl.min(tl.where(inside, k, float("inf")), 0)
-            tl.store(pages + c, highest.to(kind), mask=c < size)
-            tl.store(pages + size + c, lowest.to(kind), mask=c < size)
+            _write_page(pages, highest, tl.min(tl.where(inside, k, float("inf")), 0), c, size, method)
         else:
-            tl.static_assert(method == "moments")
+            tl.static_assert(method == "moments" or method == "hcam")
             mean = tl.sum(k, 0) / page
             off = tl.where(inside, k - mean[None, :], 0.0)
-            tl.store(pages + c, mean.to(kind), mask=c < size)
-            tl.store(pages + size + c, (tl.sum(off * off, 0) / page).to(kind), mask=c < size)
+            _write_page(pages, mean, tl.sum(off * off, 0) / page, c, size, method)
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["tokens", "count"])
 def score_pages(
-    scores, query, pages, positions, count,
+    scores, query, pages, positions, tokens, count,
     heads: tl.constexpr, groups: tl.constexpr, size: tl.constexpr, scale: tl.constexpr, page: tl.constexpr,
     sinks: tl.constexpr, window: tl.constexpr, dense_below: tl.constexpr, method: tl.constexpr,
     precision: tl.constexpr,
     block_rows: tl.constexpr, block_size: tl.constexpr, block_pages: tl.constexpr,
 ):  # fmt: skip
-    """Score ``pages [B,G,P,2D]``: ``scores [B,G,P]``, inf for those that must be taken, -inf for those to come.
+    """Score ``pages [B,G,P,...]``: ``scores [B,G,T,P]``, inf for those that must be taken, -inf for those to come.
 
-    Grid: (blocks of pages, G, B).
+    Grid: (blocks of pages times T, G, B).
     """
     group, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    p = tl.load(positions + batch).to(tl.int32)
-    q, real = _queries(query, scale, heads, groups, size, block_rows, block_size)
-    n = tl.program_id(0) * block_pages + tl.arange(0, block_pages)
+    t = tl.program_id(0) % tokens
+    p = tl.load(positions + batch * tokens + t).to(tl.int32)
+    n = tl.program_id(0) // tokens * block_pages + tl.arange(0, block_pages)
     c = tl.arange(0, block_size)
-    row = (batch * groups + group) * count
-    place = pages + (row + n)[:, None] * (2 * size) + c[None, :]
-    inside = (n < count)[:, None] & (c < size)[None, :]
-    one = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-    two = tl.load(place + size, mask=inside, other=0.0).to(tl.float32)
-    if method == "bounds":
-        left, right = tl.maximum(q, 0.0), tl.minimum(q, 0.0)
-    else:
-        tl.static_assert(method == "moments")
-        left, right = q, 0.5 * q * q
-    found = tl.dot(left, tl.trans(one), input_precision=precision)
-    found = tl.dot(right, tl.trans(two), found, input_precision=precision)
-    best = tl.max(tl.where(real[:, None], found, float("-inf")), 0)
     at = p + tl.zeros([block_pages], tl.int32)
-    seen = (at >= 0) & (n <= at // page)
+    seen = (at >= 0) & (n <= at // page) & (n < count)
     must = (n >= tl.maximum(at - window + 1, 0) // page) | (n * page < sinks) | (at < dense_below)
+    q, real = _queries(query, t, tokens, scale, heads, groups, size, block_rows, block_size)
+    row = (batch * groups + group) * count
+    each: tl.constexpr = size if method == "hcam" else 2 * size
+    place = pages + (row + n)[:, None] * each + c[None, :]
+    inside = seen[:, None] & (c < size)[None, :]
+    one = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    if method == "bounds":
+        found = tl.dot(tl.maximum(q, 0.0), tl.trans(one), input_precision=precision)
+        two = tl.load(place + size, mask=inside, other=0.0).to(tl.float32)
+        found = tl.dot(tl.minimum(q, 0.0), tl.trans(two), found, input_precision=precision)
+    else:
+        tl.static_assert(method == "moments" or method == "hcam")
+        found = tl.dot(q, tl.trans(one), input_precision=precision)
+        if method == "moments":
+            two = tl.load(place + size, mask=inside, other=0.0).to(tl.float32)
+            found = tl.dot(0.5 * q * q, tl.trans(two), found, input_precision=precision)
+    best = tl.max(tl.where(real[:, None], found, float("-inf")), 0)
     best = tl.where(seen, tl.where(must, float("inf"), best), float("-inf"))
-    tl.store(scores + row + n, best, mask=n < count)
+    tl.store(scores + ((batch * groups + group) * tokens + t) * count + n, best, mask=n < count)
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["tokens", "count"])
 def score_tokens(
-    scores, query, pages, positions, count,
+    scores, query, pages, positions, tokens, count,
     heads: tl.constexpr, groups: tl.constexpr, size: tl.constexpr, scale: tl.constexpr, page: tl.constexpr,
     sinks: tl.constexpr, window: tl.constexpr, dense_below: tl.constexpr, channels: tl.constexpr,
     precision: tl.constexpr,
     block_rows: tl.constexpr, block_size: tl.constexpr, block_tokens: tl.constexpr,
 ):  # fmt: skip
-    """Score tokens by the ``channels`` of the highest magnitudes: ``scores [B,G,L]`` of ``pages [B,G,P,D,page]``.
+    """Score tokens by the ``channels`` of the highest magnitudes: ``scores [B,G,T,L]`` of ``pages [B,G,P,D,page]``.
 
-    Only those channels are read. Grid: (blocks of tokens, G, B).
+    Only those channels are read, of P pages times ``page`` tokens. Grid: (blocks of those times T, G, B).
     """
     group, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    p = tl.load(positions + batch).to(tl.int32)
-    q, real = _queries(query, scale, heads, groups, size, block_rows, block_size)
+    t = tl.program_id(0) % tokens
+    p = tl.load(positions + batch * tokens + t).to(tl.int32)
+    q, real = _queries(query, t, tokens, scale, heads, groups, size, block_rows, block_size)
     c = tl.arange(0, block_size)
     strength = tl.where(c < size, tl.sum(tl.abs(q), 0), -1.0)
     # A channel's place in the order: how many are stronger, of equals those at lower indices.
     level = strength[:, None] == strength[None, :]
     before = (strength[:, None] > strength[None, :]) | (level & (c[:, None] < c[None, :]))
     kept = tl.sum(before.to(tl.int32), 0) < channels
-    j = tl.program_id(0) * block_tokens + tl.arange(0, block_tokens)
-    length = count * page
+    j = tl.program_id(0) // tokens * block_tokens + tl.arange(0, block_tokens)
+    at = p + tl.zeros([block_tokens], tl.int32)
+    seen = (at >= 0) & (j <= at) & (j < count * page)
     row = (batch * groups + group) * count
     place = (row + j // page)[None, :] * (size * page) + c[:, None] * page + (j % page)[None, :]
-    inside = (kept & (c < size))[:, None] & (j < length)[None, :]
+    inside = (kept & (c < size))[:, None] & seen[None, :]
     k = tl.load(pages + place, mask=inside, other=0.0).to(tl.float32)
     found = tl.dot(q, k, input_precision=precision)
     best = tl.max(tl.where(real[:, None], found, float("-inf")), 0)
-    at = p + tl.zeros([block_tokens], tl.int32)
-    seen = (at >= 0) & (j <= at)
     # The page of the query itself may not be complete, and is not described before it is.
     must = (j < sinks) | (at - j < window) | (j // page == at // page) | (at < dense_below)
     best = tl.where(seen, tl.where(must, float("inf"), best), float("-inf"))
-    tl.store(scores + row * page + j, best, mask=j < length)
+    row = (batch * groups + group) * tokens + t
+    tl.store(scores + row * count * page + j, best, mask=j < count * page)
 
 
-@triton.jit(do_not_specialize=["held", "length", "listed"])
+@triton.jit(do_not_specialize=["tokens", "held", "length", "listed"])
 def rank(
-    scores, query, key, tokens, places, positions, held, length, listed,
+    scores, query, key, candidates, places, positions, tokens, held, length, listed,
     heads: tl.constexpr, groups: tl.constexpr, size: tl.constexpr, scale: tl.constexpr,
     sinks: tl.constexpr, window: tl.constexpr, dense_below: tl.constexpr, precision: tl.constexpr,
     block_rows: tl.constexpr, block_size: tl.constexpr, block_tokens: tl.constexpr,
 ):  # fmt: skip
-    """Score the candidates ``tokens [B,G,K]`` (positions, -1: none) by q.k: ``scores [B,G,K]``, inf for what must stay.
+    """Score ``candidates [B,G,T,K]`` (positions, -1: none) by q.k: ``scores [B,G,T,K]``, inf for what must stay.
 
-    ``key [B,G,N,D]``, ``places [B,L]``. Grid: (blocks of candidates, G, B).
+    ``key [B,G,N,D]``, ``places [B,L]``. Grid: (blocks of candidates times T, G, B).
     """
     group, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    p = tl.load(positions + batch).to(tl.int32)
-    q, real = _queries(query, scale, heads, groups, size, block_rows, block_size)
-    row = batch * groups + group
-    i = tl.program_id(0) * block_tokens + tl.arange(0, block_tokens)
-    j = tl.load(tokens + row * listed + i, mask=i < listed, other=-1)
+    t = tl.program_id(0) % tokens
+    p = tl.load(positions + batch * tokens + t).to(tl.int32)
+    q, real = _queries(query, t, tokens, scale, heads, groups, size, block_rows, block_size)
+    own = ((batch * groups + group) * tokens + t) * listed
+    i = tl.program_id(0) // tokens * block_tokens + tl.arange(0, block_tokens)
+    j = tl.load(candidates + own + i, mask=i < listed, other=-1)
     place = tl.load(places + batch * length + j, mask=j >= 0, other=-1)
-    k = load_rows(key + row * held * size, place, place >= 0, size, block_size).to(tl.float32)
+    k = load_rows(key + (batch * groups + group) * held * size, place, place >= 0, size, block_size).to(tl.float32)
     found = tl.dot(q, tl.trans(k), input_precision=precision)
     best = tl.max(tl.where(real[:, None], found, float("-inf")), 0)
     at = p + tl.zeros([block_tokens], tl.int32)
     must = (j < sinks) | (at - j < window) | (at < dense_below)
     best = tl.where(j >= 0, tl.where(must, float("inf"), best), float("-inf"))
-    tl.store(scores + row * listed + i, best, mask=i < listed)
+    tl.store(scores + own + i, best, mask=i < listed)
 
 
-@triton.jit(do_not_specialize=["held", "listed", "share"])
+@triton.jit(do_not_specialize=["tokens", "held", "listed", "share"])
 def attend(
-    parts, part_lse, query, key, value, chosen, sink_logits, held, listed, share,
+    parts, part_lse, query, key, value, chosen, sink_logits, tokens, held, listed, share,
     heads: tl.constexpr, groups: tl.constexpr, size: tl.constexpr, value_size: tl.constexpr,
     scale: tl.constexpr, softcap: tl.constexpr, has_sink_logits: tl.constexpr, precision: tl.constexpr,
     block_rows: tl.constexpr, block_size: tl.constexpr, block_value: tl.constexpr, block_keys: tl.constexpr,
 ):  # fmt: skip
-    """Attend to a share of the keys at ``chosen [B,G,K]``, -1 for none: ``parts [B,H,splits,E]`` and ``part_lse``.
+    """Attend to a share of the keys at ``chosen [B,G,T,K]``, -1 for none: ``parts [B,T,H,splits,E]`` and ``part_lse``.
 
-    That is to base 2; the kernel ``merge`` of ``memc::attention`` joins the shares. Grid: (splits, G, B).
+    That is to base 2; the kernel ``merge`` of ``memc::attention`` joins the shares. Grid: (splits times T, G, B).
     """
-    split, group, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    group, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    t, split, splits = tl.program_id(0) % tokens, tl.program_id(0) // tokens, tl.num_programs(0) // tokens
     repeat: tl.constexpr = heads // groups
     r = tl.arange(0, block_rows)
     row = batch * groups + group
-    q = load_rows(query + (batch * heads + group * repeat) * size, r, r < repeat, size, block_size)
+    first = query + ((batch * heads + group * repeat) * tokens + t) * size
+    q = load_rows(first, r * tokens, r < repeat, size, block_size)
     top = tl.full([block_rows], float("-inf"), tl.float32)
     total = tl.zeros([block_rows], tl.float32)
     acc = tl.zeros([block_rows, block_value], tl.float32)
@@ -183,13 +206,13 @@ def attend(
         total += 1.0
     for start in range(split * share, tl.minimum(listed, (split + 1) * share), block_keys):
         i = start + tl.arange(0, block_keys)
-        place = tl.load(chosen + row * listed + i, mask=i < listed, other=-1)
+        place = tl.load(chosen + (row * tokens + t) * listed + i, mask=i < listed, other=-1)
         k = load_rows(key + row * held * size, place, place >= 0, size, block_size)
         v = load_rows(value + row * held * value_size, place, place >= 0, value_size, block_value)
         scores = capped(tl.dot(q, tl.trans(k), input_precision=precision), scale, softcap)
         scores = tl.where((place >= 0)[None, :], scores, float("-inf"))
         top, total, acc = extend(top, total, acc, scores, v, precision)
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
-    out = (batch * heads + group * repeat + r) * tl.num_programs(0) + split
+    out = ((batch * tokens + t) * heads + group * repeat + r) * splits + split
     store_rows(parts, out, acc, r < repeat, value_size, block_value)
     tl.store(part_lse + out, log_sum_exp(top, total), mask=r < repeat)

@@ -14,6 +14,7 @@ import torch
 from memc.dialect.attention import attention
 from memc.dialect.base import LIBRARY, OpSpec
 from memc.dialect.linear_memory import linear_memory
+from memc.dialect.sparse_attention import sparse_attention
 from memc.dialect.window_memory import window_memory
 
 IN_PLACE: dict[torch._ops.OpOverload, OpSpec] = {}
@@ -23,7 +24,7 @@ IN_PLACE: dict[torch._ops.OpOverload, OpSpec] = {}
 def _schema(spec: OpSpec) -> str:
     """Mark the states of a schema as written, and drop them from what it returns."""
     arguments = spec.schema.rpartition(" -> ")[0]
-    for letter, state in zip("abc", spec.states, strict=False):
+    for letter, state in zip("abcd", spec.states, strict=False):
         assert f"Tensor {state}" in arguments
         arguments = arguments.replace(f"Tensor {state}", f"Tensor({letter}!) {state}")
     count = len(spec.overload._schema.returns) - len(spec.states)
@@ -48,7 +49,7 @@ def in_place(spec: OpSpec) -> torch._ops.OpOverload | None:
     return next((overload for overload, functional in IN_PLACE.items() if functional is spec), None)
 
 
-for _spec in (attention, window_memory, linear_memory):
+for _spec in (attention, window_memory, linear_memory, sparse_attention):
     LIBRARY.define(f"{_spec.name}_{_schema(_spec)}", tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"memc::{_spec.name}_", _fake(_spec))
     IN_PLACE[getattr(torch.ops.memc, f"{_spec.name}_").default] = _spec

@@ -514,3 +514,6 @@ CASES: dict[str, Callable[[], Program]] = {
     "llama, engram": lambda: memory("engram", slots=50, heads=2, row=5),
 }
 """Every dialect op, with the options that take forms of their own."""
+
+ON_GPUS = tuple(case for case in CASES if not any(word in case for word in ("few bits", "compact", "clipped")))
+"""Those of ops that have kernels in place."""

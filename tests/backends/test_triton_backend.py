@@ -266,13 +266,15 @@ def test_what_is_supported() -> None:
     target = get_target(TARGET)
     backend = TritonBackend()
     found = {}
-    makes = (("llama", program), ("sparse", ops.sparse_attention), ("compact", ops.compact_attention))
-    for name, make in makes:
-        for node in make().module.graph.nodes:
+    made = {"llama": program(), "sparse": ops.sparse_attention(), "bits": ops.sparse_attention(bits=4)}
+    made["compact"] = ops.compact_attention()
+    for name, each in made.items():
+        for node in each.module.graph.nodes:
             found[name, str(node.target)] = backend.supports(node, target)
     assert isinstance(found["llama", "memc.window_memory.default"], Yes)
+    assert found["sparse", "memc.sparse_attention.default"] == Yes("Triton kernels, state in place")
     for refused in (
-        found["sparse", "memc.sparse_attention.default"],
+        found["bits", "memc.quantised_attention.default"],
         found["compact", "memc.compact_attention.default"],
     ):
         assert isinstance(refused, No) and "--backend eager" in refused.reason

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from memc.kernels.launch import GPUS, INTERPRETER, Gpu, Notes, dispatch, launching
-from memc.kernels.linear_memory import device
+from memc.kernels.linear_memory import call, device
 from memc.kernels.linear_memory.op import forward as reference
 from tests.kernels import oracles
 from tests.kernels.cases import Shape
@@ -29,8 +29,8 @@ KINDS = [f"{update}-{'channel' if per_channel else 'head'}" for update, per_chan
 @pytest.fixture
 def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut calls into chunks of two blocks of scores: less for the interpreter to do."""
-    monkeypatch.setattr(device, "CHUNK", 2 * device.CHANNEL_ROWS)
-    monkeypatch.setattr(device, "FLOAT32_ROWS", device.CHANNEL_ROWS)
+    monkeypatch.setattr(call, "CHUNK", 2 * call.CHANNEL_ROWS)
+    monkeypatch.setattr(call, "FLOAT32_ROWS", call.CHANNEL_ROWS)
 
 
 def case(
@@ -125,7 +125,7 @@ def test_blocks_of_channels(cut_small: None, per_channel: bool) -> None:
 
 
 def test_a_system_of_four_blocks_of_keys_that_are_nearly_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "CHUNK", 64)
+    monkeypatch.setattr(call, "CHUNK", 64)
     x = case(Shape(1, 1, 1, tokens=70, key_size=5, value_size=3, seed=8), "gated_delta", False, 0.01)
     x[1] = torch.nn.functional.normalize(x[1] + 3 * x[1][:, :, :1], dim=-1)
     x[6] = x[6] * 0 + 1

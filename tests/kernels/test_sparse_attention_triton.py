@@ -1,4 +1,4 @@
-"""Kernels of one token of ``memc::sparse_attention`` in Triton's interpreter against the reference in float64."""
+"""Kernels of ``memc::sparse_attention`` in Triton's interpreter against the reference in float64."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from memc.dialect.sparse_attention import description
 from memc.kernels.launch import GPUS, Notes, launching
-from memc.kernels.sparse_attention import device, reference
+from memc.kernels.sparse_attention import device, reference, slots
 from tests.kernels.cases import Shape, walk
 from tests.kernels.triton_support import (
     assert_near,
@@ -22,7 +23,7 @@ from tests.kernels.triton_support import (
 
 SHAPE = Shape(batch=3, groups=1, per_group=2, tokens=71, key_size=12, value_size=20, seed=3)
 RULE: dict[str, Any] = {"scale": 0.4, "page": 8, "budget": 32, "sinks": 2, "window": 5}
-METHODS = ("bounds", "moments", "lowbit")
+METHODS = ("bounds", "moments", "hcam", "lowbit")
 
 
 def rule(method: str, **options: Any) -> dict[str, Any]:
@@ -39,7 +40,7 @@ def state(
     positions[0] = torch.arange(shape.tokens)
     positions[1] = torch.arange(shape.tokens)
     positions[1, 20:] -= 20
-    sizes = (shape.key_size, options["page"]) if options["method"] == "lowbit" else (2 * shape.key_size,)
+    sizes = description(options["method"], options["page"], shape.key_size)
     empty = [query.new_zeros(shape.batch, shape.groups, 0, size) for size in (shape.key_size, shape.value_size)]
     pages = query.new_zeros(shape.batch, shape.groups, 0, *sizes)
     held = torch.zeros(shape.batch, 0, dtype=torch.long)
@@ -147,7 +148,82 @@ def test_what_is_launched_depends_on_no_length() -> None:
     assert noted[0] == noted[1]
 
 
-def test_prompts_are_refused() -> None:
-    fixed = rule("bounds")
-    arguments = [torch.cat([x, x], 2) for x in token(SHAPE)]
-    assert "one token" in device.refuses(GPUS["nvidia-sm90"], *arguments, torch.zeros(3, 2), *state(fixed), **fixed)
+def buffers(held: list[Any], slots: int, page: int) -> list[Any]:
+    """Lay a state out in buffers of ``slots``, the last of them for padding."""
+    key, value, positions, pages = held
+    batch = len(positions)
+    wide = [x.new_zeros(*x.shape[:2], slots, x.shape[3]) for x in (key, value)]
+    at = torch.full((batch, slots), -1)
+    described = pages.new_zeros(*pages.shape[:2], -(-slots // page), *pages.shape[3:])
+    described[:, :, : pages.shape[2]] = pages
+    for row in range(batch):
+        there = (positions[row] >= 0).nonzero()[:, 0]
+        last = int((positions[row] == 0).nonzero()[-1, 0])
+        there = there[there >= last]
+        place = positions[row, there]
+        at[row, place] = place
+        for wide_one, one in zip(wide, (key, value), strict=True):
+            wide_one[row, :, place] = one[row, :, there]
+    return [*wide, at, described]
+
+
+CALLS = {
+    "a token": torch.tensor([[71], [0], [-1]]),
+    "a prompt": torch.tensor([[71, 72, 73, 74], [0, 1, 2, 3], [-1, -1, -1, -1]]),
+    "a piece": torch.tensor([[-1, 71, 72], [51, 52, -1], [0, -1, 1]]),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("call", "options"),
+    [("a token", {}), ("a prompt", {}), ("a piece", {"rerank": 2, "softcap": 2.0, "dense_below": 60})],
+)
+@pytest.mark.usefixtures("cut_small")
+def test_states_in_place_equal_the_reference(method: str, call: str, options: dict[str, Any]) -> None:
+    """Both forms in place, by kernels and in float64, give what the functional form gives, and hold what it holds."""
+    fixed, positions = rule(method, **options), CALLS[call]
+    held = state(fixed)
+    shape = Shape(SHAPE.batch, SHAPE.groups, SHAPE.per_group, positions.shape[1], SHAPE.key_size, SHAPE.value_size, 5)
+    tokens = [x.float() for x in shape.qkv(shape.generator())]
+    sink_logits = torch.randn(SHAPE.heads) if options else None
+    wanted = reference.forward(*in_double([*tokens, positions, *held, sink_logits]), **fixed)
+    there = (positions >= 0)[:, None]
+    for run, kind in ((slots.forward, torch.float64), (device.in_place, torch.float32)):
+        given = [x.to(kind) if x.is_floating_point() else x for x in buffers(held, 101, fixed["page"])]
+        sinks = None if sink_logits is None else sink_logits.to(kind)
+        with poisoned():
+            out, lse = run(*(x.to(kind) for x in tokens), positions, *given, sinks, **fixed)
+        assert_near(out.float(), wanted[0])
+        assert_near(lse.float(), wanted[1])
+        assert (out[~there.expand(out.shape[:3])] == 0).all()
+        following = buffers(list(wanted[2:]), 101, fixed["page"])
+        assert torch.equal(given[2], following[2])
+        # What a sequence before left in slots that are not held is nobody's.
+        held_now = (given[2] >= 0)[:, None, :, None]
+        for one, other in zip(given[:2], following[:2], strict=True):
+            assert_near(one.float() * held_now, other * held_now)
+        assert_near(given[3].float(), following[3])
+
+
+@pytest.mark.usefixtures("cut_small")
+def test_a_prompt_in_blocks_is_the_prompt_whole() -> None:
+    fixed, positions = rule("moments", rerank=2), CALLS["a piece"]
+    shape = Shape(SHAPE.batch, SHAPE.groups, SHAPE.per_group, positions.shape[1], SHAPE.key_size, SHAPE.value_size, 5)
+    tokens = [x.float() for x in shape.qkv(shape.generator())]
+    found = []
+    for entries in (device.BLOCK_ENTRIES, 500):
+        with (
+            patch.object(device, "BLOCK_ENTRIES", entries),
+            patch.object(device, "_attend", wraps=device._attend) as run,
+        ):
+            found.append(device.in_place(*tokens, positions, *buffers(state(fixed), 101, 8), **fixed))
+        assert run.call_count == (2 if entries == 500 else 1)
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)  # keys may be shared among other numbers of programs
+
+
+def test_a_method_without_kernels_is_refused() -> None:
+    fixed = {**rule("bounds"), "method": "another"}
+    arguments = [*token(SHAPE), torch.zeros(3, 1), *state(rule("bounds"))]
+    assert "another" in device.refuses(GPUS["nvidia-sm90"], *arguments, **fixed)

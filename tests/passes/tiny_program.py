@@ -15,7 +15,7 @@ from memc.blocks import AttentionBlock
 from memc.dialect import arguments
 from memc.infer import infer
 from memc.plugins import load_kernels
-from memc.program import Program
+from memc.program import Program, named_tensors
 from memc.target import Target
 from tests.core.tiny import TinyConfig, tiny_program
 
@@ -25,8 +25,19 @@ TARGET = Target(name="cpu", description="test", kind="cpu", backend="eager", ins
 
 
 def tiny(**choices: Any) -> Program:
-    """Copy the decoder that :func:`build` makes; the parameters are shared by all copies."""
-    return build(**choices).copy()
+    """Copy the decoder that :func:`build` makes, whose parameters all copies share and nobody may change."""
+    program = build(**choices)
+    assert _fingerprint(program) == _first(**choices), "an earlier test has changed the decoder that all tests share"
+    return program.copy()
+
+
+def _fingerprint(program: Program) -> float:
+    return sum(float(tensor.detach().double().abs().sum()) for _, tensor in named_tensors(program.module))
+
+
+@cache
+def _first(**choices: Any) -> float:
+    return _fingerprint(build(**choices))
 
 
 @cache

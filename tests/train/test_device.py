@@ -8,6 +8,7 @@ from torch import Tensor
 
 from memc.program import Program, named_tensors
 from memc.train.device import CPU, accelerator, lent, name_of
+from tests.core.tiny import tiny_program
 from tests.passes.tiny_program import tiny, tokens_of
 from tests.train.test_trainer import facts_of, few_tokens, train
 from tests.train.tiny_training import TEACHERS, linearized, tensors_of
@@ -31,7 +32,7 @@ def test_training_elsewhere_comes_to_the_same_and_back() -> None:
 
 
 def test_what_is_lent_comes_back_to_its_own_storage_unless_it_changed() -> None:
-    program = tiny()
+    program = tiny_program()
     tensors = everything(program)
     storage = {name: value.data_ptr() for name, value in tensors.items()}
     changed = next(name for name in tensors if name.endswith(("down_proj.weight", "down.weight")))

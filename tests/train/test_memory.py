@@ -22,7 +22,7 @@ from memc.train.guard import OWN, Guard, GuardText
 from tests.passes.tiny_program import TARGET, tiny
 from tests.train.tiny_training import LENGTH, changed, tensors_of
 
-STEPS = 16
+STEPS = 24
 PASSES: dict[str, Pass] = {
     "pkm": MemoryBank(kind="pkm", slots=64, heads=2, top=4, row=8),
     "engram": MemoryBank(kind="engram", slots=200, heads=2, row=8),
