@@ -13,20 +13,6 @@ from memc.errors import MemcError
 from memc.program import Program, get_tensor
 
 
-def check_options(method: str, *, page: int, window: int, rerank: int, retrieve: str) -> None:
-    """Raise ``MemcError`` E203 for options that do not go with a method that extends."""
-    if rerank > 1:
-        message = f"{method} reads pages whole, whose tokens are not ranked one by one"
-        raise MemcError("E203", message, f"sparsify:method={method},rerank={rerank}", "leave 'rerank' out")
-    if retrieve != "all":
-        message = f"heads that stream read sinks at their true distance, which {method} is there to bound"
-        raise MemcError("E203", message, f"sparsify:method={method},retrieve={retrieve}", "leave 'retrieve' out")
-    if method == "infllm" and window < page:
-        message = f"a page of {page} is described by queries within the window of {window}"
-        where = f"sparsify:method={method},page={page},window={window}"
-        raise MemcError("E203", message, where, f"write sparsify:method={method},page={page},window={page}")
-
-
 def check_length(program: Program, method: str, *, budget: int, window: int, dense_below: int) -> None:
     """Raise ``MemcError`` E203 where a method would rotate by more than what the model was trained on."""
     longest, trained = span(method, budget, window, dense_below), program.model.max_positions

@@ -12,12 +12,11 @@ from memc import sites
 from memc.analysis.heads import head_roles
 from memc.blocks import Alibi, AttentionBlock, Chunked, SlidingWindow
 from memc.dialect import arguments
-from memc.dialect.quantised_attention import BITS
 from memc.dialect.selectors import SELECTORS
 from memc.dialect.sparse_attention import forced_pages
 from memc.errors import MemcError
 from memc.head_split import HeadSplit, attend_window, join_heads, split_states
-from memc.passes.sparsify import extend
+from memc.passes.sparsify import checks, extend
 from memc.passes.sparsify.attention import attend_compact, attend_quantised, attend_sparse
 from memc.pipeline import Pass, PassReport, Plan, option
 from memc.program import Program
@@ -130,26 +129,12 @@ class Sparsify(Pass):
         if self.retrieve != "all" and not sites.check_heads(self.name, self.retrieve, "retrieve"):
             where = f"{self.name}:retrieve={self.retrieve}"
             raise MemcError("E203", "option 'retrieve' is all, heads:P% or heads:[LAYER.HEAD,...]", where)
-        if self.bits not in (0, *BITS):
-            where = f"{self.name}:bits={self.bits}"
-            raise MemcError("E203", f"option 'bits' is 0 or one of {', '.join(map(str, BITS))}", where)
-        if self.bits and self.method != "bounds":
-            message = f"bits go with method=bounds, by which keys are both rounded and ranked, not with {self.method}"
-            where = f"{self.name}:method={self.method},bits={self.bits}"
-            raise MemcError("E203", message, where, f"write {self.name}:method=bounds,bits={self.bits}")
+        checks.check_bits(self.bits, self.method)
         page = self.page_size
+        sizes = {"page": page, "window": self.window}
         if self.extends:
-            others = {name: getattr(self, name) for name in ("window", "rerank", "retrieve")}
-            extend.check_options(self.method, page=page, **others)
-        where = f"{self.name}:budget={self.budget},page={page},sinks={self.sinks},window={self.window}"
-        least = self._least(page)
-        if self.budget % page:
-            more = max(least, -(-self.budget // page) * page)
-            message = f"a budget of {self.budget} is not whole pages of {page}"
-            raise MemcError("E203", message, where, f"write {self.name}:budget={more}")
-        if self.budget < least:
-            message = f"the pages of {self.sinks} sinks and a window of {self.window} may hold {least} tokens"
-            raise MemcError("E203", f"{message}, the budget {self.budget}", where, f"write {self.name}:budget={least}")
+            checks.check_extending(self.method, rerank=self.rerank, retrieve=self.retrieve, **sizes)
+        checks.check_budget(self.budget, sinks=self.sinks, least=self._least(page), **sizes)
 
     @property
     def extends(self) -> bool:

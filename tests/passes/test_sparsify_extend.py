@@ -22,7 +22,7 @@ from memc.dialect.selectors import SELECTORS, methods
 from memc.errors import MemcError
 from memc.kernels.compact_attention import choose
 from memc.kernels.sparse_attention.choose import Rule
-from memc.passes.sparsify import Sparsify
+from memc.passes.sparsify import Sparsify, extend
 from memc.program import Program, get_tensor
 from memc.program_io import load_program, save_program
 from memc.raising import raise_program
@@ -161,6 +161,15 @@ def test_layers_that_do_not_rotate_are_refused() -> None:
     program.module.recompile()
     plan = Sparsify(method="infllm").plan(program, TARGET)
     assert not plan.sites and {r.code for r in plan.rejections} == {"no_rotary"}
+
+
+def test_values_of_another_size_than_keys_are_refused_where_they_ask() -> None:
+    program = tiny()
+    block = replace(attention_blocks(program)[0], value_dim=5)
+    assert extend.refuse(program, block, "infllm") is None
+    code, reason = extend.refuse(program, block, "longheads") or ("", "")
+    assert code == "value_size" and "5 and not 10 channels" in reason
+    assert all(f"``{code}``" in (Sparsify.__doc__ or "") for code in ("value_size", "no_rotary"))
 
 
 # ---- a passkey at eight times the trained length
