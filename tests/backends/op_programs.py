@@ -517,6 +517,3 @@ CASES: dict[str, Callable[[], Program]] = {
 
 ON_GPUS = tuple(case for case in CASES if not any(word in case for word in ("few bits", "compact", "clipped")))
 """Those of ops that have kernels in place."""
-
-IN_PLACE = [case for case in CASES if not any(kind in case for kind in ("few bits", "compact", "clipped"))]
-"""Cases whose growing states all have a form that is written in place."""
