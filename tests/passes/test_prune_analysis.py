@@ -81,6 +81,12 @@ def test_blocks_with_kept_units_do_not_go_whole(file: str) -> None:
         assert [(one.layer, one.code) for one in report.rejections] == [(0, "protected")]
 
 
+def test_key_channels_of_a_block_with_kept_heads_stay(file: str) -> None:
+    _, report = prune(tiny(), text(16), unit="key_channels", amount=0.2, round=2, analysis=file)
+    assert [site.layer for site in report.sites] == [1]
+    assert [(one.layer, one.code) for one in report.rejections] == [(0, "protected")]
+
+
 def test_as_many_stay_as_are_kept(file: str, tmp_path: Path) -> None:
     with pytest.raises(MemcError, match=r"E203.*no legal shape"):
         prune(tiny(), text(32), unit="ffn", amount=0.7, analysis=file)
