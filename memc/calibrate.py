@@ -20,10 +20,11 @@ from memc import machine
 from memc.backend import LowerOptions, Runner
 from memc.conversion.lowering import lower
 from memc.conversion.speed import random_states
-from memc.cost import CHANNELS, Work, work
+from memc.cost import CHANNELS, Work, op_flops, work
 from memc.doctor import require_backend
 from memc.errors import MemcError
 from memc.frontend import capture_source
+from memc.pipeline import parse_spec
 from memc.plugins import load_kernels, load_plugin
 from memc.program import Program
 from memc.progress import Progress, Silent
@@ -81,6 +82,9 @@ LAYER = Shape(hidden=1024, inner=4096, layers=1, heads=16, kv_heads=4)
 """Layers of weights."""
 LONG = Shape(hidden=192, inner=128, layers=4, heads=6, kv_heads=2)
 """Attention to a long context: three query heads a key-value head, as SmolLM2 has."""
+WINDOWED, LINEAR = "window:window=64", "linearize:window=64,keep=none"
+"""Passes that leave a window alone, and beside it the op that is measured in prompts."""
+SCAN = "linear_memory"
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,8 @@ def calibrate(*, threads: int | None = None, scale: Scale | None = None, progres
 
     Rates are those of the target's backend at the work that it does when decoding, not what the hardware could do at
     best: of weights read, of growing states read by attention, of matrix products, by type of weights and, where they
-    are quantised, of a token and of a prompt, and seconds of a launch with what goes with it. As in the file of that
+    are quantised, of a token and of a prompt, of linear memories in prompts, and seconds of a launch with what goes
+    with it. As in the file of that
     target they are per core. Takes a minute or two; raises ``MemcError`` E602 without the backend, E501 or E502 where
     memory or disk do not suffice.
     """
@@ -146,6 +151,8 @@ def calibrate(*, threads: int | None = None, scale: Scale | None = None, progres
             state_rate = _state_rate(place / "long", target, used, sizes.state_bytes)
         layers = max(2, round(sizes.weight_bytes / 4 / LAYER.weights))
         wide = Shape(LAYER.hidden, LAYER.inner, layers, LAYER.heads, LAYER.kv_heads)
+        with watched.step("linear memories"):
+            scan = _scan_rate(place / "scan", target, used)
         flops, prompts = {}, {}
         with watched.step("weights"):
             probe = _probe(wide, place / "fp32", target, used, context=2 * PROMPT)
@@ -164,6 +171,7 @@ def calibrate(*, threads: int | None = None, scale: Scale | None = None, progres
             "disk_bandwidth": disk,
             "flops": {name: rate / used for name, rate in flops.items()},
             "prompt_flops": {name: rate / used for name, rate in prompts.items()},
+            "prompt_ops": {SCAN: scan / used},
             "launch_overhead": launch,
         }
     )
@@ -196,6 +204,19 @@ def _state_rate(place: Path, target: Target, threads: int, size: int) -> float:
     probe = _probe(LONG, place, target, threads, context + 1)
     seconds = probe.step_seconds(context) - probe.step_seconds(1)
     return (probe.work(context).state_bytes_read - probe.work(1).state_bytes_read) / max(seconds, 1e-9)
+
+
+def _scan_rate(place: Path, target: Target, threads: int) -> float:
+    """Return the operations per second of linear memories in a prompt, by what they, with gates, add to windows."""
+    dense = _probe(LONG, place, target, threads, 2 * PROMPT)
+    seconds, programs = [], []
+    for spec in (WINDOWED, LINEAR):
+        pass_ = parse_spec(spec)
+        program, _ = pass_.apply(dense.program, pass_.plan(dense.program, target))
+        probe = _lowered(program, place / pass_.name, target, threads, 2 * PROMPT, "fp32")
+        seconds.append(probe.prompt_seconds(PROMPT))
+        programs.append(program)
+    return PROMPT * op_flops(programs[1], SCAN, PROMPT) / max(seconds[1] - seconds[0], 1e-9)
 
 
 def _beyond(seconds: float, probe: Probe, launch: float) -> float:

@@ -112,7 +112,8 @@ def prefill_ms(
     """Predict the milliseconds of a prompt of each length, run as a session runs it: in pieces of ``CHUNK`` tokens.
 
     A piece takes the slower of computing, each of its tokens at the context where it ends, and of reading the weights
-    and the state once, and its launches; the logits of its last token alone are computed. Nothing without rates.
+    and the state once, and its launches; the logits of its last token alone are computed. Ops that the target has a
+    rate of their own for (``prompt_ops``) take what they take besides. Nothing without rates.
     """
     peak = _peak(target, weights, prompt=True)
     if not peak or not lengths:
@@ -127,14 +128,19 @@ def prefill_ms(
         dict(zip(ends, np.interp(ends, knots, [getattr(asked[knot], name) for knot in knots]), strict=True))
         for name in ("flops", "state_bytes_read")
     )
+    own = {name: [op_flops(program, name, knot) for knot in knots] for name in target.prompt_ops}
+    slow = {name: dict(zip(ends, np.interp(ends, knots, found), strict=True)) for name, found in own.items()}
+    cores = (threads or machine.cores()) if target.name == "cpu" else 1
     one = asked[knots[0]]
     for length in lengths:
         seconds = 0.0
         for end in [*range(CHUNK, length, CHUNK), length]:
             tokens = end - (end - 1) // CHUNK * CHUNK
-            work = tokens * (float(flops[end]) - logits) + logits
+            apart = {name: tokens * float(values[end]) for name, values in slow.items()}
+            work = tokens * (float(flops[end]) - logits) + logits - sum(apart.values())
             piece = replace(one, flops=work, state_bytes_read=float(state[end]))
             seconds += _seconds_of(piece, target, peak, threads)
+            seconds += sum(count / target.prompt_ops[name] for name, count in apart.items()) / cores
         found[length] = 1e3 * seconds
     return found
 
@@ -272,6 +278,17 @@ def work(program: Program, context: int) -> Work:
         elif node.target in _PRODUCTS:
             flops, kernels = flops + _product_flops(node) / rows, kernels + 1
     return Work(flops, state, kernels)
+
+
+def op_flops(program: Program, name: str, context: int) -> float:
+    """Return the operations of one token that a dialect op does at a context, over all its nodes."""
+    flops = 0.0
+    for node in program.module.graph.nodes:
+        spec = op_spec(node.target) if node.op == "call_function" else None
+        if spec is not None and spec.name == name:
+            values = spec.bind(_values(node.args), {key: _value(value) for key, value in node.kwargs.items()})
+            flops += spec.cost(values, context).flops
+    return flops
 
 
 def _product_flops(node: Node) -> float:

@@ -133,6 +133,10 @@ class Pass(Configurable, ABC):
         """Tell whether the pass is there to make a token take less time, so that what takes more is refused."""
         return False
 
+    def keeps_form(self) -> bool:
+        """Tell whether a block that it rewrites is still one of its kind, which a pass after it finds."""
+        return False
+
     def trained_relations(self, plan: Plan) -> tuple[Relation, ...]:
         """Return what holds once training is over, instead of the plan's own relations."""
         return plan.relations

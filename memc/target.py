@@ -36,6 +36,9 @@ class Target(BaseModel):
     prompt_flops: dict[str, float] = Field(
         default_factory=dict, description="the same of many tokens at once, where it is more than of a single one"
     )
+    prompt_ops: dict[str, float] = Field(
+        default_factory=dict, description="the same of dialect ops that get through less of it than products, by name"
+    )
     launch_overhead: float = Field(default=0.0, description="seconds per kernel")
 
 
@@ -77,7 +80,7 @@ def get_target(name: str) -> Target:
 def write_target(target: Target, path: Path) -> None:
     """Write a target as a file that is read as one. Raises ``MemcError`` E502 where that cannot be."""
     values = target.model_dump(exclude_none=True)
-    tables = {name: values.pop(name) for name in ("flops", "prompt_flops")}
+    tables = {name: values.pop(name) for name in ("flops", "prompt_flops", "prompt_ops")}
     # A text of JSON is one of TOML, and so is a number.
     lines = [f"{name} = {json.dumps(value)}" for name, value in values.items()]
     for name, rates in tables.items():

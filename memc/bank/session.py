@@ -16,7 +16,8 @@ from memc.bank.tree import TreePath
 from memc.errors import MemcError
 from memc.report.bank import BankUse
 from memc.runtime.inputs import Fetched
-from memc.runtime.session import Ids, Session, SessionState
+from memc.runtime.rows import Ids, full_rows, id_rows
+from memc.runtime.session import Session, SessionState
 
 F32 = npt.NDArray[np.float32]
 
@@ -38,13 +39,13 @@ class BankSession(Session):
         self, ids: Ids, *, chunk: int | None = None, inputs: Mapping[str, npt.ArrayLike] | None = None
     ) -> Iterator[tuple[int, F32]]:
         """Yield logits as ``Session.logit_chunks``; what is not in ``inputs`` is fetched by the text of each row."""
-        rows = self._full_rows(ids)
+        rows = full_rows(ids, self.manifest, self.folder)
         fetched = self.fetch(rows)
         return super().logit_chunks(rows, chunk=chunk, inputs={**fetched, **(inputs or {})})
 
     def prefill(self, ids: Ids, state: SessionState, *, fetched: Fetched | None = None) -> F32:
         """Run tokens as ``Session.prefill``; the first ones settle what is fetched."""
-        rows = self._rows(ids)
+        rows = id_rows(ids, self.manifest, self.folder)
         if not fetched and not state.lengths.any():
             fetched = self.fetch(rows)
         return super().prefill(rows, state, fetched=fetched)

@@ -70,7 +70,7 @@ def command(
     from memc import runtime
     from memc.report.models import GenerateDocument
 
-    session = runtime.load(out, threads=threads)
+    session = runtime.load(out, threads=threads, verify=True)
     fetched, use = (None, None) if bank is None else _fetch(session, bank, prompt, deny, generic, threads)
     if use is not None:
         console.note(use.line())

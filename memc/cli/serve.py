@@ -79,7 +79,7 @@ def command(
     key = _read_key(api_key_file) if api_key_file is not None else None
     limits = Limits(concurrent, queue, max_tokens, max_new_tokens, max_body, keep)
     with listen(host, port) as place:
-        session = runtime.load(out, threads=threads)
+        session = runtime.load(out, threads=threads, verify=True)
         if bank is not None:
             session = BankSession(session, Bank.open(bank, threads=threads))
         shown = f"[{host}]" if ":" in host else host

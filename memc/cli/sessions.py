@@ -34,7 +34,7 @@ def open_sessions(
         raise MemcError("E208", "llama.cpp can only be timed, and only against an artifact", foreign, hint)
     models = {source for source in sources.values() if not (Path(source) / MANIFEST).is_file() and _is_model(source)}
     opened = {
-        source: runtime.load(source, threads=threads)
+        source: runtime.load(source, threads=threads, verify=True)
         for source in dict.fromkeys(sources.values())
         if source not in models
     }

@@ -21,6 +21,12 @@ from memc.verify.inputs import positions_of
 SAMPLED = 64
 """Most sequences that are sampled: a token costs more than looking at it does."""
 
+PIECE = 512
+"""Tokens that are sampled in one go: a longer sequence is joined from several.
+
+A step costs as much as reading the model, another sequence beside the first ones hardly anything.
+"""
+
 HELD_OUT = 8
 """Most held-out sequences that verify what was calibrated on the rest."""
 
@@ -44,8 +50,7 @@ class CalibrationText:
         length = min(length, self.original.model.longest or length)
         if (count, length) not in self._made:
             make = self._from_data if self.recipe.data else self._sampled
-            with self.progress.step(f"calibration text, {count} sequences of {length} tokens at most"):
-                self._made[count, length] = make(count, length)
+            self._made[count, length] = make(count, length)
         return self._made[count, length]
 
     def held_out(self) -> VerificationText | None:
@@ -66,15 +71,20 @@ class CalibrationText:
         return Corpus(streams, guard=(self.recipe.train or Train()).guard, block=self._block)
 
     def _from_data(self, count: int, length: int) -> Calibration:
-        sequences = self._corpus.sequences(length, self.recipe.seed)
-        tokens, positions = sequences.batch(0, min(count, len(sequences)))
+        with self.progress.step(f"calibration text, {count} sequences of {length} tokens at most"):
+            sequences = self._corpus.sequences(length, self.recipe.seed)
+            tokens, positions = sequences.batch(0, min(count, len(sequences)))
         return Calibration(torch.from_numpy(tokens), torch.from_numpy(positions), self._corpus.where)
 
     def _sampled(self, count: int, length: int) -> Calibration:
         """Sample from the original, from another seed than the verification text is."""
         path = self.folder / "report" / f"calibration-{count}x{length}.safetensors"
         if not path.is_file():
-            text = sample_text(self.original, self.recipe.seed + 1, sequences=min(count, SAMPLED), length=length)
-            write_tensors(path, {"tokens": text.tokens})
+            rows, pieces = min(count, SAMPLED), -(-length // PIECE)
+            sizes = {"sequences": rows * pieces, "length": -(-length // pieces)}
+            title = f"sample {rows} sequences of {length} tokens from the original"
+            with self.progress.step(title, sizes["length"] - 1) as advance:
+                text = sample_text(self.original, self.recipe.seed + 1, **sizes, advance=advance)
+            write_tensors(path, {"tokens": text.tokens.reshape(rows, -1)[:, :length].contiguous()})
         tokens = read_tensors(path)["tokens"]
         return Calibration(tokens, positions_of(tokens), "sampled from the original")

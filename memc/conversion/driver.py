@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -35,6 +36,7 @@ from memc.conversion.speed import (
     check_speed,
     decode_times,
     fits_beside,
+    lowered_beside,
     measures_speed,
     modelled,
     speed_budgets,
@@ -48,6 +50,7 @@ from memc.conversion.training import (
     training_data,
     trains,
 )
+from memc.cost import SMALL
 from memc.data import source_digest
 from memc.errors import MemcError
 from memc.fit.limits import read_limits
@@ -119,8 +122,8 @@ def _convert(request: Request, steps: Steps, processes: Processes) -> ConvertDoc
     document.fit = fitted
     training &= any(facts.trains for facts in document.passes)
     require_mergeable(request.recipe, training, document.passes)
-    quick = _promises_time(request, passes, raised.program)
     if request.dry_run:
+        quick = _promises_time(request, passes, raised.program)
         found = modelled(document, _speed_budgets(request, passes)) if quick else []
         require_passed(found)
         return document.model_copy(update={"checks": [check_facts(check) for check in found]})
@@ -131,7 +134,8 @@ def _convert(request: Request, steps: Steps, processes: Processes) -> ConvertDoc
         return document
     require_memory(request, captured, raised.program, document.predicted.weight_bytes)
     # The program once, however many passes, with what they add; and what is lowered.
-    beside = document.original.weight_bytes if quick and document.original is not None else 0
+    timed = document.original is not None and _timed_beside(request, passes, raised.program)
+    beside = document.original.weight_bytes if timed and document.original is not None else 0
     require_space(request.out, (document.predicted.disk_bytes or 0) + beside)
     folder.open(_key(request, recipe, captured), fresh=request.fresh)
     try:
@@ -195,7 +199,7 @@ class _Conversion:
         if trainer is not None:
             windows = [facts["window"] for run in runs for facts in run.report.details.values() if "window" in facts]
             self.quality = partial(measure_quality, original, corpus=data.corpus, window=max(windows, default=WINDOW))
-        beside = original if _promises_time(self.request, self.passes, original) else None
+        beside = original if _timed_beside(self.request, self.passes, original) else None
         del original
         return self._lower(program, pipeline.last_stage, runs, checks, text, floor, beside)
 
@@ -263,9 +267,8 @@ class _Conversion:
                 runner = request.backend.load(place, manifest, request.threads)
                 checks += verify_lowered(runner, program, text, request.weights, floor)
             self.steps.seconds["verify"] += self.steps.seconds.pop("verify_lowered")
-        if original is not None:
-            with self.steps.step("speed", "time the result beside the original"):
-                checks += self._check_speed(original, runner, options)
+        speed, times = self._time(original, runner, options) if streams(program) else ([], [])
+        checks += speed
         verified = VerifyReport(
             checks=[check_facts(check) for check in checks],
             text=text.origin,
@@ -281,10 +284,6 @@ class _Conversion:
                 found = self.quality(manifest, runner, folder=place, seed=request.recipe.seed, progress=progress)
                 found.ablations = ablations(runs)
                 self.folder.write_report("quality.json", found)
-        times = dict[int, float]()
-        if runner is not None and streams(program):
-            with self.steps.step("decode", "time tokens of the result"):
-                times = decode_times(runner, CONTEXTS, request.threads)
         del runner
         self.folder.clean()
         document = self._describe(program, runs, verified, lowered.forms, times)
@@ -293,12 +292,27 @@ class _Conversion:
         self.folder.finish()
         return document
 
-    def _check_speed(self, original: Program, runner: Runner | None, options: LowerOptions) -> list[CheckResult]:
-        request, place = self.request, self.folder.partial
-        budgets = _speed_budgets(request, self.passes)
-        if runner is None or not fits_beside(self.document):
-            return modelled(self.document, budgets)
-        return check_speed(original, runner, place, request.backend, request.target, options, budgets)
+    def _time(
+        self, original: Program | None, runner: Runner | None, options: LowerOptions
+    ) -> tuple[list[CheckResult], list[dict[int, float]]]:
+        """Time what was lowered, in turns with the ``original`` where there is one and memory for it.
+
+        Returns the checks of what passes promise, and milliseconds of a token by context: of the result, of the
+        original.
+        """
+        request, steps = self.request, self.steps
+        budgets, checks, dense = _speed_budgets(request, self.passes), list[CheckResult](), None
+        with ExitStack() as stack:
+            if runner is not None and original is not None and fits_beside(self.document):
+                with steps.step("beside", "lower the original, to time it beside the result"):
+                    place = self.folder.partial, request.backend, request.target
+                    dense = stack.enter_context(lowered_beside(original, *place, options))
+            with steps.step("speed", "time the result" + (" beside the original" if dense is not None else "")):
+                if original is not None and _promises_time(request, self.passes, original):
+                    checks = modelled(self.document, budgets)
+                    if runner is not None and dense is not None:
+                        checks = check_speed(runner, dense, original.model.vocab_size or 1, budgets)
+                return checks, decode_times([one for one in (runner, dense) if one], CONTEXTS, request.threads)
 
     def _describe(
         self,
@@ -306,12 +320,12 @@ class _Conversion:
         runs: list[PassRun],
         verified: VerifyReport,
         forms: dict[str, str],
-        times: dict[int, float],
+        times: list[dict[int, float]],
     ) -> ConvertDocument:
         out = self.request.out
         measured = Measured(
             parameters=program.parameter_count,
-            decode_ms=times,
+            **dict(zip(("decode_ms", "original_decode_ms"), times, strict=False)),
             state_bytes={context: program.state_bytes(context) for context in self.document.predicted.state_bytes},
             peak_rss_bytes=machine.peak_rss_bytes(),
             disk_bytes=folder_bytes(self.folder.partial),
@@ -372,6 +386,12 @@ def _fields(check: CheckResult) -> tuple[float, float | None, float | None, bool
 def _promises_time(request: Request, passes: list[Pass], program: Program) -> bool:
     merges = request.recipe.train is not None and request.recipe.train.onto == "original"  # with nothing taken out
     return measures_speed(passes, program) and not merges
+
+
+def _timed_beside(request: Request, passes: list[Pass], program: Program) -> bool:
+    """Tell whether the original is lowered too, to be timed: where time was promised, and where it costs little."""
+    small = 4 * program.parameter_count < SMALL
+    return _promises_time(request, passes, program) or (bool(passes) and program.model.decoder and small)
 
 
 def _speed_budgets(request: Request, passes: list[Pass]) -> dict[str, float]:

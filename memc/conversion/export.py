@@ -41,11 +41,11 @@ NOT_COPIED = (CONFIG, "README.md")
 def export(source: Path, out: Path, *, force: bool = False, progress: Progress | None = None) -> ExportDocument:
     """Write the program of the artifact ``source`` as a folder that ``from_pretrained`` loads, whole or not at all.
 
-    Raises ``MemcError``: E309 the source is no artifact, E208 it comes from no Hugging Face model or
-    :func:`export_program` refuses, E204 ``out`` is in the way, E401 as there, E502 too little disk.
+    Raises ``MemcError``: E309 the source is no artifact, E402 a file of it has changed, E208 it comes from no Hugging
+    Face model or :func:`export_program` refuses, E204 ``out`` is in the way, E401 as there, E502 too little disk.
     """
     began = time.perf_counter()
-    read_manifest(source)
+    read_manifest(source, verify=True, unread="lowered")
     if not (source / CONFIG).is_file():
         reason = "artifact has no configuration of transformers: its source was no Hugging Face or GGUF model"
         raise MemcError("E208", reason, str(source), HINT)

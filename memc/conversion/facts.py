@@ -26,6 +26,7 @@ from memc.conversion.pipeline import PassRun, relation_facts
 from memc.dialect import op_spec
 from memc.pipeline import PassReport
 from memc.program import Program
+from memc.raising import block_parameters
 from memc.recipe import Train
 from memc.report.facts import BlockFacts, CheckFacts, ModelFacts, NearMissFacts, RelationFacts, SiteFacts, SkippedFacts
 from memc.report.files import AblationFacts
@@ -52,9 +53,10 @@ def model_facts(program: Program, *, remote_code: bool = False) -> ModelFacts:
 
 def block_facts(block: Block, program: Program) -> BlockFacts:
     """Describe one block."""
+    parameters = block_parameters(program, [block]) or None
     match block:
         case AttentionBlock():
-            return _attention(block, program)
+            return _attention(block, program).model_copy(update={"parameters": parameters})
         case FeedForwardBlock():
             return BlockFacts(
                 layer=block.layer,
@@ -64,6 +66,7 @@ def block_facts(block: Block, program: Program) -> BlockFacts:
                 gated=block.gate is not None if block.kind == "feed_forward" else None,
                 width=block.width,
                 hidden=block.hidden,
+                parameters=parameters,
             )
 
 

@@ -39,8 +39,8 @@ MEASURED, SHORTER = 2, 2
 CHECKED = 2
 """Sequences that the choice is held against."""
 
-SHOWN = 4
-"""Sequences that passes may look at."""
+SHOWN = 6
+"""Sequences that passes may look at: of 1,024 tokens, what a layer of 1,536 channels takes to be cut."""
 
 
 def fit_recipe(
@@ -72,7 +72,7 @@ def fit_recipe(
         "passes": [one.spec for one in found.passes],
         "fit": None,
         "tokens": 0 if recipe.data else None,
-        "weights": recipe.weights or (found.weights if found.weights != request.weights else None),
+        "weights": found.weights,
         "verify": Verify.model_validate({"budgets": budgets}),
     }
     return recipe.model_copy(update=changes), found.facts

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,8 +38,11 @@ ROUNDING = 3.0
 CONTEXTS = (128, 512, 2048, 8192, 32_768)
 """Contexts at which the result's tokens are timed, as far as it has room; predictions have them too."""
 
-TIMED, SECONDS = 10, 15.0
-"""Tokens that are timed at a context, of which the first two do not count, and how long that may take in all."""
+TIMED, FEWEST, SECONDS = 10, 5, 15.0
+"""Tokens that are timed at a context, of which the first two do not count, and how few once all took that long."""
+
+ROOM = 8
+"""States of what is timed may take such a part of the machine's memory: they are made, and handed over as copies."""
 
 
 @dataclass
@@ -75,26 +80,39 @@ def random_states(manifest: Manifest, context: int) -> dict[str, np.ndarray]:
     return made
 
 
-def decode_times(runner: Runner, contexts: Sequence[int], threads: int | None) -> dict[int, float]:
-    """Return the median milliseconds of a token after random states, at contexts that the artifact has room for.
+def decode_times(runners: Sequence[Runner], contexts: Sequence[int], threads: int | None) -> list[dict[int, float]]:
+    """Return of each runner the median milliseconds of a token after random states, at contexts that it has room for.
 
-    With one thread time of the processor, else of the wall. No further context is looked at once that has taken
-    ``SECONDS``.
+    They take turns. With one thread it is time of the processor, else of the wall. No further context is looked at once
+    that has taken ``SECONDS``, or where states do not leave the machine ``ROOM``.
     """
     clock = time.process_time if threads == 1 else time.perf_counter
-    capacity, began, found = runner.manifest.capacity, time.perf_counter(), dict[int, float]()
+    began, found = time.perf_counter(), [dict[int, float]() for _ in runners]
     token, last = np.array([[1]]), np.zeros(1, np.int64)
     for context in sorted(contexts):
-        if (capacity is not None and context >= capacity) or time.perf_counter() - began > SECONDS:
+        timed = [index for index, one in enumerate(runners) if _has_room(one.manifest, context)]
+        if not timed or time.perf_counter() - began > SECONDS:
             break
-        state = runner.restore(random_states(runner.manifest, context), context + 1)
-        seconds = []
-        for _ in range(TIMED):
-            start = clock()
-            runner.run(token, np.array([[context]]), state, last)
-            seconds.append(clock() - start)
-        found[context] = 1e3 * statistics.median(seconds[2:])
+        states = {i: runners[i].restore(random_states(runners[i].manifest, context), context + 1) for i in timed}
+        seconds: dict[int, list[float]] = {index: [] for index in timed}
+        for turn in range(TIMED):
+            if turn >= FEWEST and time.perf_counter() - began > SECONDS:
+                break
+            for index in timed[:: -1 if turn % 2 else 1]:
+                start = clock()
+                runners[index].run(token, np.array([[context]]), states[index], last)
+                seconds[index].append(clock() - start)
+        for index in timed:
+            found[index][context] = 1e3 * statistics.median(seconds[index][2:])
     return found
+
+
+def _has_room(manifest: Manifest, context: int) -> bool:
+    if manifest.capacity is not None and context >= manifest.capacity:
+        return False
+    sizes = ([1 if size == "B" else held(size, context) for size in state.shape] for state in manifest.states)
+    memory = machine.memory_bytes()
+    return memory is None or ROOM * 4 * sum(map(math.prod, sizes)) <= memory
 
 
 def speed_budgets(passes: Sequence[Pass], budgets: Mapping[str, float]) -> dict[str, float]:
@@ -127,30 +145,29 @@ def fits_beside(document: ConvertDocument) -> bool:
     return memory is None or (document.predicted.peak_rss_bytes or 0) + beside <= memory
 
 
-def check_speed(
-    original: Program,
-    runner: Runner,
-    place: Path,
-    backend: Backend,
-    target: Target,
-    options: LowerOptions,
-    budgets: Mapping[str, float],
-) -> list[CheckResult]:
-    """Lower the original as the result was, under ``place``, and compare the CPU time of prompts and of single tokens.
-
-    The original takes two of three turns; how far its two timings are apart is the noise, and a budget of
-    ``budgets`` is broken by what is over it by more than ``LEAST`` and ``ROUNDING`` times the noise.
-    """
+@contextmanager
+def lowered_beside(
+    original: Program, place: Path, backend: Backend, target: Target, options: LowerOptions
+) -> Iterator[Runner]:
+    """Lower the original as the result was, under ``place``, for as long as it is looked at."""
     folder = place / "original"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     try:
         _, manifest = lower(original, backend, target, folder, options)
-        dense = backend.load(folder, manifest, options.threads)
-        sides = [_Side(runner), _Side(dense), _Side(dense)]
-        _time(sides, original.model.vocab_size or 1)
+        yield backend.load(folder, manifest, options.threads)
     finally:
         shutil.rmtree(folder)
+
+
+def check_speed(runner: Runner, dense: Runner, vocab: int, budgets: Mapping[str, float]) -> list[CheckResult]:
+    """Compare the CPU time of prompts and of single tokens of a result with those of the original, lowered alike.
+
+    The original takes two of three turns; how far its two timings are apart is the noise, and a budget of
+    ``budgets`` is broken by what is over it by more than ``LEAST`` and ``ROUNDING`` times the noise.
+    """
+    sides = [_Side(runner), _Side(dense), _Side(dense)]
+    _time(sides, vocab)
     seconds = {"token": [side.steps for side in sides], "prompt": [side.prompts for side in sides]}
     return [_compare(name, what, seconds[what], budgets) for name, what in zip(SPEED_CHECKS, seconds, strict=True)]
 

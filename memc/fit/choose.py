@@ -31,6 +31,16 @@ class Fit:
     kl: float
 
 
+def cost_of(limit: Limit, asks: Mapping[int, Demand], target: Target, weights: str, threads: int | None) -> float:
+    """Return what is asked in the quantity of a limit of cost: bytes of state, or milliseconds."""
+    asked = asks[limit.context]
+    if limit.what == "state":
+        return float(asked.state_bytes)
+    ms = decode_ms(asked, target, weights, threads)
+    assert ms is not None, "limits of time are refused for targets without rates"
+    return ms
+
+
 @dataclass(frozen=True)
 class Chooser:
     """All choices worth having from a menu, and what limits make of them. ``context`` is where speed counts if none.
@@ -84,12 +94,8 @@ class Chooser:
     def reached(self, limit: Limit, fit: Fit, factor: float = 0.0) -> float:
         """Return what a choice comes to in a limit's quantity: bytes, milliseconds, nats, or times the perplexity."""
         match limit.what:
-            case "state":
-                return float(fit.asks[limit.context].state_bytes)
-            case "decode":
-                ms = decode_ms(fit.asks[limit.context], self.target, fit.weights, self.threads)
-                assert ms is not None, "limits of time are refused for targets without rates"
-                return ms
+            case "state" | "decode":
+                return cost_of(limit, fit.asks, self.target, fit.weights, self.threads)
             case "ppl":
                 return math.exp(min(factor * fit.kl, 700.0))
             case "kl":

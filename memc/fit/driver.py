@@ -6,15 +6,16 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
 from memc.analysis.sensitivity import Distance, Yardstick
-from memc.cost import Demand
+from memc.cost import Demand, demands
 from memc.errors import MemcError
-from memc.fit.choose import Chooser, Fit
+from memc.fit.choose import Chooser, Fit, cost_of
 from memc.fit.limits import Limit, Limits
-from memc.fit.menu import Calibrate, Kept, Setting, make_menu, rewritten, told
+from memc.fit.menu import Calibrate, Kept, Setting, Usage, make_menu, rewritten, told
 from memc.fit.weights import quantised
 from memc.pipeline import Pass
 from memc.program import Program
@@ -107,13 +108,13 @@ def _chooser(fitting: Fitting, kept: Kept, progress: Progress) -> Chooser:
     def yardstick() -> Yardstick:
         return Yardstick(fitting.original, fitting.measured, first)
 
-    def helps(more: Mapping[int, Demand]) -> bool:
-        return _helps(fitting, more)
-
+    usage = Usage(
+        partial(_helps, fitting), partial(_suffices, fitting, demands(fitting.original, contexts, fitting.weights[0]))
+    )
     only_state = limits.costs and timed is None
     weights = fitting.weights[:1] if only_state else fitting.weights  # which are no part of the state
     place = kept, fitting.calibrate, progress
-    menu = make_menu(fitting.original, target, contexts, weights, yardstick, first, helps, *place)
+    menu = make_menu(fitting.original, target, contexts, weights, yardstick, first, usage, *place)
     if not menu.slots and len(menu.weights) == 1:
         reason = "no pass has anything to offer for a layer of this model"
         raise MemcError("E307", reason, fitting.original.model.source, "memc inspect MODEL --why")
@@ -129,6 +130,14 @@ def _helps(fitting: Fitting, more: Mapping[int, Demand]) -> bool:
     return any(
         more[context].state_bytes < 0 if state else more[context].flops < 0 or more[context].bytes_read < 0
         for state, context in wanted
+    )
+
+
+def _suffices(fitting: Fitting, original: Mapping[int, Demand], asks: Mapping[int, Demand]) -> bool:
+    """Tell whether there are limits of cost, and what is asked keeps them all with weights as they were."""
+    costs, rest = fitting.limits.costs, (fitting.target, fitting.weights[0], fitting.threads)
+    return bool(costs) and all(
+        limit.used(cost_of(limit, asks, *rest), cost_of(limit, original, *rest)) <= 1 for limit in costs
     )
 
 

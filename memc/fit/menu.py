@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field, replace
 from functools import cache
+from itertools import chain
 from pathlib import Path
 
 from memc.analysis.sensitivity import PRECISE, Distance, Yardstick
@@ -83,6 +84,14 @@ class Menu:
     present: Mapping[str, tuple[int, ...]]
 
 
+@dataclass(frozen=True)
+class Usage:
+    """What limits make of costs by context: whether ``less`` of them helps, and whether so much is ``enough``."""
+
+    less: Callable[[Mapping[int, Demand]], bool]
+    enough: Callable[[Mapping[int, Demand]], bool]
+
+
 def offered() -> tuple[Pass, ...]:
     """Return the settings that the known passes offer, in the order of their names."""
     found: list[Pass] = []
@@ -128,7 +137,7 @@ def make_menu(
     weights: Sequence[str],
     yardstick: Callable[[], Yardstick],
     shown: int,
-    helps: Callable[[Mapping[int, Demand]], bool],
+    usage: Usage,
     kept: Kept,
     calibrate: Calibrate,
     progress: Progress,
@@ -136,8 +145,9 @@ def make_menu(
     """Apply every setting on offer to every block alone and measure it, unless ``kept`` has it.
 
     ``shown`` is the first token that the yardstick looks at: a setting that is exact up to a later one is left out,
-    since what it loses does not show. So is one for which ``helps`` says that what a token asks more, by context, is
-    of no use.
+    since what it loses does not show. So is one that by ``usage`` takes less of nothing that is limited, and one that
+    has no use because a dearer setting of the same pass, in all layers, is cheap enough: within a pass, what costs less
+    loses more.
     """
     blocks: dict[Slot, Block] = {(block.layer, block.kind): block for block in find_blocks(original)}
     present = {kind: tuple(sorted(layer for layer, of in blocks if of == kind)) for kind in {of for _, of in blocks}}
@@ -155,9 +165,26 @@ def make_menu(
         return more[key]
 
     def useful(setting: Setting) -> bool:
-        return any(helps(asks_more((site.layer, site.kind), setting)[weights[0]]) for site in setting.plan.sites)
+        return any(usage.less(one) for one in by_site(setting))
 
-    settings = tuple(filter(useful, _on_offer(original, target, shown)))
+    def by_site(setting: Setting) -> list[Mapping[int, Demand]]:
+        return [asks_more((site.layer, site.kind), setting)[weights[0]] for site in setting.plan.sites]
+
+    def enough(setting: Setting) -> bool:
+        asked = {c: sum((more[c] for more in by_site(setting)), asks[weights[0]][c]) for c in contexts}
+        return usage.enough(asked)
+
+    def cheaper(setting: Setting, other: Setting) -> bool:
+        pairs = list(zip(by_site(setting), by_site(other), strict=True))
+        less = (usage.less({c: mine[c] - its[c] for c in contexts}) for mine, its in pairs)
+        return all(less) and not any(usage.less({c: its[c] - mine[c] for c in contexts}) for mine, its in pairs)
+
+    def spared(setting: Setting) -> bool:
+        alike = (one for one in found if (one.pass_.name, one.plan.sites) == (setting.pass_.name, setting.plan.sites))
+        return any(cheaper(setting, one) and enough(one) for one in alike)
+
+    found = tuple(filter(useful, _on_offer(original, target, shown)))
+    settings = tuple(setting for setting in found if not spared(setting))
     maker = _Measuring(original, settings, cache(yardstick), kept, calibrate, progress)
     types = {kind: maker.of_weights(kind) for kind in weights}
     maker.run()
@@ -165,16 +192,16 @@ def make_menu(
     for slot in sorted(blocks):
         entries = []
         for index, setting in enumerate(settings):
-            found = kept.found.get(setting.key(slot[0]))
-            if found is None or not any((site.layer, site.kind) == slot for site in setting.plan.sites):
+            distance = kept.found.get(setting.key(slot[0]))
+            if distance is None or not any((site.layer, site.kind) == slot for site in setting.plan.sites):
                 continue
-            entries.append(Entry(index, asks_more(slot, setting), found))
+            entries.append(Entry(index, asks_more(slot, setting), distance))
         slots[slot] = tuple(entries)
     return Menu(settings, {slot: found for slot, found in slots.items() if found}, types, asks, present)
 
 
 def _on_offer(original: Program, target: Target, shown: int) -> Iterator[Setting]:
-    """Yield the settings that find something to rewrite: first those that make blocks smaller."""
+    """Yield the settings that find something to rewrite: first those that leave a block for the next one."""
     found = []
     for pass_ in offered():
         try:
@@ -185,7 +212,7 @@ def _on_offer(original: Program, target: Target, shown: int) -> Iterator[Setting
             continue
         if plan.sites and _exact_to(plan) <= shown:
             found.append(Setting(pass_, plan))
-    yield from sorted(found, key=lambda setting: setting.kind != "feed_forward")
+    yield from sorted(found, key=lambda setting: not setting.pass_.keeps_form())
 
 
 @dataclass
@@ -217,10 +244,15 @@ class _Measuring:
             [layer for layer in _layers(setting) if setting.key(layer) not in self.kept.found]
             for setting in self.settings
         ]
-        made = [
-            setting.alone(self.original, layers, self.calibrate)
+        made: list[Iterator[Program]] = [
+            (program for _, program in setting.alone(self.original, layers, self.calibrate))
             for setting, layers in zip(self.settings, missing, strict=True)
         ]
+        for index, setting in enumerate(self.settings):
+            if missing[index] and setting.pass_.calibrates() is not None:
+                with self.progress.step(f"fit {setting.spec} to the text"):
+                    first = self._next(index, made[index], missing)
+                made[index] = chain([first] if first is not None else [], made[index])
         with self.progress.step("measure what each block loses", sum(map(len, missing))) as advance:
             for layer in sorted({layer for layers in missing for layer in layers}):
                 open_ = [index for index, layers in enumerate(missing) if layer in layers]
@@ -231,12 +263,12 @@ class _Measuring:
                 for index, distance in zip(programs, measured, strict=True):
                     self.kept.found[self.settings[index].key(layer)] = distance
                 self.kept.save()
-                advance(len(programs))
+                advance(len(programs), f"layer {layer}")
 
-    def _next(self, index: int, made: Iterator[tuple[int, Program]], missing: list[list[int]]) -> Program | None:
+    def _next(self, index: int, made: Iterator[Program], missing: list[list[int]]) -> Program | None:
         """Return the next program of a setting; of one that the text does not suffice for, nothing, and no more."""
         try:
-            return next(made)[1]
+            return next(made)
         except MemcError as error:
             if error.code != "E207":
                 raise
@@ -263,12 +295,12 @@ def rewritten(
 
 
 def told(chosen: Sequence[tuple[Setting, Sequence[int]]], present: Mapping[str, Sequence[int]]) -> list[Pass]:
-    """Return the passes, each told its layers: an attention that one has rewritten is not there for the next."""
+    """Return the passes, each told its layers: a block that one has turned into another is not there for the next."""
     passes, left = [], {kind: set(layers) for kind, layers in present.items()}
     for setting, layers in chosen:
         passes.append(setting.pass_.only(layers, left[setting.kind]))
-        if setting.kind == "attention":
-            left["attention"] -= set(layers)
+        if not setting.pass_.keeps_form():
+            left[setting.kind] -= set(layers)
     return passes
 
 

@@ -16,13 +16,13 @@ from memc.program import Program, StateSpec
 from memc.raising.attention import MismatchError, Site, find_sites
 from memc.raising.canonical import lower_site, operands, scores_of
 from memc.raising.evaluate import content_nodes
-from memc.raising.find import find_blocks, path_of
+from memc.raising.find import block_parameters, find_blocks, path_of
 from memc.raising.norms import raise_norms
 from memc.raising.probe import Probe
 from memc.raising.rebase import rebase
 from memc.raising.tidy import raise_linear, share_equal_nodes
 
-__all__ = ["Raised", "find_blocks", "raise_program"]
+__all__ = ["Raised", "block_parameters", "find_blocks", "raise_program"]
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,7 @@ def raise_program(program: Program) -> Raised:
         ),
     )
     module.delete_all_unused_submodules()
+    raised.model = replace(raised.model, parameters=raised.parameter_count)
     infer(raised)
     module.graph.lint()
     module.recompile()

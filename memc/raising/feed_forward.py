@@ -125,6 +125,18 @@ def linear_weight(node: Node) -> Node:
     return weight
 
 
+def linear_parts(node: Node) -> tuple[Node, Node | None, int, int]:
+    """Return weight and bias of a linear op, and the weight's axes of outputs and of inputs."""
+    if node.target == aten.addmm.default:
+        bias, _, weight = node.args
+    elif node.target == aten.mm.default:
+        (_, weight), bias = node.args, None
+    else:
+        weight, bias = node.args[1], node.args[2] if len(node.args) > 2 else None
+    assert isinstance(weight, Node) and (bias is None or isinstance(bias, Node))
+    return (weight, bias, 0, 1) if node.target == aten.linear.default else (weight, bias, 1, 0)
+
+
 def _see_through(node: Node) -> Node:
     while node.target in _VIEWS:
         node = node.all_input_nodes[0]

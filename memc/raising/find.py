@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -31,7 +31,7 @@ from memc.blocks import (
 from memc.dialect import arguments
 from memc.program import Program, get_tensor
 from memc.raising.evaluate import UnknownValueError, evaluate, hints, shape
-from memc.raising.feed_forward import LINEAR, find_feed_forward, linear_input
+from memc.raising.feed_forward import LINEAR, find_feed_forward, linear_input, linear_parts
 
 aten = torch.ops.aten
 
@@ -76,6 +76,22 @@ def find_blocks(program: Program) -> tuple[Block, ...]:
 def _position(program: Program) -> Any:
     order = {node: index for index, node in enumerate(program.module.graph.nodes)}
     return lambda block: order[block.attention if isinstance(block, AttentionBlock) else block.output]
+
+
+def block_parameters(program: Program, blocks: Iterable[Block]) -> int:
+    """Count the parameters of the projections of every attention and feed-forward block, tied ones once."""
+    found: dict[int, int] = {}
+    for block in blocks:
+        if isinstance(block, AttentionBlock):
+            linears = [projection.node for projection in block.projections.values()]
+        else:
+            linears = [node for node in (block.up, block.gate, block.down) if node is not None]
+        for linear in linears:
+            for node in linear_parts(linear)[:2]:
+                if node is not None and node.op == "get_attr":
+                    value = get_tensor(program.module, str(node.target))
+                    found[id(value)] = value.numel()
+    return sum(found.values())
 
 
 def path_of(node: Node) -> str:

@@ -13,8 +13,9 @@ from itertools import pairwise
 from memc.report.text import escaped, number, size
 
 STYLE = """
-:root { --s0: #0b5cad; --s1: #a04a00; --s2: #6b2fa0; --s3: #0a6e4f; }
+:root { --s0: #0b5cad; --s1: #a04a00; --s2: #6b2fa0; --s3: #0a6e4f; --s4: #a3123f; }
 @media (prefers-color-scheme: dark) { :root { --s0: #6cb6ff; --s1: #ffa657; --s2: #d2a8ff; --s3: #56d364; } }
+@media (prefers-color-scheme: dark) { :root { --s4: #ff8fa8; } }
 figure { margin: 1rem 0; max-width: 32rem; } figcaption { font-weight: 600; }
 .key { font-weight: 400; display: inline-block; border-top: 3px solid; margin-right: .5rem;
   overflow-wrap: anywhere; }
@@ -30,7 +31,9 @@ svg .grid { stroke: var(--line); } .line { fill: none; stroke-width: 1.5; }
 .cell { fill: var(--s0); stroke: var(--line); } .cell.kept { stroke: currentColor; stroke-width: 1.5; }
 """
 
-SIDE_BY_SIDE = ".charts { display: flex; flex-wrap: wrap; gap: 0 2rem; } .charts figure { flex: 1 1 18rem; }\n"
+SIDE_BY_SIDE = """
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: 0 2rem; }
+"""
 """Style of a ``div.charts``, whose figures stand beside each other where there is room."""
 
 WIDTH, HEIGHT = 320, 190

@@ -9,7 +9,7 @@ from memc.report import branches, charts, training
 from memc.report.facts import BlockFacts, GateFacts
 from memc.report.files import PassReportFile
 from memc.report.terminal import form_text, shape_text
-from memc.report.text import brief, escaped
+from memc.report.text import amount, brief, escaped, size
 
 STYLE = """
 ol.layers { list-style: none; padding: 0; } ol.layers > li { border-bottom: 1px solid var(--line); }
@@ -18,7 +18,9 @@ ol.layers { list-style: none; padding: 0; } ol.layers > li { border-bottom: 1px 
 .layers summary::before { content: "+"; width: .7rem; } .layers details[open] > summary::before { content: "-"; }
 .form { border-left: .4rem solid var(--line); padding-left: .4rem; min-width: 15rem; }
 .form.s0 { border-color: var(--s0); } .form.s1 { border-color: var(--s1); }
-.form.s2 { border-color: var(--s2); } .form.s3 { border-color: var(--s3); }
+.form.s2 { border-color: var(--s2); } .form.s3 { border-color: var(--s3); } .form.s4 { border-color: var(--s4); }
+@media (max-width: 30rem) { .form { min-width: 0; } .layers summary > b { min-width: 4.5rem; } }
+.legend .form { display: inline-block; min-width: 0; margin-right: 1rem; }
 .layers dl { margin: .25rem 0 .75rem 1.5rem; } .layers dt { font-weight: 600; } .layers dd { margin-left: 1rem; }
 """
 
@@ -29,7 +31,7 @@ KINDS = {
     "moe": "experts",
 }
 
-LOOKS = 4
+LOOKS = 5
 """Passes that have a colour of their own; the others are told by name alone."""
 
 
@@ -53,7 +55,10 @@ def section(blocks: Sequence[BlockFacts], passes: Sequence[PassReportFile], gate
     order = list(dict.fromkeys(item.name for item in passes))
     numbers = sorted({block.layer for block in blocks})
     rows = "".join(f"<li>{_layer(layer, blocks, passes, order, gates)}</li>\n" for layer in numbers)
-    return f'<section aria-label="Layers"><h2>Layers</h2>\n<ol class="layers">\n{rows}</ol></section>\n'
+    looks = [*((name, _colour(index)) for index, name in enumerate(order)), ("as it was", "form")]
+    legend = "".join(f'<span class="{look}">{escaped(name)}</span> ' for name, look in looks)
+    told = f'<p class="legend">{legend}</p>\n<ol class="layers">\n{rows}</ol>'
+    return f'<section aria-label="Layers"><h2>Layers</h2>\n{told}</section>\n'
 
 
 def _layer(
@@ -105,8 +110,11 @@ def _form(block: BlockFacts, passes: Sequence[PassReportFile]) -> _Form:
 
 
 def _look(form: _Form, order: list[str]) -> str:
-    last = order.index(form.passes[-1]) if form.passes else LOOKS
-    return f"form s{last}" if last < LOOKS else "form"
+    return _colour(order.index(form.passes[-1]) if form.passes else LOOKS)
+
+
+def _colour(index: int) -> str:
+    return f"form s{index}" if index < LOOKS else "form"
 
 
 def _became(form: _Form) -> str:
@@ -118,12 +126,28 @@ def _known(layer: int, forms: Sequence[_Form], passes: Sequence[PassReportFile])
     """Yield what is known of a layer: its blocks as they were, and what each pass says of it."""
     for form in forms:
         block = form.block
-        lines = [f"{shape_text(block)}; {form_text(block)}", block.path, *form.reasons]
+        lines = [f"{shape_text(block)}; {form_text(block)}", _held(block), block.path, *form.reasons]
         yield f"{KINDS[block.kind]}, original", [line for line in lines if line]
     for item in passes:
         facts = item.details.get(str(layer))
-        lines = [f"{name.replace('_', ' ')}: {brief(value)}" for name, value in _items(facts)]
+        lines = [f"{name.replace('_', ' ')}: {_said(name, value)}" for name, value in _items(facts)]
         yield item.spec, lines + list(_trained(item, layer))
+
+
+def _held(block: BlockFacts) -> str:
+    """Say how many parameters a block has, and what attention over all tokens holds of each in float32."""
+    said = [f"{amount(block.parameters)} parameters"] if block.parameters else []
+    if block.kind == "attention" and block.kv_heads and block.head_dim:
+        kept = 4 * block.kv_heads * (block.head_dim + (block.value_dim or block.head_dim))
+        most = f", of {block.window} at most" if block.window else ""
+        said.append(f"a state of {size(kept)} a token{most}")
+    return ", ".join(said)
+
+
+def _said(name: str, value: object) -> str:
+    if "bytes" in name and isinstance(value, int):
+        return size(value)
+    return amount(value) if name.endswith("_parameters") and isinstance(value, int) else brief(value)
 
 
 def _items(facts: object) -> Sequence[tuple[str, object]]:

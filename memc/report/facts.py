@@ -67,7 +67,8 @@ class ModelFacts(Facts):
 class BlockFacts(Facts):
     """One block of the model. ``window`` is set for sliding windows, ``mask_size`` for chunked and prefix masks too.
 
-    ``reason`` says why a block is not ``raised``, or why its mask or bias is ``other``.
+    ``parameters`` are those of its projections. ``reason`` says why a block is not ``raised``, or why its mask or bias
+    is ``other``.
     """
 
     layer: int
@@ -91,6 +92,7 @@ class BlockFacts(Facts):
     gated: bool | None = None
     width: int | None = None
     hidden: int | None = None
+    parameters: int | None = None
     raised: bool = True
     reason: str = ""
 

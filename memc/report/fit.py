@@ -65,8 +65,9 @@ def given_up(facts: FitFacts) -> str:
     most += [f"weights in {facts.weights} {number(quantised)}"] if quantised is not None else []
     told = f"{facts.binds} binds; given up most, nats a token: {', '.join(most) or 'nothing'}"
     if facts.kl_looser is not None:
-        told += f"; were it {facts.looser:g} times looser, {number(facts.kl_looser)} would be lost"
-        told += f" in place of {number(facts.kl_expected)}"
+        told += f"; were it {facts.looser:g} times looser, "
+        less = f"{number(facts.kl_looser)} would be lost in place of {number(facts.kl_expected)}"
+        told += less if facts.kl_looser < facts.kl_expected else "no less would be lost"
     return told
 
 

@@ -37,7 +37,7 @@ def _sections(report: m.ReportDocument) -> Iterable[str]:
     if done is not None:
         how = f"through {escaped(done.backend)}, weights {escaped(done.weights)}"
         yield f"<p>For <b>{escaped(done.target)}</b> {how}.</p>\n"
-        yield slider.section(done.curves, done.measured.decode_ms if done.measured is not None else None)
+        yield slider.section(done.curves, done.measured)
         yield _costs(done)
         yield _fit(done.fit) if done.fit is not None else ""
     yield _passes(report.passes)

@@ -77,6 +77,10 @@ def calibrate_view(document: CalibrateDocument) -> RenderableType:
             (f"prompts, {weights}", *(amount(rates.prompt_flops.get(weights), "FLOP/s") for rates in both))
             for weights in document.after.prompt_flops
         ),
+        *(
+            (f"prompts, {name}", *(amount(rates.prompt_ops.get(name), "FLOP/s") for rates in both))
+            for name in document.after.prompt_ops
+        ),
         ("launch", *(f"{1e6 * rates.launch_overhead:.3g} us" for rates in both)),
         ("disk written", *(amount(rates.disk_bandwidth, "B/s") for rates in both)),
     ]
@@ -131,6 +135,29 @@ def lower_view(document: m.LowerDocument) -> RenderableType:
         lines([f"{document.source} -> {document.out}", how]),
         table(["op", "lowered to"], sorted(document.forms.items())) if document.forms else None,
         titled("checks", checks_table(document.checks)),
+        titled("next", lines(f"  {command}" for command in document.next)),
+    )
+
+
+def edit_view(document: m.EditDocument) -> RenderableType:
+    """Show which edits are followed, and what of unrelated text is kept."""
+    rows = [
+        (edit.prompt, edit.target.strip(), "yes" if edit.followed else "no", str(edit.steps), number(edit.difference))
+        for edit in document.edits
+    ]
+    kept = f"{document.kept:.1%} of {document.sequences} unrelated sequences keep every bit"
+    routed = f"threshold {number(document.threshold)}, unrelated text up to {number(document.unrelated)}"
+    return stack(
+        lines(
+            [
+                f"{document.source} -> {document.out}",
+                f"{document.followed:.0%} of the edits are followed; {kept}",
+                routed,
+            ]
+        ),
+        titled("edits", table(["prompt", "target", "followed", ">steps", ">difference"], rows)),
+        titled("checks", checks_table(document.checks)),
+        lines((f"warning: {warning}" for warning in document.warnings), "yellow"),
         titled("next", lines(f"  {command}" for command in document.next)),
     )
 

@@ -11,11 +11,20 @@ STYLE = """
 :root { color-scheme: light dark; --line: #8886; --good: #1a7f37; --bad: #c8102e; }
 @media (prefers-color-scheme: dark) { :root { --good: #56d364; --bad: #ff7b72; } }
 body { font: 1rem/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+section { margin: 1.25rem 0; }
 div.wide { overflow-x: auto; } table { border-collapse: collapse; } caption { text-align: left; font-weight: 600; }
 dt { font-weight: 600; } dd { margin-left: 1rem; }
 th, td { text-align: left; padding: .25rem .75rem .25rem 0; border-bottom: 1px solid var(--line); }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 td:not(.n) { min-width: 6.5rem; } h1, h2, code, td { overflow-wrap: anywhere; } h2 { font-size: 1.2rem; }
+@media (max-width: 30rem) {
+  h1 { font-size: 1.5rem; } table { font-size: .85rem; }
+  th, td { padding-right: .4rem; } td:not(.n) { min-width: 5rem; }
+}
+@media print {
+  body { margin: 0; max-width: none; font-size: .8rem; } div.wide { overflow-x: visible; }
+  figure, tr, li { break-inside: avoid; } caption, thead, h2 { break-after: avoid; }
+}
 .good { color: var(--good); font-weight: 600; } .bad { color: var(--bad); font-weight: 600; }
 """
 

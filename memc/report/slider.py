@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 
 from memc.report import charts
-from memc.report.models import ByContext
+from memc.report.models import ByContext, Measured
 from memc.report.page import POLICY
 from memc.report.text import escaped, number, ratio, size
 
@@ -32,8 +32,9 @@ show();
 
 STYLE = """
 .context input { width: 100%; max-width: 32rem; accent-color: var(--s0); } .context td.n { min-width: 4.3rem; }
+@media (max-width: 30rem) { .context td.n { min-width: 3.8rem; } }
 .context tbody th { font-weight: 400; }
-@media print { .context input { display: none; } }
+@media print { .context p { display: none; } }
 """
 
 
@@ -49,7 +50,8 @@ _ROWS: tuple[tuple[str, str, str, Callable[[float | None], str]], ...] = (
 )
 
 
-MEASURED = "measured"
+MEASURED, SHARE = "measured", "share"
+"""Rows of what was measured, and how much that is of what was predicted."""
 
 
 def policy() -> str:
@@ -58,10 +60,10 @@ def policy() -> str:
     return f"{POLICY}; script-src 'sha256-{digest}'"
 
 
-def section(curves: Mapping[str, ByContext], measured: Mapping[int, float] | None = None) -> str:
+def section(curves: Mapping[str, ByContext], measured: Measured | None = None) -> str:
     """Show what both sides cost at a context that the reader chooses, and by context; nothing without curves.
 
-    ``measured`` are milliseconds a token of the result, at the contexts where they were.
+    Milliseconds a token that were ``measured`` stand beside the predicted ones, at the contexts where they were.
     """
     after = curves.get("converted", ByContext())
     before = curves.get("original", ByContext())
@@ -69,9 +71,9 @@ def section(curves: Mapping[str, ByContext], measured: Mapping[int, float] | Non
     if not contexts:
         return ""
     told, labels = _texts(before, after, contexts), [(row, label) for row, _, label, _ in _ROWS]
-    if measured:
-        told |= _measured(measured, after, contexts)
-        labels.append((MEASURED, "ms a token, measured"))
+    if measured is not None and measured.decode_ms:
+        told |= _measured(measured, before, after, contexts)
+        labels[3:3] = [(MEASURED, "ms a token, measured"), (SHARE, "measured / predicted")]
     first = contexts.index(SHOWN) if SHOWN in contexts else len(contexts) - 1
     cells = {name: f'<td class="n" id="{name}">{escaped(texts[first])}</td>' for name, texts in told.items()}
     rows = "".join(
@@ -87,7 +89,7 @@ def section(curves: Mapping[str, ByContext], measured: Mapping[int, float] | Non
         f"<thead><tr><th></th>{heads}</tr></thead><tbody>\n{rows}</tbody></table></div>\n"
         f'<p hidden><label for="context">Context, {contexts[0]} to {contexts[-1]} tokens</label><br>{control}</p>\n'
         f'<script type="application/json" id="told">{data}</script><script>{SCRIPT}</script>\n'
-        f'<div class="charts">{"".join(_charts(before, after, measured or {}))}</div></section>\n'
+        f'<div class="charts">{"".join(_charts(before, after, measured or Measured()))}</div></section>\n'
     )
 
 
@@ -101,19 +103,20 @@ def _texts(before: ByContext, after: ByContext, contexts: Sequence[int]) -> dict
     return found
 
 
-def _measured(measured: Mapping[int, float], after: ByContext, contexts: Sequence[int]) -> dict[str, list[str]]:
-    """Return what stands in the row of what was measured; beside it how much that is of what was predicted."""
-    found = [measured.get(context) for context in contexts]
-    ratios = [ratio(value, after.decode_ms.get(context)) for value, context in zip(found, contexts, strict=True)]
-    return {
-        f"{MEASURED}-a": ["-"] * len(contexts),
-        f"{MEASURED}-b": [number(value) for value in found],
-        f"{MEASURED}-ratio": [f"{said} predicted" if said else "" for said in ratios],
-    }
+def _measured(measured: Measured, before: ByContext, after: ByContext, contexts: Sequence[int]) -> dict[str, list[str]]:
+    """Return what stands in the rows of what was measured, of both sides."""
+    sides = ("a", measured.original_decode_ms, before.decode_ms), ("b", measured.decode_ms, after.decode_ms)
+    found = {f"{SHARE}-ratio": [""] * len(contexts)}
+    for name, taken, predicted in sides:
+        found[f"{MEASURED}-{name}"] = [number(taken.get(context)) for context in contexts]
+        found[f"{SHARE}-{name}"] = [ratio(taken.get(context), predicted.get(context)) or "-" for context in contexts]
+    pairs = [(measured.decode_ms.get(context), measured.original_decode_ms.get(context)) for context in contexts]
+    return found | {f"{MEASURED}-ratio": [ratio(b, a) for b, a in pairs]}
 
 
-def _charts(before: ByContext, after: ByContext, measured: Mapping[int, float]) -> Sequence[str]:
-    times = [charts.Line("converted, measured", sorted(measured.items()), dots=True)]
+def _charts(before: ByContext, after: ByContext, measured: Measured) -> Sequence[str]:
+    sides = ("original", measured.original_decode_ms), ("converted", measured.decode_ms)
+    times = [charts.Line(f"{name}, measured", sorted(taken.items()), dots=True) for name, taken in sides if taken]
     return [
         charts.line_chart(
             title,
@@ -121,14 +124,14 @@ def _charts(before: ByContext, after: ByContext, measured: Mapping[int, float]) 
                 charts.Line(name, [(context, value / unit) for context, value in sorted(getattr(side, field).items())])
                 for name, side in (("original", before), ("converted", after))
             ]
-            + (times if field == "decode_ms" and measured else []),
+            + (times if field == "decode_ms" else []),
             "context",
             doubling=True,
         )
         for title, field, unit in (
             ("State, MiB", "state_bytes", 2**20),
             ("Read for a token, MiB", "bytes_read_per_token", 2**20),
-            ("Milliseconds a token, predicted", "decode_ms", 1),
+            ("Milliseconds a token" + (", predicted" if not times else ""), "decode_ms", 1),
             ("Seconds a prompt, predicted", "prefill_ms", 1000),
         )
     ]

@@ -235,7 +235,9 @@ def costs_table(document: m.ConvertDocument) -> RenderableType:
         old_text = f"{old_ms:.3g}" if old_ms is not None else "-"
         rows.append((f"ms a token at {context}", old_text, f"{new_ms:.3g}", ratio(new_ms, old_ms)))
     for context, taken in sorted(done.decode_ms.items()):
-        rows.append((f"ms measured at {context}", "", f"{taken:.3g}", ratio(taken, after.decode_ms.get(context))))
+        old_ms = done.original_decode_ms.get(context)
+        old_text = f"{old_ms:.3g}" if old_ms is not None else "-"
+        rows.append((f"ms measured at {context}", old_text, f"{taken:.3g}", ratio(taken, old_ms)))
     for context, new_ms in sorted(after.prefill_ms.items()):
         old_ms = before.prefill_ms.get(context) if before else None
         old_text = f"{old_ms / 1000:.3g}" if old_ms is not None else "-"

@@ -39,6 +39,7 @@ class TargetRates(Facts):
     disk_bandwidth: float | None = None
     flops: dict[str, float] = Field(default_factory=dict)
     prompt_flops: dict[str, float] = Field(default_factory=dict)
+    prompt_ops: dict[str, float] = Field(default_factory=dict)
     launch_overhead: float = 0.0
 
 

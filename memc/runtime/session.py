@@ -16,6 +16,7 @@ from memc.errors import MemcError
 from memc.plugins import load_plugin
 from memc.runtime.generate import Conversation, GenerateOptions, Generation, generate, one_prompt, stream
 from memc.runtime.inputs import Array, Fetched, fetched_inputs, named_inputs
+from memc.runtime.rows import I64, Ids, columns, full_rows, id_rows
 from memc.runtime.sampling import at_least
 from memc.runtime.state_file import read_state, write_state
 from memc.runtime.text import Text
@@ -25,25 +26,21 @@ if TYPE_CHECKING:
     from memc.report.models import ReportDocument
 
 F32 = npt.NDArray[np.float32]
-I64 = npt.NDArray[np.int64]
-Ids = npt.NDArray[np.integer] | Sequence[int] | Sequence[Sequence[int]] | Sequence[npt.NDArray[np.integer]]
-"""Token ids: ``[B,T]``, or one list a row, of any lengths, or the ids of a single row."""
-
 CHUNK = 256
 
 
 def load(out: str | Path, *, threads: int | None = None, verify: bool = False, chunk: int = CHUNK) -> Session:
     """Load the artifact in folder ``out``.
 
-    ``threads`` of the backend, None for its own choice; ``verify`` checks the digest of every file; ``chunk`` is the
-    number of tokens per call when a longer sequence is run. Raises ``MemcError``: E309 no artifact, E402 a digest
-    differs, E202 or E602 the backend is unknown or missing, E200 ``threads`` or ``chunk`` below 1.
+    ``threads`` of the backend, None for its own choice; ``verify`` checks the digest of every file that is read;
+    ``chunk`` is the number of tokens per call when a longer sequence is run. Raises ``MemcError``: E309 no artifact,
+    E402 a digest differs, E202 or E602 the backend is unknown or missing, E200 ``threads`` or ``chunk`` below 1.
     """
     if threads is not None:
         at_least("threads", threads, 1)
     at_least("chunk", chunk, 1)
     folder = Path(out)
-    manifest = read_manifest(folder, verify=verify)
+    manifest = read_manifest(folder, verify=verify, unread="program")
     runner: Runner = load_plugin("memc.backends", manifest.backend)().load(folder, manifest, threads)
     return Session(folder, manifest, runner, chunk=chunk)
 
@@ -126,7 +123,7 @@ class Session:
         """
         if ids is None or not self.manifest.decoder:
             return self._whole(ids, inputs)
-        rows = self._rows(ids)
+        rows = id_rows(ids, self.manifest, self.folder)
         longest = max(map(len, rows))
         pieces = [piece for _, piece in self.logit_chunks(rows, inputs=inputs)]
         out = pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=1)
@@ -147,7 +144,7 @@ class Session:
         if not self.manifest.decoder:
             yield 0, self._whole(ids, inputs or {})
             return
-        rows = self._full_rows(ids)
+        rows = full_rows(ids, self.manifest, self.folder)
         longest = max(map(len, rows))
         named = named_inputs(self.manifest, inputs or {}, {"B": len(rows), "T": longest})
         self.require_room(longest, self.capacity)
@@ -156,7 +153,7 @@ class Session:
         state = self.runner.new_state(len(rows), longest)
         zeros = np.zeros(len(rows), np.int64)
         for start in range(0, longest, width):
-            tokens, positions = _columns(rows, zeros, start, min(start + width, longest))
+            tokens, positions = columns(rows, zeros, start, min(start + width, longest))
             yield start, self.runner.run(tokens, positions, state, None, named)
 
     def _whole(self, ids: Ids | None, inputs: Mapping[str, npt.ArrayLike]) -> F32:
@@ -166,7 +163,7 @@ class Session:
             named = named_inputs(self.manifest, inputs, sizes)
             self.require_room(max(sizes.get("T", 0), sizes.get("U", 0)), self.capacity)
             return self.runner.run(None, None, self.runner.new_state(sizes.get("B", 1)), None, named)
-        rows = self._full_rows(ids)
+        rows = full_rows(ids, self.manifest, self.folder)
         lengths = np.array([len(row) for row in rows])
         longest = int(lengths.max())
         named = named_inputs(self.manifest, inputs, {"B": len(rows), "T": longest})
@@ -176,7 +173,7 @@ class Session:
         out: F32 | None = None
         for length in np.unique(lengths):
             chosen = np.flatnonzero(lengths == length)
-            tokens, positions = _columns([rows[i] for i in chosen], np.zeros(len(chosen), np.int64), 0, int(length))
+            tokens, positions = columns([rows[i] for i in chosen], np.zeros(len(chosen), np.int64), 0, int(length))
             part = self.runner.run(tokens, positions, self.runner.new_state(len(chosen), longest), None, named)
             if len(chosen) == len(rows):
                 return part
@@ -214,7 +211,7 @@ class Session:
         has seen none, E206 a row gets past the capacity, E200 wrong number of rows, an id outside the vocabulary, or a
         fetched input of another name, type or shape.
         """
-        rows = self._rows(ids)
+        rows = id_rows(ids, self.manifest, self.folder)
         if len(rows) != state.batch:
             raise MemcError("E200", f"{len(rows)} rows of tokens for a state of {state.batch} sequences")
         sizes = np.array([len(row) for row in rows])
@@ -226,7 +223,7 @@ class Session:
         longest = int(sizes.max())
         for start in range(0, longest, self.chunk):
             stop = min(start + self.chunk, longest)
-            tokens, positions = _columns(rows, state.lengths, start, stop)
+            tokens, positions = columns(rows, state.lengths, start, stop)
             ending = np.flatnonzero((sizes > start) & (sizes <= stop))
             # Only the columns in which a row ends are wanted; one must be named even when none is.
             keep = np.unique(sizes[ending] - 1 - start) if len(ending) else np.zeros(1, np.int64)
@@ -367,41 +364,6 @@ class Session:
             hint = f"memc convert MODEL -o OUT --context {tokens}, or a shorter input"
             raise MemcError("E206", f"{tokens} tokens are past the capacity of {capacity}", str(self.folder), hint)
 
-    def _full_rows(self, ids: Ids) -> list[I64]:
-        """Return the ids as one array a row, none of them empty."""
-        rows = self._rows(ids)
-        if not all(map(len, rows)):
-            raise MemcError("E205", f"row {[len(row) for row in rows].index(0)} has no tokens")
-        return rows
-
-    def _rows(self, ids: Ids) -> list[I64]:
-        """Return the ids as one array a row, checked against the vocabulary."""
-        if not any(port.role == "tokens" for port in self.manifest.inputs):
-            hint = f"give by name: {', '.join(port.name for port in self.manifest.inputs)}"
-            raise MemcError("E208", f"{self.manifest.family} takes no tokens", str(self.folder), hint)
-        single = len(ids) > 0 and np.ndim(ids[0]) == 0
-        rows = [np.asarray(row, np.int64).reshape(-1) for row in ([ids] if single else ids)]
-        if not rows:
-            raise MemcError("E205", "there are no tokens")
-        limit = self.manifest.vocab_size
-        for index, row in enumerate(rows):
-            bad = row[(row < 0) | (row >= (np.iinfo(np.int64).max if limit is None else limit))]
-            if len(bad):
-                size = "" if limit is None else f" of {limit} tokens"
-                raise MemcError("E200", f"token id {bad[0]} in row {index} is outside of the vocabulary{size}")
-        return rows
-
 
 def _below(arrays: Mapping[str, npt.NDArray[Any]], prefix: str) -> dict[str, Array]:
     return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
-
-
-def _columns(rows: Sequence[I64], lengths: I64, start: int, stop: int) -> tuple[I64, I64]:
-    """Return tokens and positions ``[B, stop - start]`` of some columns; padding, at position -1, is on the right."""
-    tokens = np.zeros((len(rows), stop - start), np.int64)
-    positions = np.full_like(tokens, -1)
-    for index, row in enumerate(rows):
-        piece = row[start:stop]
-        tokens[index, : len(piece)] = piece
-        positions[index, : len(piece)] = lengths[index] + start + np.arange(len(piece))
-    return tokens, positions

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from memc.program import Program
+from memc.progress import Advance, unseen
 from memc.verify.execute import run, streams
 from memc.verify.inputs import token_limit
 from memc.weights import program_dtype
@@ -29,8 +30,12 @@ class VerificationText:
 
 
 @torch.no_grad()
-def sample_text(program: Program, seed: int, *, sequences: int = SEQUENCES, length: int = LENGTH) -> VerificationText:
+def sample_text(
+    program: Program, seed: int, *, sequences: int = SEQUENCES, length: int = LENGTH, advance: Advance = unseen
+) -> VerificationText:
     """Sample ``sequences`` of ``length`` tokens from a program at temperature 1, from uniformly drawn first tokens.
+
+    ``advance`` is told of every token, of which each sequence has got one more.
 
     Sampled text is text that the model finds likely, so that a change of its predictions shows in the perplexity. A
     program that cannot be run in pieces (an encoder) gets uniformly drawn tokens, and so does one that takes none:
@@ -60,6 +65,7 @@ def sample_text(program: Program, seed: int, *, sequences: int = SEQUENCES, leng
         chosen = torch.searchsorted(chances.cumsum(-1), level)
         tokens = chosen.clamp(max=vocab - 1)
         text.append(tokens)
+        advance(1, f"{sequences} sequences at once")
     origin = f"{sequences} sequences of {length} tokens sampled from the original, seed {seed}"
     return VerificationText(torch.cat(text, 1).cpu(), origin)
 

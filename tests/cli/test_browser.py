@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,10 @@ import pytest
 from memc.report.html import render
 from memc.report.pictures import bench_page, compare_page
 from memc.report.quality import eval_page
+from tests.cli.browser import CHROMIUM, PHONE, framed, run, screenshots
 from tests.cli.documents import benched, recalled
 from tests.cli.test_compare import chosen
 from tests.cli.test_views import report, trained
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 
@@ -38,14 +36,6 @@ PROBE = """
   out.id = "seen"; out.textContent = JSON.stringify(seen); document.body.append(out);
 });</script>
 """
-
-
-def run(path: Path, width: int, *options: str) -> tuple[str, str]:
-    """Return the document that a page becomes, and the lines of the browser's console."""
-    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
-    command += ["--hide-scrollbars", f"--window-size={width},900", "--virtual-time-budget=3000", *options]
-    done = subprocess.run([*command, path.as_uri()], capture_output=True, text=True, timeout=120, check=True)
-    return done.stdout, "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
 
 
 def browse(page: str, folder: Path, width: int, *, strict: bool = True) -> tuple[dict[str, Any], str]:
@@ -104,13 +94,17 @@ def test_nothing_is_wider_than_a_phone(name: str, planted: bool, tmp_path: Path)
     (tmp_path / "inner.html").write_text(
         page.replace("h1, h2,", "main { min-width: 25rem; } h1, h2,") if planted else page
     )
-    frame = tmp_path / "outer.html"
-    frame.write_text(
-        '<iframe id="f" src="inner.html" width="360" height="800" style="border:0"></iframe><script>'
-        'document.getElementById("f").onload = e => { const d = e.target.contentDocument.documentElement;'
-        ' document.title = d.clientWidth + " " + d.scrollWidth; }</script>'
-    )
-    out, _ = run(frame, 1200, "--allow-file-access-from-files")
-    found = re.search(r"<title>(\d+) (\d+)</title>", out)
-    assert found is not None
-    assert found[1] == "360" and (int(found[2]) > 360) == planted
+    shown, wide, _ = framed(tmp_path / "inner.html", tmp_path / "outer.html", PHONE)
+    assert shown == PHONE
+    assert (wide > PHONE) == planted
+
+
+def test_pictures_of_a_page_are_whole_and_of_two_colours(tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    page.write_text(PAGES["report"]())
+    light, dark, phone, paper = screenshots(page, tmp_path / "pictures")
+    sizes = [struct.unpack(">II", path.read_bytes()[16:24]) for path in (light, dark, phone)]
+    assert [width for width, _ in sizes] == [1200, 1200, 500]
+    assert sizes[0] == sizes[1] and sizes[2][1] > sizes[0][1] > 2000, "a page is higher on a phone"
+    assert light.read_bytes() != dark.read_bytes()
+    assert paper.read_bytes().startswith(b"%PDF")

@@ -135,6 +135,7 @@ def test_every_layer_says_what_became_of_its_blocks() -> None:
     page = render(report())
     rows = re.findall(r"<summary><b>layer (\d+)</b>(.*?)</summary>(.*?)</details>", page, re.DOTALL)
     assert [int(number) for number, _, _ in rows] == list(range(30))
+    assert '<p class="legend"><span class="form s0">linearize</span> <span class="form">as it was</span>' in page
     assert re.findall(r'<span class="(.*?)">(.*?)</span>', rows[0][1]) == [
         ("form s0", "attention: linearize"),
         ("form", "feed-forward: as it was"),
@@ -148,9 +149,11 @@ def test_a_measured_time_stands_beside_the_predicted_one() -> None:
     page = render(report())
     told = json.loads(re.findall(r'id="told">(.*?)</script>', page)[0])
     assert told["measured-b"][:5] == ["-", "-", "15.3", "-", "16.1"]
-    assert told["measured-ratio"][2] == "1.07x predicted" and told["measured-a"] == ["-"] * 11
+    assert told["measured-a"][:5] == ["-", "-", "17", "-", "23"]
+    assert (told["measured-ratio"][2], told["share-b"][2], told["share-a"][3]) == ("0.9x", "1.07x", "-")
     time = figures(page, of="context")[2]
     assert "converted, measured: 15.3 at context 512, 16.1 at context 2048" in alternative(time)
+    assert "original, measured: 17 at context 512, 23 at context 2048" in alternative(time)
     bare = report()
     assert bare.convert is not None and bare.convert.measured is not None
     bare.convert.measured.decode_ms = {}

@@ -36,7 +36,7 @@ TRAINED = 128
 """Positions of :func:`make_llama`."""
 
 
-def make_llama(folder: Path, dtype: torch.dtype = torch.float32, layers: int = 2) -> Path:
+def make_llama(folder: Path, dtype: torch.dtype = torch.float32, layers: int = 2, hidden: int = 40) -> Path:
     """Save a random Llama whose every dimension is distinct, and a tokenizer of bytes."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -47,7 +47,7 @@ def make_llama(folder: Path, dtype: torch.dtype = torch.float32, layers: int = 2
     config = LlamaConfig(
         vocab_size=67,
         hidden_size=24,
-        intermediate_size=40,
+        intermediate_size=hidden,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from memc.cost import WEIGHT_BYTES, predict
+from memc.cost import WEIGHT_BYTES, op_flops, predict
 from memc.pipeline import parse_spec
 from memc.program import Program
 from memc.runtime.session import CHUNK
@@ -112,6 +112,21 @@ def test_a_prompt_reads_the_weights_once_a_piece_at_the_rate_of_prompts(program:
     )
     assert fast.prefill_ms[200] == pytest.approx(slow.prefill_ms[200] / 2)
     assert fast.decode_ms == slow.decode_ms
+
+
+def test_an_op_of_a_rate_of_its_own_takes_what_it_takes_besides(program: Program) -> None:
+    rates = {"memory_bandwidth": 1e30, "launch_overhead": 0.0, "flops": {"fp32": 1e9}}
+    target = get_target("cpu").model_copy(update=rates)
+    apart = target.model_copy(update={"prompt_ops": {"attention": 1e8, "bank_ffn": 1.0}})
+    lengths = (200, 256)
+    all_alike, slow = (predict(program, one, lengths, threads=1) for one in (target, apart))
+    for length in lengths:
+        done = length * op_flops(program, "attention", length)
+        assert done > 0
+        assert slow.prefill_ms[length] - all_alike.prefill_ms[length] == pytest.approx(1e3 * done * (1 / 1e8 - 1 / 1e9))
+    assert slow.decode_ms == all_alike.decode_ms
+    halved = predict(program, apart, lengths, threads=2)
+    assert halved.prefill_ms[200] == pytest.approx(slow.prefill_ms[200] / 2)
 
 
 def test_without_rates_no_prompt_is_predicted(program: Program) -> None:

@@ -15,7 +15,7 @@ from memc.backend import LowerOptions, Runner, RunState
 from memc.backends.eager import EagerBackend
 from memc.conversion import speed
 from memc.conversion.lowering import lower
-from memc.conversion.speed import SPEED_CHECKS, check_speed, speed_budgets
+from memc.conversion.speed import SPEED_CHECKS, check_speed, lowered_beside, speed_budgets
 from memc.errors import MemcError
 from memc.passes.prune import Prune
 from memc.passes.window import Window
@@ -55,7 +55,8 @@ def timed(original: Program, result: Program, place: Path, budgets: dict[str, fl
     backend, target, options = EagerBackend(), get_target("cpu"), LowerOptions("fp32", threads=1)
     _, manifest = lower(result, backend, target, place, options)
     runner = Slowed(backend.load(place, manifest, 1), seconds)
-    found = check_speed(original, runner, place, backend, target, options, budgets)
+    with lowered_beside(original, place, backend, target, options) as dense:
+        found = check_speed(runner, dense, original.model.vocab_size or 1, budgets)
     assert [check.name for check in found] == list(SPEED_CHECKS)
     assert not (place / "original").exists()
     return found
@@ -119,8 +120,13 @@ def test_tokens_are_timed_where_there_is_room_and_time(monkeypatch: pytest.Monke
             return super().run(*args, **kwargs)
 
     runner = Steady(make_manifest(capacity=600))
-    found = speed.decode_times(runner, (128, 4096, 512), threads=1)
+    short = Steady(make_manifest(capacity=200))
+    found, other = speed.decode_times([runner, short], (128, 4096, 512), threads=1)
     assert list(found) == [128, 512] and min(found.values()) >= 2.0
+    assert list(other) == [128]
     assert runner.given == {"hidden": (1, 8)}
     monkeypatch.setattr(speed, "SECONDS", 0.0)
-    assert list(speed.decode_times(runner, (128, 512), threads=1)) == []
+    assert speed.decode_times([runner], (128, 512), threads=1) == [{}]
+    monkeypatch.setattr(speed, "SECONDS", 60.0)
+    monkeypatch.setattr("memc.machine.memory_bytes", lambda: 100)
+    assert speed.decode_times([runner], (128, 512), threads=1) == [{}], "no memory for a copy of the states"

@@ -15,10 +15,9 @@ from memc.passes.prune.groups import Group, Groups
 from memc.passes.prune.moments import Moments
 from memc.passes.prune.refit import ridge
 from memc.passes.prune.rewrite import Fit
-from memc.passes.prune.walk import linear_parts
 from memc.pipeline import Calibration, PassReport
 from memc.program import Program, get_tensor, retie
-from memc.raising.feed_forward import linear_input
+from memc.raising.feed_forward import linear_input, linear_parts
 from tests.passes.tiny_program import TARGET
 
 SMALL: dict[str, Any] = {"round": 4, "protect": "none", "protect_heads": "none"}

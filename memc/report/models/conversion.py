@@ -53,12 +53,14 @@ class Predicted(ByContext):
 class Measured(Facts):
     """What the conversion measured, which ended ``at`` that time (ISO 8601, UTC).
 
-    ``decode_ms`` is of a token after random states: with one thread time of the processor, else of the wall.
+    ``decode_ms`` is of a token after random states, ``original_decode_ms`` of the original's, lowered alike, where that
+    was timed in turns with it: with one thread time of the processor, else of the wall.
     ``steps`` has the seconds of capture, raise, each pass, lower and verify.
     """
 
     parameters: int | None = None
     decode_ms: dict[int, float] = Field(default_factory=dict)
+    original_decode_ms: dict[int, float] = Field(default_factory=dict)
     state_bytes: dict[int, int] = Field(default_factory=dict)
     peak_rss_bytes: int | None = None
     disk_bytes: int | None = None
