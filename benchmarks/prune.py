@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch_pruning_side as control
 from cpu import facts as machine_facts
 from cpu import model
 from page import grid, save
@@ -37,6 +38,7 @@ from memc.frontend import capture_source
 from memc.passes.prune import Prune, measure, scores
 from memc.passes.prune.allocate import allocate
 from memc.passes.prune.draft import Draft
+from memc.passes.prune.groups import Groups
 from memc.passes.prune.rewrite import Cut, Pruner
 from memc.pipeline import Calibration
 from memc.program import Program
@@ -60,6 +62,10 @@ TASKS, RECALL = "copy,passkey,needle_single", 256
 """What is to be recalled, in so many tokens."""
 
 
+CONTROL = "torch-pruning"
+"""The score of the variant whose channels that package chooses."""
+
+
 @dataclass(frozen=True)
 class Variant:
     """One way to choose and to make up for what goes."""
@@ -80,6 +86,7 @@ VARIANTS = (
     Variant("wanda", "wanda", False),
     Variant("flap, its bias", "flap", False),
     Variant("taylor", "taylor", False),
+    Variant("torch-pruning, taylor", CONTROL, False),
 )
 
 
@@ -152,23 +159,61 @@ class Bench:
         if any(variant.score == "taylor" for variant in variants):
             with self.console.step(f"gradients on {gated} sequences"):
                 gates = dict(zip(groups, scores.taylor(self.original, list(groups.values()), fewer), strict=True))
+        chosen = self.controlled(drafts, variants, fewer)
         stream = Stream(self.original, self.calibration)
-        followers = {key: measure.Follower(self.original, self.calibration) for key in drafts}
+        known, start = Groups(self.original), stream.fork()
+        followers = {key: measure.Follower(known, start.fork()) for key in drafts}
         with self.console.step(f"moments of {len(groups)} groups"):
             for exit_ in sorted(groups):
                 own, *theirs = measure.moments_of(stream, groups[exit_], list(followers.values()), gram=False)
                 for (key, draft), seen in zip(drafts.items(), theirs, strict=True):
                     for task in (task for task in draft.tasks if task.group.exit is exit_ and task.count):
                         for variant in (variant for variant in variants if variant.options == key[1]):
-                            chosen = gates[exit_] if variant.score == "taylor" else None
+                            if variant.score == CONTROL:
+                                if key in chosen:
+                                    cut = Cut(task.group, chosen[key][task.group.block.layer])
+                                    made.setdefault((key[0], variant.name), []).append(cut)
+                                continue
+                            taylor = gates[exit_] if variant.score == "taylor" else None
                             found = seen if variant.refits else own
                             cut = measure.cut_by(
-                                self.original, task, found, variant.score, chosen, refits=variant.refits
+                                self.original, task, found, variant.score, taylor, refits=variant.refits
                             )
                             if variant.refits:
                                 followers[key].apply(cut)
                             made.setdefault((key[0], variant.name), []).append(cut)
         return made
+
+    def controlled(
+        self, drafts: dict[Key, Draft], variants: Sequence[Variant], text: Calibration
+    ) -> dict[Key, dict[int, tuple[int, ...]]]:
+        """Let torch-pruning choose the channels of the drafts that it is asked for; raises where its model is another.
+
+        Nothing where the package is missing, or for drafts that take heads: its graph does not see that query heads
+        share key-value heads.
+        """
+        asked = {variant.options for variant in variants if variant.score == CONTROL}
+        found: dict[Key, dict[int, tuple[int, ...]]] = {}
+        if asked and not control.installed():
+            self.console.note("torch-pruning is not installed: its variant is left out")
+            return found
+        for key, draft in drafts.items():
+            tasks = [task for task in draft.tasks if task.count]
+            if key[1] not in asked:
+                continue
+            if any(task.group.kind != "ffn_channels" for task in tasks):
+                self.console.note(f"torch-pruning takes no key-value heads: left out at {key[0]:.0%}")
+                continue
+            with self.console.step(f"torch-pruning {key[0]:.0%}", len(text.tokens)) as advance:
+                module = control.load(model())
+                counts = {task.group.block.layer: task.count for task in tasks}
+                found[key] = control.prune_channels(module, counts, text.tokens, advance)
+                same = Pruner(self.original).run([Cut(t.group, found[key][t.group.block.layer]) for t in tasks])
+                rows = text.tokens[:1, :64]
+                torch.testing.assert_close(control.logits_of(module, rows), same.run(rows), rtol=0, atol=1e-2)
+                size = sum(value.numel() for value in module.parameters())
+                assert size == same.parameter_count, f"{size} parameters against {same.parameter_count}"
+        return found
 
 
 def _rows(ids: Any, count: int) -> torch.Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from memc.kernels import (
     attention,
     bank_ffn,
+    compact_attention,
     full_attention,
     in_place,
     linear_memory,
@@ -21,6 +22,7 @@ from memc.kernels import (
 __all__ = [
     "attention",
     "bank_ffn",
+    "compact_attention",
     "full_attention",
     "in_place",
     "linear_memory",

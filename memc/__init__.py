@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "capture": "memc.frontend",
+    "analyse": "memc.api",
     "inspect": "memc.api",
     "convert": "memc.api",
     "load": "memc.runtime",
@@ -21,7 +22,7 @@ _LAZY = {
     "MemcError": "memc.errors",
 }
 
-__all__ = ["MemcError", "Program", "Session", "__version__", "capture", "convert", "inspect", "load"]
+__all__ = ["MemcError", "Program", "Session", "__version__", "analyse", "capture", "convert", "inspect", "load"]
 
 
 def __getattr__(name: str) -> Any:

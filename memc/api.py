@@ -1,23 +1,32 @@
-"""What Python callers use, one function for each command: ``memc.inspect`` and ``memc.convert``."""
+"""What Python callers use, one function for each command: ``memc.inspect``, ``analyse`` and ``memc.convert``."""
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
+from memc.analysis.methods import parse_analysis
 from memc.conversion.driver import convert_model
 from memc.conversion.facts import block_facts, model_facts, near_miss_facts
 from memc.conversion.request import Request
+from memc.conversion.text import read_streams
 from memc.cost import predict
+from memc.data import Corpus
+from memc.errors import MemcError
 from memc.frontend import capture_source
 from memc.plugins import load_plugin
 from memc.program import Program
-from memc.progress import Progress
+from memc.progress import Progress, Silent
 from memc.raising import raise_program
 from memc.recipe import Recipe, load_recipe
 from memc.report.facts import CONTEXTS
-from memc.report.models import ConvertDocument, InspectDocument
+from memc.report.models import AnalysisDocument, ConvertDocument, InspectDocument
 from memc.target import get_target
+from memc.weights import materialize
 
 
 def inspect(model: str | Path, *, remote_code: bool = False, contexts: Sequence[int] = CONTEXTS) -> InspectDocument:
@@ -37,6 +46,39 @@ def inspect(model: str | Path, *, remote_code: bool = False, contexts: Sequence[
         flops_per_token=cost.flops_per_token,
         flops_by_context=cost.flops_by_context,
     )
+
+
+def analyse(
+    model: str | Path,
+    method: str,
+    *,
+    data: Sequence[str] = (),
+    remote_code: bool = False,
+    progress: Progress | None = None,
+) -> AnalysisDocument:
+    """Say which heads and channels of a model make something up: ``bigram`` or ``heads``, with options as passes have.
+
+    The model is computed with in float32, on ``data`` as a recipe names them, else on text that it makes itself. Raises
+    ``MemcError``: E202 and E203 for a method that is not right, E301 to E306 as capture does, E207 and E308 for data,
+    and what :meth:`memc.analysis.methods.Analysis.run` does.
+    """
+    chosen, progress = parse_analysis(method), progress or Silent()
+    captured = capture_source(model, remote_code=remote_code)
+    if captured.weights is None:
+        raise MemcError("E301", "there are no weights to analyse", str(model))
+    with progress.step("load weights"):
+        program = materialize(raise_program(captured.program).program, captured.weights, torch.float32)
+    tokens = None
+    if data:
+        with tempfile.TemporaryDirectory() as folder:
+            for path in captured.tokenizer_files:
+                shutil.copyfile(path, Path(folder) / path.name)
+            recipe = Recipe(recipe=1, data=list(data))
+            count, length = chosen.text
+            corpus = Corpus(read_streams(recipe, program, Path(folder), progress), guard=0.0)
+            sequences = corpus.sequences(min(length, program.model.longest or length))
+            tokens = torch.from_numpy(sequences.batch(0, min(count, len(sequences)))[0])
+    return chosen.run(program, tokens, progress)
 
 
 def convert(

@@ -62,13 +62,15 @@ def format_option(value: Any) -> str:
 
 
 def parse_option(owner: str, spec: dataclasses.Field[Any], value: Any) -> Any:
-    """Turn text into the type of the option's default; other values pass through."""
+    """Turn text into the type of the option's default, ``25%`` into 0.25; other values pass through."""
     if not isinstance(value, str) or isinstance(spec.default, str):
         return value if not isinstance(spec.default, str) else format_option(value)
     kind: Any = type(spec.default)
     try:
         if kind is bool:
             return {"true": True, "false": False}[value.lower()]
+        if kind is float and value.endswith("%"):
+            return float(value[:-1]) / 100
         return kind(value)
     except (KeyError, ValueError):
         where = f"{owner}:{spec.name}={value}"

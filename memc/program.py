@@ -96,7 +96,7 @@ class Provenance:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """Facts about the source model that no graph holds."""
+    """Facts about the source model that no graph holds, or not any more: ``parameters`` are those before any pass."""
 
     source: str
     digest: str
@@ -105,6 +105,7 @@ class ModelInfo:
     max_positions: int | None = None
     absolute_positions: bool = False
     decoder: bool = True
+    parameters: int | None = None
 
     @property
     def longest(self) -> int | None:

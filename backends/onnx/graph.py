@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from memc.backends.onnx import attend, bank, calls, functions, quantised, sparse, window
+from memc.backends.onnx import attend, bank, calls, compact, functions, quantised, sparse, window
 from memc.backends.onnx.capability import has_kernel
 from memc.backends.onnx.functions import Function
 from memc.backends.onnx.simplify import simplify
@@ -97,6 +97,7 @@ class _Rewriter:
             "attention": self.attention,
             "sparse_attention": self.sparse_attention,
             "quantised_attention": self.quantised_attention,
+            "compact_attention": self.compact_attention,
             "window_memory": self.window_memory,
             "linear_memory": self.linear_memory,
             "bank_ffn": self.bank_ffn,
@@ -172,6 +173,19 @@ class _Rewriter:
         form = sparse.sparse_attention(s, c, plain_reason(s) is None and not self.portable)
         qkv = [a[name] for name in ("query", "key", "value")]
         made = self.call(calls.sparse_attention, form, s.lse, *qkv, past, a["positions"], *plan, *_extra(a))
+        output, *lse, next_key, next_value, next_pages = self.parts(made, 5 if s.lse else 4)
+        return [output, lse[0] if lse else None, next_key, next_value, a["past_positions"], next_pages]
+
+    def compact_attention(self, node: Node, a: Mapping[str, Any]) -> list[Node | None]:
+        # Up to the budget everything is read, chosen or not.
+        s, c = scores(node, a), rule({**a, "rerank": 1, "dense_below": max(a["budget"], a["dense_below"])})
+        past = self._paged_states(node, a)
+        plan_of, sizes = sparse.sparse_plan(s.groups, c.page, c.dense_below), [past[0], past[2]]
+        plan = self.parts(self.plan(calls.sparse_plan, plan_of, a["positions"], sizes=sizes), len(sparse.PLAN))
+        turn = compact.Turn(2 * shape(a["inv_freq"])[0], a["interleaved"], a["scaling"])
+        form = compact.compact_attention(s, c, turn)
+        rest = [a["positions"], *plan, a["inv_freq"], *_extra(a)]
+        made = self.call(calls.sparse_attention, form, s.lse, *(a[x] for x in ("query", "key", "value")), past, *rest)
         output, *lse, next_key, next_value, next_pages = self.parts(made, 5 if s.lse else 4)
         return [output, lse[0] if lse else None, next_key, next_value, a["past_positions"], next_pages]
 

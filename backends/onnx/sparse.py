@@ -135,8 +135,8 @@ def sparse_attention(s: Scores, c: Rule, kernel: bool) -> Function:
     after_dense = Sub(width, dense_to)
     {ints("output_size", s.value_dim)}
     {ints("lse_size", 1)}
-    {_branch("dense", "is_dense", sizes, s.heads, _dense(s, c, kernel))}
-    {_branch("sparse", "is_sparse", sizes, s.heads, _sparse(s, c))}
+    {optional("dense", "is_dense", sizes, s.heads, _dense(s, c, kernel))}
+    {optional("sparse", "is_sparse", sizes, s.heads, _sparse(s, c))}
     """
     for name in made:
         whole = "output" if name == "output" else "lse4"
@@ -181,7 +181,7 @@ def _describe(s: Scores, c: Rule) -> str:
     """
 
 
-def _branch(name: str, condition: str, sizes: list[tuple[str, int]], heads: int, body: str) -> str:
+def optional(name: str, condition: str, sizes: list[tuple[str, int]], heads: int, body: str) -> str:
     """Write an If whose results are ``NAME_output`` and the like, zeros where it does not run."""
     zeros = [
         line

@@ -18,7 +18,7 @@ from memc.prepare import shape, used_outputs
 
 MICROSOFT = "com.microsoft"
 
-_WITH_LSE = ("window_memory", "sparse_attention", "quantised_attention")
+_WITH_LSE = ("window_memory", "sparse_attention", "quantised_attention", "compact_attention")
 
 
 def scores(node: Node, a: Mapping[str, Any]) -> Scores:
@@ -96,6 +96,8 @@ def form(node: Node) -> Yes | No:
             return Yes(f"ScatterND in place (slot = position), TopK, GatherND and Scan, masks where many choose{below}")
         case "quantised_attention":
             return Yes(f"codes of {a['bits']} bits in place, TopK, GatherND and Scan, masks where many choose")
+        case "compact_attention":
+            return Yes("ScatterND in place (slot = position), TopK, GatherND and Scan, keys rotated as they are read")
         case "linear_memory":
             if not has_kernel("LinearAttention", MICROSOFT):
                 return Yes("Scan, one step a token: this runtime has no kernel for LinearAttention")

@@ -27,7 +27,7 @@ def step(s: Scores, c: Rule) -> str:
     {int_("sinks", c.sinks)}
     {int_("window", c.window)}
     {_estimates(c)}
-    {_candidates(c)}
+    {candidates(c)}
     {_tokens(c)}
     score0 = Transpose<perm = [0, 1, 3, 2]>(scores)
     mask = Unsqueeze(live, along)
@@ -37,11 +37,12 @@ def step(s: Scores, c: Rule) -> str:
     sums = MatMul(weight, values)
     {ints("joined_heads", 0, s.heads, s.value_dim)}
     o = Reshape(sums, joined_heads)
-    {_log(s)}
+    {log(s)}
     """
 
 
-def _log(s: Scores) -> str:
+def log(s: Scores) -> str:
+    """Write the log-sum-exp ``l [B,H,1]`` of one token, where it is asked for."""
     return f"{ints('log_shape', 0, s.heads, 1)}\nl = Reshape(log, log_shape)" if s.lse else ""
 
 
@@ -100,7 +101,7 @@ def page_estimates(c: Rule) -> str:
     """
 
 
-def _candidates(c: Rule) -> str:
+def candidates(c: Rule) -> str:
     """Write ``candidates [B,G,M]``, the slots of the pages or tokens of the highest estimates, in order."""
     if c.by_token:
         forced = f"""

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from memc.dialect.selectors import SELECTORS
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -32,17 +34,17 @@ class Rule:
     @property
     def by_token(self) -> bool:
         """Whether tokens are ranked by what describes them, not whole pages."""
-        return self.method == "lowbit"
+        return SELECTORS[self.method].choice == "tokens"
 
 
 def describe(keys: Tensor, method: str) -> Tensor:
     """Return the descriptions of pages of ``keys [..., page, D]``, shaped as the dialect says."""
-    match method:
-        case "lowbit":
+    match SELECTORS[method].descriptor:
+        case "channels":
             return keys.mT
         case "bounds":
             return torch.cat([keys.amax(-2), keys.amin(-2)], -1)
-        case "hcam":
+        case "mean":
             return keys.mean(-2)
         case _:
             mean = keys.mean(-2, keepdim=True)
@@ -51,10 +53,10 @@ def describe(keys: Tensor, method: str) -> Tensor:
 
 def features(query: Tensor, method: str) -> Tensor:
     """Return what of ``query [..., D]`` is multiplied with a page's description to give the score of the two."""
-    match method:
-        case "bounds":
+    match SELECTORS[method].scorer:
+        case "bound":
             return torch.cat([query.clamp_min(0), query.clamp_max(0)], -1)
-        case "hcam":
+        case "product":
             return query
         case _:
             return torch.cat([query, query.square() / 2], -1)

@@ -33,6 +33,7 @@ class Stream:
         readers = {node: [user for user in node.users if user.op != "output"] for node in self._order}
         self._last = {node: max(map(self._place.__getitem__, readers[node]), default=-1) for node in self._order}
         self._instead: dict[Node, tuple[Node, Callable[[Tensor], Tensor]]] = {}
+        self._scales: dict[Node, Tensor] = {}
         self._at = 0
         device = next((p.device for p in program.module.parameters()), torch.device("cpu"))
         nodes, self._held = program.placeholders(), list[dict[Node, Any]]()
@@ -46,12 +47,18 @@ class Stream:
         other = copy(self)
         other._held = [dict(held) for held in self._held[:rows]]
         other._instead = dict(self._instead)
+        other._scales = dict(self._scales)
         return other
 
     def replace(self, node: Node, source: Node, function: Callable[[Tensor], Tensor]) -> None:
         """From here on compute ``node``, which is still to come, as a function of ``source``, which it reads."""
         assert self._place[node] >= self._at and source in node.all_input_nodes
         self._instead[node] = (source, function)
+
+    def scale(self, node: Node, factor: Tensor) -> None:
+        """From here on multiply what ``node``, which is still to come, gives by a factor that broadcasts to it."""
+        assert self._place[node] >= self._at
+        self._scales[node] = factor
 
     def reaches(self, nodes: Collection[Node]) -> bool:
         """Tell whether every value of ``nodes`` is still to come, or held."""
@@ -68,7 +75,7 @@ class Stream:
             seen: dict[Node, Tensor] = {node: held[node] for node in watch if node in held}
             for node in self._order[start:stop]:
                 if node.op == "call_function":
-                    held[node] = self._call(node, held)
+                    held[node] = self._scaled(node, self._call(node, held))
                 if node in watch:
                     seen[node] = held[node]
                 for source in (node, *node.all_input_nodes):
@@ -76,6 +83,9 @@ class Stream:
                         held.pop(source, None)
             yield seen
         self._at = stop
+
+    def _scaled(self, node: Node, value: Any) -> Any:
+        return value * self._scales[node].to(value) if node in self._scales else value
 
     @torch.no_grad()
     def _call(self, node: Node, held: dict[Node, Any]) -> Any:

@@ -18,6 +18,7 @@ from memc.cli.invocation import Invocation
 # In the order of a user's work. The summaries stand here so that --help imports no command.
 COMMANDS = {
     "inspect": "What is in a model: blocks, masks, heads, cost per token.",
+    "analyse": "Which heads and channels of a model make something up.",
     "convert": "Rewrite a model, lower it for a target, verify it.",
     "report": "What a conversion changed, cost and moved; diff compares two.",
     "generate": "Continue a prompt with a converted model.",
@@ -25,6 +26,7 @@ COMMANDS = {
     "bench": "Time prefill and decode over contexts, two sides interleaved.",
     "serve": "Serve a converted model through OpenAI's HTTP interface.",
     "lower": "Lower a converted model again, for another target or backend.",
+    "edit": "Teach a converted model facts that change nothing else.",
     "export": "Write a converted model as a Hugging Face folder.",
     "bank": "Build, train and inspect a bank of blocks fetched by a prompt's text.",
     "passes": "The rewrites, with their options.",

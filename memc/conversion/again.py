@@ -1,13 +1,15 @@
-"""``memc lower``: another target, backend or weight type from the program of an artifact that is there already."""
+"""Artifacts from artifacts: another target, backend or weight type, or a changed program, of one that is there."""
 
 from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from memc.artifact import MANIFEST, read_manifest, seal
-from memc.backend import Backend, LowerOptions
+from memc.backend import Backend, LowerOptions, Runner
 from memc.conversion.driver import next_commands, require_passed
 from memc.conversion.facts import check_facts
 from memc.conversion.folder import OutFolder, folder_bytes, require_space, resume_key
@@ -58,15 +60,15 @@ def lower_again(
     if reason := chosen.refuses_weights(kind, hardware):
         raise MemcError("E601", reason, f"--weights {kind}", f"one of: {', '.join(chosen.weights)}")
     options = LowerOptions(kind, context if context is not None else manifest.capacity, threads)
-    folder = _copy(source, out, force)
+    folder = require_out(source, out, force=force)
+    copy_artifact(source, folder, "lower")
     document = LowerDocument(
         source=str(source), out=str(out), target=target, backend=chosen.name, weights=kind, disk_bytes=0, seconds=0.0
     )
-    try:
-        made = _lower(document, folder, chosen, hardware, options, progress or Silent())
-    except MemcError as error:
-        folder.write_error(error)
-        raise
+    with undone(folder):
+        load_kernels()
+        program = load_program(folder.partial / PROGRAM)
+        made = lower_copy(document, folder, program, chosen, hardware, options, progress or Silent())
     found = {"disk_bytes": folder_bytes(folder.partial), "seconds": time.perf_counter() - began}
     runs = chosen.runs_here(hardware)
     then = [f"memc bench {out} --against {source}" if runs else f"memc report {out}"]
@@ -76,31 +78,54 @@ def lower_again(
     return document
 
 
-def _copy(source: Path, out: Path, force: bool) -> OutFolder:
-    """Put everything but what was lowered into a fresh ``OUT.partial``."""
+def require_out(source: Path, out: Path, *, force: bool) -> OutFolder:
+    """Return the folder ``out`` of an artifact made from ``source``; nothing is touched yet.
+
+    Raises ``MemcError`` E204 when it is in the way and E502 for too little disk.
+    """
     if out.resolve() == source.resolve():
         raise MemcError("E204", "the result would replace what it is made from", str(out), "give another -o OUT")
     folder = OutFolder(out)
     folder.refuse_existing("", {"lowered": ""}, force=force)
     require_space(out, 2 * folder_bytes(source / PROGRAM))
-    folder.open(resume_key("lower", str(source)), fresh=True)
-    shutil.copytree(source, folder.partial, ignore=NOT_COPIED, dirs_exist_ok=True)
     return folder
 
 
-def _lower(
+def copy_artifact(source: Path, folder: OutFolder, what: str) -> None:
+    """Put everything but what was lowered into a fresh ``OUT.partial``, which ``what`` is to be done in."""
+    folder.open(resume_key(what, str(source)), fresh=True)
+    shutil.copytree(source, folder.partial, ignore=NOT_COPIED, dirs_exist_ok=True)
+
+
+@contextmanager
+def undone(folder: OutFolder) -> Iterator[None]:
+    """Write an error down in the folder that it leaves unfinished."""
+    try:
+        yield
+    except MemcError as error:
+        folder.write_error(error)
+        raise
+
+
+def lower_copy(
     document: LowerDocument,
     folder: OutFolder,
+    program: Program,
     backend: Backend,
     target: Target,
     options: LowerOptions,
     progress: Progress,
+    more: Callable[[Runner | None], list[CheckFacts]] = lambda _: [],
 ) -> LowerDocument:
-    load_kernels()
-    program = load_program(folder.partial / PROGRAM)
+    """Lower a copied artifact's ``program``, check it where it runs, make its reports speak of it, and seal it.
+
+    ``more`` gives checks to add, from what was lowered, or from None where that does not run here. Raises ``MemcError``
+    E401 and E601.
+    """
     with progress.step(f"lower with {backend.name}"):
         lowered, manifest = lower(program, backend, target, folder.partial, options)
     checks: list[CheckResult] = []
+    runner: Runner | None = None
     runs = backend.runs_here(target)  # a program for other hardware cannot be run here
     if runs:
         with progress.step("verify what was lowered"):
@@ -109,9 +134,9 @@ def _lower(
             runner = backend.load(folder.partial, manifest, options.threads)
             checks = verify_lowered(runner, program, text, options.weights, floor)
             require_passed(checks)
-    _rewrite_reports(document, folder, program, target, [check_facts(check) for check in checks], runs=runs)
+    facts = [*(check_facts(check) for check in checks), *more(runner)]
+    _rewrite_reports(document, folder, program, target, facts, runs=runs)
     seal(folder.partial, manifest)
-    facts = [check_facts(check) for check in checks]
     return document.model_copy(update={"capacity": lowered.capacity, "forms": lowered.forms, "checks": facts})
 
 
@@ -128,7 +153,8 @@ def _rewrite_reports(
     report = read_report(folder.partial)
     if report.convert is None or report.verify is None:
         return
-    kept = [check for check in report.verify.checks if check.name not in LOWERED_CHECKS]
+    replaced = {*LOWERED_CHECKS, *(check.name for check in checks)}
+    kept = [check for check in report.verify.checks if check.name not in replaced]
     changes = {
         **{name: getattr(document, name) for name in ("out", "target", "backend", "weights")},
         "predicted": predict(program, target, weights=document.weights),

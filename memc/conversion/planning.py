@@ -22,6 +22,7 @@ from memc.conversion.folder import RECIPE, OutFolder
 from memc.conversion.pipeline import plan_all
 from memc.conversion.request import Request, Steps, source_name
 from memc.cost import SMALL, WORKING, curve, predict
+from memc.dialect import arguments, op_spec
 from memc.errors import MemcError
 from memc.frontend import Captured, capture_source
 from memc.frontend.recast import recast
@@ -113,7 +114,7 @@ def make_plan(
         machine=machine.describe(),
         command=_again(request),
         remote_code=request.remote_code,
-        warnings=_warnings(request, raised.program),
+        warnings=_warnings(request, raised.program, planned),
         next=[f"memc convert {source_name(request.model)} -o {request.out} (without --dry-run)"]
         if request.dry_run
         else [],
@@ -131,7 +132,7 @@ def _again(request: Request) -> str:
     return shlex.join(words + (["--remote-code"] if request.remote_code else []))
 
 
-def _warnings(request: Request, program: Program) -> list[str]:
+def _warnings(request: Request, program: Program, planned: Program) -> list[str]:
     context, limit = request.recipe.context, program.model.max_positions
     if context is None or limit is None or context <= limit:
         return []
@@ -140,7 +141,22 @@ def _warnings(request: Request, program: Program) -> list[str]:
         raise MemcError(
             "E206", f"context {context} is past the model's {limit} positions", f"--context {context}", hint
         )
+    if _reads_within(planned, limit):
+        return []
     return [f"beyond_trained: context {context} is past the {limit} positions that the model was trained on"]
+
+
+def _reads_within(program: Program, limit: int) -> bool:
+    """Tell whether no token stands further than ``limit`` positions from any that it reads, as far as it can tell."""
+    for node in program.module.graph.nodes:
+        spec = op_spec(node.target)
+        if spec is None or not spec.mixes_tokens or spec.name == "compact_attention":
+            continue  # whose pass has seen to it
+        bound = arguments(node)
+        near = [bound.get(name, 0) for name in ("window", "chunk")]
+        if spec.name != "attention" or not any(0 < size <= limit for size in near):
+            return False
+    return True
 
 
 def write_plan(

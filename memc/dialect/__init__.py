@@ -12,6 +12,7 @@ from torch.fx import Node
 from memc.dialect.attention import attention
 from memc.dialect.bank_ffn import bank_ffn
 from memc.dialect.base import Cost, OpSpec
+from memc.dialect.compact_attention import compact_attention
 from memc.dialect.full_attention import full_attention
 from memc.dialect.linear_memory import linear_memory
 from memc.dialect.norm import norm
@@ -31,6 +32,7 @@ OPS: dict[str, OpSpec] = {
         linear_memory,
         sparse_attention,
         quantised_attention,
+        compact_attention,
         bank_ffn,
     )
 }

@@ -10,14 +10,21 @@ import torch
 from torch import Tensor
 
 from memc.dialect.base import Cost, check, check_heads, define
+from memc.dialect.selectors import SELECTORS, methods
 
-METHODS = ("bounds", "moments", "hcam", "lowbit")
+METHODS = methods(extending=False)
 """How keys are described, page by page, so that a query can rank them without reading them whole."""
 
 
 def description(method: str, page: int, channels: int) -> tuple[int, ...]:
     """Return the shape of a description of a page of keys ``[page, channels]``."""
-    return {"lowbit": (channels, page), "hcam": (channels,)}.get(method, (2 * channels,))
+    match SELECTORS[method].descriptor:
+        case "channels":
+            return channels, page
+        case "mean":
+            return (channels,)
+        case _:
+            return (2 * channels,)
 
 
 def pages_of(tokens: Any, page: int) -> Any:
@@ -36,7 +43,7 @@ def _cost(a: Mapping[str, Any], context: int) -> Cost:
     scored = context
     if context > a["dense_below"]:
         described = math.prod(description(a["method"], a["page"], key.shape[3]))
-        per_page = a["page"] * a["channels"] if a["method"] == "lowbit" else described
+        per_page = a["page"] * a["channels"] if SELECTORS[a["method"]].scorer == "channels" else described
         scanned = pages_of(context, a["page"]) * per_page
         held, scored = min(context, a["budget"]), min(context, a["rerank"] * a["budget"])
     channels = scanned + scored * key.shape[3] + held * value.shape[3]

@@ -78,6 +78,7 @@ def raise_program(program: Program) -> Raised:
         ),
     )
     module.delete_all_unused_submodules()
+    raised.model = replace(raised.model, parameters=raised.parameter_count)
     infer(raised)
     module.graph.lint()
     module.recompile()

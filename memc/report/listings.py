@@ -139,6 +139,29 @@ def lower_view(document: m.LowerDocument) -> RenderableType:
     )
 
 
+def edit_view(document: m.EditDocument) -> RenderableType:
+    """Show which edits are followed, and what of unrelated text is kept."""
+    rows = [
+        (edit.prompt, edit.target.strip(), "yes" if edit.followed else "no", str(edit.steps), number(edit.difference))
+        for edit in document.edits
+    ]
+    kept = f"{document.kept:.1%} of {document.sequences} unrelated sequences keep every bit"
+    routed = f"threshold {number(document.threshold)}, unrelated text up to {number(document.unrelated)}"
+    return stack(
+        lines(
+            [
+                f"{document.source} -> {document.out}",
+                f"{document.followed:.0%} of the edits are followed; {kept}",
+                routed,
+            ]
+        ),
+        titled("edits", table(["prompt", "target", "followed", ">steps", ">difference"], rows)),
+        titled("checks", checks_table(document.checks)),
+        lines((f"warning: {warning}" for warning in document.warnings), "yellow"),
+        titled("next", lines(f"  {command}" for command in document.next)),
+    )
+
+
 def export_view(document: m.ExportDocument) -> RenderableType:
     """Show what a model was exported as."""
     how = f"a Hugging Face folder, {amount(document.parameters)} parameters, {size(document.disk_bytes)}"

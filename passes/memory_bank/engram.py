@@ -6,6 +6,7 @@ Which rows a token reads is known from the tokens alone, before anything is comp
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import sympy  # type: ignore[import-untyped]
@@ -78,6 +79,11 @@ class Engram:
             "row_bytes_per_token": 4 * self.tables * self.row,
         }
         return Inserted(facts, {name: str(node.target) for name, node in nodes.items()})
+
+    def count(self, widths: Sequence[int]) -> int:
+        """Count the parameters of a memory beside blocks of such widths."""
+        made = (self.parameters(width, index).values() for index, width in enumerate(widths))
+        return sum(item.count for items in made for item in items)
 
     def parameters(self, width: int, index: int) -> dict[str, New]:
         """List what a layer has: its tables one below the other, a key of what they give, and a value that is zero."""

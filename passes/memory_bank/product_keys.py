@@ -6,6 +6,7 @@ n^2: a row's key is a pair of half-keys, and its score the sum of the halves' sc
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isqrt
 
@@ -54,6 +55,10 @@ class ProductKeys:
         read = self.heads * self.top
         facts = {"new_parameters": made, "rows_read_per_token": read, "row_bytes_per_token": 4 * read * self.row}
         return Inserted(facts, {name: str(node.target) for name, node in nodes.items()}), values
+
+    def count(self, widths: Sequence[int]) -> int:
+        """Count the parameters of a memory beside blocks of such widths."""
+        return self.slots * self.row + sum(item.count for width in widths for item in self.parameters(width).values())
 
     def parameters(self, width: int) -> dict[str, New]:
         """List what each layer has of its own: query, half-keys ``[2H,HALF,n]``, gate, and an output that is zero."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,8 +36,8 @@ _ONE = re.compile(r"\[\s*[0-9]+\s*\]")
 
 KINDS: dict[str, tuple[str, ...]] = {
     "ffn": ("ranks",),
-    "pkm": ("slots", "heads", "row", "top"),
-    "engram": ("slots", "heads", "row", "ngram"),
+    "pkm": ("slots", "freed", "heads", "row", "top"),
+    "engram": ("slots", "freed", "heads", "row", "ngram"),
     "side": (),
     "head": ("depth", "mix"),
 }
@@ -68,6 +69,9 @@ class MemoryBank(Pass):
     tenths of the way up) is given, whose distribution over the vocabulary is mixed with the model's, ``mix`` of it
     (MLP Memory, arXiv 2508.01832). Its logits come on top of the model's.
 
+    With ``freed`` a table is as large as the model was before other passes (``prune``) made it smaller: the most
+    ``slots`` with which it has no more parameters than the original. The report says how many were freed and spent.
+
     The parameters of the last four are new and float32, called ``memc.memory_bank.*``; training teaches the tables and
     the stack the text, all else frozen. Where a sequence is cut into calls changes nothing.
 
@@ -90,6 +94,7 @@ class MemoryBank(Pass):
     kind: str = option("ffn", "what stands beside a block; pkm and engram are trained", choices=tuple(KINDS))
     ranks: str = option("256:64:16", "ffn: hidden units of each level of the bank, coarsest first, as 256:64:16 or 64")
     slots: int = option(65536, "pkm: rows, a square; engram: rows of each table, about", unit="rows", min=4)
+    freed: bool = option(False, "pkm, engram: as many slots as fit into the parameters that earlier passes took out")
     heads: int = option(4, "pkm: queries of a token; engram: hashes of an n-gram", min=1, max=64)
     row: int = option(32, "pkm, engram: size of a row", unit="channels", min=1)
     top: int = option(32, "pkm: rows that a query reads", unit="rows", min=1)
@@ -117,6 +122,8 @@ class MemoryBank(Pass):
         if self.kind == "pkm" and (isqrt(self.slots) ** 2 != self.slots or self.top > isqrt(self.slots)):
             reason = "the rows of product keys are a square, and a query reads at most its root of them"
             raise MemcError("E203", reason, f"{self.name}:slots={self.slots},top={self.top}", "slots=65536,top=32")
+        if self.freed and self.slots != type(self).slots:
+            raise MemcError("E203", "freed=true says how many slots there are", self.spec, "leave out one of the two")
 
     @property
     def levels(self) -> tuple[int, ...]:
@@ -154,15 +161,44 @@ class MemoryBank(Pass):
         editor = Editor(program)
         planned = {(site.layer, site.path) for site in plan.sites}
         blocks = [block for block in _feed_forward(editor.program) if (block.layer, block.path) in planned]
-        made = self._insert(editor, blocks)
+        sized = self._sized(program, [block.width for block in blocks])
+        made = sized._insert(editor, blocks)
         result = editor.finish()
         details: dict[str, Any] = {str(b.layer): one.facts for b, one in zip(blocks, made, strict=True)}
         if self.kind == "ffn":
             details["total"] = {"levels": list(self.levels), "fetched_bytes": result.fetched_bytes}
         learned = tuple(dict.fromkeys(name for one in made for name in one.parameters.values()))
         count = sum(one.facts.get("new_parameters", 0) for one in made)
+        if self.freed:
+            details["total"] = {"freed_parameters": _freed(program), "spent_parameters": count, "slots": sized.slots}
         report = PassReport(plan.spec, plan.sites, plan.rejections, plan.relations, count, bool(learned), details)
         return result, dataclasses.replace(report, learns=learned)
+
+    def _sized(self, program: Program, widths: Sequence[int]) -> MemoryBank:
+        """Return the pass with the ``slots`` that what was freed pays for, beside blocks of such widths.
+
+        Raises ``MemcError`` E203 where that is not enough for any.
+        """
+        if not self.freed:
+            return self
+        freed, pkm = _freed(program), self.kind == "pkm"
+
+        def having(size: int) -> MemoryBank:
+            return dataclasses.replace(self, freed=False, slots=size**2 if pkm else size)
+
+        least = max(self.top, 2) if pkm else 4
+        sizes = range(least, max(least, isqrt(freed) if pkm else freed) + 1)
+        place = bisect_left(sizes, True, key=lambda size: having(size)._table().count(widths) > freed)
+        if not place:
+            reason = f"earlier passes freed {freed} parameters, and the smallest memory of this kind has"
+            reason += f" {having(least)._table().count(widths)}"
+            raise MemcError("E203", reason, self.spec, "prune more before it, or give it fewer layers or heads")
+        return having(sizes[place - 1])
+
+    def _table(self) -> ProductKeys | Engram:
+        if self.kind == "pkm":
+            return ProductKeys(self.slots, self.heads, self.top, self.row)
+        return Engram(self.slots, self.heads, self.ngram, self.row)
 
     def _insert(self, editor: Editor, blocks: Sequence[FeedForwardBlock]) -> list[Inserted]:
         match self.kind:
@@ -201,6 +237,11 @@ class MemoryBank(Pass):
             message = f"option 'layers' names layer {missing[0]}"
             raise MemcError("E203", message, f"{self.name}:layers={self.layers}", f"the model has {have}")
         return named
+
+
+def _freed(program: Program) -> int:
+    """Return how many parameters fewer a program has than its model had, 0 where it has no fewer."""
+    return max(0, (program.model.parameters or 0) - program.parameter_count)
 
 
 def _feed_forward(program: Program) -> list[FeedForwardBlock]:

@@ -1,3 +1,3 @@
-"""The ``prune`` pass: fewer feed-forward channels, heads or layers, as smaller dense shapes."""
+"""The ``prune`` pass: fewer channels, heads or layers, as smaller dense shapes."""
 
 from memc.passes.prune.site import Prune as Prune

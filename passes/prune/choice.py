@@ -12,6 +12,9 @@ from torch import Tensor
 from memc.blocks import AttentionBlock
 from memc.passes.prune.groups import Group
 
+KEY_CHANNELS = 8
+"""Key channels of a head stay in multiples of this: as many float32 numbers as a register of AVX2 has."""
+
 
 @dataclass(frozen=True)
 class Task:
@@ -34,18 +37,26 @@ def unit_cost(group: Group) -> int:
 def legal(group: Group, multiple: int) -> list[int]:
     """Return how many units may be removed, none included, in ascending order.
 
-    Channels stay in multiples of ``multiple``; of the query heads of each key-value head as many go, and one stays; so
-    does one key-value head, and every one that is fixed.
+    Channels stay in multiples of ``multiple``, key channels of a head in multiples of ``KEY_CHANNELS`` where that is
+    less; of the query heads of each key-value head as many go, and one stays; so does one key-value head, and every one
+    that is fixed.
     """
     match group.kind:
         case "ffn_channels":
-            most = (group.units - 1) // multiple * multiple
-            return [0, *(group.units - kept for kept in range(most, 0, -multiple))]
+            return _in_multiples(group.units, multiple, len(group.fixed))
+        case "key_channels":
+            return _in_multiples(group.units, max(1, min(multiple, KEY_CHANNELS) // group.channels), len(group.fixed))
         case "kv_groups":
             return list(range(group.units - max(1, len(group.fixed)) + 1))
         case "query_heads":
             assert isinstance(group.block, AttentionBlock)
-            return list(range(0, group.units, group.block.num_kv_heads))
+            heads = group.block.num_kv_heads
+            return list(range(0, group.units - max(heads, len(group.fixed)) + 1, heads))
+
+
+def _in_multiples(units: int, multiple: int, fixed: int) -> list[int]:
+    most = (units - 1) // multiple * multiple
+    return [0, *(units - kept for kept in range(most, max(1, fixed) - 1, -multiple))]
 
 
 def spread(groups: Sequence[Group], parameters: float, multiple: int, *, alike: bool = False) -> list[Task]:

@@ -40,11 +40,12 @@ class Done:
         for cut in self.cuts:
             group = cut.group
             facts = details.setdefault(str(group.block.layer), {})
-            facts[group.kind] = f"{group.units} -> {group.units - len(cut.removed)}"
+            facts[group.kind] = "{} -> {}".format(*cut.sizes)
             facts[f"{group.kind}_group"] = group.describe()
-            facts[f"{group.kind}_removed"] = list(cut.removed)
+            facts[f"{group.kind}_removed"] = cut.places
             if group.fixed:
-                facts["protected_heads"] = list(group.fixed)
+                what = "channels" if group.kind == "ffn_channels" else "heads"
+                facts[f"protected_{what}"] = list(group.fixed)
         for removal in self.removals:
             details.setdefault(str(removal.number), {})[_what(removal)] = "removed"
         for removal, value in self.scores:

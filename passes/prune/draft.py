@@ -12,7 +12,8 @@ import torch
 from memc import sites
 from memc.blocks import AttentionBlock, Block, FeedForwardBlock
 from memc.errors import MemcError
-from memc.passes.prune.choice import Task, legal, most, spread
+from memc.passes.prune.analysed import Analysed
+from memc.passes.prune.choice import Task, legal, most, spread, unit_cost
 from memc.passes.prune.groups import Branch, Group, Groups, Kind
 from memc.passes.prune.removal import Removal, runs
 from memc.passes.prune.walk import BlockedError
@@ -66,6 +67,7 @@ class Drafter:
     alike: bool
     of: str
     searches: bool
+    analysis: str
 
     def __post_init__(self) -> None:
         """Find the blocks and what is protected."""
@@ -80,6 +82,8 @@ class Drafter:
         self._protected = {*numbers[:1], *numbers[-1:]} if self.protect == "ends" else named
         attention = [block for block in self.groups.blocks if isinstance(block, AttentionBlock)]
         self._kept = sites.kept_groups(self.protect_heads, attention, self.open, "protect_heads")
+        read, scores = (self.analysis, self.groups.blocks), self.score == "analysis"
+        self._analysed = Analysed.read(*read, scores=scores) if self.analysis != "none" else None
 
     def draft(self) -> Draft:
         """Settle how much goes where. Raises ``MemcError`` E203 where the amount leaves no legal shape."""
@@ -88,7 +92,12 @@ class Drafter:
         base = total if self.of == "model" else block_parameters(self.program, open_)
         wanted = self.amount * base
         tasks, removals, count = list[Task](), list[Removal](), 0
-        if self.unit in REMOVED:
+        if self.unit == "key_channels":
+            groups = self._each(AttentionBlock, self._keys)
+            if self.of == "units":
+                base = sum(group.units * unit_cost(group) for group in groups)
+            tasks = self._checked([], groups, 0, self.amount * base, base)
+        elif self.unit in REMOVED:
             removals = self._layers() if self.unit == "layers" else self._blocks(BLOCKS[self.unit])
             count = self._count(removals, wanted, base)
         elif self.unit == "auto" and self.score == "2ssp":
@@ -156,7 +165,8 @@ class Drafter:
         """Refuse an amount that no legal shape gives; the last step of rounding is not held against it."""
         can = gone + most(groups, self.multiple)
         if self.amount and groups and (wanted > can or all(len(legal(group, self.multiple)) == 1 for group in groups)):
-            reason = f"amount={self.amount} leaves no legal shape: at most {can / total:.3f} of block parameters can go"
+            what = "key channels" if self.of == "units" else "block parameters"
+            reason = f"amount={self.amount} leaves no legal shape: at most {can / total:.3f} of {what} can go"
             hint = f"amount={can / total:.2f} or less, a smaller round, protect=none, or another unit"
             raise MemcError("E203", reason, self.spec, hint)
 
@@ -195,7 +205,14 @@ class Drafter:
         return count
 
     def _channels(self, block: Block) -> Group:
-        return self.groups.of(block, "ffn_channels")
+        return self._applied(self.groups.of(block, "ffn_channels"))
+
+    def _applied(self, group: Group) -> Group:
+        """Return a group as an analysis has it, where one is given."""
+        found = group if self._analysed is None else self._analysed.applied(group)
+        if len(found.fixed) == found.units:
+            raise BlockedError("protected", "all of its units are to stay")
+        return found
 
     def _heads(self, block: Block) -> Group:
         assert isinstance(block, AttentionBlock)
@@ -205,12 +222,23 @@ class Drafter:
         group, fixed = self.groups.of(block, kind), tuple(sorted(g for layer, g in self._kept if layer == block.layer))
         if len(fixed) == block.num_kv_heads:
             raise BlockedError("protected", "protect_heads leaves every head of it as it is")
-        return replace(group, fixed=fixed)
+        return self._applied(replace(group, fixed=fixed))
+
+    def _keys(self, block: Block) -> Group:
+        assert isinstance(block, AttentionBlock)
+        self._require_unprotected(block)
+        return self.groups.of(block, "key_channels")
 
     def _branch(self, block: Block) -> Branch:
-        if isinstance(block, AttentionBlock) and any(layer == block.layer for layer, _ in self._kept):
-            raise BlockedError("protected", "it has heads that protect_heads leaves as they are")
+        if isinstance(block, AttentionBlock):
+            self._require_unprotected(block)
+        if self._analysed is not None and self._analysed.keeps(block):
+            raise BlockedError("protected", f"it has units that {self.analysis} keeps")
         return self.groups.branch(block)
+
+    def _require_unprotected(self, block: AttentionBlock) -> None:
+        if any(layer == block.layer for layer, _ in self._kept):
+            raise BlockedError("protected", "it has heads that protect_heads leaves as they are")
 
     def _each(self, kind: type[Block], find: Callable[[Block], Found]) -> list[Found]:
         """Find something for every block of a kind, and note why not where there is none."""

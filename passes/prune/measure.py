@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 from torch.fx import Node
 
 from memc.analysis.stream import Stream
+from memc.blocks import AttentionBlock
 from memc.errors import MemcError
 from memc.passes.prune import scores
 from memc.passes.prune.choice import Task, evenly, lowest
 from memc.passes.prune.eliminate import eliminate
 from memc.passes.prune.groups import Group, Groups
-from memc.passes.prune.moments import Moments
+from memc.passes.prune.moments import Moments, require_finite
 from memc.passes.prune.moves import moved_from
 from memc.passes.prune.refit import compensate, refit
 from memc.passes.prune.rewrite import Cut, Fit
@@ -39,18 +41,22 @@ def choose(
     what it is fitted to is the original: see :class:`Follower`.
     """
     if calibration is None:
-        assert score == "magnitude" and not refits
-        return [Cut(task.group, lowest(task, scores.magnitude(task.group))) for task in tasks]
+        assert score in WITHOUT_TEXT and not refits
+        return [Cut(task.group, lowest(task, weight_scores(task.group, score))) for task in tasks]
     gates = scores.taylor(program, [task.group for task in tasks], calibration) if score == "taylor" else []
     cuts: dict[int, Cut] = {}
     original = Stream(program, calibration)
-    followers = [Follower(program, calibration)] if refits else []
+    followers = [Follower(Groups(program), original.fork())] if refits else []
     for index in in_order(tasks):
-        if not tasks[index].count:
-            cuts[index] = Cut(tasks[index].group, ())
+        task, taylor = tasks[index], gates[index] if gates else None
+        if not task.count:
+            cuts[index] = Cut(task.group, ())
             continue
-        found = moments_of(original, tasks[index].group, followers, gram=score == "obs")[-1]
-        cuts[index] = cut_by(program, tasks[index], found, score, gates[index] if gates else None, refits=refits)
+        if task.group.kind == "key_channels":
+            cuts[index] = cut_keys(program, task, key_scores(task.group, original, score, taylor), original, followers)
+        else:
+            found = moments_of(original, task.group, followers, gram=score == "obs")[-1]
+            cuts[index] = cut_by(program, task, found, score, taylor, refits=refits)
         for follower in followers:
             follower.apply(cuts[index])
     return [cuts[index] for index in range(len(tasks))]
@@ -67,11 +73,16 @@ def choose_apart(
         yield from choose_evenly([tasks[index] for index in in_order(tasks)], biased=refits or score == "flap")
         return
     gates = scores.taylor(program, [task.group for task in tasks], calibration) if score == "taylor" else []
-    original = Stream(program, calibration)
+    original, groups = Stream(program, calibration), Groups(program)
     for index in in_order(tasks):
         group = tasks[index].group
+        if group.kind == "key_channels":
+            beside = [Follower(groups, original.fork())] if refits else []
+            values = key_scores(group, original, score, gates[index] if gates else None)
+            yield cut_keys(program, tasks[index], values, original, beside)
+            continue
         entry, exit_ = linear_input(group.exit), group.exit
-        where = f"layer {group.block.layer} {group.block.path}".strip()
+        where = _where(group)
         found = Moments(len(group.columns), gram=score == "obs" or refits, where=where, targets=hints(exit_)[-1])
         for seen in original.advance(exit_, {entry, exit_}):
             found.update(seen[entry], seen[exit_])
@@ -98,13 +109,57 @@ def cut_by(program: Program, task: Task, moments: Moments, score: str, gates: Te
     return replace(cut, fit=refit(weight, moments, kept) if refits else compensate(weight, bias, moments, kept))
 
 
-def unit_scores(group: Group, weight: Tensor, score: str, moments: Moments, gates: Tensor | None) -> Tensor:
-    """Score the units of a group; ``gates`` are its Taylor scores by channel."""
+def key_scores(group: Group, original: Stream, score: str, gates: Tensor | None) -> Tensor:
+    """Score the units of a group of key channels; ``gates`` are its Taylor scores by channel.
+
+    Raises ``MemcError`` E403 for queries or keys that are not finite.
+    """
+    block = group.block
+    assert isinstance(block, AttentionBlock)
     if score == "magnitude":
         return scores.magnitude(group)
     if gates is not None:
         return scores.by_unit(group, gates)
+    total = torch.zeros(group.units, dtype=torch.float64)
+    for seen in original.advance(max(block.query, block.key), {block.query, block.key}):
+        for node in (block.query, block.key):
+            require_finite(seen[node], _where(group))
+        total += scores.query_driven(group, seen[block.query], seen[block.key])
+    return total
+
+
+def cut_keys(program: Program, task: Task, values: Tensor, original: Stream, followers: Sequence[Follower]) -> Cut:
+    """Choose the key channels of the lowest scores, and fit the output projection where there is a follower.
+
+    There is nothing to fit in the scores themselves: what a rotation lays between pairs no other pair can make up for.
+    The output projection is fitted to what the attention that is left gives it.
+    """
+    cut = Cut(task.group, lowest(task, values), biased=bool(followers))
+    for follower in followers:
+        follower.narrow(cut)
+    if not followers:
+        return cut
+    weight, _ = exit_weight(program, task.group.exit)
+    (_, moments) = moments_of(original, task.group, followers, gram=False)
+    return replace(cut, fit=refit(weight, moments, cut.columns))
+
+
+def unit_scores(group: Group, weight: Tensor, score: str, moments: Moments, gates: Tensor | None) -> Tensor:
+    """Score the units of a group; ``gates`` are its Taylor scores by channel."""
+    if score in WITHOUT_TEXT:
+        return weight_scores(group, score)
+    if gates is not None:
+        return scores.by_unit(group, gates)
     return scores.by_unit(group, scores.BY_MOMENTS[score](moments, weight.double().cpu()))
+
+
+WITHOUT_TEXT = ("magnitude", "analysis")
+"""Scores that need no calibration text: of the weights, or of a file."""
+
+
+def weight_scores(group: Group, score: str) -> Tensor:
+    """Score the units of a group by their weights, or as they were given."""
+    return torch.tensor(group.given, dtype=torch.float64) if score == "analysis" else scores.magnitude(group)
 
 
 class Follower:
@@ -117,10 +172,10 @@ class Follower:
     alone.
     """
 
-    def __init__(self, program: Program, calibration: Calibration) -> None:
-        """Start every sequence before the first node."""
-        self._stream = Stream(program, calibration)
-        self._groups = Groups(program)
+    def __init__(self, groups: Groups, stream: Stream) -> None:
+        """Start where a stream of the program of ``groups`` is."""
+        self._groups = groups
+        self._stream = stream
 
     def stream_of(self, group: Group) -> Node | None:
         """Return the residual stream that a group's exit is added to, None where the target is the output alone."""
@@ -139,6 +194,12 @@ class Follower:
         """Run every sequence on to the inputs of a group's exit; yields those and the stream, of each."""
         entry, stream = linear_input(group.exit), self.stream_of(group)
         return self._stream.advance(entry, [entry] if stream is None else [entry, stream])
+
+    def narrow(self, cut: Cut) -> None:
+        """Let the attention see no key channels that go: what a query has there meets nothing."""
+        block = cut.group.block
+        assert isinstance(block, AttentionBlock)
+        self._stream.scale(block.query, ~torch.isin(cut.group.keys, torch.tensor(cut.removed, dtype=torch.int64)))
 
     def apply(self, cut: Cut) -> None:
         """Let what follows see a cut, which must have been fitted."""
@@ -172,7 +233,7 @@ def moments_of(original: Stream, group: Group, followers: Sequence[Follower], *,
     there are none.
     """
     entry, exit_ = linear_input(group.exit), group.exit
-    where = f"layer {group.block.layer} {group.block.path}".strip()
+    where = _where(group)
     channels, outputs = len(group.columns), hints(exit_)[-1]
     own = Moments(channels, gram=gram and not followers, where=where)
     theirs = [Moments(channels, gram=True, where=where, targets=outputs) for _ in followers]
@@ -199,3 +260,7 @@ def exit_weight(program: Program, exit_: Node) -> tuple[Tensor, Tensor | None]:
     weight, bias, outs, _ = linear_parts(exit_)
     value = get_tensor(program.module, str(weight.target)).detach()
     return value if outs == 0 else value.T, None if bias is None else get_tensor(program.module, str(bias.target))
+
+
+def _where(group: Group) -> str:
+    return f"layer {group.block.layer} {group.block.path}".strip()

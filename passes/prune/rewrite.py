@@ -18,7 +18,8 @@ from memc.blocks import AttentionBlock
 from memc.dialect import arguments, op_spec
 from memc.passes.prune.groups import Branch, Group, residual
 from memc.passes.prune.moves import SIZED, SPLITS
-from memc.program import Program, get_tensor
+from memc.passes.prune.walk import ROTARY, rotated_pairs
+from memc.program import Program, get_tensor, set_tensor
 from memc.raising.evaluate import content_nodes, hints
 from memc.raising.feed_forward import linear_parts
 from memc.rewrite import Editor
@@ -68,6 +69,20 @@ class Cut:
         return int(self.group.cost[list(self.removed)].sum())
 
     @property
+    def places(self) -> list[int]:
+        """What goes, by the numbers that a reader knows: units, or key channels of a head."""
+        if self.group.kind != "key_channels":
+            return list(self.removed)
+        places: list[int] = torch.nonzero(torch.isin(self.group.keys, torch.tensor(self.removed)))[:, 0].tolist()
+        return places
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """How many units, or key channels of a head, there were and are left."""
+        before = len(self.group.keys) if self.group.kind == "key_channels" else self.group.units
+        return before, before - len(self.places)
+
+    @property
     def new_bias(self) -> int:
         """How many parameters a new bias of the exit projection has."""
         weight, bias, outs, _ = linear_parts(self.group.exit)
@@ -81,6 +96,7 @@ class Pruner:
     program: Program
     _lost: dict[Node, dict[int, Tensor]] = field(default_factory=dict)
     _content: set[Node] = field(default_factory=set)
+    _tables: dict[tuple[str, Ranges], str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Copy the program."""
@@ -122,6 +138,8 @@ class Pruner:
         elif node.target == aten.unflatten.int:
             first = args[1] % len(hints(args[0]))
             node.args = (*args[:2], [self._size(size, axes.get(first + i), node) for i, size in enumerate(args[2])])
+        elif node.target == ROTARY and len(hints(node)) - 1 in axes:
+            self._rotate_fewer(node, ~axes[len(hints(node)) - 1])
         for user in list(node.users):
             if user.target in SPLITS:
                 self._split(user, node, axes)
@@ -159,6 +177,24 @@ class Pruner:
         if gone is not None:
             first, last, _ = slice(start, end).indices(len(gone))
             node.args = (source, dim, _left(gone[:first]), _left(gone[:last]), *given[4:])
+
+    def _rotate_fewer(self, node: Node, kept: Tensor) -> None:
+        """Give a rotation the frequencies of the pairs that are left, in a table that like ones of other layers share.
+
+        Pairs keep their order, so that what is left is again laid out as the op has it.
+        """
+        old = arguments(node)["inv_freq"]
+        module, pairs = self.editor.program.module, kept[rotated_pairs(node)[0]]
+        if not bool(pairs.any()):  # what is left passes through
+            node.replace_all_uses_with(arguments(node)["x"])
+            return
+        key = (str(old.target), _ranges(pairs))
+        if key not in self._tables:
+            self._tables[key] = f"{old.target}_{PASS}_{len(self._tables)}"
+            set_tensor(module, self._tables[key], _keep(get_tensor(module, str(old.target)), 0, pairs))
+        with self.editor.graph.inserting_before(node):
+            made = self.editor.graph.get_attr(self._tables[key])
+        node.replace_input_with(old, made)
 
     def _split(self, node: Node, source: Node, axes: Mapping[int, Tensor]) -> None:
         """Give a split the sizes that are left of its pieces."""

@@ -1,24 +1,26 @@
 """What a channel or head is worth: the lowest scores go first.
 
 Scores are of the input channels x_j of the projection W that a group ends in, over the tokens of the calibration
-sequences; a head's score is the sum over its channels. Only the order within a block matters.
+sequences; a head's score is the sum over its channels. Key channels end in the scores of the attention, and have a
+score of their own, :func:`query_driven`. Only the order within a block matters.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Interpreter, Node
+from torch.fx import Node
 from torch.nn import functional
 
+from memc.analysis.gated import gated_logits
+from memc.blocks import AttentionBlock
 from memc.passes.prune.groups import Group
 from memc.passes.prune.moments import Moments
 from memc.pipeline import Calibration
-from memc.plugins import load_kernels
 from memc.program import Program, get_tensor
+from memc.raising.evaluate import hints
 from memc.raising.feed_forward import linear_input
 
 
@@ -52,9 +54,32 @@ BY_MOMENTS: dict[str, Callable[[Moments, Tensor], Tensor]] = {
 
 def by_unit(group: Group, channels: Tensor) -> Tensor:
     """Sum channels' scores ``[C]`` over each unit."""
-    columns = group.columns
+    columns = group.keys if group.kind == "key_channels" else group.columns
     taken = columns >= 0
     return torch.zeros(group.units, dtype=torch.float64).index_add_(0, columns[taken], channels[taken].double())
+
+
+def query_driven(group: Group, query: Tensor, key: Tensor) -> Tensor:
+    """Score key channels of one sequence by the sum over the query heads of ``|Q_u| |K_u|`` (ThinK, arXiv 2407.21018).
+
+    ``query [1,H,T,D]`` and ``key [1,G,T,D]`` are as the attention reads them; the norms are over the tokens and the
+    channels of a unit u. Of a single channel that is ThinK's score ||Q_j K_j^T||_F (section 3.2), of all queries in
+    place of its window of the last. Of a pair it is the root of the product of the energies of query and key, which a
+    rotation leaves as they are.
+    """
+    return head_energies(group, query, key).sum(0)
+
+
+def head_energies(group: Group, query: Tensor, key: Tensor) -> Tensor:
+    """Return ``|Q_u| |K_u|`` of each query head and unit ``[H,units]``, as :func:`query_driven` has them."""
+    units = group.keys
+    taken = units >= 0
+
+    def energies(x: Tensor) -> Tensor:
+        squares = x[0].detach().float().cpu().square().sum(1, dtype=torch.float64)[:, taken]
+        return squares.new_zeros(len(squares), group.units).index_add_(1, units[taken], squares)
+
+    return (energies(query) * energies(key).repeat_interleave(query.shape[1] // key.shape[1], 0)).sqrt()
 
 
 def magnitude(group: Group) -> Tensor:
@@ -75,37 +100,26 @@ def magnitude(group: Group) -> Tensor:
 def taylor(program: Program, groups: Sequence[Group], calibration: Calibration) -> list[Tensor]:
     """Score each group's channels by |sum over tokens of x_j dL/dx_j|, summed over sequences.
 
-    L is the cross-entropy of the next tokens. To first order this is how much L changes when x_j becomes 0 (Molchanov
-    et al. 2019, eq. 8 with a gate on each channel), which equals |sum_i W_ij dL/dW_ij|. One sequence's activations are
-    held at a time.
+    Of key channels x is the query, all heads of it, ``[D]``; of other groups the input of their exit. L is the
+    cross-entropy of the next tokens. To first order this is how much L changes when x_j becomes 0 (Molchanov et al.
+    2019, eq. 8 with a gate on each channel), which for an exit equals |sum_i W_ij dL/dW_ij|. One sequence's activations
+    are held at a time.
     """
-    load_kernels()
-    scores = [torch.zeros(len(group.columns), dtype=torch.float64) for group in groups]
+    gated = [_gated(group) for group in groups]
+    scores = [torch.zeros(hints(node)[-1], dtype=torch.float64) for node in gated]
     for row in range(len(calibration.tokens)):
         tokens, positions = (part[row : row + 1] for part in (calibration.tokens, calibration.positions))
-        run = _Gated(program, [linear_input(group.exit) for group in groups])
-        logits = run.run(tokens, positions, *program.nothing_fetched(1), *program.new_state(1))[0]
+        gates = {node: torch.ones(len(score), requires_grad=True) for node, score in zip(gated, scores, strict=True)}
+        logits = gated_logits(program, tokens, positions, gates)
         goes_on = positions[0, 1:] > 0
         loss = functional.cross_entropy(logits[0, :-1][goes_on].float(), tokens[0, 1:][goes_on])
-        gates = [run.gates[linear_input(group.exit)] for group in groups]
-        for score, gradient in zip(scores, torch.autograd.grad(loss, gates), strict=True):
+        for score, gradient in zip(scores, torch.autograd.grad(loss, list(gates.values())), strict=True):
             score += gradient.double().abs()
     return scores
 
 
-class _Gated(Interpreter):
-    """Runs a program with a gate of ones on the channels of some nodes; parameters take no part in the gradient."""
-
-    def __init__(self, program: Program, nodes: Sequence[Node]) -> None:
-        super().__init__(program.module)
-        self.gates: dict[Node, Tensor] = {}
-        self._gated = set(nodes)
-
-    def run_node(self, n: Node) -> Any:
-        value = super().run_node(n)
-        if n.op == "get_attr":
-            return value.detach()
-        if n in self._gated:
-            self.gates[n] = torch.ones(value.shape[-1], dtype=value.dtype, requires_grad=True)
-            value = value * self.gates[n]
-        return value
+def _gated(group: Group) -> Node:
+    if group.kind != "key_channels":
+        return linear_input(group.exit)
+    assert isinstance(group.block, AttentionBlock)
+    return group.block.query

@@ -23,7 +23,8 @@ from memc.relation import Bounded, Exact, Relation
 from memc.sites import listed
 from memc.target import Target
 
-OF_UNITS = ("obs", "wanda", "flap", "activation", "magnitude", "taylor", "2ssp")
+OF_UNITS = ("obs", "wanda", "flap", "activation", "magnitude", "taylor", "2ssp", "analysis")
+OF_KEYS = ("think", "magnitude", "taylor")
 OF_BLOCKS = ("influence", "similarity", "position", "2ssp")
 
 _LAYERS = re.compile(r"\[\s*([0-9]+\s*(,\s*[0-9]+\s*)*)?\]")
@@ -31,14 +32,17 @@ _LAYERS = re.compile(r"\[\s*([0-9]+\s*(,\s*[0-9]+\s*)*)?\]")
 
 @dataclass(frozen=True)
 class Prune(Pass):
-    """Remove feed-forward channels, key-value heads or layers, and refit what is left, without training.
+    """Remove feed-forward or key channels, heads or layers, and refit what is left, without training.
 
     What goes is a group of dimensions that the graph couples: the rows, columns, biases, norms, slopes, sink logits and
     states that only get smaller together. The result is a program of smaller dense shapes that computes what the
     original would with those channels or heads at zero. ``score`` says which. ``obs`` takes out step by step what a fit
     of the rest misses least (ZipLM, :mod:`memc.passes.prune.eliminate`). The others take the lowest of ``wanda`` (|W|
     times the input's norm), ``flap`` (fluctuation, with a bias for the mean of what goes), ``activation`` (Minitron),
-    ``magnitude``, ``taylor`` or ``2ssp``, by the formulas of :mod:`memc.passes.prune.scores`.
+    ``magnitude``, ``taylor`` or ``2ssp``, by the formulas of :mod:`memc.passes.prune.scores`, or by those of a file.
+
+    ``analysis`` names a file of ``memc analyse``: the units that it keeps stay, and the blocks that they are in. With
+    ``score=analysis`` they are chosen by its scores instead, the lowest first.
 
     With ``refit`` the output and down projections get new weights and a bias by least squares over the calibration
     text, block after block: on what the model as far as it is pruned gives them, to what brings the residual stream
@@ -46,6 +50,11 @@ class Prune(Pass):
 
     ``unit=auto`` removes channels; from a third of the block parameters on, a third of the key-value heads too.
     ``unit=heads`` removes key-value heads with their query heads, or query heads where there is one key-value head.
+    ``unit=key_channels`` removes channels of queries and keys, the same ones of every head of a block: pairs where a
+    rotary embedding turns them together, single ones where none does. The scale of the scores stays, and so do values;
+    the state of keys gets narrower. The lowest go of ``think`` (query-driven, ThinK), ``magnitude`` or ``taylor``.
+    ``refit`` fits the output projection to the attention that is left; nothing makes up for the scores themselves.
+
     ``unit=layers`` takes whole layers out of the residual stream, ``attention_blocks`` and ``ffn_blocks`` single
     blocks. Those go that turn it least (``influence``, ShortGPT), or the layers in a row over which it turns least
     (``similarity``), those without which predictions move least, early ones counting more (``position``,
@@ -57,7 +66,8 @@ class Prune(Pass):
     as much is removed, evenly spaced. Every block gives the same share, but for rounding: what one gives too little the
     next gives more, or with ``alike`` none does, and the sum is less exact. Block parameters are the
     weights and biases of the projections of attention and feed-forward blocks; ``of=layers`` counts those alone of
-    layers that are not protected, so that several such passes can give each layer an amount of its own.
+    layers that are not protected, so that several such passes can give each layer an amount of its own; ``of=units``
+    counts key channels alone, of the blocks that can lose any.
 
     With ``allocate=search`` each block gives what the model misses least by dynamic programming over the sizes that it
     can have, of channels and, with ``unit=auto``, key-value heads: :mod:`memc.passes.prune.curves` tells what each size
@@ -74,31 +84,42 @@ class Prune(Pass):
     - ``fetched``: models with inputs that are fetched (``memory_bank``), made for the blocks as they are.
     - ``moe``: mixtures of experts, whose channels are chosen as they run.
     - ``protected``: the first and the last layer, or those that the option ``protect`` names, and heads that
-      ``protect_heads`` names or finds, with the attention block and the layer that they are in.
-    - ``norm``: heads under a norm that runs over all of them.
+      ``protect_heads`` names or finds, with the attention block and the layer that they are in; units that a file of
+      ``analysis`` keeps, with their block where blocks go.
+    - ``norm``: heads under a norm that runs over all of them; key channels under one that runs over a head's, which
+      would divide what is left by another mean.
     - ``shared``: dimensions, weights or states that another block reads too.
-    - ``mixed``, ``conflict``, ``size``: dimensions that are laid out among others, twice, or computed with.
+    - ``mixed``, ``conflict``, ``size``: dimensions that are laid out among others, twice, or computed with; key
+      channels of a fused projection that lie on one axis with those of values.
     - ``unknown_op``: dimensions that reach an op which may mix them.
     - ``no_exit``, ``no_residual``: dimensions that no projection ends, blocks that are not added to a residual stream.
-    - ``single``: attention with a single head, where heads are asked for.
+    - ``single``: attention with a single head, where heads are asked for, or a single key channel or pair.
     """
 
     name: ClassVar[str] = "prune"
 
-    amount: float = option(0.25, "share of the block parameters to remove", min=0.0, max=0.95)
-    unit: str = option("auto", "what is removed", choices=("auto", "ffn", "heads", *REMOVED))
+    amount: float = option(0.25, "share to remove, of what the option of says", min=0.0, max=0.95)
+    unit: str = option("auto", "what is removed", choices=("auto", "ffn", "heads", "key_channels", *REMOVED))
     score: str = option(
         "auto",
-        f"what is chosen by: {', '.join(OF_UNITS)} of channels and heads; {', '.join(OF_BLOCKS)} of blocks and layers",
-        choices=("auto", *OF_UNITS, *(score for score in OF_BLOCKS if score not in OF_UNITS)),
+        f"what is chosen by: {', '.join(OF_UNITS)} of channels and heads; {', '.join(OF_KEYS)} of key channels;"
+        f" {', '.join(OF_BLOCKS)} of blocks and layers",
+        choices=tuple(dict.fromkeys(("auto", *OF_UNITS, *OF_KEYS, *OF_BLOCKS))),
     )
-    refit: bool = option(True, "fit the projections behind what was removed, by least squares")
-    round: int = option(64, "channels stay in multiples of this", unit="channels", min=1)
+    refit: bool = option(
+        True,
+        "fit the projections behind what was removed, by least squares; of key channels the output projection alone,"
+        " as no fit makes up for scores",
+    )
+    round: int = option(
+        64, "channels stay in multiples of this, key channels of 8 where it is more", unit="channels", min=1
+    )
     alike: bool = option(False, "every layer loses as much, to the nearest round, so that it can be exported")
     of: str = option(
-        "model",
-        "what amount is a share of: the block parameters of the model, or those of the layers that are not protected",
-        choices=("model", "layers"),
+        "auto",
+        "what amount is a share of: the block parameters of the model, those of the layers that are not protected, or"
+        " of key channels the units themselves; auto: units of key channels, else model",
+        choices=("auto", "model", "layers", "units"),
     )
     allocate: str = option(
         "uniform", "each block gives the same share, or what a search finds best", choices=("uniform", "search")
@@ -108,6 +129,9 @@ class Prune(Pass):
         "heads:5%",
         "key-value heads that stay, and the blocks that they are in: heads:P%, the P percent whose query heads look up"
         " earlier tokens most, heads:[3.0,3.2] as LAYER.HEAD, or none",
+    )
+    analysis: str = option(
+        "none", "file of memc analyse whose kept units stay, or by whose scores units go with score=analysis"
     )
     sequences: int = option(128, "most calibration sequences", unit="sequences", min=1)
     length: int = option(512, "tokens of a calibration sequence", unit="tokens", min=2)
@@ -122,16 +146,20 @@ class Prune(Pass):
             where, hint = f"{self.name}:protect_heads={self.protect_heads}", f"write {self.name}:protect_heads=heads:5%"
             raise MemcError("E203", "option 'protect_heads' is none, heads:P% or a list of heads", where, hint)
         self._require_score()
+        if self.of == "units" and self.unit != "key_channels":
+            raise MemcError("E203", f"of=units counts key channels, not unit={self.unit}", self.spec, "of=model")
         if self.allocate == "search":
             self._require_searchable()
 
     def _require_score(self) -> None:
         """Refuse a score that does not tell the units of this kind apart."""
-        known = OF_BLOCKS if self.unit in REMOVED else OF_UNITS
+        known = OF_BLOCKS if self.unit in REMOVED else OF_KEYS if self.unit == "key_channels" else OF_UNITS
         what = f"unit={self.unit}"
         if self.score != "auto" and self.score not in known:
             reason = f"score={self.score} says nothing of {what}"
             raise MemcError("E203", reason, self.spec, f"{what} takes score={', '.join(('auto', *known))}")
+        if self.score == "analysis" and self.analysis == "none":
+            raise MemcError("E203", "score=analysis goes by a file, which is not given", self.spec, "add analysis=FILE")
         if self.score == "similarity" and self.unit != "layers":
             raise MemcError("E203", "score=similarity is of whole layers in a row", self.spec, "write unit=layers")
         if self.score == "2ssp" and self.unit == "heads":
@@ -141,7 +169,7 @@ class Prune(Pass):
     def _require_searchable(self) -> None:
         """Refuse what a search has no curves for."""
         for name, value, clashes in (
-            ("unit", self.unit, self.unit in REMOVED),
+            ("unit", self.unit, self.unit in (*REMOVED, "key_channels")),
             ("score", self.score, self.score == "2ssp"),
             ("refit", "false", not self.refit),
             ("alike", "true", self.alike),
@@ -152,7 +180,7 @@ class Prune(Pass):
 
     def calibrates(self) -> tuple[int, int] | None:
         """Ask for sequences where the score or the refit looks at what the model does."""
-        unseen = self._score == "magnitude" and not self.refit
+        unseen = self._score in measure.WITHOUT_TEXT and not self.refit
         return None if unseen or not self.amount else (self.sequences, self.length)
 
     def quickens(self) -> bool:
@@ -244,8 +272,9 @@ class Prune(Pass):
             protect=self.protect,
             protect_heads=self.protect_heads,
             alike=self.alike,
-            of=self.of,
+            of=self._of,
             searches=self.allocate == "search",
+            analysis=self.analysis,
         )
 
     @property
@@ -253,7 +282,14 @@ class Prune(Pass):
         """What ``score=auto`` stands for."""
         if self.score != "auto":
             return self.score
-        return "influence" if self.unit in REMOVED else "obs"
+        return "influence" if self.unit in REMOVED else "think" if self.unit == "key_channels" else "obs"
+
+    @property
+    def _of(self) -> str:
+        """What ``of=auto`` stands for."""
+        if self.of != "auto":
+            return self.of
+        return "units" if self.unit == "key_channels" else "model"
 
     def _removals(
         self, program: Program, draft: Draft, calibration: Calibration | None, cuts: Sequence[Cut]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from memc.dialect import arguments
 from memc.passes.prune import moves
 from memc.program import get_tensor
 from memc.raising.evaluate import hints
@@ -17,7 +18,7 @@ from memc.raising.feed_forward import LINEAR, linear_input, linear_parts
 
 aten = torch.ops.aten
 _NORM = torch.ops.memc.norm.default
-_ROTARY = torch.ops.memc.rotary.default
+ROTARY = torch.ops.memc.rotary.default
 _ATTENTION = (torch.ops.memc.attention.default, torch.ops.memc.full_attention.default)
 
 
@@ -105,8 +106,8 @@ class Walk:
         elif node.target in moves.ELEMENTWISE:
             for source in node.all_input_nodes:
                 yield from _aligned(source, node, axis, units)
-        elif node.target in (_NORM, _ROTARY, aten.type_as.default):
-            self._keep_last(node, axis)
+        elif node.target in (_NORM, ROTARY, aten.type_as.default):
+            self._keep_last(node, axis, units)
             yield node.all_input_nodes[0], axis, units
         elif (origin := moves.moved_from(node)) is not None:
             where = moves.backward(node, origin, axis, units)
@@ -129,10 +130,10 @@ class Walk:
         elif user.target == aten.type_as.default:
             if user.args[0] is node:
                 yield user, axis, units
-        elif user.target in (_NORM, _ROTARY):
+        elif user.target in (_NORM, ROTARY):
             if user.args[0] is not node:
                 raise BlockedError("norm", f"{user.name} has {node.name} for a weight")
-            self._keep_last(user, axis)
+            self._keep_last(user, axis, units)
             yield user, axis, units
         elif user.target == aten.sym_size.int:
             if user.args[1] == axis:
@@ -167,13 +168,27 @@ class Walk:
         else:
             raise _unknown(user)
 
-    def _keep_last(self, node: Node, axis: int) -> None:
-        if axis == len(hints(node)) - 1 and node.target != aten.type_as.default:
-            what = "norm" if node.target == _NORM else "rotary embedding"
-            raise BlockedError("norm", f"the {what} {node.name} runs over the dimension")
+    def _keep_last(self, node: Node, axis: int, units: Tensor) -> None:
+        """Refuse what would take channels from under a norm, or one alone of a pair that is rotated together."""
+        if axis < len(hints(node)) - 1 or node.target == aten.type_as.default:
+            return
+        if node.target == _NORM:
+            raise BlockedError("norm", f"the norm {node.name} runs over the dimension")
+        first, second = rotated_pairs(node)
+        if not torch.equal(units[first], units[second]):
+            raise BlockedError("mixed", f"{node.name} rotates channels of the dimension into one another")
 
     def _is_result(self, node: Node) -> bool:
         return node.target is operator.getitem and node.all_input_nodes[0].target in _ATTENTION
+
+
+def rotated_pairs(rotary: Node) -> tuple[Tensor, Tensor]:
+    """Return the first and the second channels of the pairs that a ``memc::rotary`` node rotates, by frequency."""
+    bound = arguments(rotary)
+    count = hints(bound["inv_freq"])[0]
+    if bound["interleaved"]:
+        return 2 * torch.arange(count), 2 * torch.arange(count) + 1
+    return torch.arange(count), count + torch.arange(count)
 
 
 def _aligned(source: Node, node: Node, axis: int, units: Tensor) -> Iterator[Step]:

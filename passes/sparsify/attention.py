@@ -35,6 +35,24 @@ def attend_sparse(
     return _insert(editor, block, split, row, inputs, options), (pages,)
 
 
+def attend_compact(
+    editor: Editor, block: AttentionBlock, split: HeadSplit, inputs: Mapping[str, Node], options: Mapping[str, Any]
+) -> tuple[Node, tuple[StateSpec, ...]]:
+    """Insert ``memc::compact_attention``, whose keys are held as they are before rotation.
+
+    Returns its output's node, and the states that it has beside those of the attention.
+    """
+    held, turn = editor.states_of(block.attention)["past_key"], arguments(block.key)
+    shape = (*held.shape[:2], f"S/{options['page']}", 2 * int(held.shape[3]))
+    pages = replace(held, name=_named(held, "pages"), shape=shape, dtype=torch.float32)
+    inputs = {**inputs, "query": block.query_pre_rotary, "key": block.key_pre_rotary, "inv_freq": turn["inv_freq"]}
+    inputs |= _added(editor, inputs["past_positions"], {"past_pages": pages})
+    row = op_spec(torch.ops.memc.compact_attention.default)
+    assert row is not None
+    options = {**options, "interleaved": turn["interleaved"], "scaling": turn["scaling"]}
+    return _insert(editor, block, split, row, inputs, options), (pages,)
+
+
 def attend_quantised(
     editor: Editor, block: AttentionBlock, split: HeadSplit, inputs: Mapping[str, Node], options: Mapping[str, Any]
 ) -> tuple[Node, tuple[StateSpec, ...]]:

@@ -12,11 +12,12 @@ from memc import sites
 from memc.analysis.heads import head_roles
 from memc.blocks import Alibi, AttentionBlock, Chunked, SlidingWindow
 from memc.dialect import arguments
-from memc.dialect.quantised_attention import BITS
-from memc.dialect.sparse_attention import METHODS, forced_pages
+from memc.dialect.selectors import SELECTORS
+from memc.dialect.sparse_attention import forced_pages
 from memc.errors import MemcError
 from memc.head_split import HeadSplit, attend_window, join_heads, split_states
-from memc.passes.sparsify.attention import attend_quantised, attend_sparse
+from memc.passes.sparsify import checks, extend
+from memc.passes.sparsify.attention import attend_compact, attend_quantised, attend_sparse
 from memc.pipeline import Pass, PassReport, Plan, option
 from memc.program import Program
 from memc.relation import Bounded, Close, Relation
@@ -39,8 +40,22 @@ class Sparsify(Pass):
     - ``method=hcam``: page by page, by the mean of each channel (the summaries of HCAM, Lampinen et al. 2021).
 
     With ``rerank`` n over 1 a token takes n budgets' worth, ranks these tokens by their whole keys and reads the values
-    of the best. Soft-cap and sink logits stay; what is done to queries and keys before the attention (QK-norm, rotary)
-    is as it was.
+    of the best.
+
+    Two methods read on past the length that the model was trained on. Each site becomes ``memc::compact_attention``,
+    which holds keys as they are before rotation, takes whole pages, and rotates what it reads so that no distance is
+    longer than the budget allows, whatever the length of the sequence:
+
+    - ``method=longheads``: by the attention of a page's own subject to its keys; tokens that are not read are left out
+      of the count of positions (LongHeads, Lu et al. 2024);
+    - ``method=infllm``: by the keys of a page that the queries behind it asked for most; distances are true up to
+      ``window``, and ``window`` beyond it (InfLLM, Xiao et al. 2024).
+
+    The larger of ``budget`` and ``dense_below`` (``longheads``), or ``window`` (``infllm``), is what has to stay within
+    the trained length.
+
+    Soft-cap and sink logits stay; what is done to queries and keys before the attention (QK-norm, and rotary but for
+    these two) is as it was.
 
     What is read for a token at context N, in keys or values of one head of size D: ``channels`` / D N (``lowbit``),
     N / ``page`` (``hcam``) or 2 N / ``page`` to choose by, ``rerank`` ``budget`` keys, ``budget`` values, in place of
@@ -57,9 +72,9 @@ class Sparsify(Pass):
     float32's bytes, a third of bfloat16's.
 
     Identity setting: ``budget`` or ``dense_below`` at least as long as the context, and ``stream_window`` where heads
-    stream, and ``page`` where ``bits`` are given. Prompts of at most the longer of the first two, and no longer than
-    the others, give the original logits by construction; beyond, the perplexity ratio is measured and nothing is
-    promised.
+    stream, ``page`` where ``bits`` are given, and ``window`` with ``infllm``. Prompts of at most the longer of the
+    first two, and no longer than the others, give the original logits by construction; beyond, the perplexity ratio is
+    measured and nothing is promised.
 
     Does not handle:
 
@@ -71,24 +86,32 @@ class Sparsify(Pass):
     - ``alibi``: ALiBi, since a page has no one distance to score it by.
     - ``relative_bias``, ``bias``: learned or unknown biases on the scores.
     - ``shared_kv``: keys and values that another layer reads too.
+    - ``no_rotary``: layers that rotate no queries and keys, by ``longheads`` and ``infllm``.
+    - ``value_size``: values of another size than keys, by ``longheads``.
     - ``not_streamable``: blocks that cannot run on a sequence in pieces.
     - ``kept``: layers that the option ``keep`` names.
     """
 
     name: ClassVar[str] = "sparsify"
 
-    method: str = option("lowbit", "what tokens, or their pages, are ranked by", choices=METHODS)
+    method: str = option("lowbit", "what tokens, or their pages, are ranked by", choices=tuple(SELECTORS))
     channels: int = option(0, "of every key that lowbit ranks by; 0 for an eighth", unit="channels", min=0)
     budget: int = option(512, "most tokens that a token reads, sinks and window among them", unit="tokens", min=1)
     page: int = option(
         0,
-        "keys described together; divides the budget; 0 for 16, or 64 with lowbit or bits where the budget allows it",
+        "keys described together; divides the budget; 0 for 16, or for up to 64 with lowbit, bits, longheads or infllm",
         unit="tokens",
         min=0,
     )
     sinks: int = option(4, "first tokens of the sequence that every token reads", unit="tokens", min=0)
     window: int = option(48, "most recent tokens that a token reads, itself included", unit="tokens", min=1)
-    rerank: int = option(2, "budgets' worth of pages whose tokens are ranked one by one; 1 for none", unit="", min=1)
+    rerank: int = option(
+        0,
+        "budgets' worth of pages whose tokens are ranked one by one; 1 for none; 0 for 2, or for 1 with longheads and"
+        " infllm, which read pages whole",
+        unit="",
+        min=0,
+    )
     dense_below: int = option(1024, "position from which on the choice is made", unit="tokens", min=0)
     bits: int = option(0, "of each channel of the keys and values held, 8 or 4; 0 for their own type", unit="bits")
     retrieve: str = option(
@@ -106,30 +129,26 @@ class Sparsify(Pass):
         if self.retrieve != "all" and not sites.check_heads(self.name, self.retrieve, "retrieve"):
             where = f"{self.name}:retrieve={self.retrieve}"
             raise MemcError("E203", "option 'retrieve' is all, heads:P% or heads:[LAYER.HEAD,...]", where)
-        if self.bits not in (0, *BITS):
-            where = f"{self.name}:bits={self.bits}"
-            raise MemcError("E203", f"option 'bits' is 0 or one of {', '.join(map(str, BITS))}", where)
-        if self.bits and self.method != "bounds":
-            message = f"bits go with method=bounds, by which keys are both rounded and ranked, not with {self.method}"
-            where = f"{self.name}:method={self.method},bits={self.bits}"
-            raise MemcError("E203", message, where, f"write {self.name}:method=bounds,bits={self.bits}")
+        checks.check_bits(self.bits, self.method)
         page = self.page_size
-        where = f"{self.name}:budget={self.budget},page={page},sinks={self.sinks},window={self.window}"
-        least = self._least(page)
-        if self.budget % page:
-            more = max(least, -(-self.budget // page) * page)
-            message = f"a budget of {self.budget} is not whole pages of {page}"
-            raise MemcError("E203", message, where, f"write {self.name}:budget={more}")
-        if self.budget < least:
-            message = f"the pages of {self.sinks} sinks and a window of {self.window} may hold {least} tokens"
-            raise MemcError("E203", f"{message}, the budget {self.budget}", where, f"write {self.name}:budget={least}")
+        sizes = {"page": page, "window": self.window}
+        if self.extends:
+            checks.check_extending(self.method, rerank=self.rerank, retrieve=self.retrieve, **sizes)
+        checks.check_budget(self.budget, sinks=self.sinks, least=self._least(page), **sizes)
+
+    @property
+    def extends(self) -> bool:
+        """Whether the method reads beyond the length that the model was trained on."""
+        return SELECTORS[self.method].extends
 
     @property
     def page_size(self) -> int:
         """Tokens of a page; longer ones keep a channel of ``lowbit`` in fewer pieces, and bounds in fewer bytes."""
-        if self.page or not (self.bits or self.method == "lowbit"):
+        if self.page or not (self.bits or self.extends or self.method == "lowbit"):
             return self.page or 16
-        return next((page for page in (64, 32) if self.budget % page == 0 and self._least(page) <= self.budget), 16)
+        longest = self.window if self.method == "infllm" else 64
+        fitting = (page for page in (64, 32) if self.budget % page == 0 and self._least(page) <= self.budget)
+        return next((page for page in fitting if page <= longest), 16)
 
     @property
     def reads_all_to(self) -> int:
@@ -139,6 +158,8 @@ class Sparsify(Pass):
     @property
     def exact_to(self) -> int:
         """Tokens of a sequence up to which heads that retrieve read everything as it was."""
+        if self.method == "infllm":
+            return min(self.reads_all_to, self.window + 1)
         return min(self.reads_all_to, self.page_size) if self.bits else self.reads_all_to
 
     def resolve(self, program: Program, target: Target) -> tuple[Sparsify, dict[str, Any]]:
@@ -160,8 +181,11 @@ class Sparsify(Pass):
 
     def plan(self, program: Program, target: Target) -> Plan:
         """Choose every causal attention block that ``keep`` does not name."""
+        if self.extends:
+            sizes = {name: getattr(self, name) for name in ("budget", "window")}
+            extend.check_length(program, self.method, dense_below=self.reads_all_to, **sizes)
         blocks = sites.attention_blocks(program)
-        chosen, rejections = sites.choose_sites(blocks, self.keep, lambda block: _refuse(program, block))
+        chosen, rejections = sites.choose_sites(blocks, self.keep, lambda block: self._refuse(program, block))
         exact = self.exact_to
         if self.retrieve != "all":
             heads = sites.kept_groups(self.retrieve, blocks, self._open(program), "retrieve")
@@ -183,11 +207,15 @@ class Sparsify(Pass):
         """Return the blocks that can be rewritten and are."""
         blocks = sites.attention_blocks(program)
         kept = sites.kept_layers(self.keep, (block.layer for block in blocks))
-        return [block for block in blocks if block.layer not in kept and _refuse(program, block) is None]
+        return [block for block in blocks if block.layer not in kept and self._refuse(program, block) is None]
 
     def _least(self, page: int) -> int:
         """Return the least budget that sinks and window fit into."""
         return forced_pages(page, self.sinks, self.window) * page
+
+    def _refuse(self, program: Program, block: AttentionBlock) -> sites.Refusal | None:
+        refusal = _refuse(program, block)
+        return extend.refuse(program, block, self.method) if refusal is None and self.extends else refusal
 
     def _rewrite(self, editor: Editor, block: AttentionBlock, split: HeadSplit) -> dict[str, Any]:
         node = block.attention
@@ -219,9 +247,13 @@ class Sparsify(Pass):
     ) -> tuple[Node, dict[str, Any]]:
         """Insert the attention of the heads that retrieve, whose states must be theirs alone."""
         page, size = self.page_size, int(editor.states_of(block.attention)["past_key"].shape[3])
-        options: dict[str, Any] = {name: getattr(self, name) for name in ("budget", "sinks", "window", "rerank")}
+        options: dict[str, Any] = {name: getattr(self, name) for name in ("budget", "sinks", "window")}
         options |= {"page": page, "dense_below": self.reads_all_to}
         facts = {"budget": self.budget, "page": page}
+        if self.extends:
+            output, (pages,) = attend_compact(editor, block, split, inputs, {**options, "method": self.method})
+            return output, facts | {"page_bytes_per_token": pages.bytes(page) / page}
+        options["rerank"] = self.rerank or 2
         if self.bits:
             output, states = attend_quantised(editor, block, split, inputs, {**options, "bits": self.bits})
             held = sum(spec.bytes(page) for spec in states if spec.grows is not None)

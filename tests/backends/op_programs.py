@@ -287,6 +287,46 @@ def sparse_attention(
     return b.finish(b.linear(x, "logits", VOCAB, 24, bias=True))
 
 
+def compact_attention(
+    heads: int = 6,
+    groups: int = 2,
+    size: int = 8,
+    value: int | None = None,
+    *,
+    method: str = "longheads",
+    page: int = 2,
+    budget: int = 8,
+    sinks: int = 1,
+    window: int = 3,
+    rotated: int = 8,
+    sink_logits: bool = False,
+    lse: bool = False,
+    layers: int = 1,
+    **options: Any,
+) -> Program:
+    """Tokens to query, key and value, ``memc::compact_attention``, logits that read the log-sum-exp where asked."""
+    b, value = Builder(), value or size
+    x, qkv = _start(b, heads, groups, size, value, 24)
+    sizes = {"method": method, "page": page, "budget": budget, "sinks": sinks, "window": window, **options}
+    for layer in range(layers):
+        states = growing(b, str(layer), groups, size, value)
+        states.append(b.state(f"past_pages{layer}", "B", groups, f"S/{page}", 2 * size))
+        inv_freq = b.constant(f"inv_freq{layer}", 100.0 ** -(torch.arange(rotated // 2) * 2.0 / rotated))
+        extra = [b.parameter("sink", heads, scale=1.0) if sink_logits else None]
+        op = torch.ops.memc.compact_attention.default
+        out = b.call(op, *qkv, b.positions, *states, inv_freq, *extra, scale=0.7, **sizes)
+        b.next += [b.item(out, 2 + i) for i in range(len(states))]
+        x = b.linear(b.merge(b.item(out, 0)), "out", 24, heads * value)
+        if lse:
+            per_token = b.call(aten.transpose.int, b.item(out, 1), 1, 2)
+            x = b.call(aten.add.Tensor, x, b.linear(per_token, "lse", 24, heads))
+        qkv = [
+            b.heads(x, name, n, d, 24)
+            for name, n, d in zip(("query", "key", "value"), (heads, groups, groups), (size, size, value), strict=True)
+        ]
+    return b.finish(b.linear(x, "logits", VOCAB, 24, bias=True))
+
+
 def linear_memory(
     heads: int = 6,
     groups: int = 2,
@@ -452,6 +492,14 @@ CASES: dict[str, Callable[[], Program]] = {
         bits=4, key=7, value=5, rerank=3, dense_below=5, sink_logits=True, lse=True, softcap=2.0, groups=6
     ),
     "sparse, few bits, a page of one token": lambda: sparse_attention(bits=8, page=1, budget=4, groups=1, rerank=2),
+    "sparse, compact": lambda: compact_attention(layers=2),
+    "sparse, compact, every option": lambda: compact_attention(
+        size=10, rotated=6, interleaved=True, scaling=1.3, sink_logits=True, lse=True, softcap=2.0, dense_below=9
+    ),
+    "sparse, clipped": lambda: compact_attention(method="infllm", layers=2, groups=3),
+    "sparse, clipped, every option": lambda: compact_attention(
+        method="infllm", value=5, page=3, budget=12, window=6, interleaved=True, sink_logits=True, lse=True, softcap=2.0
+    ),
     "bank": lambda: bank_ffn(*ACTIVATIONS, units=3),
     "gated": linear_memory,
     "gated, strong": lambda: linear_memory(strength=50.0, per_channel=False, groups=6),
@@ -466,3 +514,6 @@ CASES: dict[str, Callable[[], Program]] = {
     "llama, engram": lambda: memory("engram", slots=50, heads=2, row=5),
 }
 """Every dialect op, with the options that take forms of their own."""
+
+ON_GPUS = tuple(case for case in CASES if not any(word in case for word in ("few bits", "compact", "clipped")))
+"""Those of ops that have kernels in place."""

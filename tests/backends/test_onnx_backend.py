@@ -230,6 +230,7 @@ def test_every_dialect_op_is_supported() -> None:
         ops.attention(),
         ops.sparse_attention(),
         ops.sparse_attention(bits=4),
+        ops.compact_attention(),
         ops.linear_memory(),
         ops.bank_ffn("silu"),
     )

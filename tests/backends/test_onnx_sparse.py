@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from memc.backends.onnx import blocks
 from memc.conversion.lowering import CHOICE_KL, chooses_from, verify_lowered
 from memc.dialect.quantised_attention import BITS
 from memc.dialect.sparse_attention import METHODS
+from memc.kernels.compact_attention import choose
 from memc.program import Program
 from memc.verify import VerificationText
 
@@ -53,6 +55,26 @@ def test_long_calls_over_few_bits_equal_the_reference(
     assert compare(program, runner, calls) < 1e-4
     fewer = build(ops.sparse_attention(bits=bits, rerank=rerank, **OPTIONS), tmp_path / "fewer", context=160)
     assert compare(program, fewer, calls) > 1e-3, "below the guard everything is read"
+
+
+@pytest.mark.parametrize("method", ["longheads", "infllm"])
+def test_long_calls_of_compact_places_equal_the_reference(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {**OPTIONS, "method": method}
+    program = ops.compact_attention(dense_below=30, **options)
+    runner = build(program, tmp_path, context=160)
+    calls = [([span(0, 100), span(0, 20, right=80)], [99]), ([span(100, 7), span(20, 7)], None)]
+    calls += [([[107 + i], [27 + i]], None) for i in range(6)]
+    assert compare(program, runner, calls) < 1e-4
+    right = choose.read
+
+    def at_true_places(*a: Any) -> choose.Reads:
+        reads = right(*a)
+        return replace(reads, key_at=reads.tokens, query_at=a[2][:, None].expand_as(reads.query_at))
+
+    monkeypatch.setattr("memc.kernels.compact_attention.reference.read", at_true_places)
+    assert compare(program, runner, calls) > 1e-3, "rotated at true positions is another function"
 
 
 @pytest.mark.parametrize("length", [22, 23, 24])

@@ -267,12 +267,16 @@ def test_what_is_supported() -> None:
     backend = TritonBackend()
     found = {}
     made = {"llama": program(), "sparse": ops.sparse_attention(), "bits": ops.sparse_attention(bits=4)}
+    made["compact"] = ops.compact_attention()
     for name, each in made.items():
         for node in each.module.graph.nodes:
             found[name, str(node.target)] = backend.supports(node, target)
     assert isinstance(found["llama", "memc.window_memory.default"], Yes)
     assert found["sparse", "memc.sparse_attention.default"] == Yes("Triton kernels, state in place")
-    refused = found["bits", "memc.quantised_attention.default"]
-    assert isinstance(refused, No) and "--backend eager" in refused.reason
+    for refused in (
+        found["bits", "memc.quantised_attention.default"],
+        found["compact", "memc.compact_attention.default"],
+    ):
+        assert isinstance(refused, No) and "--backend eager" in refused.reason
     assert backend.refuses_weights("int8", target) and not backend.refuses_weights("bf16", target)
     assert "compiles for" in str(backend.refuses_weights("fp32", get_target("x86-64-v3")))

@@ -18,13 +18,12 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 TOLERANCE = 1e-4
 
-CASES = [case for case in ops.CASES if "few bits" not in case]
 QUICK = {"gated delta": ("pieces",), "llama, window": ("pieces", "padding"), "llama, dense": ("pieces",)}
 """Cases, and scenarios of them, that together go through most kernels in little time."""
 
 
 @pytest.mark.conformance
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ops.ON_GPUS)
 def test_op_in_place_equals_reference(case: str) -> None:
     program = ops.CASES[case]()
     runner = interpret(program)

@@ -8,19 +8,19 @@ import pytest
 from tvm_support import build
 
 from tests.backends.runs import SCENARIOS, compare
-from tests.backends.test_families_lowered import rewrite
+from tests.backends.test_families_lowered import KEYS, rewrite
 from tests.core.test_families import raised
 
 TOLERANCE = 1e-4
 FAMILIES = ("llama", "gemma2", "phi3", "bloom", "gpt2")
-PASSES = ("", "window:window=4,sinks=2", "linearize:window=4,sinks=2,feature_size=12")
-QUICK = {("gpt2", ""), ("llama", PASSES[2])}
+PASSES = ("", "window:window=4,sinks=2", "linearize:window=4,sinks=2,feature_size=12", KEYS)
+QUICK = {("gpt2", ""), ("llama", PASSES[2]), ("phi3", KEYS)}
 
 CASES = [
     pytest.param(name, spec, marks=() if (name, spec) in QUICK else pytest.mark.conformance)
     for name in FAMILIES
     for spec in PASSES
-    if (name, spec) != ("bloom", PASSES[2])  # rejected: it cannot hold ALiBi
+    if name != "bloom" or spec not in PASSES[2:]  # rejected: ALiBi, and keys on one axis with values
 ]
 
 

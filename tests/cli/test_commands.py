@@ -38,6 +38,7 @@ def api(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
     module = types.ModuleType("memc.api")
     module.inspect = answer(lambda options: d.inspected())  # type: ignore[attr-defined]
+    module.analyse = answer(lambda options: d.analysed("heads"))  # type: ignore[attr-defined]
     module.convert = answer(lambda options: d.converted(dry_run=options["dry_run"]))  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "memc.api", module)
     monkeypatch.setattr("memc.api", module, raising=False)
@@ -125,6 +126,21 @@ def test_help_imports_no_torch_and_is_quick() -> None:
 def test_commands_that_need_no_torch_import_none(words: list[str]) -> None:
     code = f"import sys; from memc.cli import main; main({words}); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_analyse(api: Calls, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out, page = tmp_path / "heads.json", tmp_path / "heads.html"
+    words = ["analyse", "m.gguf", "--method", "heads:prompts=8", "--data", "a.txt", "-o", str(out), "--html", str(page)]
+    assert main([*words, "-q"]) == 0
+    assert "strongest heads" in capsys.readouterr().out
+    (arguments, options) = api[-1]
+    assert arguments == ("m.gguf", "heads:prompts=8") and options["data"] == ("a.txt",)
+    assert m.AnalysisDocument.model_validate_json(out.read_text()) == d.analysed("heads")
+    assert "<figure" in page.read_text()
+    assert main(["analyse", "m.gguf", "--method", "heads", "--json", "-q"]) == 0
+    assert json.loads(capsys.readouterr().out)["schema"] == "memc.analysis/1"
+    assert main(["analyse", "m.gguf", "--method", "heads", "-o", str(tmp_path / "none" / "x.json"), "-q"]) == 2
+    assert "E200" in capsys.readouterr().err
 
 
 def test_inspect(api: Calls, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from memc.cli import main
 from memc.report import facts as f
 from memc.report import listings, terminal
+from memc.report.analysis import analysis_page, analysis_view
 from memc.report.compare import compare, compare_view
 from memc.report.diff import diff, diff_view
 from memc.report.evaluation import eval_view
@@ -73,6 +74,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "unfinished": lambda: render(poisoned(report(finished=False))),
     "eval": lambda: eval_page(poisoned(d.recalled())),
     "bench": lambda: bench_page(poisoned(d.benched())),
+    "analyse": lambda: analysis_page(poisoned(d.analysed("bigram"))),
     "compare": lambda: compare_page(compare([poisoned(report()), poisoned(report(finished=False))])),
 }
 
@@ -83,6 +85,7 @@ VIEWS: dict[str, Callable[[], Any]] = {
     "diff": lambda: diff_view(diff(poisoned(report()), trained())),
     "eval": lambda: eval_view(poisoned(d.evaluated())),
     "bench": lambda: listings.bench_view(poisoned(d.benched())),
+    "analyse": lambda: analysis_view(poisoned(d.analysed("bigram"))),
     "compare": lambda: compare_view(compare([poisoned(report()), report(finished=False)])),
 }
 

@@ -15,6 +15,7 @@ from memc.conversion.pipeline import PassRun
 from memc.report import evaluation, files, listings, terminal
 from memc.report import facts as f
 from memc.report import models as m
+from memc.report.analysis import analysis_view
 from memc.report.bank import bank_train_view, bank_view
 from memc.report.diff import diff, diff_view
 from tests.cli import documents as d
@@ -90,6 +91,8 @@ VIEWS: dict[str, Callable[[], RenderableType]] = {
     "bank": lambda: bank_view(d.bank()),
     "bank-trained": lambda: bank_train_view(d.bank_trained()),
     "bank-cluster": lambda: bank_view(d.bank(trained=True, cluster=True)),
+    "analyse-heads": lambda: analysis_view(d.analysed("heads")),
+    "analyse-bigram": lambda: analysis_view(d.analysed("bigram")),
     "doctor": lambda: listings.doctor_view(d.examined()),
 }
 

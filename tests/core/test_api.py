@@ -13,7 +13,7 @@ import memc
 def test_public_names_are_what_they_say() -> None:
     for module in ("memc.api", "memc.conversion", "memc.frontend"):
         import_module(module)
-    for name in ("capture", "convert", "inspect", "load"):
+    for name in ("analyse", "capture", "convert", "inspect", "load"):
         assert inspect.isfunction(getattr(memc, name)), name
     for name in ("Program", "Session", "MemcError"):
         assert inspect.isclass(getattr(memc, name)), name

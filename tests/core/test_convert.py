@@ -32,7 +32,11 @@ ANY_TIME = Verify(budgets={"decode_time_ratio": 100.0, "prompt_time_ratio": 100.
 """Models as small as those of the tests get no faster: tests/core/test_speed.py is about time."""
 
 
-def make_llama(folder: Path, dtype: torch.dtype = torch.float32, layers: int = 2) -> Path:
+TRAINED = 128
+"""Positions of :func:`make_llama`."""
+
+
+def make_llama(folder: Path, dtype: torch.dtype = torch.float32, layers: int = 2, hidden: int = 40) -> Path:
     """Save a random Llama whose every dimension is distinct, and a tokenizer of bytes."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -43,12 +47,12 @@ def make_llama(folder: Path, dtype: torch.dtype = torch.float32, layers: int = 2
     config = LlamaConfig(
         vocab_size=67,
         hidden_size=24,
-        intermediate_size=40,
+        intermediate_size=hidden,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=10,
-        max_position_embeddings=128,
+        max_position_embeddings=TRAINED,
         tie_word_embeddings=True,
         initializer_range=0.3,
         bos_token_id=0,
@@ -368,6 +372,23 @@ def test_an_artifact_of_few_bits_is_checked_saved_and_restored(llama: Path, tmp_
     again = session.load_state(tmp_path / "state.npz")
     for token in (3, 5):
         assert np.array_equal(session.step([token], state), session.step([token], again))
+
+
+@pytest.mark.parametrize(("method", "backend"), [("longheads", "onnx"), ("infllm", "eager")])
+def test_an_artifact_runs_beyond_the_trained_length(llama: Path, tmp_path: Path, method: str, backend: str) -> None:
+    spec = f"sparsify:method={method},budget=32,page=4,sinks=1,window=8,dense_below=0"
+    options = {"backend": backend, "recipe": Recipe(recipe=1), "context": 8 * TRAINED}
+    document = api.convert(llama, tmp_path / "out", passes=[spec], **options)
+    assert document.verified and not document.warnings
+    checks = {check.name: check for check in document.checks}
+    assert {"split_invariance", "lowered_logits", "lowered_choice"} <= set(checks)
+    session = memc.load(tmp_path / "out")
+    state = session.new_state()
+    session.prefill([[n % 30 for n in range(8 * TRAINED - 2)]], state)
+    assert np.isfinite(session.step([3], state)).all()
+    for others in (f"{spec},keep=[0]", SPARSE):
+        (warning,) = api.convert(llama, tmp_path / "other", passes=[others], dry_run=True, **options).warnings
+        assert warning.startswith(f"beyond_trained: context {8 * TRAINED}")
 
 
 def test_a_relation_is_measured_past_what_is_exact() -> None:

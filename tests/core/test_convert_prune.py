@@ -18,7 +18,7 @@ from memc.conversion.calibration import CalibrationText
 from memc.conversion.training import training_data
 from memc.errors import MemcError
 from memc.progress import Advance, Silent
-from memc.recipe import Recipe, Train
+from memc.recipe import Recipe, Train, load_recipe
 from memc.report.files import PassReportFile
 from memc.report.html import render
 from memc.report.models import ConvertDocument
@@ -217,3 +217,30 @@ def test_a_budget_of_the_recipe_is_kept_to(llama: Path, tmp_path: Path) -> None:
     spec = "prune:amount=0.5,round=8,protect=none,refit=false,score=magnitude"
     with pytest.raises(MemcError, match=r"E401 Bounded does not hold: perplexity_ratio"):
         api.convert(llama, tmp_path / "out", passes=[spec], recipe=recipe, backend="eager", threads=1)
+
+
+def test_what_was_freed_is_spent_on_a_memory(tmp_path: Path) -> None:
+    model = make_llama(tmp_path, layers=4, hidden=768)
+    settings = Train(length=32, guard=0.2, adapters=2, memory_rate=3e-2)
+    recipe = load_recipe("prune-then-remember").model_copy(update={"train": settings, "verify": ANY_TIME})
+    options: dict[str, Any] = {"recipe": recipe, "data": [str(write_text(tmp_path / "text.txt", 7000))], "tokens": 1200}
+    options |= {"threads": 1, "backend": "eager", "passes": []}
+    planned = api.convert(model, tmp_path / "out", dry_run=True, **options)
+    assert [facts.trains for facts in planned.passes] == [["recovery"], ["text"]]
+    document = api.convert(model, tmp_path / "out", **options)
+    assert document.verified and not document.untrained
+    assert document.measured is not None and document.original is not None
+    parameters = document.original.parameters
+    assert 0.98 * parameters < document.measured.parameters <= parameters
+    assert document.measured.parameters == planned.predicted.parameters, "what the dry run says is what comes out"
+    pruned = report_of(tmp_path / "out")
+    report = PassReportFile.model_validate_json((tmp_path / "out" / "report" / "03-memory_bank.json").read_text())
+    total, before = report.details["total"], pruned.details["total"]
+    assert total["freed_parameters"] == before["removed_parameters"] - before["new_bias_parameters"]
+    assert total["spent_parameters"] == report.new_parameters <= total["freed_parameters"]
+    assert parameters - document.measured.parameters == total["freed_parameters"] - total["spent_parameters"]
+    assert pruned.training is not None and report.training is not None and report.training.recovery is not None
+    losses = report.training.recovery
+    assert losses.steps == 1200 // (32 * 2) and losses.best_step > 0, "the memory learned some of the text"
+    said = text_of(convert_view(document), 400)
+    assert "the memory alone" in said and "adapters of rank 2" in said

@@ -28,6 +28,7 @@ CONTENTS = (
     "memc/recipes/long-context.yaml",
     "memc/recipes/streaming.yaml",
     "memc/recipes/dense.yaml",
+    "memc/recipes/prune-then-remember.yaml",
     "memc/targets/cpu.toml",
     "memc/kernels/tiles.toml",
     "memc/targets/nvidia-sm90.toml",

@@ -49,7 +49,7 @@ def test_resolved_recipes_round_trip(context: int, seed: int, weights: str, wind
     assert again.to_yaml() == recipe.to_yaml()
 
 
-@pytest.mark.parametrize("name", ["long-context", "streaming", "dense"])
+@pytest.mark.parametrize("name", ["long-context", "streaming", "dense", "prune-then-remember"])
 def test_built_in_recipes_build(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.summary

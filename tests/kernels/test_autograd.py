@@ -78,6 +78,20 @@ def quantised_case(held: int, bias: bool, **options: Any) -> Callable[[], Case]:
     return make
 
 
+def compact_case(positions: list[int], held: int, bias: bool, **options: Any) -> Callable[[], Case]:
+    """One key-value head of one row, since every query gathers keys of its own, which takes time."""
+
+    def make() -> Case:
+        tokens, past = len(positions), torch.arange(held)[None]
+        qkv = (real(1, 2, tokens, D), real(1, 1, tokens, D), real(1, 1, tokens, D))
+        state = (real(1, 1, held, D), real(1, 1, held, D), past, real(1, 1, -(-held // 2), 2 * D))
+        args = (*qkv, torch.tensor([positions]), *state, real(1), *((real(2),) if bias else ()))
+        fixed = {"scale": 0.4, "page": 2, "budget": 6, "sinks": 1, "window": 2, "scaling": 1.3}
+        return Case("compact_attention", args, {**fixed, **options})
+
+    return make
+
+
 def memory_case(channels: int, update: str, tokens: int = T) -> Callable[[], Case]:
     def make() -> Case:
         gate = -2 * torch.rand(B, G, tokens, channels, dtype=torch.float64)
@@ -106,6 +120,9 @@ CASES: dict[str, Callable[[], Case]] = {
     "quantised": quantised_case(5, True, bits=4, softcap=2.0),
     "quantised-again": quantised_case(5, False, bits=8, rerank=2),
     "quantised-empty": quantised_case(0, False, bits=8),
+    "compact": compact_case([7, -1, 8], 7, True, method="longheads", softcap=2.0, dense_below=8),
+    "compact-clipped": compact_case([7, 8, 0, 1], 7, False, method="infllm", interleaved=True),
+    "compact-empty": compact_case([0, 1, 2, 3], 0, True, method="infllm"),
     "full": lambda: Case(
         "full_attention",
         (real(B, H, T, D), real(B, G, 4, D), real(B, G, 4, E), KEYS, real(H, 1, 4), real(H)),
@@ -138,12 +155,14 @@ def is_real(value: Any) -> bool:
 
 def is_index(case: Case, index: int) -> bool:
     """Whether an argument chooses what is read and has no gradient."""
-    return index in {"sparse_attention": (7,), "quantised_attention": (7, 8)}.get(case.op, ())
+    indices = {"sparse_attention": (7,), "compact_attention": (7,), "quantised_attention": (7, 8)}
+    return index in indices.get(case.op, ())
 
 
 def differentiable(case: Case, results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The results that have a gradient."""
-    indices = {"sparse_attention": (0, 1, 2, 3), "quantised_attention": (0, 1, 7, 8)}.get(case.op)
+    paged = (0, 1, 2, 3)
+    indices = {"sparse_attention": paged, "compact_attention": paged, "quantised_attention": (0, 1, 7, 8)}.get(case.op)
     kept = results if indices is None else tuple(results[index] for index in indices)
     return tuple(y for y in kept if is_real(y))
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from math import isqrt
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.fx import Interpreter
 
@@ -263,6 +267,42 @@ def test_a_larger_table_costs_a_token_no_more_bytes(kind: str) -> None:
     assert read[64 * 64] - plain == pytest.approx(stays + rows, abs=1)
 
 
+def freed(count: int, **sizes: Any) -> Program:
+    """The decoder as one that had ``count`` parameters more."""
+    program = tiny(**sizes)
+    return replace(program, model=replace(program.model, parameters=program.parameter_count + count))
+
+
+@settings(deadline=None)
+@given(st.sampled_from(["pkm", "engram"]), st.integers(20_000, 10**8), st.integers(1, 3))
+def test_a_memory_is_as_large_as_what_was_freed(kind: str, count: int, layers: int) -> None:
+    widths = [24] * layers
+    sized = MemoryBank(**{**KINDS[kind], "slots": MemoryBank.slots, "freed": True})._sized(freed(count), widths)
+    more = (isqrt(sized.slots) + 1) ** 2 if kind == "pkm" else sized.slots + 1
+    assert sized._table().count(widths) <= count < replace(sized, slots=more)._table().count(widths)
+
+
+@pytest.mark.parametrize("kind", ["pkm", "engram"])
+def test_the_report_says_what_was_freed_and_spent(kind: str) -> None:
+    program = freed(20_000)
+    result, report = inserted(program, kind, slots=MemoryBank.slots, freed=True)
+    spent = result.parameter_count - program.parameter_count
+    assert report.details["total"]["freed_parameters"] == 20_000 >= spent > 19_000
+    assert report.details["total"]["spent_parameters"] == spent == report.new_parameters
+
+
+def test_too_little_for_a_memory_is_refused() -> None:
+    pass_ = MemoryBank(kind="engram", freed=True, layers="all")
+    for program, said in ((tiny(), "freed 0"), (freed(100), "freed 100"), (freed(-5), "freed 0")):
+        with pytest.raises(MemcError, match=rf"E203 earlier passes {said} parameters, and the smallest .* has [0-9]+"):
+            pass_.apply(program, pass_.plan(program, TARGET))
+
+
+def test_a_raised_program_knows_how_many_parameters_it_had() -> None:
+    program = raised("llama")[0].program
+    assert program.model.parameters == program.parameter_count
+
+
 def test_layers_that_are_usual_for_a_kind() -> None:
     pass_ = MemoryBank(kind="engram")
     able = list(range(30))
@@ -302,6 +342,9 @@ def test_one_memory_a_model(kind: str) -> None:
         "kind=head,layers=all",
         "kind=head,mix=1.0",
         "kind=other",
+        "kind=side,freed=true",
+        "freed=true",
+        "kind=pkm,freed=true,slots=64",
     ],
 )
 def test_options_that_do_not_go_together(spec: str) -> None:

@@ -176,7 +176,7 @@ def test_specs_round_trip(spec: str) -> None:
         ("window:window=many", "takes int"),
         ("window:windows=4", "did you mean 'window'"),
         ("sparsify:method=mean", "one of bounds, moments"),
-        ("sparsify:rerank=0", "at least 1"),
+        ("sparsify:rerank=-1", "at least 0"),
         ("sparsify:budget=100", "not whole pages of 16.* Next: write sparsify:budget=112"),
         ("sparsify:budget=40", "not whole pages of 16.* Next: write sparsify:budget=80"),
         ("sparsify:budget=64,window=60", "may hold 96 tokens, the budget 64.* Next: write sparsify:budget=96"),

@@ -30,7 +30,7 @@ from tests.passes.pruning import (
 from tests.passes.tiny_program import TARGET, tiny, tokens_of
 
 
-@pytest.mark.parametrize("unit", ["ffn", "heads", "layers", "auto"])
+@pytest.mark.parametrize("unit", ["ffn", "heads", "key_channels", "layers", "auto"])
 def test_nothing_removed_is_the_same_to_the_bit(unit: str) -> None:
     program, tokens = tiny(), tokens_of(2, 9)
     pass_ = Prune(amount=0, unit=unit, protect="none")
@@ -145,7 +145,21 @@ def test_an_amount_that_cannot_be_is_refused(spec: str, message: str) -> None:
     assert caught.value.code == "E203" and message in caught.value.message and caught.value.next
 
 
-@pytest.mark.parametrize("spec", ["prune:protect=first", "prune:amount=1.5", "prune:unit=neurons", "prune:score=luck"])
+def test_a_share_can_be_written_in_percent() -> None:
+    assert parse_spec("prune:amount=12.5%") == Prune(amount=0.125)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "prune:protect=first",
+        "prune:amount=1.5",
+        "prune:amount=150%",
+        "prune:amount=x%",
+        "prune:unit=neurons",
+        "prune:score=luck",
+    ],
+)
 def test_bad_options_are_refused(spec: str) -> None:
     with pytest.raises(MemcError, match="E203"):
         parse_spec(spec)

@@ -31,11 +31,13 @@ from tests.passes.tiny_program import SLOPES, tiny
 load_kernels()
 
 BLOCKED: dict[str, dict[str, str]] = {
-    "olmo2": {"kv_groups": "norm", "query_heads": "norm"},
-    "falcon": {"query_heads": "mixed"},
+    "olmo2": {"kv_groups": "norm", "query_heads": "norm", "key_channels": "norm"},
+    "falcon": {"query_heads": "mixed", "key_channels": "conflict"},
     "t5": {"kv_groups": "shared"},
     "mixtral": {"ffn_channels": "moe"},
-    "qwen3_moe": {"ffn_channels": "moe"},
+    "qwen3_moe": {"ffn_channels": "moe", "key_channels": "norm"},
+    **{name: {"key_channels": "norm"} for name in ("qwen3", "gemma3_text", "cohere")},
+    **{name: {"key_channels": "conflict"} for name in ("bloom", "torch_encoder", "torch_mha")},
 }
 """What no family but these refuses, of a first block of its kind."""
 
@@ -48,7 +50,8 @@ def groups_of(name: str) -> Groups:
 def kinds(block: Block) -> list[Kind]:
     if isinstance(block, FeedForwardBlock):
         return ["ffn_channels"]
-    return ["kv_groups", "query_heads"] if block.num_heads > block.num_kv_heads else ["kv_groups"]
+    heads: list[Kind] = ["kv_groups", "query_heads"] if block.num_heads > block.num_kv_heads else ["kv_groups"]
+    return [*heads, "key_channels"]
 
 
 def all_groups(name: str) -> list[Group]:
@@ -61,11 +64,11 @@ def all_groups(name: str) -> list[Group]:
 
 
 class Masked(Interpreter):
-    """Runs a program with some channels of some linear ops' inputs at zero, and some values at zero."""
+    """Runs a program with some channels of some linear ops' inputs at zero, and some values in part or in all."""
 
-    def __init__(self, program: Program, entries: dict[Node, Tensor], zeros: set[Node]) -> None:
+    def __init__(self, program: Program, entries: dict[Node, Tensor], factors: dict[Node, Tensor]) -> None:
         super().__init__(program.module)
-        self.entries, self.zeros = entries, zeros
+        self.entries, self.factors = entries, factors
 
     def run_node(self, n: Node) -> Any:
         if n in self.entries:
@@ -75,7 +78,7 @@ class Masked(Interpreter):
             masked = args[at] * self.entries[n]
             return n.target(*(masked if i == at else arg for i, arg in enumerate(args)), **kwargs)
         value = super().run_node(n)
-        return torch.zeros_like(value) if n in self.zeros else value
+        return value * self.factors[n] if n in self.factors else value
 
 
 def known(program: Program, batch: int, length: int) -> tuple[Tensor, ...]:
@@ -86,11 +89,16 @@ def known(program: Program, batch: int, length: int) -> tuple[Tensor, ...]:
 
 def masked(program: Program, cuts: list[Cut], branches: list[Branch], batch: int, length: int) -> Tensor:
     entries: dict[Node, Tensor] = {}
+    factors = {branch.addend: torch.zeros(()) for branch in branches}
     for cut in cuts:
         entries[cut.group.exit] = entries.get(cut.group.exit, 1.0) * cut.columns.float()
+        if cut.group.kind == "key_channels":
+            assert isinstance(cut.group.block, AttentionBlock)
+            kept = ~torch.isin(cut.group.keys, torch.tensor(cut.removed))
+            factors |= {cut.group.block.query: kept.float(), cut.group.block.key: kept.float()}
     inputs = known(program, batch, length)
     with torch.no_grad():
-        run = Masked(program, entries, {branch.addend for branch in branches})
+        run = Masked(program, entries, factors)
         return run.run(*inputs, *program.new_state(batch))[0]  # type: ignore[no-any-return]
 
 

@@ -1,5 +1,6 @@
 """The JSON documents that the commands print: one pydantic model each, with its schema number."""
 
+from memc.report.models.analysis import AnalysisDocument, BigramFacts, MediationFacts, UnitFacts
 from memc.report.models.conversion import (
     ByContext,
     ConvertDocument,
@@ -10,6 +11,7 @@ from memc.report.models.conversion import (
     PassFacts,
     Predicted,
 )
+from memc.report.models.editing import EditDocument, EditFacts
 from memc.report.models.listing import (
     BackendRow,
     CoverageRow,
@@ -35,9 +37,11 @@ from memc.report.models.measuring import (
 from memc.report.models.whole import DiffDocument, Difference, ErrorDocument, ReportDocument
 
 __all__ = [
+    "AnalysisDocument",
     "BackendRow",
     "BenchDocument",
     "BenchRow",
+    "BigramFacts",
     "ByContext",
     "ContextPerplexity",
     "ConvertDocument",
@@ -46,6 +50,8 @@ __all__ = [
     "Difference",
     "Divergence",
     "DoctorDocument",
+    "EditDocument",
+    "EditFacts",
     "ErrorDocument",
     "EvalDocument",
     "EvalSide",
@@ -55,6 +61,7 @@ __all__ = [
     "InspectDocument",
     "LowerDocument",
     "Measured",
+    "MediationFacts",
     "OptionFacts",
     "PassFacts",
     "PassRow",
@@ -65,4 +72,5 @@ __all__ = [
     "RecipesDocument",
     "ReportDocument",
     "TaskCell",
+    "UnitFacts",
 ]

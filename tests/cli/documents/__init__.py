@@ -1,5 +1,8 @@
 """Documents as commands make them, to look at: a module for each kind, and all of them here."""
 
+from tests.cli.documents.analyses import (
+    analysed,
+)
 from tests.cli.documents.banks import (
     bank,
     bank_trained,
@@ -37,6 +40,7 @@ from tests.cli.documents.passes import (
 
 __all__ = [
     "MODEL",
+    "analysed",
     "bank",
     "bank_trained",
     "benched",

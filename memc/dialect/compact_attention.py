@@ -1,0 +1,119 @@
+"""``memc::compact_attention``: attention that rotates what it reads by where it stands among what is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memc.dialect.base import Cost, check, check_heads, define
+from memc.dialect.selectors import methods
+from memc.dialect.sparse_attention import forced_pages, pages_of
+
+METHODS = methods(extending=True)
+"""Methods whose distances stay within what a token reads, so that sequences may get longer than those trained on."""
+
+REPRESENTATIVES = 4
+"""Keys of a page whose mean represents it (InfLLM's ``repr_topk``)."""
+
+
+def span(method: str, budget: int, window: int, dense_below: int) -> int:
+    """Return how many positions keys and queries are rotated by, 0 the first of them."""
+    return window + 1 if method == "infllm" else max(budget, dense_below)
+
+
+def _cost(a: Mapping[str, Any], context: int) -> Cost:
+    query, key, value = a["query"], a["key"], a["value"]
+    size, page = key.shape[3], a["page"]
+    described, read = 0, context
+    if context > a["dense_below"]:
+        described, read = pages_of(context, page), min(context, a["budget"])
+    # Keys are rotated as they are read; a page is described from what the token's own page holds.
+    own = page if a["method"] == "longheads" else 0
+    channels = (read + own) * (size + value.shape[3])
+    state = 4.0 * (described + 2) * size
+    flops = 2.0 * query.shape[1] * (channels + described * size) + 6.0 * key.shape[1] * read * size
+    return Cost(flops, (channels * key.dtype.itemsize + state) * key.shape[1])
+
+
+@define(
+    "compact_attention",
+    "(Tensor query, Tensor key, Tensor value, Tensor positions,"
+    " Tensor past_key, Tensor past_value, Tensor past_positions, Tensor past_pages, Tensor inv_freq,"
+    " Tensor? sink_logits=None, *, float scale, str method, int page, int budget, int sinks, int window,"
+    " int dense_below=0, float softcap=0.0, bool interleaved=False, float scaling=1.0)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    states={"past_key": 2, "past_value": 3, "past_positions": 4, "past_pages": 5},
+    cost=_cost,
+    reads_all_to=lambda a: max(int(a["budget"]), int(a["dense_below"])),
+)
+def compact_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    positions: Tensor,
+    past_key: Tensor,
+    past_value: Tensor,
+    past_positions: Tensor,
+    past_pages: Tensor,
+    inv_freq: Tensor,
+    sink_logits: Tensor | None = None,
+    *,
+    scale: float,
+    method: str,
+    page: int,
+    budget: int,
+    sinks: int,
+    window: int,
+    dense_below: int = 0,
+    softcap: float = 0.0,
+    interleaved: bool = False,
+    scaling: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Attend causally to the tokens of ``budget / page`` pages, rotated by where they stand among these.
+
+    Arguments as in ``memc::sparse_attention``, but that query and key are not rotated yet, and neither are the keys
+    that are held; ``inv_freq [R/2]``, ``interleaved`` and ``scaling`` are those of ``memc::rotary``. A query at
+    position p takes the pages of the first ``sinks`` tokens and of the last ``window``, then those whose description
+    has the highest product with it (the highest over the heads that share a key-value head; of equal ones the lower
+    page), and reads all their tokens up to p. Below ``dense_below`` it takes every page. What it reads is then rotated:
+
+    - ``longheads`` (Lu et al. 2024): by its place among what is read, in order of time, the query by the last of these
+      places. Places end at the larger of ``budget`` and ``dense_below``, less 1. Of a page is held the attention of
+      its own subject to its keys, ``softmax(scale s.k) k`` before rotation, where s is the mean of what its tokens (and
+      the heads that share the key-value head) get from attention to no more than the page: keys and values have equally
+      many channels.
+    - ``infllm`` (Xiao et al. 2024): so that the query is ``window`` or, where it is less, the true distance away. Of a
+      page is held the mean of the ``REPRESENTATIVES`` of its keys with the highest product with the sum of the queries
+      of the floor(window / page) pages that follow it (of equal ones the earlier); the window is a page at least.
+
+    ``past_pages [B,G,ceil(S/page),2D]``, float32 or float64, holds these descriptions, 0 until they are known, and
+    behind each one the sum that it is made from, over the tokens of the page so far: of what they get from their page,
+    or of their queries, averaged over the heads that share the key-value head. A page has left the window by the time
+    that it is described. Where nothing is left out and no distance clipped (up to position max(``budget``,
+    ``dense_below``) - 1, or ``window``) this is ``memc::attention`` of rotated queries and keys.
+
+    Returns output, log-sum-exp and states as ``memc::sparse_attention``, keys not rotated. Choosing has no gradient.
+    """
+    check_heads(query, key, value)
+    check(method in METHODS, f"method is one of {', '.join(METHODS)}")
+    check(page >= 1 and sinks >= 0 and window >= 1, "page and window are at least 1, sinks 0")
+    check(method != "infllm" or window >= page, "infllm needs a window of a page at least")
+    check(method != "longheads" or key.shape[3] == value.shape[3], "longheads needs keys and values of one size")
+    check(budget % page == 0, "the budget is whole pages")
+    check(forced_pages(page, sinks, window) * page <= budget, "sinks and window fit the budget")
+    check(2 * inv_freq.shape[0] <= key.shape[3], "no more channels are rotated than there are")
+    batch, heads, tokens, size = query.shape
+    groups, value_size = value.shape[1], value.shape[3]
+    held = past_key.shape[2] + tokens
+    sums = torch.promote_types(query.dtype, torch.float32)
+    return (
+        query.new_empty(batch, heads, tokens, value_size),
+        torch.empty(batch, heads, tokens, dtype=sums, device=query.device),
+        key.new_empty(batch, groups, held, size),
+        value.new_empty(batch, groups, held, value_size),
+        positions.new_empty(batch, held),
+        torch.empty(batch, groups, pages_of(held, page), 2 * size, dtype=sums, device=query.device),
+    )

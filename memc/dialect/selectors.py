@@ -1,0 +1,66 @@
+"""How attention chooses what it reads, method by method: seven slots, each filled by name.
+
+A method is one row of :data:`SELECTORS`; what a name in a slot does is in :mod:`memc.kernels.sparse_attention.choose`
+and :mod:`memc.kernels.compact_attention`, and their pages have the mathematics.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Segmenter = Literal["pages"]
+Descriptor = Literal["bounds", "moments", "mean", "channels", "attended", "representatives"]
+Scorer = Literal["bound", "moments", "product", "channels"]
+Choice = Literal["pages", "tokens"]
+Positioner = Literal["true", "compact", "clipped"]
+
+
+@dataclass(frozen=True)
+class Selector:
+    """One method of choosing.
+
+    - ``segmenter``: how the tokens of a sequence are cut into pieces that are described together; ``pages`` of equal
+      length, the first one from position 0 on;
+    - ``descriptor``: what is kept of a piece to rank it by: the ``bounds`` of each channel of its keys, the
+      ``moments`` or the ``mean`` of each, all ``channels`` once more, the keys as ``attended`` to by what the piece
+      itself is about, or the mean of the keys that are ``representatives`` of it to the queries that followed;
+    - ``scorer``: what a query makes of a description: its least upper ``bound``, the estimate by ``moments``, the
+      ``product``, or that over the query's strongest ``channels``;
+    - ``choice``: what is taken in order of the scores, ``pages`` or single ``tokens``, behind the forced set, which is
+      the first tokens and the last ones for every method;
+    - ``positioner``: where keys and query stand to one another when they are rotated: at their ``true`` positions; at
+      ``compact`` ones, tokens that are not read left out of the count; or at true ones with every longer distance
+      ``clipped`` to the window;
+    - ``softmax``: ``joint``, one over everything that is read;
+    - ``tier``: ``all``, every key and value stays where it can be read.
+    """
+
+    descriptor: Descriptor
+    scorer: Scorer
+    choice: Choice = "pages"
+    positioner: Positioner = "true"
+    segmenter: Segmenter = "pages"
+    softmax: Literal["joint"] = "joint"
+    tier: Literal["all"] = "all"
+
+    @property
+    def extends(self) -> bool:
+        """Whether no distance that is read is longer than what is read, however long the sequence."""
+        return self.positioner != "true"
+
+
+SELECTORS: dict[str, Selector] = {
+    "bounds": Selector("bounds", "bound"),
+    "moments": Selector("moments", "moments"),
+    "hcam": Selector("mean", "product"),
+    "lowbit": Selector("channels", "channels", choice="tokens"),
+    "longheads": Selector("attended", "product", positioner="compact"),
+    "infllm": Selector("representatives", "product", positioner="clipped"),
+}
+"""Every method by name."""
+
+
+def methods(*, extending: bool) -> tuple[str, ...]:
+    """Return the methods that read beyond the trained length, or those that do not."""
+    return tuple(name for name, selector in SELECTORS.items() if selector.extends == extending)

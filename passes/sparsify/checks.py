@@ -1,0 +1,42 @@
+"""Which values of the options go together, whatever the model."""
+
+from __future__ import annotations
+
+from memc.dialect.quantised_attention import BITS
+from memc.errors import MemcError
+
+
+def check_bits(bits: int, method: str) -> None:
+    """Raise ``MemcError`` E203 for a number of bits that there is not, or that a method cannot rank by."""
+    if bits not in (0, *BITS):
+        raise MemcError("E203", f"option 'bits' is 0 or one of {', '.join(map(str, BITS))}", f"sparsify:bits={bits}")
+    if bits and method != "bounds":
+        message = f"bits go with method=bounds, by which keys are both rounded and ranked, not with {method}"
+        where = f"sparsify:method={method},bits={bits}"
+        raise MemcError("E203", message, where, f"write sparsify:method=bounds,bits={bits}")
+
+
+def check_budget(budget: int, *, page: int, sinks: int, window: int, least: int) -> None:
+    """Raise ``MemcError`` E203 for a budget that is not whole pages, or under the ``least`` for sinks and window."""
+    where = f"sparsify:budget={budget},page={page},sinks={sinks},window={window}"
+    if budget % page:
+        more = max(least, -(-budget // page) * page)
+        message = f"a budget of {budget} is not whole pages of {page}"
+        raise MemcError("E203", message, where, f"write sparsify:budget={more}")
+    if budget < least:
+        message = f"the pages of {sinks} sinks and a window of {window} may hold {least} tokens"
+        raise MemcError("E203", f"{message}, the budget {budget}", where, f"write sparsify:budget={least}")
+
+
+def check_extending(method: str, *, page: int, window: int, rerank: int, retrieve: str) -> None:
+    """Raise ``MemcError`` E203 for options that do not go with a method that reads beyond the trained length."""
+    if rerank > 1:
+        message = f"{method} reads pages whole, whose tokens are not ranked one by one"
+        raise MemcError("E203", message, f"sparsify:method={method},rerank={rerank}", "leave 'rerank' out")
+    if retrieve != "all":
+        message = f"heads that stream read sinks at their true distance, which {method} is there to bound"
+        raise MemcError("E203", message, f"sparsify:method={method},retrieve={retrieve}", "leave 'retrieve' out")
+    if method == "infllm" and window < page:
+        message = f"a page of {page} is described by queries within the window of {window}"
+        where = f"sparsify:method={method},page={page},window={window}"
+        raise MemcError("E203", message, where, f"write sparsify:method={method},page={page},window={page}")
