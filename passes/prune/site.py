@@ -85,7 +85,7 @@ class Prune(Pass):
     - ``moe``: mixtures of experts, whose channels are chosen as they run.
     - ``protected``: the first and the last layer, or those that the option ``protect`` names, and heads that
       ``protect_heads`` names or finds, with the attention block and the layer that they are in; units that a file of
-      ``analysis`` keeps, with their block where blocks go.
+      ``analysis`` keeps, with their block where blocks or key channels go.
     - ``norm``: heads under a norm that runs over all of them; key channels under one that runs over a head's, which
       would divide what is left by another mean.
     - ``shared``: dimensions, weights or states that another block reads too.
