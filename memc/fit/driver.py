@@ -173,7 +173,7 @@ def _facts(chooser: Chooser, found: Fit, distance: Distance, factor: float, seco
     for limit in limits.limits:
         value = _quality(limit, distance) if limit.is_quality else chooser.reached(limit, found)
         original = 1.0 if limit.is_quality else chooser.reached(limit, chooser.original)
-        reached.append(FitLimit(limit=limit.text, reached=value, original=original, used=limit.used(value, original)))
+        reached.append(FitLimit(limit=limit.text, reached=value, original=original, used=limit.spent(value, original)))
     layers = [
         FitLayer(
             layer=slot[0],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -58,6 +59,12 @@ class Limit:
     def used(self, value: float, original: float = 1.0) -> float:
         """Return the share of the limit that ``value`` uses: at most 1 where it holds."""
         return value / (self.most * original if self.relative else self.most)
+
+    def spent(self, value: float, original: float = 1.0) -> float:
+        """Return the share of what it allows: as :meth:`used`, but of a perplexity what is over the original's."""
+        if self.what == "ppl" and self.most > 1:
+            return max(math.log(value), 0.0) / math.log(self.most)
+        return self.used(value, original)
 
 
 @dataclass(frozen=True)

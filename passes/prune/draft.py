@@ -225,14 +225,15 @@ class Drafter:
         return self._applied(replace(group, fixed=fixed))
 
     def _keys(self, block: Block) -> Group:
-        self._require_unprotected(block)
+        self._require_no_kept(block)
         return self.groups.of(block, "key_channels")
 
     def _branch(self, block: Block) -> Branch:
-        self._require_unprotected(block)
+        self._require_no_kept(block)
         return self.groups.branch(block)
 
-    def _require_unprotected(self, block: Block) -> None:
+    def _require_no_kept(self, block: Block) -> None:
+        """Refuse what would change a block as a whole that has units which are to stay."""
         if isinstance(block, AttentionBlock) and any(layer == block.layer for layer, _ in self._kept):
             raise BlockedError("protected", "it has heads that protect_heads leaves as they are")
         if self._analysed is not None and self._analysed.keeps(block):

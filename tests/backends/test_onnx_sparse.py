@@ -153,6 +153,14 @@ def test_no_tensor_has_an_entry_for_each_pair_of_tokens(
     assert largest_tensor(program, 6000, tmp_path, monkeypatch) < 6000 * 6000, "not even a mask of all pairs"
 
 
+@pytest.mark.parametrize("method", ["longheads", "infllm"])
+def test_compact_places_need_no_entry_for_each_pair_of_tokens(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = ops.compact_attention(method=method, **OPTIONS)
+    assert largest_tensor(program, 1200, tmp_path, monkeypatch) < 1200 * 1200, "not even a mask of all pairs"
+
+
 def test_a_tensor_with_an_entry_for_each_pair_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert largest_tensor(ops.attention(), 1000, tmp_path, monkeypatch, portable=True) >= 1000 * 1000
 

@@ -141,3 +141,11 @@ def test_many_labels_are_told_apart_less_finely(monkeypatch: pytest.MonkeyPatch)
     found = frontier([block] * 6)
     assert len(found) <= 20
     assert any(one.loss == 0 for one in found)
+
+
+def test_a_perplexity_spends_what_it_is_over_the_originals() -> None:
+    (limit,) = parse_limits("ppl<=1.21x").limits
+    assert (limit.spent(1.21), limit.spent(1.1), limit.spent(1.0), limit.spent(0.9)) == pytest.approx((1, 0.5, 0, 0))
+    assert limit.used(1.0) == pytest.approx(1 / 1.21)
+    (state,) = parse_limits("state<=2x").limits
+    assert state.spent(3.0, 2.0) == state.used(3.0, 2.0) == 0.75

@@ -82,9 +82,12 @@ def test_blocks_with_kept_units_do_not_go_whole(file: str) -> None:
 
 
 def test_key_channels_of_a_block_with_kept_heads_stay(file: str) -> None:
-    _, report = prune(tiny(), text(16), unit="key_channels", amount=0.2, round=2, analysis=file)
-    assert [site.layer for site in report.sites] == [1]
-    assert [(one.layer, one.code) for one in report.rejections] == [(0, "protected")]
+    options = {"amount": 0.4, "round": 2, "protect": "none", "protect_heads": "none", "analysis": file}
+    plan = Prune(unit="key_channels", **options).plan(tiny(), TARGET)
+    assert [(site.layer, site.kind) for site in plan.sites] == [(1, "attention")]
+    assert [(one.layer, one.code) for one in plan.rejections] == [(0, "protected")]
+    with pytest.raises(MemcError, match="E203 score=analysis says nothing of unit=key_channels"):
+        Prune(unit="key_channels", score="analysis", analysis=file)
 
 
 def test_as_many_stay_as_are_kept(file: str, tmp_path: Path) -> None:

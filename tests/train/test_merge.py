@@ -27,7 +27,14 @@ from tests.train.tiny_training import changed, tensors_of
 
 
 def pruned(before: Program, unit: str, refit: bool = False) -> Program:
-    pass_ = Prune(amount=0.2, unit=unit, round=4, protect="none", score="magnitude", refit=refit)
+    pass_ = Prune(
+        amount=0.3 if unit == "key_channels" else 0.2,
+        unit=unit,
+        round=4,
+        protect="none",
+        score="magnitude",
+        refit=refit,
+    )
     return pass_.apply(before, pass_.plan(before, TARGET))[0]
 
 
@@ -41,7 +48,7 @@ def restricted(value: Tensor, kept: tuple[Tensor, Tensor]) -> Tensor:
     return value[kept[0]][:, kept[1]]
 
 
-@pytest.mark.parametrize("unit", ["ffn", "heads"])
+@pytest.mark.parametrize("unit", ["ffn", "heads", "key_channels"])
 @pytest.mark.parametrize("family", LAYOUTS)
 def test_what_is_expanded_and_restricted_is_what_it_was(family: str, unit: str) -> None:
     before = program_of(family)
