@@ -121,7 +121,7 @@ def _fit(facts: files.FitFacts) -> str:
         rows = [
             (str(one.layer), one.spec or "as it is", *(number(one.kl.get(spec)) for spec in settings)) for one in blocks
         ]
-        columns = [">layer", "chosen", *(f">{spec}" for spec in settings)]
+        columns = [">layer", "chosen", *(f">{spec.replace(',', ', ')}" for spec in settings)]
         parts.append(table(f"KL of each {name} block alone, nats a token", columns, rows) if rows else "")
     return "".join(parts)
 

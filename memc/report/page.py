@@ -15,7 +15,7 @@ section { margin: 1.25rem 0; }
 div.wide { overflow-x: auto; } table { border-collapse: collapse; } caption { text-align: left; font-weight: 600; }
 dt { font-weight: 600; } dd { margin-left: 1rem; }
 th, td { text-align: left; padding: .25rem .75rem .25rem 0; border-bottom: 1px solid var(--line); }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; } td.n { white-space: nowrap; }
 td:not(.n) { min-width: 6.5rem; } h1, h2, code, td { overflow-wrap: anywhere; } h2 { font-size: 1.2rem; }
 @media (max-width: 30rem) {
   h1 { font-size: 1.5rem; } table { font-size: .85rem; }
