@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 
@@ -56,10 +57,17 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> 
     named = zip((escaped(column.removeprefix(">")) for column in columns), kinds, strict=True)
     top = "".join(f'<th scope="col"{kind}>{name}</th>' for name, kind in named)
     body = "".join(
-        "<tr>" + "".join(f"<td{kind}>{escaped(cell)}</td>" for cell, kind in zip(row, kinds, strict=True)) + "</tr>\n"
+        "<tr>"
+        + "".join(f"<td{kind}>{_breakable(cell)}</td>" for cell, kind in zip(row, kinds, strict=True))
+        + "</tr>\n"
         for row in rows
     )
     return (
         f'<section><div class="wide" tabindex="0"><table><caption>{escaped(title)}</caption>'
         f"<thead><tr>{top}</tr></thead><tbody>\n{body}</tbody></table></div></section>\n"
     )
+
+
+def _breakable(cell: str) -> str:
+    """Escape a cell's text, and let names and lists of options break behind their parts before anywhere else."""
+    return re.sub(r"([_,])(?=\S)", r"\1<wbr>", escaped(cell))
