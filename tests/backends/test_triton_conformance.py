@@ -72,6 +72,23 @@ def test_ids_out_of_range_and_tokens_past_the_capacity_are_refused() -> None:
         assert refused.value.code == code
 
 
+def test_what_is_fetched_is_sent_once_for_as_long_as_it_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = interpret(ops.bank_ffn("silu"))
+    (port,) = (port for port in runner.manifest.inputs if port.role == "fetched")
+    sent: list[np.ndarray] = []
+    send = runner._fed
+    monkeypatch.setattr(runner, "_fed", lambda array, dtype: (sent.append(array), send(array, dtype))[1])
+    one, other = (np.full(port.nothing(1).shape, value, np.float32) for value in (0.1, 0.2))
+    tokens, positions = np.zeros((1, 1), np.int64), np.zeros((1, 1), np.int64)
+    found = [
+        runner.run(tokens, positions, runner.new_state(1), inputs={port.name: block})
+        for block in (one, one, other, one)
+    ]
+    assert [array is one for array in sent if array.shape == one.shape] == [True, False, True]
+    assert np.array_equal(found[0], found[1]) and np.array_equal(found[0], found[3])
+    assert not np.array_equal(found[0], found[2])
+
+
 @pytest.mark.parametrize("kind", ["attention", "window_memory"])
 def test_one_graph_of_torch_compile_serves_every_length(kind: str) -> None:
     """No graph breaks, and no more graphs than one for prompts and one for steps."""
