@@ -64,6 +64,7 @@ from memc.raising import Raised
 from memc.relation import Close
 from memc.report.files import VerifyReport
 from memc.report.models import ConvertDocument, EvalDocument, Measured
+from memc.train.editing import has_side_copy
 from memc.train.parallel import Processes, joined
 from memc.verify import (
     CheckResult,
@@ -355,7 +356,8 @@ def next_commands(out: str | Path, program: Program, folder: Path, *, runs: bool
     generates = program.model.decoder and (folder / "tokenizer.json").is_file()
     if not runs:
         return [f"memc report {out}", f"memc lower {out} -o OUT --target cpu"]
-    return [*([f"memc generate {out} --prompt TEXT"] if generates else []), f"memc report {out}"]
+    edits = [f"memc edit {out} --edits FILE --data TEXT"] if generates and has_side_copy(program) else []
+    return [*([f"memc generate {out} --prompt TEXT"] if generates else []), *edits, f"memc report {out}"]
 
 
 def require_passed(checks: list[CheckResult]) -> None:

@@ -228,10 +228,20 @@ def follows(program: Program, edit: Edit) -> bool:
     return found.tolist() == list(edit.target)
 
 
+def has_side_copy(program: Program) -> bool:
+    """Tell whether a program has a side copy, which edits can be taught to."""
+    return bool(_copies(program))
+
+
+def _copies(program: Program) -> list[str]:
+    names = {name for name, _ in program.module.named_parameters()}
+    found = (name for name in names if name.startswith("memc.") and name.endswith(f".{CHANGE}"))
+    return [name for name in found if _threshold_of(name) in names]
+
+
 def _copy_of(program: Program) -> str:
-    names = [name for name, _ in program.module.named_parameters()]
-    found = [name for name in names if name.startswith("memc.") and name.endswith(f".{CHANGE}")]
-    if len(found) != 1 or _threshold_of(found[0]) not in names:
+    found = _copies(program)
+    if len(found) != 1:
         hint = "convert it with --pass memory_bank:kind=side"
         raise MemcError("E208", "the model has no side copy to edit", program.model.source, hint)
     return found[0]

@@ -69,6 +69,7 @@ def test_edits_are_followed_and_the_rest_stays(source: Path, notes: str, tmp_pat
         assert (session.logits([*prompt, wanted[0]])[0, -2:].argmax(-1).tolist() == wanted) == follows
     unrelated = byte_tokenizer().encode(CORPUS[0]).ids
     assert document["kept"] > 0.9 and (before.logits(unrelated) == after.logits(unrelated)).all()
+    assert any(command.startswith("memc edit") for command in document["next"])
     report = read_report(made)
     assert report.verify is not None
     assert {"edits_followed", "unrelated_kept", "lowered_logits"} <= {check.name for check in report.verify.checks}
