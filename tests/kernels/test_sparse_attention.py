@@ -37,7 +37,8 @@ def run(call: dict[str, Any], parts: list[slice], **fixed: Any) -> list[Tensor]:
     q, k, v, positions = (call[x] for x in ("query", "key", "value", "positions"))
     batch, groups, _, size = k.shape
     fixed["channels"] = min(fixed.get("channels", 2), size)
-    pages = k.new_zeros(batch, groups, 0, *description(fixed["method"], fixed["page"], size))
+    method = fixed["method"] if fixed["method"] in METHODS else METHODS[0]  # a wrong one is for the op to refuse
+    pages = k.new_zeros(batch, groups, 0, *description(method, fixed["page"], size))
     state = [k.new_zeros(batch, groups, 0, size), v.new_zeros(batch, groups, 0, v.shape[3])]
     state += [positions.new_zeros(batch, 0), pages]
     outputs = []
