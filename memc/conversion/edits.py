@@ -61,12 +61,12 @@ def edit_artifact(
 
     ``edits`` is a file of JSON lines with a ``prompt`` and a ``target`` each. ``data``, one source at least, are text
     that is to stay as it is. What was lowered answers for the edits where this machine runs it, else the program.
-    Raises ``MemcError``: E309 the source is no artifact, E208 it has no side copy, E207 edits or data that cannot be
-    used, E205 an empty prompt or target, E308 no tokenizer, E403 a loss that is not finite, and as
-    :func:`memc.conversion.again.lower_again`.
+    Raises ``MemcError``: E309 the source is no artifact, E402 a file of it has changed, E208 it has no side copy, E207
+    edits or data that cannot be used, E205 an empty prompt or target, E308 no tokenizer, E403 a loss that is not
+    finite, and as :func:`memc.conversion.again.lower_again`.
     """
     began, progress = time.perf_counter(), progress or Silent()
-    manifest = read_manifest(source)
+    manifest = read_manifest(source, verify=True, unread="lowered")
     folder = require_out(source, out, force=force)
     target = get_target(manifest.target)
     backend: Backend = load_plugin("memc.backends", require_backend(target, manifest.backend))()

@@ -61,8 +61,8 @@ def _verdict(report: m.ReportDocument) -> str:
     if not report.finished or report.convert is None:
         return '<span class="bad">unfinished</span>'
     word, kind = ("verified", "good") if report.convert.verified else ("not verified", "bad")
-    untrained = "; untrained: new parameters have not been trained" if report.convert.untrained else ""
-    return f'<span class="{kind}">{word}</span>{untrained}'
+    caveats = "".join(f"; {caveat}" for caveat in report.convert.caveats)
+    return f'<span class="{kind}">{word}</span>{caveats}'
 
 
 def _reached(report: m.ReportDocument) -> str:

@@ -285,8 +285,8 @@ def verdict(document: m.ConvertDocument) -> Text:
                 said.append(f"\n{facts.spec} would be trained: {', '.join(facts.trains)}", "not bold")
         return said
     said = Text("verified", "bold green") if document.verified else Text("NOT verified", "bold red")
-    if document.untrained:
-        said.append("; untrained: new parameters have not been trained", "yellow")
+    for caveat in document.caveats:
+        said.append(f"; {caveat}", "yellow")
     return said
 
 

@@ -193,6 +193,13 @@ def test_quality_on_held_out_text_is_shown() -> None:
     assert "Measured on held-out text" not in render(report())
 
 
+def test_what_has_not_been_run_is_said_first() -> None:
+    made = report()
+    assert made.convert is not None and "has not been run" not in render(made)
+    made.convert.checks = [check for check in made.convert.checks if not check.name.startswith("lowered")]
+    assert "what was lowered has not been run" in render(made).partition("<h2>")[0]
+
+
 def test_limits_and_what_every_layer_loses_are_shown() -> None:
     fit = report()
     assert fit.convert is not None and "Fit to limits" not in render(fit)

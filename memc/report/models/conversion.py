@@ -143,6 +143,14 @@ class ConvertDocument(Document):
     warnings: list[str] = Field(default_factory=list)
     next: list[str] = Field(default_factory=list)
 
+    @property
+    def caveats(self) -> list[str]:
+        """What to know before the result is used, though it is verified."""
+        ran = any(check.name.startswith("lowered") for check in self.checks)
+        unrun = self.verified and not self.dry_run and not ran
+        found = ["what was lowered has not been run: this machine is no such hardware"] if unrun else []
+        return [*found, *(["untrained: new parameters have not been trained"] if self.untrained else [])]
+
 
 class LowerDocument(Document):
     """``memc lower``; also written as ``report/lower.json``. ``forms`` tells what each dialect op was lowered to.
