@@ -27,7 +27,9 @@ QUICK = {"gated delta": ("pieces",), "llama, window": ("pieces", "padding"), "ll
 def test_op_in_place_equals_reference(case: str) -> None:
     program = ops.CASES[case]()
     runner = interpret(program)
-    worst = {name: compare(program, runner, calls) for name, calls in SCENARIOS.items()}
+    # Interpreted, each token of a sparse case is a hundred programs; tests/kernels/ has more of them.
+    names = ("pieces", "padding", "restart") if case.startswith("sparse") else SCENARIOS
+    worst = {name: compare(program, runner, SCENARIOS[name]) for name in names}
     assert max(worst.values()) < TOLERANCE, worst
 
 
