@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from memc.kernels.common import accumulation_type, cast_like, held_positions, put, segments, take
 from memc.kernels.quantised_attention.codes import decode, encode
-from memc.kernels.softmax import attend, attend_backward
+from memc.kernels.softmax import attend_backward
 from memc.kernels.sparse_attention.choose import Rule, chosen
-from memc.kernels.sparse_attention.reference import Sequence, blocks, describe_pages, find_sequences
+from memc.kernels.sparse_attention.reference import Sequence, attend_chosen, blocks, describe_pages, find_sequences
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,12 @@ class Contents:
         """Positions that there is room for."""
         return self.exact_place.shape[1]
 
-    def readable(self, query: Tensor, positions: Tensor, rows: slice, rule: Rule) -> Tensor:
-        """Return the mask ``[B,G,1,T,2L]`` of what a block of queries ``[B,H,T,D]`` reads."""
+    def readable(self, query: Tensor, positions: Tensor, rule: Rule, rows: slice) -> Tensor:
+        """Return the mask ``[B,G,1,T,2L]`` of what a block of a call's queries ``[B,H,.,D]`` reads."""
         mine = self.sequence.mine[:, rows]
         at = torch.where(mine, positions[:, rows], -1)
-        tokens = chosen(query, self.keys[:, :, : self.length], self.pages, at, rule) & mine[:, None, :, None]
+        keys = self.keys[:, :, : self.length]
+        tokens = chosen(query[:, :, rows], keys, self.pages, at, rule) & mine[:, None, :, None]
         own = torch.arange(self.length, device=at.device) // rule.page == at[:, None, :, None] // rule.page
         return torch.cat([tokens & ~own, tokens & own], -1)[:, :, None]
 
@@ -177,12 +179,8 @@ def forward(
         pages = contents.pages.to(past_pages.dtype)
         next_pages = torch.where(last, pages, next_pages if number else torch.zeros_like(pages))
         next_key = torch.where(last[..., None], contents.codes, next_key if number else 0 * contents.codes)
-        for rows in blocks(query.shape[1], contents.sequence):
-            mask = contents.readable(q[:, :, rows], positions, rows, rule)
-            part, log = attend(q[:, :, rows], contents.keys, contents.values, mask, None, sink_logits, scale, softcap)
-            mine = contents.sequence.mine[:, None, rows]
-            out[:, :, rows] = torch.where(mine[..., None], part.to(out.dtype), out[:, :, rows])
-            lse[:, :, rows] = torch.where(mine, log, lse[:, :, rows])
+        mask = partial(contents.readable, q, positions, rule)
+        attend_chosen(out, lse, q, contents.keys, contents.values, contents.sequence, mask, sink_logits, scale, softcap)
     tail = call.next_tail(positions, page)
     held = held_positions(past_positions, positions)
     tails = (take(call.key, tail), take(call.value, tail))
@@ -229,7 +227,7 @@ def backward(
     for contents in call.contents(state, bits, page):
         placed_k, placed_v = torch.zeros_like(contents.keys), torch.zeros_like(contents.values)
         for rows in blocks(query.shape[1], contents.sequence):
-            mask = contents.readable(q[:, :, rows], positions, rows, rule)
+            mask = contents.readable(q, positions, rule, rows)
             mine = contents.sequence.mine[:, None, rows]
             g = attend_backward(
                 grad[:, :, rows] * mine[..., None],

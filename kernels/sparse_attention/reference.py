@@ -5,8 +5,9 @@ Reads every key, since it is the oracle: what is saved is what the lowered forms
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -114,12 +115,35 @@ def blocks(heads: int, sequence: Sequence) -> Iterator[slice]:
 
 
 def readable(
-    query: Tensor, keys: Tensor, pages: Tensor, positions: Tensor, sequence: Sequence, rows: slice, rule: Rule
+    query: Tensor, keys: Tensor, pages: Tensor, positions: Tensor, sequence: Sequence, rule: Rule, rows: slice
 ) -> Tensor:
-    """Return the mask ``[B,G,1,T,L]`` of what a block of queries ``[B,H,T,D]`` reads of a sequence's keys."""
+    """Return the mask ``[B,G,1,T,L]`` of what a block of a call's queries ``[B,H,.,D]`` reads of a sequence's keys."""
     mine = sequence.mine[:, rows]
-    tokens = chosen(query, keys, pages, torch.where(mine, positions[:, rows], -1), rule)
+    tokens = chosen(query[:, :, rows], keys, pages, torch.where(mine, positions[:, rows], -1), rule)
     return (tokens & mine[:, None, :, None] & (sequence.place >= 0)[:, None, None])[:, :, None]
+
+
+def attend_chosen(
+    out: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    sequence: Sequence,
+    mask: Callable[[slice], Tensor],
+    sink_logits: Tensor | None,
+    scale: float,
+    softcap: float,
+) -> None:
+    """Write ``out [B,H,T,E]`` and ``lse [B,H,T]`` of a sequence's tokens, block by block; other tokens keep theirs.
+
+    ``mask`` gives what a block of queries reads of ``keys`` and ``values [B,G,L,.]``, which are by position.
+    """
+    for rows in blocks(query.shape[1], sequence):
+        part, part_lse = attend(query[:, :, rows], keys, values, mask(rows), None, sink_logits, scale, softcap)
+        mine = sequence.mine[:, None, rows]
+        out[:, :, rows] = torch.where(mine[..., None], part.to(out.dtype), out[:, :, rows])
+        lse[:, :, rows] = torch.where(mine, part_lse, lse[:, :, rows])
 
 
 def forward(
@@ -157,12 +181,8 @@ def forward(
     for number, (sequence, keys, values, pages) in enumerate(call.contents(past_pages, method, page, kind)):
         mine = (current == number).view(-1, *[1] * (pages.dim() - 1))
         next_pages = torch.where(mine, pages.to(past_pages.dtype), next_pages)
-        for rows in blocks(query.shape[1], sequence):
-            mask = readable(q[:, :, rows], keys, pages, positions, sequence, rows, rule)
-            part, part_lse = attend(q[:, :, rows], keys, values, mask, None, sink_logits, scale, softcap)
-            mine = sequence.mine[:, None, rows]
-            out[:, :, rows] = torch.where(mine[..., None], part.to(out.dtype), out[:, :, rows])
-            lse[:, :, rows] = torch.where(mine, part_lse, lse[:, :, rows])
+        mask = partial(readable, q, keys, pages, positions, sequence, rule)
+        attend_chosen(out, lse, q, keys, values, sequence, mask, sink_logits, scale, softcap)
     return out, lse, call.key, call.value, held_positions(past_positions, positions), next_pages
 
 
@@ -203,7 +223,7 @@ def backward(
     for sequence, keys, values, pages in call.contents(past_pages, method, page, kind):
         placed_k, placed_v = torch.zeros_like(keys), torch.zeros_like(values)
         for rows in blocks(query.shape[1], sequence):
-            mask = readable(q[:, :, rows], keys, pages, positions, sequence, rows, rule)
+            mask = readable(q, keys, pages, positions, sequence, rule, rows)
             mine = sequence.mine[:, None, rows]
             g = attend_backward(
                 grad[:, :, rows] * mine[..., None],

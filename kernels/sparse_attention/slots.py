@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,9 +10,8 @@ from torch import Tensor
 
 from memc.kernels.attention.slots import write
 from memc.kernels.common import accumulation_type, take
-from memc.kernels.softmax import attend
 from memc.kernels.sparse_attention.choose import Rule
-from memc.kernels.sparse_attention.reference import Sequence, blocks, describe_pages, readable
+from memc.kernels.sparse_attention.reference import Sequence, attend_chosen, describe_pages, readable
 
 
 def forward(
@@ -48,10 +48,6 @@ def forward(
     pages = describe_pages(keys, past_pages, sequence, rule.method, rule.page)
     past_pages.copy_(pages)
     out, lse = query.new_zeros(*query.shape[:3], value.shape[3]), q.new_zeros(query.shape[:3])
-    for rows in blocks(query.shape[1], sequence):
-        mask = readable(q[:, :, rows], keys, pages, positions, sequence, rows, rule)
-        part, part_lse = attend(q[:, :, rows], keys, values, mask, None, sink_logits, scale, softcap)
-        mine = sequence.mine[:, None, rows]
-        out[:, :, rows] = torch.where(mine[..., None], part.to(out.dtype), out[:, :, rows])
-        lse[:, :, rows] = torch.where(mine, part_lse, lse[:, :, rows])
+    mask = partial(readable, q, keys, pages, positions, sequence, rule)
+    attend_chosen(out, lse, q, keys, values, sequence, mask, sink_logits, scale, softcap)
     return out, lse
