@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -125,9 +126,10 @@ def cut(sides: dict[str, Any]) -> str:
 
 
 def save(results: Path, document: dict[str, Any], make: Callable[[dict[str, Any]], str] = page) -> None:
-    """Write a document of results, and its page beside it."""
+    """Write a document of results, lists of numbers a line each, and its page beside it."""
     results.parent.mkdir(parents=True, exist_ok=True)
-    results.write_text(json.dumps(document, indent=1) + "\n")
+    text = re.sub(r"\[\n[^][{}\"]*\]", lambda found: " ".join(found.group().split()), json.dumps(document, indent=1))
+    results.write_text(text + "\n")
     write(results, document, make)
 
 
