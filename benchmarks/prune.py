@@ -140,12 +140,13 @@ class Bench:
             for amount in (amounts if variant.amount is None else [variant.amount])
         ):
             pass_, _ = replace(options, amount=amount, protect=protect).resolve(self.original, get_target("cpu"))
-            draft = pass_.draft(self.original)
-            if pass_.allocate == "search":
-                with self.console.step(f"search {amount:.0%}"):
-                    chosen = allocate(self.original, draft.tasks, self.calibration, "obs", pass_.round, pass_.length)
-                draft = replace(draft, tasks=chosen.tasks)
-            found[amount, options] = draft
+            found[amount, options] = pass_.draft(self.original)
+        for options in dict.fromkeys(options for _, options in found if options.allocate == "search"):
+            keys = [key for key in found if key[1] == options]
+            with self.console.step("search " + ", ".join(f"{amount:.0%}" for amount, _ in keys)):
+                spreads = [found[key].tasks for key in keys]
+                some = allocate(self.original, spreads, self.calibration, "obs", options.round, options.length)
+            found |= {key: replace(found[key], tasks=one.tasks) for key, one in zip(keys, some, strict=True)}
         return found
 
     def cuts(

@@ -33,17 +33,25 @@ class Allocation:
 
 
 def allocate(
-    program: Program, uniform: Sequence[Task], calibration: Calibration, score: str, multiple: int, context: int
-) -> Allocation:
-    """Search how much each group loses, of all the sizes that it can have, at the cost of a uniform spread at most."""
-    known = curves(program, uniform, calibration, score, multiple)
+    program: Program,
+    spreads: Sequence[Sequence[Task]],
+    calibration: Calibration,
+    score: str,
+    multiple: int,
+    context: int,
+) -> list[Allocation]:
+    """Search how much each group loses, of all the sizes that it can have, at the cost of a uniform spread at most.
+
+    For several uniform spreads over the same groups at once: the calibration sequences run once for all.
+    """
+    known = curves(program, spreads, calibration, score, multiple)
     units, costs = dict[str, Cost](), list[Cost]()
-    for task in uniform:
+    for task in spreads[0]:
         key = _alike(task.group)
         if key not in units:
             units[key] = unit_costs(program, task.group, multiple, context)
         costs.append(units[key])
-    return search(known, costs, uniform)
+    return [search(found, costs, uniform) for found, uniform in zip(known, spreads, strict=True)]
 
 
 def search(known: Sequence[Curve], costs: Sequence[Cost], uniform: Sequence[Task]) -> Allocation:

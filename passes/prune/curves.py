@@ -48,35 +48,38 @@ class Curve:
 
 
 def curves(
-    program: Program, tasks: Sequence[Task], calibration: Calibration, score: str, multiple: int
-) -> tuple[Curve, ...]:
+    program: Program, spreads: Sequence[Sequence[Task]], calibration: Calibration, score: str, multiple: int
+) -> list[tuple[Curve, ...]]:
     """Measure the curve of each task's group on what calibration sequences show of the original.
 
-    The size that is tried is that of the task, or the smallest cut where it cuts nothing.
+    For several spreads over the same groups at once: their curves differ in the price, which is measured at the size
+    that the task of each has, or at the smallest cut where it cuts nothing.
     """
-    gates = scores.taylor(program, [task.group for task in tasks], calibration) if score == "taylor" else []
-    found: dict[int, Curve] = {}
+    groups = [task.group for task in spreads[0]]
+    assert all([task.group.exit for task in tasks] == [group.exit for group in groups] for tasks in spreads)
+    gates = scores.taylor(program, groups, calibration) if score == "taylor" else []
+    found: dict[int, list[Curve]] = {}
     original = Stream(program, calibration)
     predictions = Predictions(program, original.fork(ROWS))
-    for index in measure.in_order(tasks):
-        task, ahead = tasks[index], original.fork(ROWS)
-        (moments,) = measure.moments_of(original, task.group, [], gram=True)
-        weight, bias = measure.exit_weight(program, task.group.exit)
-        elimination = Elimination(task.group, weight, moments)
+    for index in measure.in_order(spreads[0]):
+        group, ahead = groups[index], original.fork(ROWS)
+        (moments,) = measure.moments_of(original, group, [], gram=True)
+        weight, bias = measure.exit_weight(program, group.exit)
+        elimination = Elimination(group, weight, moments)
         units = None
         if score != "obs":
-            units = measure.unit_scores(task.group, weight, score, moments, gates[index] if gates else None)
-        counts = legal(task.group, multiple)
-        trial = task.count or counts[min(1, len(counts) - 1)]
-        errors, price = list[float](), 0.0
+            units = measure.unit_scores(group, weight, score, moments, gates[index] if gates else None)
+        counts = legal(group, multiple)
+        trials = [tasks[index].count or counts[min(1, len(counts) - 1)] for tasks in spreads]
+        errors, prices = list[float](), dict.fromkeys(trials, 0.0)
         for count in counts:
-            _go_to(elimination, task.group, count, units)
+            _go_to(elimination, group, count, units)
             errors.append(elimination.error)
-            if count == trial and elimination.error > 0:
-                fit = elimination.fit(bias)
-                price = predictions.kl(_changed(ahead, task.group, elimination, fit)) / elimination.error
-        found[index] = Curve(task.group, tuple(counts), tuple(errors), price)
-    return tuple(found[index] for index in range(len(tasks)))
+            if count in prices and elimination.error > 0:
+                changed = _changed(ahead.fork(), group, elimination, elimination.fit(bias))
+                prices[count] = predictions.kl(changed) / elimination.error
+        found[index] = [Curve(group, tuple(counts), tuple(errors), prices[trial]) for trial in trials]
+    return [tuple(found[index][place] for index in range(len(groups))) for place in range(len(spreads))]
 
 
 def _go_to(elimination: Elimination, group: Group, count: int, units: Tensor | None) -> None:

@@ -234,7 +234,7 @@ class Prune(Pass):
         if plan.calibration is not None:
             measure.require_usable(plan.calibration, draft.tasks, refits=self.refit)
             if self.allocate == "search" and self.amount:
-                allocation = allocate(program, draft.tasks, plan.calibration, self._score, self.round, self.length)
+                (allocation,) = allocate(program, [draft.tasks], plan.calibration, self._score, self.round, self.length)
                 draft = replace(draft, tasks=allocation.tasks)
         cuts = self._cuts(program, draft, plan.calibration)
         removals, scores = self._removals(program, draft, plan.calibration, cuts)

@@ -71,7 +71,7 @@ def test_errors_and_fits_are_those_of_least_squares(find: Any) -> None:
 def test_a_price_is_what_one_block_alone_does_to_the_predictions(score: str) -> None:
     program, calibration = tiny(), text(24)
     tasks = [Task(feed_forward(program, 1), 8), Task(heads(program, 0), 0)]
-    found = curves(program, tasks, calibration, score, 4)
+    (found,) = curves(program, [tasks], calibration, score, 4)
     assert found[0].counts == tuple(legal(tasks[0].group, 4)) and found[1].counts == (0, 1)
     for curve, trial in zip(found, (8, 1), strict=True):
         group, (weight, bias) = curve.group, exit_weight(program, curve.group.exit)
@@ -89,6 +89,9 @@ def test_a_price_is_what_one_block_alone_does_to_the_predictions(score: str) -> 
         first, second = (one.run(tokens)[:, ::STRIDE].double().log_softmax(-1) for one in (program, pruned))
         kl = float((first.exp() * (first - second)).sum(-1).mean())
         assert curve.nats(trial) == pytest.approx(kl, rel=1e-2) and kl > 1e-4
+    smaller = [Task(task.group, 4 if task.count else 0) for task in tasks]
+    both, (alone,) = (curves(program, spreads, calibration, score, 4) for spreads in ([tasks, smaller], [smaller]))
+    assert both == [found, alone] and alone[0].price != found[0].price, "beside another spread as alone"
 
 
 def test_what_a_unit_saves_is_what_the_smaller_program_asks_less() -> None:
