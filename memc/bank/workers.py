@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import socket
 from collections.abc import Callable, Iterator
 from dataclasses import astuple
 from functools import lru_cache
@@ -21,6 +22,9 @@ Task = Callable[[int], T]
 
 BLOCKS = 10_000
 """Most parts that the pieces of one step are handed out in."""
+
+ANSWER_SECONDS = 5.0
+"""How long a cluster may take to answer."""
 
 _INSTALL = "pip install 'memc[ray]'"
 
@@ -54,11 +58,13 @@ class RayWorkers(Workers):
             raise MemcError("E602", f"{error.name} is not installed", "--ray", _INSTALL) from None
         if not ray.is_initialized():
             try:
+                _require_answer(address)
                 ray.init(None if address == "local" else address, logging_level=logging.ERROR, log_to_driver=False)
-            except (ConnectionError, RuntimeError, ValueError) as error:
+            except (OSError, RuntimeError, ValueError) as error:
                 reason = str(error).strip().splitlines()[0]
                 hint = "ray start --head on one machine, then --ray HOST:6379; or --ray local"
                 raise MemcError("E602", f"no Ray cluster answers: {reason}", f"--ray {address}", hint) from error
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
         self._data = ray.data
         self._threads = threads or 1
 
@@ -81,6 +87,13 @@ class RayWorkers(Workers):
             if error is not None:
                 raise MemcError(*error)
             yield made
+
+
+def _require_answer(address: str) -> None:
+    """Raise ``OSError`` where nobody listens at ``HOST:PORT``: Ray itself would try for many minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host, int(port)), ANSWER_SECONDS).close()
 
 
 def _run(rows: dict[str, Any], make: bytes, numbers: range) -> dict[str, Any]:

@@ -73,13 +73,19 @@ def test_without_ray_the_command_says_what_to_install(
     assert not (tmp_path / "bank").exists()
 
 
-def test_a_cluster_that_does_not_answer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("address", "said"), [("127.0.0.1:1", "Connection refused"), ("auto", "Could not find any running Ray instance")]
+)
+def test_a_cluster_that_does_not_answer_is_refused(address: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(ray, "init", partial(_fail, ConnectionError("nobody at 10.0.0.1:6379\nmore")))
+    if address == "auto":
+        error = ConnectionError(f"{said}.\nPlease specify one")
+        monkeypatch.setattr(ray, "init", partial(_fail, error))
     with pytest.raises(MemcError) as refusal:
-        RayWorkers("10.0.0.1:6379")
-    assert str(refusal.value).startswith("E602 no Ray cluster answers: nobody at 10.0.0.1:6379 [--ray 10.0.0.1:6379]")
+        RayWorkers(address)
+    assert "E602 no Ray cluster answers: " in str(refusal.value) and said in str(refusal.value)
+    assert f"[--ray {address}] Next: ray start --head" in str(refusal.value)
 
 
 def _fail(error: Exception, *args: object, **options: object) -> None:
