@@ -153,22 +153,20 @@ class Converters:
         return _call(importer, made, inputs, [*_shape(q)[:3], m.value_dim])
 
     def _sparse_attention(self, node: Node, importer: Importer) -> Var:
-        *tensors, sink_logits, scale, softcap, method, page, budget, sinks, window, rerank, dense, lse = _arguments(node)
+        (*tensors, sink_logits, scale, softcap), rule = _arguments(node)[:10], Rule(*_arguments(node)[10:])
         q, k, v, *rest = (importer.env[tensor] for tensor in tensors)
         s = _scores(q, v, scale, softcap, None, sink_logits)
-        rule = Rule(method, page, budget, sinks, window, rerank, dense, lse)
         made = self._function(importer, sparse_attention, s, rule)
         batch, _, tokens = _shape(q)[:3]
         units = batch * s.groups * tirx.min(tirx.ceildiv(tokens, TOKENS), tirx.IntImm("int64", SHARES))
-        listed = rule.listed * SLOTS
         shapes = [
             [*_shape(q)[:3], s.value_dim],
-            _shape(q)[:3] if lse else [1],
+            _shape(q)[:3] if rule.lse else [1],
             [units, _size(rest[-1], 2) * SLOTS],
             [units, rule.listed],
-            [units, listed if rerank > 1 else 1],
-            [units, listed],
-            [units, s.heads // s.groups, listed],
+            [units, rule.room if rule.rerank > 1 else 1],
+            [units, rule.room],
+            [units, s.heads // s.groups, rule.room],
         ]
         kinds = ["float32"] * 2 + ["int32"] * 4 + ["float32"]
         return _calls(importer, made, [q, k, v, *rest, _or_nothing(importer, sink_logits)], shapes, kinds)

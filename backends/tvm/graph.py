@@ -14,6 +14,7 @@ from memc.backends.tvm import ops
 from memc.backends.tvm.kernels.common import SLOTS
 from memc.backends.tvm.weights import Parameter, Parameters
 from memc.dialect import arguments, op_spec
+from memc.dialect.selectors import SELECTORS
 from memc.errors import MemcError
 from memc.prepare import (
     TensorSpec,
@@ -135,11 +136,15 @@ class _Rewriter:
         return [self.call(ops.linear_memory, *(a[name] for name in names))]
 
     def sparse_attention(self, node: Node, a: Mapping[str, Any]) -> list[Node]:
-        self._pack(a["past_key"])
+        keys, pages = str(a["past_key"].target), str(a["past_pages"].target)
+        if SELECTORS[a["method"]].choice == "tokens":  # all keys once more, for which tiles serve as well as pages
+            self.states[pages] = replace(self.states[keys], name=self.states[pages].name)
+        else:
+            self._pack(a["past_key"])
         self._pack(a["past_pages"])
         self.dropped.add(str(a["past_positions"].target))
         names = ("query", "key", "value", "positions", "past_key", "past_value", "past_pages", "sink_logits")
-        rule = ("scale", "softcap", "method", "page", "budget", "sinks", "window", "rerank", "dense_below")
+        rule = ("scale", "softcap", "method", "page", "budget", "sinks", "window", "rerank", "dense_below", "channels")
         made = self.call(ops.sparse_attention, *(a[name] for name in (*names, *rule)), 1 in used_outputs(node))
         return [self.call(operator.getitem, made, index) for index in range(2)]
 

@@ -50,10 +50,7 @@ def form(node: Node) -> Yes | No:
             return Yes(f"own function, {a['update']}, one step a token, state in place")
         case "sparse_attention":
             a = arguments(node)
-            if SELECTORS[a["method"]].choice == "tokens":
-                reason = f"sparse_attention by {a['method']}, which reads single channels of all keys"
-                return No(f"{reason}, has no lowered form in this backend")
-            return Yes(f"own function, pages ranked by {a['method']}, state in place")
+            return Yes(f"own function, {SELECTORS[a['method']].choice} ranked by {a['method']}, state in place")
         case "bank_ffn":
             return Yes("own function, blocks read where they lie")
     return No(f"memc::{spec.name} has no lowered form in this backend")

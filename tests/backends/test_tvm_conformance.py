@@ -31,7 +31,7 @@ QUICK = (
 CASES = [
     case if case in QUICK else pytest.param(case, marks=pytest.mark.conformance)
     for case in ops.CASES
-    if not case.startswith(("sparse, few", "sparse, compact", "sparse, clipped", "sparse, by channels"))
+    if not case.startswith(("sparse, few", "sparse, compact", "sparse, clipped"))
 ]
 
 

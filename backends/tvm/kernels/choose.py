@@ -1,7 +1,7 @@
-"""The best so many of a list, in TIR: numbers that order as scores do, the least that is taken, and how many ties are.
+"""The best so many of a list, in TIR: numbers in the order of scores, the least that is taken, and how many ties are.
 
-Lists are rows of a buffer ``[units, N]`` of int32, N a multiple of ``SLOTS``, and are looked through a vector at a time:
-once for each bit of a number, and nothing is sorted or moved.
+Lists are rows of a buffer ``[units, N]`` of int32, N a multiple of ``SLOTS``, and are looked through vector by vector,
+once for each bit of a number: nothing is sorted or moved.
 """
 
 from __future__ import annotations

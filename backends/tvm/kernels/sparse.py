@@ -1,4 +1,4 @@
-"""``memc::sparse_attention``: pages described as they fill up, ranked, and the tokens of the best of them attended to."""
+"""``memc::sparse_attention``: pages are described as they fill up, ranked, and the tokens of the best attended to."""
 
 from __future__ import annotations
 
@@ -41,12 +41,28 @@ class Rule:
     window: int
     rerank: int
     dense_below: int
+    channels: int
     lse: bool
 
     @property
-    def pages(self) -> int:
-        """How many pages are taken."""
-        return self.rerank * self.budget // self.page
+    def by_token(self) -> bool:
+        """Whether tokens are ranked, not pages."""
+        return SELECTORS[self.method].choice == "tokens"
+
+    @property
+    def each(self) -> int:
+        """Tokens that are ranked together."""
+        return 1 if self.by_token else self.page
+
+    @property
+    def lanes(self) -> int:
+        """Tokens whose scores are made together: those of a tile, or one where single tokens are taken."""
+        return 1 if self.by_token else SLOTS
+
+    @property
+    def taken(self) -> int:
+        """How many pages, or tokens, of the highest rank are taken."""
+        return self.rerank * self.budget // self.each
 
     @property
     def all_below(self) -> int:
@@ -55,16 +71,21 @@ class Rule:
 
     @property
     def listed(self) -> int:
-        """The most tiles of keys on which what is taken lies."""
-        if self.page % SLOTS == 0:
-            each = self.page // SLOTS
+        """The most tiles of keys, or tokens, on which what is taken lies."""
+        if self.each % self.lanes == 0:
+            tiles = self.each // self.lanes
         else:
-            each = 1 if SLOTS % self.page == 0 else (self.page - 2) // SLOTS + 2
-        return max(self.pages * each, -(-self.all_below // SLOTS))
+            tiles = 1 if self.lanes % self.each == 0 else (self.each - 2) // self.lanes + 2
+        return max(self.taken * tiles, -(-self.all_below // self.lanes))
+
+    @property
+    def room(self) -> int:
+        """Scores that a unit of work has memory for: whole vectors."""
+        return -(-self.listed * self.lanes // SLOTS) * SLOTS
 
     def described(self, channels: int) -> int:
         """How many numbers a description has."""
-        return channels if SELECTORS[self.method].descriptor == "mean" else 2 * channels
+        return 2 * channels if SELECTORS[self.method].descriptor in ("bounds", "moments") else channels
 
 
 class _Part:
@@ -82,16 +103,19 @@ def sparse_attention(s: Scores, r: Rule) -> PrimFunc:
     """Make ``memc::sparse_attention``, its state in place.
 
     ``keys [B,G,P,D,SLOTS]`` and ``values [B,G,S,E]`` hold the token at position p in slot p, ``pages [B,G,N,C,SLOTS]``
-    the description of page n. The new tokens are written first, so that no sequence may start in a call after tokens of
-    another one in the same row. A unit of work is some tokens of one key-value head; of each it ranks the pages, lists
-    the tiles of keys on which the best ones lie, and makes the scores of these, which are ranked again where that is
-    asked for and then weigh the values.
+    the description of page n; where tokens are ranked ``keys [B,G,S,D]`` are as they are read one by one, and
+    ``pages [B,G,P,D,SLOTS]`` the same channel by channel. The new tokens are written first, so that no sequence may
+    start in a call after tokens of another one in the same row. A unit of work is some tokens of one key-value head; of
+    each it ranks the pages, lists the tiles of keys on which the best ones lie, and makes the scores of these, which
+    are ranked again where that is asked for and then weigh the values.
     """
     heads, groups, key_dim, value_dim = s.heads, s.groups, s.key_dim, s.value_dim
-    share, size, page = heads // groups, r.described(s.key_dim), r.page
+    share, size, page, each, lanes = heads // groups, r.described(s.key_dim), r.page, r.each, r.lanes
     together = heads_together(share)
     descriptor, scorer = SELECTORS[r.method].descriptor, SELECTORS[r.method].scorer
-    span = (SLOTS + page - 2) // page + 1  # pages that a tile of keys may touch
+    ranked = r.channels if r.by_token else size  # numbers that a rank is made of
+    span = (lanes + each - 2) // each + 1  # pages that a tile of keys may touch
+    vector = next(n for n in (SLOTS, 8, 1) if key_dim % n == 0)  # channels of one key that are multiplied together
     wide, narrow = value_dim // 32, value_dim % 32 // 8
 
     @T.inline
@@ -124,18 +148,49 @@ def sparse_attention(s: Scores, r: Rule) -> PrimFunc:
         for t in T.serial(tokens):
             if names["positions"][b, t] >= 0:
                 position = names["positions"][b, t]
-                for d in T.serial(key_dim):
-                    names["keys"][b, g, position // SLOTS, d, position % SLOTS] = names["k"][b, g, t, d]
                 for e in T.serial(value_dim):
                     names["values"][b, g, position, e] = names["v"][b, g, t, e]
-                if (position + 1) % page == 0:
-                    describe(names, b, g, position // page)
+                if r.by_token:
+                    for d in T.serial(key_dim):
+                        names["keys"][b, g, position, d] = names["k"][b, g, t, d]
+                        names["pages"][b, g, position // SLOTS, d, position % SLOTS] = names["k"][b, g, t, d]
+                else:
+                    for d in T.serial(key_dim):
+                        names["keys"][b, g, position // SLOTS, d, position % SLOTS] = names["k"][b, g, t, d]
+                    if (position + 1) % page == 0:
+                        describe(names, b, g, position // page)
 
     @T.inline
-    def rank_pages(names, b, g, t, unit, p):
-        feature = T.alloc_buffer((share, size), "float32", scope="local")
-        product = T.alloc_buffer((together, SLOTS), "float32", scope="local")
-        best = T.alloc_buffer((SLOTS,), "float32", scope="local")
+    def strongest(names, b, g, t, channel, feature):
+        # The channels in which the sum of a query's magnitudes over the heads is highest, and the query there.
+        padded = T.meta_var(-(-key_dim // SLOTS) * SLOTS)
+        rank = T.alloc_buffer((1, padded), "int32", scope="local")
+        total = T.alloc_buffer((1,), "float32", scope="local")
+        least = T.alloc_buffer((2,), "int32", scope="local")
+        taken = T.alloc_buffer((1,), "int32", scope="local")
+        found = T.alloc_buffer((1,), "int32", scope="local")
+        for d in T.serial(padded):
+            rank[0, d] = T.int32(NEVER)
+        for d in T.serial(key_dim):
+            total[0] = T.float32(0)
+            for i in T.serial(share):
+                total[0] = total[0] + T.abs(names["q"][b, g * share + i, t, d] * T.float32(s.scale))
+            rank[0, d] = ordered(total[0])
+        find_least(rank, 0, padded // SLOTS, r.channels, least)
+        found[0] = 0
+        for d in T.serial(key_dim):
+            take(rank, 0, d, least, taken)
+            if taken[0] > 0:
+                channel[found[0]] = d
+                for i in T.serial(share):
+                    feature[i, found[0]] = names["q"][b, g * share + i, t, d] * T.float32(s.scale)
+                found[0] = found[0] + 1
+
+    @T.inline
+    def features(names, b, g, t, channel, feature):
+        # What of a query is multiplied with which number of a description.
+        for c in T.serial(ranked):
+            channel[c] = c
         for i in T.serial(share):
             for d in T.serial(key_dim):
                 scaled = names["q"][b, g * share + i, t, d] * T.float32(s.scale)
@@ -146,43 +201,54 @@ def sparse_attention(s: Scores, r: Rule) -> PrimFunc:
                     feature[i, d] = scaled
                     if scorer == "moments":
                         feature[i, key_dim + d] = scaled * scaled * T.float32(0.5)
-        for tile in T.serial(p // page // SLOTS + 1):
+
+    @T.inline
+    def rank_pages(names, b, g, t, unit, p):
+        channel = T.alloc_buffer((ranked,), "int32", scope="local")
+        feature = T.alloc_buffer((share, ranked), "float32", scope="local")
+        product = T.alloc_buffer((together, SLOTS), "float32", scope="local")
+        best = T.alloc_buffer((SLOTS,), "float32", scope="local")
+        if r.by_token:
+            strongest(names, b, g, t, channel, feature)
+        else:
+            features(names, b, g, t, channel, feature)
+        for tile in T.serial(p // each // SLOTS + 1):
             for j in T.vectorized(SLOTS):
                 best[j] = T.float32(LOWEST)
             for part in T.serial(share // together):
                 for i in T.unroll(together):
                     for j in T.vectorized(SLOTS):
                         product[i, j] = T.float32(0)
-                for c in T.serial(size):
+                for c in T.serial(ranked):
                     for i in T.unroll(together):
                         for j in T.vectorized(SLOTS):
                             product[i, j] = product[i, j] + (
-                                feature[part * together + i, c] * names["pages"][b, g, tile, c, j]
+                                feature[part * together + i, c] * names["pages"][b, g, tile, channel[c], j]
                             )
                 for i in T.unroll(together):
                     for j in T.vectorized(SLOTS):
                         best[j] = T.max(best[j], product[i, j])
             for j in T.serial(SLOTS):
                 n = tile * SLOTS + j
-                near = n >= T.max(p - (r.window - 1), T.int64(0)) // page
+                near = n >= T.max(p - (r.window - 1), T.int64(0)) // each
+                own = n * each // page == p // page
+                forced = T.Or(T.Or(near, own), n * each < r.sinks)
                 names["rank"][unit, n] = T.if_then_else(
-                    n > p // page,
-                    T.int32(NEVER),
-                    T.if_then_else(T.Or(near, n * page < r.sinks), T.int32(FIRST), ordered(best[j])),
+                    n > p // each, T.int32(NEVER), T.if_then_else(forced, T.int32(FIRST), ordered(best[j]))
                 )
 
     @T.inline
     def mark_pages(names, b, g, t, unit, p):
-        # Leaves 1 in the rank of each page that is taken and 0 in the others.
+        # Leaves 1 in the rank of each page, or token, that is taken and 0 in the others.
         least = T.alloc_buffer((2,), "int32", scope="local")
         taken = T.alloc_buffer((1,), "int32", scope="local")
-        if T.Or(p < r.all_below, p // page < r.pages):
-            for n in T.serial(p // page + 1):
+        if T.Or(p < r.all_below, p // each < r.taken):
+            for n in T.serial(p // each + 1):
                 names["rank"][unit, n] = 1
         else:
             rank_pages(names, b, g, t, unit, p)
-            find_least(names["rank"], unit, p // page // SLOTS + 1, r.pages, least)
-            for n in T.serial(p // page + 1):
+            find_least(names["rank"], unit, p // each // SLOTS + 1, r.taken, least)
+            for n in T.serial(p // each + 1):
                 take(names["rank"], unit, n, least, taken)
                 names["rank"][unit, n] = taken[0]
 
@@ -190,17 +256,17 @@ def sparse_attention(s: Scores, r: Rule) -> PrimFunc:
     def list_tiles(names, unit, p, listed):
         found = T.alloc_buffer((1,), "int32", scope="local")
         listed[0] = T.int64(0)
-        for tile in T.serial(p // SLOTS + 1):
+        for tile in T.serial(p // lanes + 1):
             found[0] = 0
             for k in T.serial(span):
-                n = T.min(tile * SLOTS // page + k, T.min(tile * SLOTS + SLOTS - 1, p) // page)
+                n = T.min(tile * lanes // each + k, T.min(tile * lanes + lanes - 1, p) // each)
                 found[0] = T.max(found[0], names["rank"][unit, n])
             if found[0] > 0:
                 names["list"][unit, listed[0]] = T.Cast("int32", tile)
                 listed[0] = listed[0] + 1
 
     @T.inline
-    def score(names, b, g, t, unit, listed):
+    def score_tiles(names, b, g, t, unit, listed):
         product = T.alloc_buffer((together, SLOTS), "float32", scope="local")
         for at in T.serial(listed[0]):
             tile = T.Cast("int64", names["list"][unit, at])
@@ -219,21 +285,43 @@ def sparse_attention(s: Scores, r: Rule) -> PrimFunc:
                         names["scores"][unit, part * together + i, at * SLOTS + j] = product[i, j] * T.float32(s.scale)
 
     @T.inline
+    def score_tokens(names, b, g, t, unit, listed):
+        product = T.alloc_buffer((vector,), "float32", scope="local")
+        total = T.alloc_buffer((1,), "float32", scope="local")
+        for at in T.serial(listed[0]):
+            slot = T.Cast("int64", names["list"][unit, at])
+            for i in T.serial(share):
+                for j in T.vectorized(vector):
+                    product[j] = T.float32(0)
+                for d in T.serial(key_dim // vector):
+                    for j in T.vectorized(vector):
+                        product[j] = product[j] + (
+                            names["q"][b, g * share + i, t, d * vector + j] * names["keys"][b, g, slot, d * vector + j]
+                        )
+                total[0] = T.float32(0)
+                for j in T.serial(vector):
+                    total[0] = total[0] + product[j]
+                names["scores"][unit, i, at] = total[0] * T.float32(s.scale)
+
+    @T.inline
     def rank_tokens(names, unit, p, listed, least):
         best = T.alloc_buffer((1,), "float32", scope="local")
         for at in T.serial(listed[0]):
-            for j in T.serial(SLOTS):
-                slot = T.Cast("int64", names["list"][unit, at]) * SLOTS + j
+            for j in T.serial(lanes):
+                slot = T.Cast("int64", names["list"][unit, at]) * lanes + j
                 best[0] = T.float32(LOWEST)
                 for i in T.serial(share):
-                    best[0] = T.max(best[0], names["scores"][unit, i, at * SLOTS + j])
-                out = T.Or(slot > p, names["rank"][unit, T.min(slot, p) // page] == 0)
-                names["again"][unit, at * SLOTS + j] = T.if_then_else(
+                    best[0] = T.max(best[0], names["scores"][unit, i, at * lanes + j])
+                out = T.Or(slot > p, names["rank"][unit, T.min(slot, p) // each] == 0)
+                names["again"][unit, at * lanes + j] = T.if_then_else(
                     out,
                     T.int32(NEVER),
                     T.if_then_else(T.Or(slot < r.sinks, p - slot < r.window), T.int32(FIRST), ordered(best[0])),
                 )
-        find_least(names["again"], unit, listed[0], r.budget, least)
+        blocks = T.ceildiv(listed[0] * lanes, T.int64(SLOTS))
+        for j in T.serial(blocks * SLOTS - listed[0] * lanes):
+            names["again"][unit, listed[0] * lanes + j] = T.int32(NEVER)
+        find_least(names["again"], unit, blocks, r.budget, least)
 
     @T.inline
     def keep_tokens(names, unit, p, listed, kept):
@@ -246,20 +334,20 @@ def sparse_attention(s: Scores, r: Rule) -> PrimFunc:
             rank_tokens(names, unit, p, listed, least)
         kept[0] = T.int64(0)
         for at in T.serial(listed[0]):
-            for j in T.serial(SLOTS):
-                slot = T.Cast("int64", names["list"][unit, at]) * SLOTS + j
-                taken[0] = T.if_then_else(slot <= p, names["rank"][unit, T.min(slot, p) // page], 0)
+            for j in T.serial(lanes):
+                slot = T.Cast("int64", names["list"][unit, at]) * lanes + j
+                taken[0] = T.if_then_else(slot <= p, names["rank"][unit, T.min(slot, p) // each], 0)
                 if again[0]:
-                    take(names["again"], unit, at * SLOTS + j, least, taken)
+                    take(names["again"], unit, at * lanes + j, least, taken)
                 if taken[0] > 0:
                     names["slots"][unit, kept[0]] = T.Cast("int32", slot)
                     for i in T.serial(share):
-                        names["scores"][unit, i, kept[0]] = names["scores"][unit, i, at * SLOTS + j]
+                        names["scores"][unit, i, kept[0]] = names["scores"][unit, i, at * lanes + j]
                     kept[0] = kept[0] + 1
 
     @T.inline
     def weigh(names, unit, i, kept, top, total, row):
-        # The exponentials of one head's scores, below their highest, in their place; 0 up to the end of the last vector.
+        # Puts the exponentials of one head's scores in their place, and 0 up to the end of the last vector.
         blocks = T.ceildiv(kept[0], T.int64(SLOTS))
         for j in T.serial(blocks * SLOTS - kept[0]):
             names["scores"][unit, i, kept[0] + j] = T.float32(LOWEST)
@@ -316,7 +404,10 @@ def sparse_attention(s: Scores, r: Rule) -> PrimFunc:
         if p >= 0:
             mark_pages(names, b, g, t, unit, p)
             list_tiles(names, unit, p, listed)
-            score(names, b, g, t, unit, listed)
+            if r.by_token:
+                score_tokens(names, b, g, t, unit, listed)
+            else:
+                score_tiles(names, b, g, t, unit, listed)
             keep_tokens(names, unit, p, listed, kept)
             for part in T.serial(share // together):
                 attend(names, b, g, t, unit, kept, part * together)
@@ -352,7 +443,8 @@ def sparse_attention(s: Scores, r: Rule) -> PrimFunc:
         k = T.match_buffer(k_, (batch, groups, tokens, key_dim), "float32")
         v = T.match_buffer(v_, (batch, groups, tokens, value_dim), "float32")
         positions = T.match_buffer(p_, (batch, tokens), "int64")
-        keys = T.match_buffer(keys_, (batch, groups, tiles, key_dim, SLOTS), "float32")
+        sizes = T.meta_var((tiles, key_dim) if r.by_token else (tiles, key_dim, SLOTS))
+        keys = T.match_buffer(keys_, (batch, groups, *sizes), "float32")
         values = T.match_buffer(values_, (batch, groups, held, value_dim), "float32")
         pages = T.match_buffer(pages_, (batch, groups, described, size, SLOTS), "float32")
         sinks = T.match_buffer(sinks_, (heads if s.sink_logits else 1,), "float32")
@@ -360,9 +452,9 @@ def sparse_attention(s: Scores, r: Rule) -> PrimFunc:
         lse = T.match_buffer(lse_, (batch, heads, tokens) if r.lse else (1,), "float32")
         rank = T.match_buffer(rank_, (units, described * SLOTS), "int32")
         list = T.match_buffer(list_, (units, r.listed), "int32")
-        again = T.match_buffer(again_, (units, r.listed * SLOTS if r.rerank > 1 else 1), "int32")
-        slots = T.match_buffer(slots_, (units, r.listed * SLOTS), "int32")
-        scores = T.match_buffer(scores_, (units, share, r.listed * SLOTS), "float32")
+        again = T.match_buffer(again_, (units, r.room if r.rerank > 1 else 1), "int32")
+        slots = T.match_buffer(slots_, (units, r.room), "int32")
+        scores = T.match_buffer(scores_, (units, share, r.room), "float32")
         names = T.meta_var(
             {
                 "q": q,
