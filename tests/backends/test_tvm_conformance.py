@@ -24,6 +24,8 @@ QUICK = (
     "gated delta",
     "llama, window",
     "llama, dense",
+    "sparse, ranked again",
+    "sparse, by channels, again",
     "bank",
 )
 """Cases that together go through every function; the others differ in their options."""

@@ -114,7 +114,6 @@ def sparse_attention(s: Scores, r: Rule) -> PrimFunc:
     together = heads_together(share)
     descriptor, scorer = SELECTORS[r.method].descriptor, SELECTORS[r.method].scorer
     ranked = r.channels if r.by_token else size  # numbers that a rank is made of
-    span = (lanes + each - 2) // each + 1  # pages that a tile of keys may touch
     vector = next(n for n in (SLOTS, 8, 1) if key_dim % n == 0)  # channels of one key that are multiplied together
     wide, narrow = value_dim // 32, value_dim % 32 // 8
 
@@ -228,42 +227,58 @@ def sparse_attention(s: Scores, r: Rule) -> PrimFunc:
                 for i in T.unroll(together):
                     for j in T.vectorized(SLOTS):
                         best[j] = T.max(best[j], product[i, j])
-            for j in T.serial(SLOTS):
-                n = tile * SLOTS + j
-                near = n >= T.max(p - (r.window - 1), T.int64(0)) // each
-                own = n * each // page == p // page
-                forced = T.Or(T.Or(near, own), n * each < r.sinks)
-                names["rank"][unit, n] = T.if_then_else(
-                    n > p // each, T.int32(NEVER), T.if_then_else(forced, T.int32(FIRST), ordered(best[j]))
-                )
+            for j in T.vectorized(SLOTS):
+                names["rank"][unit, tile * SLOTS + j] = ordered(best[j])
+        near = T.min(T.max(p - (r.window - 1), T.int64(0)), p // page * page) // each
+        last = p // each
+        for n in T.serial(-(-r.sinks // each)):
+            names["rank"][unit, n] = T.int32(FIRST)
+        for n in T.serial(last + 1 - near):
+            names["rank"][unit, near + n] = T.int32(FIRST)
+        for n in T.serial(last // SLOTS * SLOTS + SLOTS - 1 - last):
+            names["rank"][unit, last + 1 + n] = T.int32(NEVER)
 
     @T.inline
-    def mark_pages(names, b, g, t, unit, p):
-        # Leaves 1 in the rank of each page, or token, that is taken and 0 in the others.
+    def append(names, unit, first, p, listed):
+        # Lists the tiles of the tokens from ``first`` on that are ranked together, each tile once.
+        tile = first // lanes
+        for k in T.serial(T.min(first + (each - 1), p) // lanes - tile + 1):
+            number = T.Cast("int32", tile + k)
+            if T.Or(listed[0] == 0, names["list"][unit, T.max(listed[0] - 1, T.int64(0))] < number):
+                names["list"][unit, listed[0]] = number
+                listed[0] = listed[0] + 1
+
+    @T.inline
+    def list_tiles(names, b, g, t, unit, p, listed):
+        # Leaves 1 in the rank of each page, or token, that is taken and 0 in the others, and lists where they lie.
         least = T.alloc_buffer((2,), "int32", scope="local")
         taken = T.alloc_buffer((1,), "int32", scope="local")
+        hit = T.alloc_buffer((SLOTS,), "int32", scope="local")
+        blocks = p // each // SLOTS + 1
         if T.Or(p < r.all_below, p // each < r.taken):
-            for n in T.serial(p // each + 1):
-                names["rank"][unit, n] = 1
+            for n in T.serial(blocks * SLOTS):
+                names["rank"][unit, n] = T.if_then_else(n <= p // each, T.int32(FIRST), T.int32(NEVER))
+            least[0] = T.int32(NEVER)
+            least[1] = T.int32(0)
         else:
             rank_pages(names, b, g, t, unit, p)
-            find_least(names["rank"], unit, p // each // SLOTS + 1, r.taken, least)
-            for n in T.serial(p // each + 1):
-                take(names["rank"], unit, n, least, taken)
-                names["rank"][unit, n] = taken[0]
-
-    @T.inline
-    def list_tiles(names, unit, p, listed):
-        found = T.alloc_buffer((1,), "int32", scope="local")
+            find_least(names["rank"], unit, blocks, r.taken, least)
         listed[0] = T.int64(0)
-        for tile in T.serial(p // lanes + 1):
-            found[0] = 0
-            for k in T.serial(span):
-                n = T.min(tile * lanes // each + k, T.min(tile * lanes + lanes - 1, p) // each)
-                found[0] = T.max(found[0], names["rank"][unit, n])
-            if found[0] > 0:
-                names["list"][unit, listed[0]] = T.Cast("int32", tile)
-                listed[0] = listed[0] + 1
+        for block in T.serial(blocks):
+            for j in T.vectorized(SLOTS):
+                hit[j] = T.Select(names["rank"][unit, block * SLOTS + j] >= least[0], 1, 0)
+            taken[0] = 0
+            for j in T.serial(SLOTS):
+                taken[0] = taken[0] + hit[j]
+            if taken[0] > 0:
+                for j in T.serial(SLOTS):
+                    take(names["rank"], unit, block * SLOTS + j, least, taken)
+                    names["rank"][unit, block * SLOTS + j] = taken[0]
+                    if taken[0] > 0:
+                        append(names, unit, (block * SLOTS + j) * each, p, listed)
+            else:
+                for j in T.vectorized(SLOTS):
+                    names["rank"][unit, block * SLOTS + j] = 0
 
     @T.inline
     def score_tiles(names, b, g, t, unit, listed):
@@ -305,19 +320,24 @@ def sparse_attention(s: Scores, r: Rule) -> PrimFunc:
 
     @T.inline
     def rank_tokens(names, unit, p, listed, least):
-        best = T.alloc_buffer((1,), "float32", scope="local")
+        best = T.alloc_buffer((lanes,), "float32", scope="local")
+        at_most = T.Cast("int32", p)
         for at in T.serial(listed[0]):
-            for j in T.serial(lanes):
-                slot = T.Cast("int64", names["list"][unit, at]) * lanes + j
-                best[0] = T.float32(LOWEST)
-                for i in T.serial(share):
-                    best[0] = T.max(best[0], names["scores"][unit, i, at * lanes + j])
-                out = T.Or(slot > p, names["rank"][unit, T.min(slot, p) // each] == 0)
-                names["again"][unit, at * lanes + j] = T.if_then_else(
-                    out,
-                    T.int32(NEVER),
-                    T.if_then_else(T.Or(slot < r.sinks, p - slot < r.window), T.int32(FIRST), ordered(best[0])),
+            first = names["list"][unit, at] * lanes
+            for j in T.vectorized(lanes):
+                best[j] = T.float32(LOWEST)
+            for i in T.serial(share):
+                for j in T.vectorized(lanes):
+                    best[j] = T.max(best[j], names["scores"][unit, i, at * lanes + j])
+            for j in T.vectorized(lanes):
+                forced = T.Or(first + j < r.sinks, at_most - (first + j) < r.window)
+                names["again"][unit, at * lanes + j] = T.Select(
+                    first + j > at_most, T.int32(NEVER), T.Select(forced, T.int32(FIRST), ordered(best[j]))
                 )
+            if each % lanes > 0:  # only some of the pages on a tile were taken
+                for j in T.serial(lanes):
+                    if names["rank"][unit, T.min(first + j, at_most) // each] == 0:
+                        names["again"][unit, at * lanes + j] = T.int32(NEVER)
         blocks = T.ceildiv(listed[0] * lanes, T.int64(SLOTS))
         for j in T.serial(blocks * SLOTS - listed[0] * lanes):
             names["again"][unit, listed[0] * lanes + j] = T.int32(NEVER)
@@ -402,8 +422,7 @@ def sparse_attention(s: Scores, r: Rule) -> PrimFunc:
         listed = T.alloc_buffer((1,), "int64", scope="local")
         kept = T.alloc_buffer((1,), "int64", scope="local")
         if p >= 0:
-            mark_pages(names, b, g, t, unit, p)
-            list_tiles(names, unit, p, listed)
+            list_tiles(names, b, g, t, unit, p, listed)
             if r.by_token:
                 score_tokens(names, b, g, t, unit, listed)
             else:
