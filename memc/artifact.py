@@ -43,8 +43,11 @@ class Port(BaseModel):
         """
         if not self.parts:
             return {self.name: array}
-        stops = np.cumsum(list(self.parts.values()))
-        return dict(zip(self.parts, np.split(array.swapaxes(0, 1), stops[:-1]), strict=True))
+        turned, found, start = array.swapaxes(0, 1), {}, 0
+        for name, size in self.parts.items():  # np.split takes 20 microseconds, with every token and layer
+            found[name] = turned[start : start + size]
+            start += size
+        return found
 
     def laid_out(self, array: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
         """Return an array of the port's shape so that the file reads it where it lies; a copy only where it does not.
