@@ -30,7 +30,7 @@ SOURCE = Path("lowered/tvm/source")
 
 PROGRAMS: dict[str, Callable[[], Program]] = {
     "a decoder": lambda: ops.llama("attention", layers=1),
-    "a memory": lambda: ops.llama("linear"),
+    "a memory": lambda: ops.linear_memory(),
     "pages that are ranked": lambda: ops.sparse_attention(rerank=2, groups=1, page=3, budget=6, sinks=0),
     "a bank": lambda: ops.bank_ffn("silu"),
     "gpt2": lambda: raised("gpt2")[0].program,
