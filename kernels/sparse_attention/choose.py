@@ -30,11 +30,22 @@ class Rule:
     dense_below: int
     channels: int = 0
     own_page: bool = False
+    refresh: int = 1
 
     @property
     def by_token(self) -> bool:
         """Whether tokens are ranked by what describes them, not whole pages."""
         return SELECTORS[self.method].choice == "tokens"
+
+    @property
+    def unit(self) -> int:
+        """Tokens of what is ranked: those of a page, or one."""
+        return 1 if self.by_token else self.page
+
+    @property
+    def most(self) -> int:
+        """Pages or tokens that are taken at most, before they are ranked again."""
+        return self.rerank * self.budget // self.unit
 
 
 def describe(keys: Tensor, method: str) -> Tensor:
@@ -86,42 +97,60 @@ def first(rank: Tensor, count: int) -> Tensor:
     return above | (level & (level.cumsum(-1) <= count - above.sum(-1, keepdim=True)))
 
 
-def chosen_pages(query: Tensor, pages: Tensor, at: Tensor, rule: Rule) -> Tensor:
-    """Mark the pages ``[B,G,T,P]`` that queries ``[B,H,T,D]``, times the scale, at positions ``at [B,T]`` take."""
-    number = torch.arange(pages.shape[2], device=pages.device)
+def forced(at: Tensor, count: int, rule: Rule) -> tuple[Tensor, Tensor]:
+    """Mark, of ``count`` pages or tokens, those that queries at ``at [B,T]`` always take, and all that they may.
+
+    Two masks ``[B,1,T,N]``. Where tokens are ranked the page of the query itself is taken, which may not be complete,
+    and is not described before it is.
+    """
+    number = torch.arange(count, device=at.device)
     p = at[:, None, :, None]
+    if rule.by_token:
+        seen = number <= p
+        near = (p - number < rule.window) | (number // rule.page == p // rule.page)
+        return seen & (near | (number < rule.sinks)), seen
     seen = number <= p // rule.page
     near = number >= (p - rule.window + 1).clamp_min(0) // rule.page
-    forced = seen & (near | (number * rule.page < rule.sinks))
-    rank = best_of_group(features(query, rule.method), pages)
-    rank = rank.masked_fill(forced, torch.inf).masked_fill(~seen, -torch.inf)
-    return first(rank, rule.rerank * rule.budget // rule.page) & seen
+    return seen & (near | (number * rule.page < rule.sinks)), seen
 
 
-def chosen_by_channels(query: Tensor, pages: Tensor, at: Tensor, rule: Rule) -> Tensor:
-    """Mark the tokens ``[B,G,T,L]`` that queries ``[B,H,T,D]`` take by their strongest channels, as ``lowbit`` does."""
-    p, j = at[:, None, :, None], torch.arange(pages.shape[2] * rule.page, device=pages.device)
-    seen = j <= p
-    # The page of the query itself may not be complete, and is not described before it is.
-    forced = seen & ((j < rule.sinks) | (p - j < rule.window) | (j // rule.page == p // rule.page))
-    rank = best_of_group(strongest(query, pages.shape[1], rule.channels), pages.mT.flatten(2, 3))
-    rank = rank.masked_fill(forced, torch.inf).masked_fill(~seen, -torch.inf)
-    return first(rank, rule.rerank * rule.budget) & seen
+def ranks(query: Tensor, pages: Tensor, at: Tensor, rule: Rule) -> Tensor:
+    """Return what pages or tokens ``[B,G,T,N]`` are ranked by, for queries ``[B,H,T,D]``, times the scale, at ``at``.
+
+    What is always taken has infinity, what may not be taken minus infinity.
+    """
+    if rule.by_token:
+        rank = best_of_group(strongest(query, pages.shape[1], rule.channels), pages.mT.flatten(2, 3))
+    else:
+        rank = best_of_group(features(query, rule.method), pages)
+    must, seen = forced(at, rank.shape[3], rule)
+    return rank.masked_fill(must, torch.inf).masked_fill(~seen, -torch.inf)
+
+
+def candidates(query: Tensor, pages: Tensor, at: Tensor, rule: Rule) -> Tensor:
+    """Mark the pages or tokens ``[B,G,T,N]`` that queries ``[B,H,T,D]``, times the scale, at ``at [B,T]`` take."""
+    rank = ranks(query, pages, at, rule)
+    return first(rank, rule.most) & (rank > -torch.inf)
 
 
 def chosen(query: Tensor, keys: Tensor, pages: Tensor, at: Tensor, rule: Rule) -> Tensor:
     """Mark the tokens ``[B,G,T,L]`` that queries ``[B,H,T,D]`` at positions ``at [B,T]`` read of ``keys [B,G,L,D]``."""
     query = query * rule.scale
+    return narrowed(query, keys, candidates(query, pages, at, rule), at, rule)
+
+
+def narrowed(query: Tensor, keys: Tensor, taken: Tensor, at: Tensor, rule: Rule) -> Tensor:
+    """Mark what is read of the candidates ``taken [B,G,T,N]``: all of their tokens, or the best by whole keys.
+
+    Arguments as in :func:`chosen`, the query times the scale.
+    """
     p, j = at[:, None, :, None], torch.arange(keys.shape[2], device=keys.device)
     seen = j <= p
-    if rule.by_token:
-        tokens = chosen_by_channels(query, pages, at, rule)
-    else:
-        tokens = chosen_pages(query, pages, at, rule).repeat_interleave(rule.page, -1) & seen
+    tokens = taken.repeat_interleave(rule.unit, -1) & seen
     if rule.rerank > 1:
-        forced = (j < rule.sinks) | (p - j < rule.window)
+        must = (j < rule.sinks) | (p - j < rule.window)
         if rule.own_page:
-            forced = forced | (j // rule.page == p // rule.page)
-        rank = best_of_group(query, keys).masked_fill(forced, torch.inf).masked_fill(~tokens, -torch.inf)
+            must = must | (j // rule.page == p // rule.page)
+        rank = best_of_group(query, keys).masked_fill(must, torch.inf).masked_fill(~tokens, -torch.inf)
         tokens = first(rank, rule.budget) & tokens
     return tokens | (seen & (p < rule.dense_below))

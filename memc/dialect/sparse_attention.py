@@ -37,14 +37,15 @@ def forced_pages(page: int, sinks: int, window: int) -> int:
     return int(pages_of(sinks, page) + pages_of(window - 1, page) + 1)
 
 
-def _cost(a: Mapping[str, Any], context: int) -> Cost:
+def cost(a: Mapping[str, Any], context: int) -> Cost:
+    """Return the work of one token; with ``refresh`` among the arguments, the mean over those that share a choice."""
     query, key, value = a["query"], a["key"], a["value"]
-    held, scanned = context, 0
+    held, scanned = context, 0.0
     scored = context
     if context > a["dense_below"]:
         described = math.prod(description(a["method"], a["page"], key.shape[3]))
         per_page = a["page"] * a["channels"] if SELECTORS[a["method"]].scorer == "channels" else described
-        scanned = pages_of(context, a["page"]) * per_page
+        scanned = pages_of(context, a["page"]) * per_page / a.get("refresh", 1)
         held, scored = min(context, a["budget"]), min(context, a["rerank"] * a["budget"])
     channels = scanned + scored * key.shape[3] + held * value.shape[3]
     return Cost(2.0 * query.shape[1] * channels, float(channels * key.shape[1] * key.dtype.itemsize))
@@ -57,7 +58,7 @@ def _cost(a: Mapping[str, Any], context: int) -> Cost:
     " float scale, str method, int page, int budget, int sinks, int window, int rerank=1, int dense_below=0,"
     " float softcap=0.0, int channels=0) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     states={"past_key": 2, "past_value": 3, "past_positions": 4, "past_pages": 5},
-    cost=_cost,
+    cost=cost,
     reads_all_to=lambda a: max(int(a["budget"]), int(a["dense_below"])),
 )
 def sparse_attention(

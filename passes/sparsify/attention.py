@@ -13,6 +13,7 @@ from torch.fx import Node
 from memc.blocks import AttentionBlock
 from memc.dialect import OpSpec, arguments, op_spec
 from memc.dialect.quantised_attention import code_bytes
+from memc.dialect.refreshed_attention import most_chosen
 from memc.dialect.sparse_attention import description
 from memc.head_split import HeadSplit, of_kept
 from memc.program import StateSpec
@@ -24,15 +25,21 @@ def attend_sparse(
 ) -> tuple[Node, tuple[StateSpec, ...]]:
     """Insert ``memc::sparse_attention`` of the kept heads, whose growing states must be theirs alone.
 
-    Returns its output's node, and the states that it has beside those.
+    With ``refresh`` among the options it is ``memc::refreshed_attention``. Returns its output's node, and the states
+    that it has beside those.
     """
     held, page = editor.states_of(block.attention)["past_key"], options["page"]
     sizes = description(options["method"], page, int(held.shape[3]))
     pages = replace(held, name=_named(held, "pages"), shape=(*held.shape[:2], f"S/{page}", *sizes))
-    inputs = {**inputs, **_added(editor, inputs["past_positions"], {"past_pages": pages})}
-    row = op_spec(torch.ops.memc.sparse_attention.default)
+    more, op = {"past_pages": pages}, torch.ops.memc.sparse_attention
+    if "refresh" in options:
+        most = most_chosen(*(options[name] for name in ("method", "page", "budget", "rerank")))
+        more["past_choice"] = StateSpec(_named(held, "choice"), torch.int64, (*held.shape[:2], most), init=-1)
+        op = torch.ops.memc.refreshed_attention
+    inputs = {**inputs, **_added(editor, inputs["past_positions"], more)}
+    row = op_spec(op.default)
     assert row is not None
-    return _insert(editor, block, split, row, inputs, options), (pages,)
+    return _insert(editor, block, split, row, inputs, options), tuple(more.values())
 
 
 def attend_compact(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from memc.dialect.quantised_attention import BITS
+from memc.dialect.selectors import SELECTORS
 from memc.errors import MemcError
 
 
@@ -14,6 +15,21 @@ def check_bits(bits: int, method: str) -> None:
         message = f"bits go with method=bounds, by which keys are both rounded and ranked, not with {method}"
         where = f"sparsify:method={method},bits={bits}"
         raise MemcError("E203", message, where, f"write sparsify:method=bounds,bits={bits}")
+
+
+def check_refresh(refresh: int, *, method: str, window: int, bits: int) -> None:
+    """Raise ``MemcError`` E203 where a choice cannot serve ``refresh`` tokens, or would save nothing by it."""
+    where = f"sparsify:method={method},refresh={refresh}"
+    if refresh > 1 and SELECTORS[method].extends:
+        message = f"{method} rotates all that it reads for every token, beside which choosing costs little"
+        raise MemcError("E203", f"{message}: each chooses for itself", where, "leave 'refresh' out")
+    if refresh > 1 and bits:
+        message = "keys and values in few bits are chosen for each token: bounds are read for their codes anyway"
+        raise MemcError("E203", message, f"sparsify:bits={bits},refresh={refresh}", "leave 'refresh' out")
+    if refresh > window:
+        message = f"the last of {refresh} tokens that share a choice misses what is newer: the window holds {window}"
+        hint = f"write sparsify:refresh={window}, or a window of {refresh}"
+        raise MemcError("E203", message, f"sparsify:refresh={refresh},window={window}", hint)
 
 
 def check_budget(budget: int, *, page: int, sinks: int, window: int, least: int) -> None:

@@ -40,7 +40,9 @@ class Sparsify(Pass):
     - ``method=hcam``: page by page, by the mean of each channel (the summaries of HCAM, Lampinen et al. 2021).
 
     With ``rerank`` n over 1 a token takes n budgets' worth, ranks these tokens by their whole keys and reads the values
-    of the best.
+    of the best. With ``refresh`` n over 1 it is ``memc::refreshed_attention``: every n-th token chooses for n (the mask
+    refresh of HiP, Lee et al. 2024), by its position and not by the call that it comes in; sinks and window are those
+    of each token, and the window is at least n, so that it holds what is newer than the choice.
 
     Two methods read on past the length that the model was trained on. Each site becomes ``memc::compact_attention``,
     which holds keys as they are before rotation, takes whole pages, and rotates what it reads so that no distance is
@@ -59,7 +61,8 @@ class Sparsify(Pass):
 
     What is read for a token at context N, in keys or values of one head of size D: ``channels`` / D N (``lowbit``),
     N / ``page`` (``hcam``) or 2 N / ``page`` to choose by, ``rerank`` ``budget`` keys, ``budget`` values, in place of
-    2 N. Below ``dense_below`` tokens everything is read, which is faster there.
+    2 N; with ``refresh`` n, an n-th of what is chosen by, on average. Below ``dense_below`` tokens everything is read,
+    which is faster there.
 
     ``retrieve=heads:P%`` does so for the P percent of the key-value heads (each with the query heads that read it)
     whose best query head looks up earlier tokens most by the scores of :mod:`memc.analysis.heads`, fewer where no more
@@ -112,6 +115,9 @@ class Sparsify(Pass):
         unit="",
         min=0,
     )
+    refresh: int = option(
+        1, "tokens in a row for which the first of them chooses; at most the window", unit="tokens", min=1
+    )
     dense_below: int = option(1024, "position from which on the choice is made", unit="tokens", min=0)
     bits: int = option(0, "of each channel of the keys and values held, 8 or 4; 0 for their own type", unit="bits")
     retrieve: str = option(
@@ -130,6 +136,7 @@ class Sparsify(Pass):
             where = f"{self.name}:retrieve={self.retrieve}"
             raise MemcError("E203", "option 'retrieve' is all, heads:P% or heads:[LAYER.HEAD,...]", where)
         checks.check_bits(self.bits, self.method)
+        checks.check_refresh(self.refresh, method=self.method, window=self.window, bits=self.bits)
         page = self.page_size
         sizes = {"page": page, "window": self.window}
         if self.extends:
@@ -261,7 +268,11 @@ class Sparsify(Pass):
         options["method"] = self.method
         if self.method == "lowbit":
             options["channels"] = min(size, self.channels or max(1, size // 8))
-        output, (pages,) = attend_sparse(editor, block, split, inputs, options)
+        if self.refresh > 1:
+            options["refresh"] = self.refresh
+        output, (pages, *choice) = attend_sparse(editor, block, split, inputs, options)
+        if choice:
+            facts |= {"refresh": self.refresh, "choice_bytes": choice[0].bytes(0)}
         return output, facts | {"page_bytes_per_token": pages.bytes(page) / page}
 
 

@@ -153,33 +153,49 @@ def best(scored: list[tuple[float, int]], count: int) -> list[int]:
     return [index for _, index in sorted((-score, index) for score, index in scored)[:count]]
 
 
-def sparse_choice(query: Tensor, own: list[Token], p: int, group: int, o: Mapping[str, Any]) -> list[int]:
-    """Return the positions that the heads ``query [R,D]`` of one key-value head read at position ``p``."""
+def sparse_choice(
+    query: Tensor, own: list[Token], p: int, group: int, o: Mapping[str, Any], listed: list[int] | None = None
+) -> list[int]:
+    """Return the positions that the heads ``query [R,D]`` of one key-value head read at position ``p``.
+
+    With ``refresh`` they take their pages, or tokens, from ``listed``, which those change whose turn it is.
+    """
     sinks, window, seen = o["sinks"], o["window"], {x.position: x.key[group] for x in own}
-    scaled, positions = query * o["scale"], range(p + 1)
-    if p < o.get("dense_below", 0):
+    scaled, positions, dense_below = query * o["scale"], range(p + 1), o.get("dense_below", 0)
+    if p < dense_below:
         return list(positions)
     whole_page = "bits" in o  # of tokens held in few bits those of p's own page are always read
     must = {j for j in positions if j < sinks or p - j < window or (whole_page and j // o["page"] == p // o["page"])}
-    take = by_channels if o.get("method") == "lowbit" else by_pages
-    tokens = take(scaled, seen, p, must, o)
+    by_token = o.get("method") == "lowbit"
+    scored = (by_channels if by_token else by_pages)(scaled, seen, p, must, o)
+    most = o.get("rerank", 1) * o["budget"] // (1 if by_token else o["page"])
+    taken = best(scored, most)
+    if listed is not None:
+        if (p - dense_below) % o["refresh"] == 0:
+            listed[:] = taken
+        forced = [number for score, number in scored if score == math.inf]
+        taken = forced + [number for number in listed if number not in forced][: most - len(forced)]
+    tokens = taken if by_token else [j for n in taken for j in range(n * o["page"], (n + 1) * o["page"]) if j <= p]
     ranked = [(math.inf if j in must else max(float(q @ seen[j]) for q in scaled), j) for j in tokens]
     return sorted(best(ranked, o["budget"]))
 
 
-def by_channels(queries: Tensor, seen: Mapping[int, Tensor], p: int, must: set[int], o: Mapping[str, Any]) -> list[int]:
-    """Return the tokens that ``lowbit`` takes, the page of p among them."""
+Scored = list[tuple[float, int]]
+
+
+def by_channels(queries: Tensor, seen: Mapping[int, Tensor], p: int, must: set[int], o: Mapping[str, Any]) -> Scored:
+    """Return what ``lowbit`` ranks every token by, those of the page of p first."""
     magnitudes = [(float(x), channel) for channel, x in enumerate(queries.abs().sum(0))]
     read = best(magnitudes, o["channels"])
     scored = []
     for j in range(p + 1):
         forced = j in must or j // o["page"] == p // o["page"]
         scored.append((math.inf if forced else max(sum(float(q[c] * seen[j][c]) for c in read) for q in queries), j))
-    return best(scored, o.get("rerank", 1) * o["budget"])
+    return scored
 
 
-def by_pages(queries: Tensor, seen: Mapping[int, Tensor], p: int, must: set[int], o: Mapping[str, Any]) -> list[int]:
-    """Return the tokens of the pages that ``bounds`` or ``moments`` take, tokens to come left out."""
+def by_pages(queries: Tensor, seen: Mapping[int, Tensor], p: int, must: set[int], o: Mapping[str, Any]) -> Scored:
+    """Return what ``bounds`` and the like rank every page by, those that must be read first."""
     page, pages = o["page"], []
     for number in range(p // page + 1):
         inside = range(number * page, (number + 1) * page)
@@ -188,8 +204,7 @@ def by_pages(queries: Tensor, seen: Mapping[int, Tensor], p: int, must: set[int]
         else:
             keys = torch.stack([seen[j] for j in inside])
             pages.append((max(page_score(q, keys, o.get("method", "bounds")) for q in queries), number))
-    taken = best(pages, o.get("rerank", 1) * o["budget"] // page)
-    return [j for number in taken for j in range(number * page, (number + 1) * page) if j <= p]
+    return pages
 
 
 def rounded(x: Tensor, bits: int) -> Tensor:
@@ -217,13 +232,17 @@ def through_codes(own: list[Token], p: int, o: Mapping[str, Any]) -> list[Token]
 
 
 def sparse_attention(query: Tensor, key: Tensor, value: Tensor, positions: Tensor, **o: Any) -> Result:
-    """``memc::sparse_attention`` from an empty state, with ``bits`` the one that holds few; ``left`` is unused."""
+    """``memc::sparse_attention`` from an empty state, with ``bits`` the one that holds few.
+
+    With ``refresh`` it is ``memc::refreshed_attention``. ``left`` is unused.
+    """
     batch, heads, tokens, _ = query.shape
     per_group = heads // key.shape[1]
     shape = (batch, heads, tokens)
     result = Result(torch.zeros(*shape, value.shape[3]).double(), torch.zeros(shape).double())
     for b in range(batch):
         own: list[Token] = []
+        listed: list[list[int]] = [[] for _ in range(key.shape[1])]
         for t in range(tokens):
             p = int(positions[b, t])
             if p < 0:
@@ -232,7 +251,8 @@ def sparse_attention(query: Tensor, key: Tensor, value: Tensor, positions: Tenso
             found = through_codes(own, p, o) if "bits" in o else own
             for group in range(key.shape[1]):
                 mine = range(group * per_group, (group + 1) * per_group)
-                chosen = set(sparse_choice(query[b, mine, t].double(), found, p, group, o))
+                kept = listed[group] if "refresh" in o else None
+                chosen = set(sparse_choice(query[b, mine, t].double(), found, p, group, o, kept))
                 read = [x for x in found if x.position in chosen]
                 for h in mine:
                     row = softmax_row(query[b, h, t].double(), read, h, group, p, o)
