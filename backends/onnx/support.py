@@ -99,6 +99,11 @@ def form(node: Node) -> Yes | No:
             reason = plain_reason(scores(node, a))
             product = "Attention-24" if reason is None else f"MatMul, Softmax ({reason})"
             below = f", {product} below {a['dense_below']} tokens" if a["dense_below"] else ""
+            if rule(a).by_tree:
+                every = f" every {a['refresh']} tokens" if "refresh" in a else ""
+                return Yes(
+                    f"ScatterND in place (slot = position), GatherND and Scan, a Loop that halves ranges{every}{below}"
+                )
             if spec.name == "refreshed_attention":
                 every = f", TopK every {a['refresh']} tokens"
                 return Yes(f"ScatterND in place (slot = position), GatherND and Scan{every}{below}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from memc.backends.onnx import blocks
+from memc.backends.onnx import blocks, listed, tree
 from memc.backends.onnx.attend import Scores, weigh
 from memc.backends.onnx.blocks import FORCED, UNSEEN
 from memc.backends.onnx.functions import float_, int_, ints
@@ -11,10 +11,21 @@ from memc.kernels.sparse_attention.choose import Rule
 
 def step(s: Scores, c: Rule) -> str:
     """Write the choice and the attention of one token: ``q [B,H,D]`` at ``at [B]`` gives ``o [B,H,E]``."""
-    return f"""
-    {start(s, c)}
+    searched = f"""
+    {always(c)}
+    {listed.always(s, c)}
+    {tree.search(s, c)}
+    next_listed = Identity(tree_found)
+    {listed.picked(c)}
+    {slots(c)}
+    """
+    scored = f"""
     {estimates(c)}
     {candidates(c)}
+    """
+    return f"""
+    {start(s, c)}
+    {searched if c.by_tree else scored}
     {read(s, c)}
     """
 
@@ -61,7 +72,9 @@ def log(s: Scores) -> str:
 
 
 def numbers(c: Rule) -> str:
-    """Write ``numbers [N]`` of what is ranked, and what the estimates are made from."""
+    """Write ``numbers [N]`` of what is ranked, and what the estimates are made from; nothing where few are searched."""
+    if c.by_tree:
+        return ""
     if not c.by_token:
         return """
         in_use = Slice(next_pages, origin, described, along)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from memc.dialect.selectors import SELECTORS
+from memc.kernels.sparse_attention.tree import reached
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,11 @@ class Rule:
         return SELECTORS[self.method].choice == "tokens"
 
     @property
+    def by_tree(self) -> bool:
+        """Whether pages are found by a search that does not look at all of them."""
+        return SELECTORS[self.method].choice == "tree"
+
+    @property
     def unit(self) -> int:
         """Tokens of what is ranked: those of a page, or one."""
         return 1 if self.by_token else self.page
@@ -57,6 +63,8 @@ def describe(keys: Tensor, method: str) -> Tensor:
             return torch.cat([keys.amax(-2), keys.amin(-2)], -1)
         case "mean":
             return keys.mean(-2)
+        case "centre":
+            return keys[..., keys.shape[-2] // 2, :]
         case _:
             mean = keys.mean(-2, keepdim=True)
             return torch.cat([mean[..., 0, :], (keys - mean).square().mean(-2)], -1)
@@ -114,16 +122,26 @@ def forced(at: Tensor, count: int, rule: Rule) -> tuple[Tensor, Tensor]:
     return seen & (near | (number * rule.page < rule.sinks)), seen
 
 
+def found(scores: Tensor, at: Tensor, must: Tensor, rule: Rule) -> Tensor:
+    """Mark the pages ``[B,G,T,P]`` that a tree search finds, by ``scores``, beside those that ``must`` be taken."""
+    end = (at[:, None, :, None] - rule.window + 1).clamp_min(0) // rule.page
+    start = end.clamp_max(-(-rule.sinks // rule.page))
+    count = rule.most - must.sum(-1, keepdim=True)
+    return reached(scores, start, end, count, rule.most)
+
+
 def ranks(query: Tensor, pages: Tensor, at: Tensor, rule: Rule) -> Tensor:
     """Return what pages or tokens ``[B,G,T,N]`` are ranked by, for queries ``[B,H,T,D]``, times the scale, at ``at``.
 
-    What is always taken has infinity, what may not be taken minus infinity.
+    What is always taken has infinity, what may not be taken, or was not found, minus infinity.
     """
     if rule.by_token:
         rank = best_of_group(strongest(query, pages.shape[1], rule.channels), pages.mT.flatten(2, 3))
     else:
         rank = best_of_group(features(query, rule.method), pages)
     must, seen = forced(at, rank.shape[3], rule)
+    if rule.by_tree:
+        rank = rank.masked_fill(~found(rank, at, must, rule), -torch.inf)
     return rank.masked_fill(must, torch.inf).masked_fill(~seen, -torch.inf)
 
 

@@ -21,7 +21,7 @@ def description(method: str, page: int, channels: int) -> tuple[int, ...]:
     match SELECTORS[method].descriptor:
         case "channels":
             return channels, page
-        case "mean":
+        case "mean" | "centre":
             return (channels,)
         case _:
             return (2 * channels,)
@@ -37,6 +37,20 @@ def forced_pages(page: int, sinks: int, window: int) -> int:
     return int(pages_of(sinks, page) + pages_of(window - 1, page) + 1)
 
 
+_FORCED = ("page", "sinks", "window")
+
+
+def visited(pages: int, most: int, forced: int) -> int:
+    """Return how many of ``pages`` a tree search looks at at most to find ``most``, ``forced`` ones among them.
+
+    Two halves of each range in each round, of which there are as many as the longest range can be halved.
+    """
+    count, length = max(0, most - forced), max(0, pages - forced)
+    if count == 0 or length <= count:
+        return 0
+    return 2 * count * math.ceil(math.log2(pages_of(length, count)))
+
+
 def cost(a: Mapping[str, Any], context: int) -> Cost:
     """Return the work of one token; with ``refresh`` among the arguments, the mean over those that share a choice."""
     query, key, value = a["query"], a["key"], a["value"]
@@ -44,8 +58,11 @@ def cost(a: Mapping[str, Any], context: int) -> Cost:
     scored = context
     if context > a["dense_below"]:
         described = math.prod(description(a["method"], a["page"], key.shape[3]))
-        per_page = a["page"] * a["channels"] if SELECTORS[a["method"]].scorer == "channels" else described
-        scanned = pages_of(context, a["page"]) * per_page / a.get("refresh", 1)
+        selector, pages = SELECTORS[a["method"]], pages_of(context, a["page"])
+        if selector.choice == "tree":
+            pages = visited(pages, a["rerank"] * a["budget"] // a["page"], forced_pages(*(a[x] for x in _FORCED)))
+        per_page = a["page"] * a["channels"] if selector.scorer == "channels" else described
+        scanned = pages * per_page / a.get("refresh", 1)
         held, scored = min(context, a["budget"]), min(context, a["rerank"] * a["budget"])
     channels = scanned + scored * key.shape[3] + held * value.shape[3]
     return Cost(2.0 * query.shape[1] * channels, float(channels * key.shape[1] * key.dtype.itemsize))
@@ -95,12 +112,16 @@ def sparse_attention(
       exponential of q.k for normal keys of independent channels;
     - ``hcam``: mean of each channel; the score is q.mean (the summaries of HCAM, Lampinen et al. 2021, whose relevance
       weights are here those of the one softmax over all that is read);
+    - ``hip``: the key in the middle, at ``page`` n + floor(``page`` / 2); the score is q.k with it. Only the pages that
+      a search comes by are scored: those between sinks and window are cut into as many ranges as are still to be taken,
+      each is halved, the half is scored by the page in its middle, and as many of the best as there were go on, until
+      all are single pages (HiP attention, Lee et al. 2024);
     - ``lowbit``: the keys themselves once more, channel by channel ``[D, page]``, of which a query reads the
       ``channels`` in which the sum of its magnitudes over the heads that share a key-value head is highest; the score
       of a token is q.k over these (SparQ, Ribar et al. 2024).
 
-    The first two describe ``[2D]``, the third ``[D]``. A query at position p < ``dense_below`` reads all earlier
-    tokens. Any other
+    The first two describe ``[2D]``, ``hcam`` and ``hip`` ``[D]``. A query at position p < ``dense_below`` reads all
+    earlier tokens. Any other
 
     1. takes the ``rerank budget / page`` pages of the highest scores (the highest over the heads that share a key-value
        head), among which are always those of the first ``sinks`` tokens and of the last ``window``, p itself included;

@@ -37,7 +37,9 @@ class Sparsify(Pass):
       2024), read from a second copy of the keys that is laid out channel by channel; the state has half as much again;
     - ``method=bounds``: page by page, by the bounds of each channel (Quest, Tang et al. 2024);
     - ``method=moments``: page by page, by the mean and variance of each channel;
-    - ``method=hcam``: page by page, by the mean of each channel (the summaries of HCAM, Lampinen et al. 2021).
+    - ``method=hcam``: page by page, by the mean of each channel (the summaries of HCAM, Lampinen et al. 2021);
+    - ``method=hip``: page by page, by the key in the middle, of those pages alone that a search down a tree of ranges
+      comes by (HiP attention, Lee et al. 2024), which look for what resembles its neighbours.
 
     With ``rerank`` n over 1 a token takes n budgets' worth, ranks these tokens by their whole keys and reads the values
     of the best. With ``refresh`` n over 1 it is ``memc::refreshed_attention``: every n-th token chooses for n (the mask
@@ -60,9 +62,9 @@ class Sparsify(Pass):
     these two) is as it was.
 
     What is read for a token at context N, in keys or values of one head of size D: ``channels`` / D N (``lowbit``),
-    N / ``page`` (``hcam``) or 2 N / ``page`` to choose by, ``rerank`` ``budget`` keys, ``budget`` values, in place of
-    2 N; with ``refresh`` n, an n-th of what is chosen by, on average. Below ``dense_below`` tokens everything is read,
-    which is faster there.
+    N / ``page`` (``hcam``), at most 2 log2 N keys for each page that is taken (``hip``) or 2 N / ``page`` to choose by,
+    ``rerank`` ``budget`` keys, ``budget`` values, in place of 2 N; with ``refresh`` n, an n-th of what is chosen by, on
+    average. Below ``dense_below`` tokens everything is read, which is faster there.
 
     ``retrieve=heads:P%`` does so for the P percent of the key-value heads (each with the query heads that read it)
     whose best query head looks up earlier tokens most by the scores of :mod:`memc.analysis.heads`, fewer where no more

@@ -508,6 +508,10 @@ CASES: dict[str, Callable[[], Program]] = {
         page=4,
         layers=2,
     ),
+    "sparse, by a tree": lambda: sparse_attention(method="hip", budget=8, layers=2),
+    "sparse, by a tree, refreshed": lambda: sparse_attention(
+        method="hip", budget=15, page=3, refresh=2, rerank=2, window=3, dense_below=5, groups=3
+    ),
     "sparse, few bits": lambda: sparse_attention(bits=4, layers=2, rerank=2),
     "sparse, few bits, one stage": lambda: sparse_attention(bits=8, page=3, budget=9, window=4, dense_below=6),
     "sparse, few bits, every option": lambda: sparse_attention(
@@ -537,6 +541,6 @@ CASES: dict[str, Callable[[], Program]] = {
 }
 """Every dialect op, with the options that take forms of their own."""
 
-_NOT_IN_PLACE = ("refreshed", "few bits", "compact", "clipped")
+_NOT_IN_PLACE = ("by a tree", "refreshed", "few bits", "compact", "clipped")
 ON_GPUS = tuple(case for case in CASES if not any(word in case for word in _NOT_IN_PLACE))
 """Those of ops that have kernels in place."""

@@ -23,11 +23,12 @@ from memc.program import Program
 from memc.verify import VerificationText
 
 OPTIONS: dict[str, Any] = {"page": 4, "budget": 24, "sinks": 2, "window": 9}
+# What hip searches for it searches for token by token.
+FORMS = [(method, form) for method in METHODS for form in ("blocks", "tokens") if method != "hip" or form == "tokens"]
 
 
-@pytest.mark.parametrize("form", ["blocks", "tokens"])
 @pytest.mark.parametrize("rerank", [1, 2])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "form"), FORMS)
 def test_long_calls_equal_the_reference(
     method: str, rerank: int, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -40,7 +41,9 @@ def test_long_calls_equal_the_reference(
     assert compare(program, runner, calls) < 1e-4
 
 
-@pytest.mark.parametrize(("method", "rerank", "refresh"), [("bounds", 1, 1), ("bounds", 2, 9), ("lowbit", 2, 4)])
+@pytest.mark.parametrize(
+    ("method", "rerank", "refresh"), [("bounds", 1, 1), ("bounds", 2, 9), ("lowbit", 2, 4), ("hip", 1, 4)]
+)
 def test_long_calls_that_share_choices_equal_the_reference(
     method: str, rerank: int, refresh: int, tmp_path: Path
 ) -> None:
@@ -111,8 +114,7 @@ def of_equal_keys(**options: Any) -> Program:
     return program
 
 
-@pytest.mark.parametrize("form", ["blocks", "tokens"])
-@pytest.mark.parametrize("method", [*METHODS, "few bits"])
+@pytest.mark.parametrize(("method", "form"), [*FORMS, ("few bits", "blocks"), ("few bits", "tokens")])
 @pytest.mark.parametrize("rerank", [1, 2])
 def test_equal_scores_choose_equally(
     rerank: int, method: str, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -126,12 +128,15 @@ def test_equal_scores_choose_equally(
     runner = build(program, tmp_path, context=120)
     calls = [([span(0, 100)], None), ([[100]], None), ([[101]], None)]
     assert compare(program, runner, calls) < 1e-5
-    right = choose.first
-    monkeypatch.setattr(choose, "first", lambda rank, count: right(rank.flip(-1), count).flip(-1))
+    right, reached = choose.first, choose.reached
+    if method == "hip":
+        monkeypatch.setattr(choose, "reached", lambda x, *rest: reached(x + 1e-5 * torch.arange(x.shape[-1]), *rest))
+    else:
+        monkeypatch.setattr(choose, "first", lambda rank, count: right(rank.flip(-1), count).flip(-1))
     assert compare(program, runner, calls) > 1e-3, "the higher index of equals is another function"
 
 
-@pytest.mark.parametrize("method", ["bounds", "lowbit"])
+@pytest.mark.parametrize("method", ["bounds", "lowbit", "hip"])
 def test_equal_scores_are_listed_equally(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from memc.kernels.refreshed_attention import choose
 

@@ -135,6 +135,8 @@ def linear_memory(
 
 def page_score(query: Tensor, keys: Tensor, method: str) -> float:
     """Return the score of one page of ``keys [page, D]``, channel by channel."""
+    if method == "hip":
+        return float(query @ keys[len(keys) // 2])
     total = 0.0
     for channel, q in enumerate(query.tolist()):
         column = keys[:, channel].tolist()
@@ -204,7 +206,23 @@ def by_pages(queries: Tensor, seen: Mapping[int, Tensor], p: int, must: set[int]
         else:
             keys = torch.stack([seen[j] for j in inside])
             pages.append((max(page_score(q, keys, o.get("method", "bounds")) for q in queries), number))
-    return pages
+    if o.get("method") != "hip":
+        return pages
+    free = [number for score, number in pages if score < math.inf]
+    most = o.get("rerank", 1) * o["budget"] // page
+    found = tree_search(free, {number: score for score, number in pages}, most - (len(pages) - len(free)))
+    return [(score, number) for score, number in pages if score == math.inf or number in found]
+
+
+def tree_search(free: list[int], score: Mapping[int, float], count: int) -> list[int]:
+    """Return ``count`` of the pages ``free``, as halving ranges of them finds them."""
+    count = min(count, len(free))
+    ranges = [free[len(free) * j // count : len(free) * (j + 1) // count] for j in range(count)]
+    while any(len(pages) > 1 for pages in ranges):
+        halves = [half for r in ranges for half in (r[: len(r) // 2], r[len(r) // 2 :]) if half]
+        kept = best([(score[half[len(half) // 2]], index) for index, half in enumerate(halves)], count)
+        ranges = [halves[index] for index in sorted(kept)]
+    return [pages[0] for pages in ranges]
 
 
 def rounded(x: Tensor, bits: int) -> Tensor:

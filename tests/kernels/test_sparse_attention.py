@@ -207,7 +207,7 @@ def test_half_types_are_as_near_as_they_can_be(dtype: torch.dtype) -> None:
 
 
 FAULTS = [{"budget": 4}, {"window": 2}, {"sinks": 0}, {"rerank": 3}, {"method": "moments"}, {"method": "hcam"}]
-FAULTS += [{"method": "lowbit"}]
+FAULTS += [{"method": "lowbit"}, {"method": "hip"}]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
