@@ -7,7 +7,7 @@ from memc.backends.onnx.functions import int_, ints
 from memc.dialect.sparse_attention import pages_of
 from memc.kernels.sparse_attention.choose import Rule
 
-_FAR = 1 << 40
+FAR = 1 << 40
 """Number of a page or token that is not there."""
 
 
@@ -43,7 +43,7 @@ def picked(c: Rule) -> str:
     {int_("most_taken", c.most)}
     within = LessOrEqual(place, most_taken)
     taken_there = And(all_there, within)
-    {int_("far", _FAR)}
+    {int_("far", FAR)}
     numbered = Where(taken_there, all, far)
     {ints("taken_count", c.most)}
     picked, picked_order = TopK<axis = 2, largest = 0, sorted = 1>(numbered, taken_count)

@@ -91,12 +91,16 @@ def _chosen(s: Scores, c: Rule) -> str:
     rank2 = Concat<axis = 2>(must_rank, found_rank)
     number2 = Concat<axis = 2>(must, tree_found)
     """
+    few = f"""
+    {tokens.needed(c, "best")}
+    there = Identity(needed)
+    """
     return f"""
     {searched if c.by_tree else scored}
     {ints("most", c.most)}
     best, place2 = TopK<axis = 2, sorted = 1>(rank2, most)
     picked0 = {"GatherElements<axis = 2>(number2, place2)" if c.by_tree else "Identity(place2)"}
-    there = Greater(best, unseen_rank)
+    {"there = Greater(best, unseen_rank)" if c.mass == 1 else few}
     relisted0 = Where(there, picked0, no_number)
     relisted = Where(turn, relisted0, listed)
     """

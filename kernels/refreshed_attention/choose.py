@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from memc.kernels.common import take
-from memc.kernels.sparse_attention.choose import Rule, first, forced, ranks
+from memc.kernels.sparse_attention.choose import Rule, first, forced, needed, ranks
 from memc.kernels.sparse_attention.reference import BLOCK_SCORES, Sequence
 
 
@@ -77,7 +77,9 @@ def _lists(query: Tensor, pages: Tensor, column: Tensor, at: Tensor, rule: Rule)
     size = max(1, BLOCK_SCORES // max(1, len(query) * query.shape[1] * count))
     made = []
     for q, p in zip(asking.split(size, 2), at.split(size, 1), strict=True):
-        rank = ranks(q, pages, p, rule).sort(dim=-1, descending=True, stable=True)
-        listed = rank.indices.masked_fill(rank.values == -torch.inf, -1)[..., : rule.most]
+        rank = ranks(q, pages, p, rule)
+        rank = rank.masked_fill(~needed(rank, rule.mass), -torch.inf)
+        ordered = rank.sort(dim=-1, descending=True, stable=True)
+        listed = ordered.indices.masked_fill(ordered.values == -torch.inf, -1)[..., : rule.most]
         made.append(torch.nn.functional.pad(listed, (0, rule.most - listed.shape[-1]), value=-1))
     return torch.cat(made, 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,24 +60,18 @@ def forward(
     sink_logits: Tensor | None = None,
     *,
     scale: float,
-    method: str,
-    page: int,
-    budget: int,
-    sinks: int,
-    window: int,
-    refresh: int,
     rerank: int = 1,
     dense_below: int = 0,
     softcap: float = 0.0,
-    channels: int = 0,
+    **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Run ``memc::refreshed_attention``; arguments and results as its dialect page has them."""
-    rule = Rule(scale, method, page, budget, sinks, window, rerank, dense_below, channels, refresh=refresh)
-    call = lay_out(key, value, positions, past_key, past_value, past_positions, page)
+    rule = Rule(scale=scale, rerank=rerank, dense_below=dense_below, **options)
+    call = lay_out(key, value, positions, past_key, past_value, past_positions, rule.page)
     q = query.to(accumulation_type(query))
     asking = q * scale
     out, lse = query.new_zeros(*query.shape[:3], value.shape[3]), q.new_zeros(query.shape[:3])
-    count = -(-call.key.shape[2] // page)
+    count = -(-call.key.shape[2] // rule.page)
     next_pages = past_pages.new_zeros(*key.shape[:2], count, *past_pages.shape[3:])
     next_choice = past_choice.clone()
     current = segments(positions)[:, -1]
@@ -107,20 +102,14 @@ def backward(
     sink_logits: Tensor | None = None,
     *,
     scale: float,
-    method: str,
-    page: int,
-    budget: int,
-    sinks: int,
-    window: int,
-    refresh: int,
     rerank: int = 1,
     dense_below: int = 0,
     softcap: float = 0.0,
-    channels: int = 0,
+    **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of query, key, value, past_key, past_value and sink_logits for the tokens chosen."""
-    rule = Rule(scale, method, page, budget, sinks, window, rerank, dense_below, channels, refresh=refresh)
-    call = lay_out(key, value, positions, past_key, past_value, past_positions, page)
+    rule = Rule(scale=scale, rerank=rerank, dense_below=dense_below, **options)
+    call = lay_out(key, value, positions, past_key, past_value, past_positions, rule.page)
     asking = query.to(accumulation_type(query)) * scale
     reads = (
         Reads(one.sequence, one.keys, one.values, partial(one.readable, asking, positions, rule))

@@ -32,6 +32,7 @@ class Rule:
     channels: int = 0
     own_page: bool = False
     refresh: int = 1
+    mass: float = 1.0
 
     @property
     def by_token(self) -> bool:
@@ -148,7 +149,20 @@ def ranks(query: Tensor, pages: Tensor, at: Tensor, rule: Rule) -> Tensor:
 def candidates(query: Tensor, pages: Tensor, at: Tensor, rule: Rule) -> Tensor:
     """Mark the pages or tokens ``[B,G,T,N]`` that queries ``[B,H,T,D]``, times the scale, at ``at [B,T]`` take."""
     rank = ranks(query, pages, at, rule)
-    return first(rank, rule.most) & (rank > -torch.inf)
+    return first(rank, rule.most) & (rank > -torch.inf) & needed(rank, rule.mass)
+
+
+def needed(rank: Tensor, mass: float) -> Tensor:
+    """Mark, of each row of ``rank [..., N]``, the best that hold a share ``mass`` of the exponentials of those scored.
+
+    The least number of them, of equal ones those at lower indices; what is always taken, at infinity, holds nothing.
+    """
+    if mass == 1:
+        return torch.ones_like(rank, dtype=torch.bool)
+    ordered = rank.sort(dim=-1, descending=True, stable=True)
+    weight = ordered.values.masked_fill(ordered.values.isinf(), -torch.inf).softmax(-1).nan_to_num()
+    kept = (weight.cumsum(-1) - weight < mass) | (ordered.values == torch.inf)
+    return torch.zeros_like(kept).scatter(-1, ordered.indices, kept)
 
 
 def chosen(query: Tensor, keys: Tensor, pages: Tensor, at: Tensor, rule: Rule) -> Tensor:

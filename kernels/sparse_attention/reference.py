@@ -218,9 +218,10 @@ def forward(
     dense_below: int = 0,
     softcap: float = 0.0,
     channels: int = 0,
+    mass: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Run ``memc::sparse_attention``; arguments and results as its dialect page has them."""
-    rule = Rule(scale, method, page, budget, sinks, window, rerank, dense_below, channels)
+    rule = Rule(scale, method, page, budget, sinks, window, rerank, dense_below, channels, mass=mass)
     call = lay_out(key, value, positions, past_key, past_value, past_positions, page)
     kind = accumulation_type(query)
     q = query.to(kind)
@@ -262,9 +263,10 @@ def backward(
     dense_below: int = 0,
     softcap: float = 0.0,
     channels: int = 0,
+    mass: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of query, key, value, past_key, past_value and sink_logits for the tokens chosen."""
-    rule = Rule(scale, method, page, budget, sinks, window, rerank, dense_below, channels)
+    rule = Rule(scale, method, page, budget, sinks, window, rerank, dense_below, channels, mass=mass)
     call = lay_out(key, value, positions, past_key, past_value, past_positions, page)
     q = query.to(accumulation_type(query))
 

@@ -20,7 +20,7 @@ def most_chosen(method: str, page: int, budget: int, rerank: int) -> int:
     "(Tensor query, Tensor key, Tensor value, Tensor positions,"
     " Tensor past_key, Tensor past_value, Tensor past_positions, Tensor past_pages, Tensor past_choice,"
     " Tensor? sink_logits=None, *, float scale, str method, int page, int budget, int sinks, int window, int refresh,"
-    " int rerank=1, int dense_below=0, float softcap=0.0, int channels=0)"
+    " int rerank=1, int dense_below=0, float softcap=0.0, int channels=0, float mass=1.0)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     states={"past_key": 2, "past_value": 3, "past_positions": 4, "past_pages": 5, "past_choice": 6},
     cost=cost,
@@ -49,6 +49,7 @@ def refreshed_attention(
     dense_below: int = 0,
     softcap: float = 0.0,
     channels: int = 0,
+    mass: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Attend causally to at most ``budget`` tokens, of candidates that ``refresh`` tokens in a row share.
 
@@ -56,10 +57,10 @@ def refreshed_attention(
     ``memc::sparse_attention``. The query at position a chooses for the ``refresh`` tokens from a on, where a =
     ``dense_below`` + n ``refresh`` for any n from 0 on. Its choice is a list ``past_choice [B,G,M]`` of the M =
     ``rerank budget / page`` pages (``lowbit``: ``rerank budget`` tokens) that ``memc::sparse_attention`` would take at
-    a: those that are always taken, by number, then the others from the highest score down; -1 behind the last. A token
-    at p takes what p itself is always to take, sinks and window, and of the list what comes first of the rest, M in
-    all; with ``rerank`` over 1 it ranks their tokens by its own query. ``window`` is at least ``refresh``, so that
-    every token newer than the choice is in the window. Up to position ``budget`` - 1 that is every token.
+    a: those that are always taken, by number, then the others from the highest score down; -1 behind the last, which
+    comes earlier with ``mass`` under 1. A token at p takes what p itself is always to take, sinks and window, and of
+    the list what comes first of the rest, M in all; with ``rerank`` over 1 it ranks their tokens by its own query.
+    ``window`` is at least ``refresh``, so that every token newer than the choice is in the window.
 
     Which tokens choose depends on positions alone, and the list is state: any split gives the same. A sequence start
     clears it. Returns what ``memc::sparse_attention`` does, and the list of the last token of each row.
@@ -68,6 +69,7 @@ def refreshed_attention(
     past = (past_key, past_value, past_positions, past_pages)
     options = {"scale": scale, "method": method, "page": page, "budget": budget, "sinks": sinks, "window": window}
     options |= {"rerank": rerank, "dense_below": dense_below, "softcap": softcap, "channels": channels}
+    options["mass"] = mass
     results = sparse_attention.overload(query, key, value, positions, *past, sink_logits, **options)
     most = most_chosen(method, page, budget, rerank)
     return (*results, torch.empty(query.shape[0], key.shape[1], most, dtype=torch.int64, device=query.device))

@@ -73,7 +73,7 @@ def cost(a: Mapping[str, Any], context: int) -> Cost:
     "(Tensor query, Tensor key, Tensor value, Tensor positions,"
     " Tensor past_key, Tensor past_value, Tensor past_positions, Tensor past_pages, Tensor? sink_logits=None, *,"
     " float scale, str method, int page, int budget, int sinks, int window, int rerank=1, int dense_below=0,"
-    " float softcap=0.0, int channels=0) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " float softcap=0.0, int channels=0, float mass=1.0) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     states={"past_key": 2, "past_value": 3, "past_positions": 4, "past_pages": 5},
     cost=cost,
     reads_all_to=lambda a: max(int(a["budget"]), int(a["dense_below"])),
@@ -99,6 +99,7 @@ def sparse_attention(
     dense_below: int = 0,
     softcap: float = 0.0,
     channels: int = 0,
+    mass: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Attend causally to at most ``budget`` tokens, chosen for each query token and each key-value head.
 
@@ -127,12 +128,17 @@ def sparse_attention(
        head), among which are always those of the first ``sinks`` tokens and of the last ``window``, p itself included;
        with ``lowbit`` the ``rerank budget`` tokens of the highest scores, among which are always the sinks, the window
        and the page of p;
+       With ``mass`` under 1 it takes of those scored, best first, no more than needed for this share of the sum of the
+       exponentials of all scores (top-p; Twilight, Lin et al. 2025), a number for each token and key-value head;
+       ``hip`` scores too few to tell;
+
     2. with ``rerank`` over 1, takes of their tokens the ``budget`` of the highest q.k (likewise), among which are
        always the sinks and the window.
 
-    Of equal scores the lower index goes first. Up to position ``budget`` - 1 that is every token. Soft-cap and sink
-    logits join the softmax over the chosen tokens and choose nothing; there are no slopes, since a page has no one
-    distance. Each sequence is held from position 0 on, and its positions rise by one from token to token. Returns
+    Of equal scores the lower index goes first. With ``mass`` 1, up to position ``budget`` - 1, that is every token.
+    Soft-cap and sink logits join the softmax over the chosen tokens and choose nothing; there are no slopes, since a
+    page has no one distance. Each sequence is held from position 0 on, and its positions rise by one from token to
+    token. Returns
 
     0. the output ``[B,H,T,E]``, 0 for padding,
     1. the log-sum-exp of each row's scores ``[B,H,T]`` (sink logits included; 0 for padding) in float32, or in float64
@@ -146,6 +152,8 @@ def sparse_attention(
     check_heads(query, key, value)
     check(method in METHODS, f"method is one of {', '.join(METHODS)}")
     check(method != "lowbit" or 1 <= channels <= key.shape[3], "lowbit reads at least 1 channel and at most all")
+    check(0 < mass <= 1, "mass is above 0 and at most 1")
+    check(mass == 1 or method != "hip", "hip scores too few pages to tell what share of the mass they hold")
     check(page >= 1 and sinks >= 0 and window >= 1 and rerank >= 1, "page, window and rerank are at least 1, sinks 0")
     check(budget % page == 0, "the budget is whole pages")
     check(forced_pages(page, sinks, window) * page <= budget, "sinks and window fit the budget")

@@ -14,10 +14,42 @@ from memc.blocks import AttentionBlock
 from memc.dialect import OpSpec, arguments, op_spec
 from memc.dialect.quantised_attention import code_bytes
 from memc.dialect.refreshed_attention import most_chosen
+from memc.dialect.selectors import SELECTORS
 from memc.dialect.sparse_attention import description
 from memc.head_split import HeadSplit, of_kept
 from memc.program import StateSpec
 from memc.rewrite import Editor
+
+_SIZES = ("page", "budget", "sinks", "window", "dense_below")
+
+
+def attend_retrieving(
+    editor: Editor, block: AttentionBlock, split: HeadSplit, inputs: dict[str, Node], options: Mapping[str, Any]
+) -> tuple[Node, dict[str, Any]]:
+    """Insert the attention of the heads that retrieve, whose states must be theirs alone, as the pass's options say.
+
+    Returns its output's node, and what the report tells of it.
+    """
+    page, method = options["page"], options["method"]
+    size = int(editor.states_of(block.attention)["past_key"].shape[3])
+    sizes, facts = {name: options[name] for name in _SIZES}, {"budget": options["budget"], "page": page}
+    if SELECTORS[method].extends:
+        output, (pages,) = attend_compact(editor, block, split, inputs, {**sizes, "method": method})
+        return output, facts | {"page_bytes_per_token": pages.bytes(page) / page}
+    sizes["rerank"] = options["rerank"]
+    if options["bits"]:
+        output, states = attend_quantised(editor, block, split, inputs, {**sizes, "bits": options["bits"]})
+        held = sum(spec.bytes(page) for spec in states if spec.grows is not None)
+        return output, facts | {"bits": options["bits"], "held_bytes_per_token": held / page}
+    sizes |= {"method": method, "mass": options["mass"]}
+    if method == "lowbit":
+        sizes["channels"] = min(size, options["channels"] or max(1, size // 8))
+    if options["refresh"] > 1:
+        sizes["refresh"] = options["refresh"]
+    output, (pages, *choice) = attend_sparse(editor, block, split, inputs, sizes)
+    if choice:
+        facts |= {"refresh": options["refresh"], "choice_bytes": choice[0].bytes(0)}
+    return output, facts | {"page_bytes_per_token": pages.bytes(page) / page}
 
 
 def attend_sparse(

@@ -32,6 +32,22 @@ def check_refresh(refresh: int, *, method: str, window: int, bits: int) -> None:
         raise MemcError("E203", message, f"sparsify:refresh={refresh},window={window}", hint)
 
 
+def check_mass(mass: float, *, method: str, bits: int) -> None:
+    """Raise ``MemcError`` E203 where no share of the attention can be told by what is scored, or none be chosen by."""
+    where = f"sparsify:method={method},mass={mass:g}"
+    if mass == 0:
+        raise MemcError("E203", "a share of 0 is held by nothing: 'mass' is above 0", where, "leave 'mass' out")
+    if mass < 1 and SELECTORS[method].choice == "tree":
+        message = f"{method} scores too few pages to tell what share of the attention they hold"
+        raise MemcError("E203", message, where, "write sparsify:method=bounds or leave 'mass' out")
+    if mass < 1 and SELECTORS[method].extends:
+        message = f"{method} has to count what it reads beforehand, and takes as many pages as the budget holds"
+        raise MemcError("E203", message, where, "leave 'mass' out")
+    if mass < 1 and bits:
+        message = "of keys and values in few bits as many are taken as the budget holds"
+        raise MemcError("E203", message, f"sparsify:bits={bits},mass={mass:g}", "leave 'mass' or 'bits' out")
+
+
 def check_budget(budget: int, *, page: int, sinks: int, window: int, least: int) -> None:
     """Raise ``MemcError`` E203 for a budget that is not whole pages, or under the ``least`` for sinks and window."""
     where = f"sparsify:budget={budget},page={page},sinks={sinks},window={window}"

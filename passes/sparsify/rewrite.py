@@ -17,7 +17,7 @@ from memc.dialect.sparse_attention import forced_pages
 from memc.errors import MemcError
 from memc.head_split import HeadSplit, attend_window, join_heads, split_states
 from memc.passes.sparsify import checks, extend
-from memc.passes.sparsify.attention import attend_compact, attend_quantised, attend_sparse
+from memc.passes.sparsify.attention import attend_retrieving
 from memc.pipeline import Pass, PassReport, Plan, option
 from memc.program import Program
 from memc.relation import Bounded, Close, Relation
@@ -41,6 +41,8 @@ class Sparsify(Pass):
     - ``method=hip``: page by page, by the key in the middle, of those pages alone that a search down a tree of ranges
       comes by (HiP attention, Lee et al. 2024), which look for what resembles its neighbours.
 
+    With ``mass`` under 1 a token takes of these no more than needed for this share of the sum of the exponentials of
+    all their scores (top-p, as Twilight, Lin et al. 2025): ``budget`` is then the most, and what is predicted.
     With ``rerank`` n over 1 a token takes n budgets' worth, ranks these tokens by their whole keys and reads the values
     of the best. With ``refresh`` n over 1 it is ``memc::refreshed_attention``: every n-th token chooses for n (the mask
     refresh of HiP, Lee et al. 2024), by its position and not by the call that it comes in; sinks and window are those
@@ -117,6 +119,9 @@ class Sparsify(Pass):
         unit="",
         min=0,
     )
+    mass: float = option(
+        1.0, "share of the estimated attention past which nothing more is chosen; 1 for all of the budget", min=0, max=1
+    )
     refresh: int = option(
         1, "tokens in a row for which the first of them chooses; at most the window", unit="tokens", min=1
     )
@@ -139,6 +144,7 @@ class Sparsify(Pass):
             raise MemcError("E203", "option 'retrieve' is all, heads:P% or heads:[LAYER.HEAD,...]", where)
         checks.check_bits(self.bits, self.method)
         checks.check_refresh(self.refresh, method=self.method, window=self.window, bits=self.bits)
+        checks.check_mass(self.mass, method=self.method, bits=self.bits)
         page = self.page_size
         sizes = {"page": page, "window": self.window}
         if self.extends:
@@ -222,6 +228,12 @@ class Sparsify(Pass):
         """Return the least budget that sinks and window fit into."""
         return forced_pages(page, self.sinks, self.window) * page
 
+    def _options(self) -> dict[str, Any]:
+        """Return how the heads that retrieve choose, with what follows from other options and the model left open."""
+        names = ("method", "channels", "budget", "sinks", "window", "bits", "refresh", "mass")
+        options = {name: getattr(self, name) for name in names}
+        return options | {"page": self.page_size, "dense_below": self.reads_all_to, "rerank": self.rerank or 2}
+
     def _refuse(self, program: Program, block: AttentionBlock) -> sites.Refusal | None:
         refusal = _refuse(program, block)
         return extend.refuse(program, block, self.method) if refusal is None and self.extends else refusal
@@ -247,35 +259,9 @@ class Sparsify(Pass):
             assert streamed is not None
             old.replace_all_uses_with(streamed)
             return facts
-        output, more = self._retrieved(editor, block, split, inputs)
+        output, more = attend_retrieving(editor, block, split, inputs, self._options())
         old.replace_all_uses_with(output if streamed is None else join_heads(editor, block, split, output, streamed))
         return facts | more
-
-    def _retrieved(
-        self, editor: Editor, block: AttentionBlock, split: HeadSplit, inputs: dict[str, Node]
-    ) -> tuple[Node, dict[str, Any]]:
-        """Insert the attention of the heads that retrieve, whose states must be theirs alone."""
-        page, size = self.page_size, int(editor.states_of(block.attention)["past_key"].shape[3])
-        options: dict[str, Any] = {name: getattr(self, name) for name in ("budget", "sinks", "window")}
-        options |= {"page": page, "dense_below": self.reads_all_to}
-        facts = {"budget": self.budget, "page": page}
-        if self.extends:
-            output, (pages,) = attend_compact(editor, block, split, inputs, {**options, "method": self.method})
-            return output, facts | {"page_bytes_per_token": pages.bytes(page) / page}
-        options["rerank"] = self.rerank or 2
-        if self.bits:
-            output, states = attend_quantised(editor, block, split, inputs, {**options, "bits": self.bits})
-            held = sum(spec.bytes(page) for spec in states if spec.grows is not None)
-            return output, facts | {"bits": self.bits, "held_bytes_per_token": held / page}
-        options["method"] = self.method
-        if self.method == "lowbit":
-            options["channels"] = min(size, self.channels or max(1, size // 8))
-        if self.refresh > 1:
-            options["refresh"] = self.refresh
-        output, (pages, *choice) = attend_sparse(editor, block, split, inputs, options)
-        if choice:
-            facts |= {"refresh": self.refresh, "choice_bytes": choice[0].bytes(0)}
-        return output, facts | {"page_bytes_per_token": pages.bytes(page) / page}
 
 
 def _refuse(program: Program, block: AttentionBlock) -> sites.Refusal | None:

@@ -508,6 +508,7 @@ CASES: dict[str, Callable[[], Program]] = {
         page=4,
         layers=2,
     ),
+    "sparse, by mass": lambda: sparse_attention(mass=0.5, budget=12, layers=2, rerank=2, sink_logits=True),
     "sparse, by a tree": lambda: sparse_attention(method="hip", budget=8, layers=2),
     "sparse, by a tree, refreshed": lambda: sparse_attention(
         method="hip", budget=15, page=3, refresh=2, rerank=2, window=3, dense_below=5, groups=3
@@ -541,6 +542,6 @@ CASES: dict[str, Callable[[], Program]] = {
 }
 """Every dialect op, with the options that take forms of their own."""
 
-_NOT_IN_PLACE = ("by a tree", "refreshed", "few bits", "compact", "clipped")
+_NOT_IN_PLACE = ("by a tree", "by mass", "refreshed", "few bits", "compact", "clipped")
 ON_GPUS = tuple(case for case in CASES if not any(word in case for word in _NOT_IN_PLACE))
 """Those of ops that have kernels in place."""

@@ -41,6 +41,17 @@ def test_long_calls_equal_the_reference(
     assert compare(program, runner, calls) < 1e-4
 
 
+@pytest.mark.parametrize(("method", "refresh"), [("bounds", 0), ("lowbit", 0), ("moments", 3)])
+def test_long_calls_by_mass_equal_the_reference(method: str, refresh: int, tmp_path: Path) -> None:
+    options: dict[str, Any] = {**OPTIONS, "method": method, "refresh": refresh, "dense_below": 30, "channels": 2}
+    program = ops.sparse_attention(mass=0.6, **options)
+    runner = build(program, tmp_path, context=160)
+    calls = [([span(0, 100), span(0, 20, right=80)], [99]), ([span(100, 7), span(20, 7)], None)]
+    calls += [([[107 + i], [27 + i]], None) for i in range(12)]
+    assert compare(program, runner, calls) < 1e-4
+    assert compare(ops.sparse_attention(mass=0.9, **options), runner, calls) > 1e-3, "another share is another function"
+
+
 @pytest.mark.parametrize(
     ("method", "rerank", "refresh"), [("bounds", 1, 1), ("bounds", 2, 9), ("lowbit", 2, 4), ("hip", 1, 4)]
 )

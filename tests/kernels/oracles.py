@@ -171,7 +171,7 @@ def sparse_choice(
     by_token = o.get("method") == "lowbit"
     scored = (by_channels if by_token else by_pages)(scaled, seen, p, must, o)
     most = o.get("rerank", 1) * o["budget"] // (1 if by_token else o["page"])
-    taken = best(scored, most)
+    taken = [number for number in best(scored, most) if number in holding(scored, o.get("mass", 1.0))]
     if listed is not None:
         if (p - dense_below) % o["refresh"] == 0:
             listed[:] = taken
@@ -180,6 +180,19 @@ def sparse_choice(
     tokens = taken if by_token else [j for n in taken for j in range(n * o["page"], (n + 1) * o["page"]) if j <= p]
     ranked = [(math.inf if j in must else max(float(q @ seen[j]) for q in scaled), j) for j in tokens]
     return sorted(best(ranked, o["budget"]))
+
+
+def holding(scored: list[tuple[float, int]], mass: float) -> set[int]:
+    """Return the numbers of the best that hold a share of the exponentials of all scores, and those at infinity."""
+    ordered, kept, sum_before = best(scored, len(scored)), set(), 0.0
+    score = {number: one for one, number in scored}
+    top = max((one for one, _ in scored if one < math.inf), default=0.0)
+    total = sum(math.exp(one - top) for one, _ in scored if one < math.inf)
+    for number in ordered:
+        if score[number] == math.inf or mass == 1 or sum_before < mass * total:
+            kept.add(number)
+        sum_before += 0.0 if score[number] == math.inf else math.exp(score[number] - top)
+    return kept
 
 
 Scored = list[tuple[float, int]]

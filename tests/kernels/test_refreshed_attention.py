@@ -32,8 +32,9 @@ options = st.fixed_dictionaries(
         "rerank": st.sampled_from([1, 2]),
         "dense_below": st.sampled_from([0, 7]),
         "softcap": st.sampled_from([0.0, 1.5]),
+        "mass": st.sampled_from([1.0, 0.55]),
     }
-)
+).map(lambda o: {**o, "mass": 1.0} if o["method"] == "hip" else o)
 
 
 def run(call: dict[str, Any], parts: list[slice], **fixed: Any) -> list[Tensor]:
@@ -170,14 +171,22 @@ def test_equal_scores_are_listed_by_the_lower_index() -> None:
     assert choice.tolist() == [[[0, 18, 19, 1, 2, 3]]]
 
 
-FAULTS = [{"refresh": 2}, {"refresh": 1}, {"budget": 10}, {"window": 4}, {"dense_below": 1}, {"method": "moments"}]
+FAULTS = [
+    {"refresh": 2},
+    {"refresh": 1},
+    {"budget": 10},
+    {"window": 4},
+    {"dense_below": 1},
+    {"method": "moments"},
+    {"mass": 0.5},
+]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_oracle_sees_a_fault(fault: dict[str, Any]) -> None:
     shape = Shape(batch=2, groups=2, per_group=2, tokens=40, key_size=4, value_size=3, seed=7)
     call, _ = make(shape, False, padding=0.0, restart=0.0)
-    fixed: dict[str, Any] = {"scale": 0.7, "method": "bounds", **of((2, 8, 2, 3, 3))}
+    fixed: dict[str, Any] = {"scale": 0.7, "method": "bounds", **of((2, 14 if "mass" in fault else 8, 2, 3, 3))}
     expected = oracles.sparse_attention(**call, **fixed)
     torch.testing.assert_close(run(call, [slice(None)], **fixed)[0], expected.out)
     with pytest.raises(AssertionError):

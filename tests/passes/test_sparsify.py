@@ -31,6 +31,7 @@ CHOICES: list[dict[str, Any]] = [
     {"method": "lowbit", "rerank": 2, "channels": 2},
     {"method": "bounds", "refresh": 3},
     {"method": "hip", "refresh": 2},
+    {"method": "bounds", "mass": 0.8},
 ]
 SMALL: dict[str, Any] = {"budget": 12, "page": 3, "sinks": 1, "window": 4, "rerank": 1, "dense_below": 0}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -219,9 +220,14 @@ def test_a_shared_choice_is_state_and_survives_the_disk(tmp_path: Path) -> None:
         ({"refresh": 2, "method": "bounds", "bits": 4}, "chosen for each token"),
         ({"refresh": 2, "method": "longheads", "rerank": 0}, "rotates all that it reads"),
         ({"refresh": 0}, "at least 1"),
+        ({"mass": 0.0}, "above 0"),
+        ({"mass": 1.5}, "between 0 and 1"),
+        ({"mass": 0.5, "method": "hip"}, "too few pages"),
+        ({"mass": 0.5, "method": "infllm", "rerank": 0}, "count what it reads"),
+        ({"mass": 0.5, "method": "bounds", "bits": 4}, "as many are taken as the budget"),
     ],
 )
-def test_choices_that_cannot_be_shared_are_refused(options: dict[str, Any], reason: str) -> None:
+def test_choices_that_cannot_be_made_are_refused(options: dict[str, Any], reason: str) -> None:
     with pytest.raises(MemcError, match=f"E203.*{reason}"):
         Sparsify(**{**SMALL, **options})
 
@@ -257,6 +263,8 @@ def test_the_sizes_of_lowbit_follow_from_the_heads() -> None:
         ({"method": "bounds", "rerank": 1, "refresh": 4}, 64, 2 * 4096 / 16 / 4),
         # One page is still to be taken of the 253 between sinks and window: 8 rounds of 2 keys.
         ({"method": "hip", "rerank": 1}, 64, 16),
+        # At the most: what a share of the attention takes is not known before.
+        ({"method": "bounds", "rerank": 1, "mass": 0.5}, 64, 2 * 4096 / 16),
         ({"method": "bounds", "rerank": 1}, 64, 2 * 4096 / 16),
         ({"method": "moments", "rerank": 4}, 256, 2 * 4096 / 16),
         ({"method": "lowbit", "rerank": 2, "channels": 3}, 128, 4096 * 3 / 10),
