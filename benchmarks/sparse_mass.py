@@ -48,6 +48,9 @@ CHOICES: list[dict[str, Any]] = [
     *({"method": method, "page": 16, "budget": 256, "rerank": 2} for method in ("bounds", "hip")),
     {"method": "hip", "page": 4, "budget": 256, "rerank": 2},
     *({"method": "lowbit", "page": 64, "budget": 256, "rerank": 2, "refresh": n} for n in (1, 8)),
+    *({"method": "moments", "page": 16, "budget": 256, "rerank": 1, "mass": mass} for mass in (1.0, 0.9, 0.7)),
+    {"method": "moments", "page": 16, "budget": 512, "rerank": 1, "mass": 0.9},
+    {"method": "bounds", "page": 16, "budget": 256, "rerank": 1, "mass": 0.7},
 ]
 
 
@@ -72,8 +75,8 @@ def rule_of(choice: dict[str, Any], scale: float, size: int) -> Rule:
     return Rule(scale=scale, **sizes, **choice)
 
 
-def mass(query: Tensor, key: Tensor, rule: Rule) -> Tensor:
-    """Return the share ``[H,T]`` of the softmax of each asked token that its choice holds."""
+def mass(query: Tensor, key: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
+    """Return the share ``[H,T]`` of the softmax of each asked token that it reads, and how many tokens ``[G,T]``."""
     positions = torch.arange(LENGTH)[None]
     sequence = find_sequences(positions, positions[:, :0], LENGTH)[-1]
     pages = describe(key.unflatten(2, (-1, rule.page)), rule.method)
@@ -86,7 +89,8 @@ def mass(query: Tensor, key: Tensor, rule: Rule) -> Tensor:
     read = narrowed(scaled[:, :, asked], key, taken, at, rule)
     scores = scaled[:, :, asked] @ key.repeat_interleave(query.shape[1] // key.shape[1], 1).mT
     weight = scores.masked_fill(positions[:, None, None] > at[:, None, :, None], -torch.inf).softmax(-1)
-    return (weight * read.repeat_interleave(query.shape[1] // key.shape[1], 1)).sum(-1)[0]
+    held = (weight * read.repeat_interleave(query.shape[1] // key.shape[1], 1)).sum(-1)
+    return held[0], read.sum(-1)[0]
 
 
 def share_read(choice: dict[str, Any], query: Tensor, key: Tensor) -> float:
@@ -109,12 +113,14 @@ def measured(texts: Path, count: int) -> Iterator[dict[str, Any]]:
         layers += run.found
     query, key, _ = layers[0]
     for choice in CHOICES:
-        held = torch.stack([mass(q, k, rule_of(choice, scale, q.shape[3])) for q, k, scale in layers]).double()
+        found = [mass(q, k, rule_of(choice, scale, q.shape[3])) for q, k, scale in layers]
+        held, count = (torch.stack(x).double() for x in zip(*found, strict=True))
         yield {
             "choice": ",".join(f"{name}={value}" for name, value in choice.items()),
             "share_read": share_read(choice, query, key),
             "mass": float(held.mean()),
             "mass_p5": float(held.flatten().quantile(0.05)),
+            "read": float(count.mean()),
             "asked": held.numel(),
         }
 
@@ -122,7 +128,13 @@ def measured(texts: Path, count: int) -> Iterator[dict[str, Any]]:
 def page(document: dict[str, Any]) -> str:
     """Write the page of a run."""
     lines = [
-        [one["choice"].replace(",", ", "), f"{one['share_read']:.3f}", f"{one['mass']:.3f}", f"{one['mass_p5']:.3f}"]
+        [
+            one["choice"].replace(",", ", "),
+            f"{one['share_read']:.3f}",
+            f"{one['read']:.0f}",
+            f"{one['mass']:.3f}",
+            f"{one['mass_p5']:.3f}",
+        ]
         for one in document["lines"]
     ]
     parts = [
@@ -131,8 +143,8 @@ def page(document: dict[str, Any]) -> str:
         f"{document['rows']} row(s) of {LENGTH} tokens of each text, every {EVERY}th of the last {FIRST} tokens, all"
         f" layers and heads: {document['lines'][0]['asked']} softmaxes. Sinks {SINKS}, window {WINDOW}. Bytes are those"
         " of keys, values and descriptions for a token at the end, with `refresh` the mean over those that share a"
-        " choice. The first choice is the oracle: every token ranked by its own key. See [README](../README.md).",
-        grid(["choice", "bytes read / dense", "mass held, mean", "5th percentile"], lines),
+        " choice, with `mass` the most. The first choice is the oracle: every token ranked by its own key. See [README](../README.md).",
+        grid(["choice", "bytes read / dense", "tokens read, mean", "mass held, mean", "5th percentile"], lines),
     ]
     return "\n\n".join(parts) + "\n"
 
