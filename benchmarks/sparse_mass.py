@@ -143,7 +143,8 @@ def page(document: dict[str, Any]) -> str:
         f"{document['rows']} row(s) of {LENGTH} tokens of each text, every {EVERY}th of the last {FIRST} tokens, all"
         f" layers and heads: {document['lines'][0]['asked']} softmaxes. Sinks {SINKS}, window {WINDOW}. Bytes are those"
         " of keys, values and descriptions for a token at the end, with `refresh` the mean over those that share a"
-        " choice, with `mass` the most. The first choice is the oracle: every token ranked by its own key. See [README](../README.md).",
+        " choice, with `mass` the most. The first choice is the oracle: every token ranked by its own key. See"
+        " [README](../README.md).",
         grid(["choice", "bytes read / dense", "tokens read, mean", "mass held, mean", "5th percentile"], lines),
     ]
     return "\n\n".join(parts) + "\n"
