@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from memc.backends.onnx.attend import Scores
-from memc.backends.onnx.functions import int_, ints
+from memc.backends.onnx.functions import float_, int_, ints
 from memc.dialect.sparse_attention import pages_of
 from memc.kernels.sparse_attention.choose import Rule
+
+FORCED, UNSEEN = 1e30, -1e30
+"""Ranks of what is always taken and of what is not there."""
 
 FAR = 1 << 40
 """Number of a page or token that is not there."""
@@ -47,4 +50,40 @@ def picked(c: Rule) -> str:
     numbered = Where(taken_there, all, far)
     {ints("taken_count", c.most)}
     picked, picked_order = TopK<axis = 2, largest = 0, sorted = 1>(numbered, taken_count)
+    """
+
+
+def needed(c: Rule, rank: str, best: str, axis: int) -> str:
+    """Write ``needed``: which of the ``best`` of all that is in ``rank``, from the highest down, hold the mass.
+
+    Both have what is ranked along ``axis``.
+    """
+    return f"""
+    {float_("least_forced", FORCED / 2)}
+    {float_("most_unseen", UNSEEN / 2)}
+    {float_("nothing_held", 0.0)}
+    {ints("needed_axis", axis)}
+    below = Less({rank}, least_forced)
+    above = Greater({rank}, most_unseen)
+    scored = And(below, above)
+    open_rank = Where(scored, {rank}, unseen_rank)
+    open_top = ReduceMax(open_rank, needed_axis)
+    open_from = Sub(open_rank, open_top)
+    open_exp = Exp(open_from)
+    open_held = Where(scored, open_exp, nothing_held)
+    open_sum = ReduceSum(open_held, needed_axis)
+    {float_("share", c.mass)}
+    wanted = Mul(open_sum, share)
+    best_below = Less({best}, least_forced)
+    best_above = Greater({best}, most_unseen)
+    best_scored = And(best_below, best_above)
+    best_from = Sub({best}, open_top)
+    best_exp = Exp(best_from)
+    best_held = Where(best_scored, best_exp, nothing_held)
+    {int_("summed_along", axis)}
+    held_before = CumSum<exclusive = 1>(best_held, summed_along)
+    short = Less(held_before, wanted)
+    needed_scored = And(short, best_scored)
+    best_forced = Not(best_below)
+    needed = Or(needed_scored, best_forced)
     """

@@ -92,7 +92,7 @@ def _chosen(s: Scores, c: Rule) -> str:
     number2 = Concat<axis = 2>(must, tree_found)
     """
     few = f"""
-    {tokens.needed(c, "best")}
+    {listed.needed(c, "rank1", "best", 2)}
     there = Identity(needed)
     """
     return f"""

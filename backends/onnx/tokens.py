@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from memc.backends.onnx import blocks, listed, tree
 from memc.backends.onnx.attend import Scores, weigh
-from memc.backends.onnx.blocks import FORCED, UNSEEN
 from memc.backends.onnx.functions import float_, int_, ints
-from memc.backends.onnx.listed import FAR
+from memc.backends.onnx.listed import FAR, FORCED, UNSEEN
 from memc.kernels.sparse_attention.choose import Rule
 
 
@@ -151,7 +150,7 @@ def _best(c: Rule) -> str:
         """
     return f"""
     ranks, picked0 = TopK<axis = 2, sorted = 1>(rank1, count)
-    {needed(c, "ranks")}
+    {listed.needed(c, "rank1", "ranks", 2)}
     {int_("beyond", FAR)}
     picked_needed = Where(needed, picked0, beyond)
     needed_count = Cast<to = 7>(needed)
@@ -160,38 +159,6 @@ def _best(c: Rule) -> str:
     needed_least = Max(needed_most, one)
     needed_size = Reshape(needed_least, ones)
     picked, picked_order = TopK<axis = 2, largest = 0>(picked_needed, needed_size)
-    """
-
-
-def needed(c: Rule, best: str) -> str:
-    """Write ``needed [B,G,M]``: which of the ``best``, ranks from the highest down, hold a share of the mass."""
-    return f"""
-    {float_("least_forced", FORCED / 2)}
-    {float_("most_unseen", UNSEEN / 2)}
-    {float_("nothing_held", 0.0)}
-    below = Less(rank1, least_forced)
-    above = Greater(rank1, most_unseen)
-    scored = And(below, above)
-    open_rank = Where(scored, rank1, unseen_rank)
-    open_top = ReduceMax(open_rank, along)
-    open_from = Sub(open_rank, open_top)
-    open_exp = Exp(open_from)
-    open_held = Where(scored, open_exp, nothing_held)
-    open_sum = ReduceSum(open_held, along)
-    {float_("share", c.mass)}
-    wanted = Mul(open_sum, share)
-    best_below = Less({best}, least_forced)
-    best_above = Greater({best}, most_unseen)
-    best_scored = And(best_below, best_above)
-    best_from = Sub({best}, open_top)
-    best_exp = Exp(best_from)
-    best_held = Where(best_scored, best_exp, nothing_held)
-    {int_("summed_along", 2)}
-    held_before = CumSum<exclusive = 1>(best_held, summed_along)
-    short = Less(held_before, wanted)
-    needed_scored = And(short, best_scored)
-    best_forced = Not(best_below)
-    needed = Or(needed_scored, best_forced)
     """
 
 
