@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from memc.backends.onnx import listed
+from memc.backends.onnx import listed, tree
 from memc.backends.onnx.attend import Scores, weigh
 from memc.backends.onnx.functions import flat, float_, int_, ints
 from memc.backends.onnx.listed import FORCED, UNSEEN
+from memc.dialect.selectors import SELECTORS
 from memc.kernels.sparse_attention.choose import Rule
 
 FEW = 8
@@ -22,7 +23,7 @@ FEW = 8
 BLOCK = 32
 """Tokens of a block."""
 
-REACH = {"lowbit": 8192, "bounds": 6144, "moments": 6144, "hcam": 6144}
+REACH = {"lowbit": 8192, "bounds": 6144, "moments": 6144, "hcam": 6144, "hip": 6144}
 """Most held tokens that blocks read, by method; past it fetching what each token has chosen is faster."""
 
 HALVINGS = 40
@@ -31,7 +32,7 @@ HALVINGS = 40
 
 def features(c: Rule, query: str, axis: int) -> str:
     """Write ``feature``, whose product with a description is its score, of a query with its channels along ``axis``."""
-    if c.method == "hcam":
+    if SELECTORS[c.method].scorer == "product":
         return f"feature = Identity({query})"
     halves = f"feature0 = Max({query}, absent)\nfeature1 = Min({query}, absent)"
     if c.method == "moments":
@@ -252,7 +253,7 @@ def _pages(s: Scores, c: Rule) -> str:
     sunk = Less(page_numbers, sink_pages)
     sure0 = Or(near, sunk)
     sure = And(sure0, seen)
-    {_taken(c, "page", "seen", "sure")}
+    {tree.taken(s, c, BLOCK) if c.by_tree else _taken(c, "page", "seen", "sure")}
     page_column = Unsqueeze(page_taken, final)
     page_wide = Expand(page_column, expanded)
     {ints("by_token", 0, 0, 0, -1)}

@@ -1,7 +1,7 @@
 """The lowered forms of ``memc::sparse_attention``, as ONNX functions; letters as in ``functions``, P pages in use.
 
 Descriptions are made by ReduceMax and the like, pages and tokens chosen by TopK, keys and values fetched by GatherND.
-Where few tokens of a call choose, or by a tree search, they go one after the other through a Scan (see
+Where few tokens of a call choose, they go one after the other through a Scan (see
 :mod:`memc.backends.onnx.tokens`); where many do, blocks of them do (see :mod:`memc.backends.onnx.blocks`), so that
 nothing has an entry for each pair of tokens.
 """
@@ -275,9 +275,6 @@ def _sparse(s: Scores, c: Rule) -> str:
     {tokens.numbers(c)}
     {scanned} = Scan<num_scan_inputs = 2, {axes}, body = {step}>(sparse_query, sparse_at)
     """
-    if c.by_tree:
-        parts = "\n".join(f"{part} = Identity(token_{part})" for part in made)
-        return f"{COLUMNS}\n{single}\n{parts}\n{behind_dense(made)}"
     lines = [
         COLUMNS,
         ints("few", blocks.FEW),

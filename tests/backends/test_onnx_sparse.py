@@ -23,8 +23,7 @@ from memc.program import Program
 from memc.verify import VerificationText
 
 OPTIONS: dict[str, Any] = {"page": 4, "budget": 24, "sinks": 2, "window": 9}
-# What hip searches for it searches for token by token.
-FORMS = [(method, form) for method in METHODS for form in ("blocks", "tokens") if method != "hip" or form == "tokens"]
+FORMS = [(method, form) for method in METHODS for form in ("blocks", "tokens")]
 
 
 @pytest.mark.parametrize("rerank", [1, 2])
