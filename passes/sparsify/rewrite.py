@@ -39,7 +39,7 @@ class Sparsify(Pass):
     - ``method=moments``: page by page, by the mean and variance of each channel;
     - ``method=hcam``: page by page, by the mean of each channel (the summaries of HCAM, Lampinen et al. 2021);
     - ``method=hip``: page by page, by the key in the middle, of those pages alone that a search down a tree of ranges
-      comes by (HiP attention, Lee et al. 2024), which look for what resembles its neighbours.
+      comes by (HiP attention, Lee et al. 2024): it finds what resembles its neighbours.
 
     With ``mass`` under 1 a token takes of these no more than needed for this share of the sum of the exponentials of
     all their scores (top-p, as Twilight, Lin et al. 2025): ``budget`` is then the most, and what is predicted.
