@@ -51,6 +51,8 @@ CHOICES: list[dict[str, Any]] = [
     *({"method": "moments", "page": 16, "budget": 256, "rerank": 1, "mass": mass} for mass in (1.0, 0.9, 0.7)),
     {"method": "moments", "page": 16, "budget": 512, "rerank": 1, "mass": 0.9},
     {"method": "bounds", "page": 16, "budget": 256, "rerank": 1, "mass": 0.7},
+    *({"method": "moments", "page": 16, "budget": budget, "rerank": 1} for budget in (224, 464)),
+    {"method": "bounds", "page": 16, "budget": 176, "rerank": 1},
 ]
 
 
