@@ -147,22 +147,22 @@ def test_a_wrong_tail_loop_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_every_dialect_op_has_a_form_or_a_reason() -> None:
     answers = {}
     programs = (ops.llama("attention"), ops.window_memory(), ops.linear_memory(), ops.full_attention())
-    for program in (*programs, ops.bank_ffn("silu")):
+    for program in (*programs, ops.sparse_attention(), ops.bank_ffn("silu")):
         for node in program.module.graph.nodes:
             if (spec := op_spec(node.target)) is not None:
                 answers[spec.name] = TvmBackend().supports(node, CPU)
     assert all(isinstance(answer, Yes) for answer in answers.values())
-    lacking = {"sparse_attention", "refreshed_attention", "quantised_attention", "compact_attention"}
-    assert set(OPS) - set(answers) == lacking
-    refreshed = ops.sparse_attention(refresh=2)
-    for program in (ops.sparse_attention(), refreshed, ops.sparse_attention(bits=4), ops.compact_attention()):
+    assert set(OPS) - set(answers) == {"refreshed_attention", "quantised_attention", "compact_attention"}
+    refused = [ops.sparse_attention(**{name: value}) for name, value in (("refresh", 2), ("bits", 4), ("mass", 0.5))]
+    refused += [ops.sparse_attention(method="hip"), ops.compact_attention()]
+    for program in refused:
         sparse = next(n for n in program.module.graph.nodes if op_spec(n.target) is not None)
         assert isinstance(TvmBackend().supports(sparse, CPU), No)
 
 
 def test_refusals_come_before_anything_is_written(tmp_path: Path) -> None:
-    with pytest.raises(MemcError, match="sparse_attention") as refused:
-        lower(ops.sparse_attention(), tmp_path)
+    with pytest.raises(MemcError, match="quantised_attention") as refused:
+        lower(ops.sparse_attention(bits=4), tmp_path)
     assert refused.value.code == "E601"
     for weights in ("fp16", "bf16", "int3"):
         with pytest.raises(MemcError, match=weights):
