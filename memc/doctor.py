@@ -19,7 +19,7 @@ from memc.target import Target, targets
 
 PACKAGES = (
     "torch", "transformers", "safetensors", "tokenizers", "gguf", "numpy", "pydantic", "onnx", "onnxscript",
-    "onnxruntime", "triton", "cuda-bindings", "apache-tvm", "apache-tvm-ffi",
+    "onnxruntime", "triton", "cuda-bindings", "apache-tvm", "apache-tvm-ffi", "ray",
 )  # fmt: skip
 BACKEND_PACKAGES = {"eager": "torch", "onnx": "onnxruntime", "triton": "triton", "tvm": "apache-tvm"}
 """The distribution that a backend runs on, for its version."""

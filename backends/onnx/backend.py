@@ -8,6 +8,7 @@ from torch.fx import Node
 
 from memc.backend import Lowered, LowerOptions, No, Yes
 from memc.backends.onnx import support
+from memc.backends.onnx.bank import PARTS
 from memc.backends.onnx.capability import has_kernel, require_runtime
 from memc.backends.onnx.export import export
 from memc.backends.onnx.graph import prepare
@@ -42,6 +43,12 @@ def lower(program: Program, target: Target, folder: Path, options: LowerOptions,
     write(model, folder / FILE)
     capacity = capacity_of(program, options, grows=bool(prepared.buffers))
     inputs, outputs, states, symbols = ports(program, prepared.states, prepared.in_place, keep=prepared.keep)
+    inputs = [
+        port.model_copy(update={"parts": {f"{port.name}_{part}": count for part, count in PARTS.items()}})
+        if port.name in prepared.parts
+        else port
+        for port in inputs
+    ]
     return Lowered(
         str(FILE),
         inputs,

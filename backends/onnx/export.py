@@ -12,6 +12,7 @@ import torch
 from torch.fx import GraphModule
 
 from memc.backends.onnx.alike import Sample, repeat
+from memc.backends.onnx.bank import PARTS
 from memc.backends.onnx.calls import DOMAIN
 from memc.backends.onnx.capability import OPSET
 from memc.backends.onnx.graph import Prepared
@@ -54,7 +55,12 @@ def _export(program: Program, module: GraphModule, specs: Mapping[str, TensorSpe
 def _input_specs(program: Program, prepared: Prepared) -> dict[str, TensorSpec]:
     specs: dict[str, TensorSpec] = {}
     for spec in program.inputs:
-        specs[spec.name] = (torch.float32 if spec.dtype.is_floating_point else spec.dtype, spec.shape)
+        dtype = torch.float32 if spec.dtype.is_floating_point else spec.dtype
+        if spec.name in prepared.parts:
+            batch, _, *sizes = spec.shape
+            specs |= {f"{spec.name}_{part}": (dtype, (count, batch, *sizes)) for part, count in PARTS.items()}
+        else:
+            specs[spec.name] = (dtype, spec.shape)
     if prepared.keep:
         specs["keep"] = (torch.int64, ("K",))
     for state in prepared.states:

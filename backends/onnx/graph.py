@@ -51,6 +51,8 @@ class Prepared:
     functions: dict[str, Function]
     late: dict[str, torch.Tensor]
     """Large tensors of another precision, converted when they are written."""
+    parts: frozenset[str]
+    """Names of the inputs that the file takes in ``bank.PARTS``."""
     keep: bool
 
 
@@ -68,6 +70,7 @@ class _Rewriter:
     buffers: set[str] = field(default_factory=set)
     in_place: set[str] = field(default_factory=set)
     dropped: set[str] = field(default_factory=set)
+    matrices: dict[Node, dict[str, Node]] = field(default_factory=dict)
 
     def kernel(self, op: str, domain: str = "") -> bool:
         return not self.portable and has_kernel(op, domain)
@@ -268,8 +271,10 @@ class _Rewriter:
         return self.parts(self.call(calls.linear_memory, form, *inputs, *plan, *beta), 2)
 
     def bank_ffn(self, node: Node, a: Mapping[str, Any]) -> list[Node]:
-        form = bank.bank_ffn(a["activation"], self.kernel("FusedMatMul", MICROSOFT))
-        return [self.call(calls.like_first, form, a["x"], a["block"])]
+        form, block = bank.bank_ffn(a["activation"], self.kernel("FusedMatMul", MICROSOFT)), a["block"]
+        if block not in self.matrices:
+            self.matrices[block] = bank.matrices(self.graph, block)
+        return [self.call(calls.like_first, form, a["x"], *self.matrices[block].values())]
 
     def _is_state(self, node: Node, past: Node, index: int) -> bool:
         """Whether ``past`` is a state that only this node reads, and output ``index`` its next value and no more."""
@@ -326,15 +331,16 @@ def prepare(program: Program, *, portable: bool = False) -> Prepared:
     returned = results(graph)
     kept = [result for result, name in zip(returned[count:], states, strict=True) if name not in rewriter.dropped]
     set_results(graph, [*returned[:count], *kept])
-    for node in placeholders:
-        if node.target in rewriter.dropped:
-            graph.erase_node(node)
+    parts = [block for block in rewriter.matrices if not block.users]
+    for node in (*parts, *(node for node in placeholders if node.target in rewriter.dropped)):
+        graph.erase_node(node)
     graph.eliminate_dead_code()
     graph.lint()
     module.recompile()
     remaining = tuple(_float(spec) for name, spec in states.items() if name not in rewriter.dropped)
     buffers, in_place = (frozenset(states[n].name for n in names) for names in (rewriter.buffers, rewriter.in_place))
-    return Prepared(module, remaining, buffers, in_place, rewriter.functions, late, keep)
+    taken = frozenset(str(node.target) for node in parts)
+    return Prepared(module, remaining, buffers, in_place, rewriter.functions, late, taken, keep)
 
 
 def _float(spec: StateSpec) -> StateSpec:

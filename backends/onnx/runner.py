@@ -95,6 +95,7 @@ class OnnxRunner(SlotRunner):
                 "E602", f"onnxruntime cannot load the file: {reason}", str(path), "convert again"
             ) from error
         self._logits = manifest.outputs[0]
+        self._ports = {port.name: port for port in manifest.inputs}
 
     def call(
         self, feeds: dict[str, Array], sizes: Mapping[str, int], state: Any, keep: npt.NDArray[np.int64] | None
@@ -102,7 +103,8 @@ class OnnxRunner(SlotRunner):
         """Run the file once on ``feeds`` and the bound states; see ``SlotRunner.call``."""
         binding = state.binding()
         for name, array in feeds.items():
-            binding.bind_cpu_input(name, np.ascontiguousarray(array))
+            for part, values in self._ports[name].cut(array).items():
+                binding.bind_cpu_input(part, np.ascontiguousarray(values))
         # A buffer of our own: reading the outputs back would wrap every state anew.
         logits = np.empty([sizes[n] if isinstance(n, str) else n for n in self._logits.shape], np.float32)
         binding.bind_output(self._logits.name, "cpu", 0, np.float32, logits.shape, logits.ctypes.data)

@@ -25,6 +25,11 @@ _FETCHED = (
     "shapes."
 )
 
+_PARTS = (
+    'An input with "parts" goes in as those: its first two axes swapped, then cut along the first into as many places '
+    "as each has, in order."
+)
+
 _GROWS = (
     'States with "grows" are buffers of S slots, S = capacity + 1: slot p holds the token at position p, the last slot '
     "takes padding; a size S/n is S divided by n, rounded up. Allocate them once; S must be the same in all. Bound "
@@ -41,6 +46,8 @@ def how_to_run(path: str, inputs: list[Port], states: list[State]) -> str:
     fetched = [port.name for port in inputs if port.role == "fetched"]
     if fetched:
         parts.append(_FETCHED.format(fetched=", ".join(fetched)))
+    if any(port.parts for port in inputs):
+        parts.append(_PARTS)
     if any(port.role == "keep" for port in inputs):
         parts.append(_KEEP)
     if any(state.grows is not None for state in states):

@@ -5,20 +5,22 @@ from __future__ import annotations
 import shutil
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from memc import __version__
-from memc.bank.encoder import Encoder, EncoderFacts
-from memc.bank.kmeans import fit_node
+from memc.bank.encoder import EncoderFacts
 from memc.bank.layout import BankShape, Dtype
 from memc.bank.manifest import ENCODER, PASSAGES, RECORDS, TREE, BankManifest, seal
-from memc.bank.passages import CLUSTERS, EMBEDDINGS, ENDS, texts, write_passages
+from memc.bank.passages import EMBEDDINGS, ENDS, write_passages
 from memc.bank.records import write_records
 from memc.bank.sentence import prepare_encoder
-from memc.bank.tree import Tree, nearest_child
+from memc.bank.tasks import BLOCK, ROWS, AssignBlock, EmbedBlock, FitNode, Levels
+from memc.bank.tree import Tree
+from memc.bank.workers import Workers
 from memc.conversion.folder import OutFolder, require_space, resume_key
 from memc.data import source_digest
 from memc.errors import MemcError
@@ -32,9 +34,6 @@ I64 = npt.NDArray[np.int64]
 
 ENCODER_BYTES = 250_000_000
 """Disk that a converted encoder is taken to need before it is there."""
-
-BLOCK = 64
-"""Passages that are embedded between two savings; always the same ones, so that going on changes nothing."""
 
 NEAR = 0.99
 """Share of the passages that are within the limit of their cluster."""
@@ -105,16 +104,18 @@ def build_bank(
     fresh: bool = False,
     force: bool = False,
     progress: Progress | None = None,
+    workers: Workers | None = None,
 ) -> BankManifest:
     """Build a bank for ``model`` from the text of ``data`` in the folder ``out``, whole or not at all.
 
     Passages are embedded, clustered level by level, and kept; records stay empty until they are trained. The same
-    text, model, encoder and options give the same bank on the same machine, however often it was killed and run again.
+    text, model, encoder and options give the same bank on the same machine, however often it was killed and run again,
+    and whoever ``workers`` are: this process, unless said otherwise.
 
     Raises ``MemcError``: E204 ``out`` is in the way, E207 data that hold no text or fewer passages than clusters, E501
     and E502 too little memory or disk; and as ``prepare_encoder`` for the encoder.
     """
-    progress = progress or Silent()
+    progress, workers = progress or Silent(), workers or Workers()
     digests = [source_digest(source) for source in data]
     folder = OutFolder(out)
     folder.refuse_existing("", {}, force=force)
@@ -127,8 +128,8 @@ def build_bank(
     encoder_facts = prepare_encoder(options.encoder, place / ENCODER, progress)
     count = _cut(place, data, shape, options, progress)
     _require_memory(count, encoder_facts.width, shape)
-    _embed(place, encoder_facts, count, options, progress)
-    tree = _cluster(place, count, encoder_facts.width, shape, options.seed, progress)
+    _embed(place, encoder_facts, count, options, progress, workers)
+    tree = _cluster(place, count, encoder_facts.width, shape, options.seed, progress, workers)
     tree.save(place / TREE)
     write_records(place / RECORDS, shape, ())
     manifest = BankManifest(
@@ -142,7 +143,7 @@ def build_bank(
         sources=[Path(source).name for source in data],
         seed=options.seed,
     )
-    for path in place.glob("level-*.npy"):
+    for path in place.glob("*.npy"):
         path.unlink()
     seal(place, manifest)
     folder.finish()
@@ -184,58 +185,70 @@ def _cut(place: Path, data: Sequence[str], shape: BankShape, options: BuildOptio
     return count
 
 
-def _embed(place: Path, facts: EncoderFacts, count: int, options: BuildOptions, progress: Progress) -> None:
+def _embed(
+    place: Path, facts: EncoderFacts, count: int, options: BuildOptions, progress: Progress, workers: Workers
+) -> None:
     """Append the embeddings of the passages that have none yet."""
-    folder, row = place / PASSAGES, 4 * facts.width
-    path = folder / EMBEDDINGS
+    row, path = 4 * facts.width, place / PASSAGES / EMBEDDINGS
     size = path.stat().st_size if path.is_file() else 0
     done = count if size == count * row else size // row // BLOCK * BLOCK
     if done == count:
         return
-    encoder = Encoder(place / ENCODER, facts, threads=options.threads)
+    make = partial(EmbedBlock, place, facts, count, options.threads)
     with progress.step("embed passages", count) as advance, path.open("ab") as stream:
         stream.truncate(done * row)
         advance(done)
-        for start in range(done, count, BLOCK):
-            stop = min(start + BLOCK, count)
-            stream.write(encoder.encode(texts(folder, start, stop)).astype("<f4").tobytes())
+        for made in workers.map(make, range(done // BLOCK, -(-count // BLOCK))):
+            stream.write(made.tobytes())
             stream.flush()
-            advance(stop - start, f"{stop} passages")
+            done += len(made)
+            advance(len(made), f"{done} passages")
 
 
-def _cluster(place: Path, count: int, width: int, shape: BankShape, seed: int, progress: Progress) -> Tree:
+def _cluster(
+    place: Path, count: int, width: int, shape: BankShape, seed: int, progress: Progress, workers: Workers
+) -> Tree:
     """Fit the tree level by level, write the clusters of every passage, and return the tree."""
-    embeddings: F32 = np.memmap(place / PASSAGES / EMBEDDINGS, "<f4", "r", shape=(count, width))
-    parents = np.zeros(count, np.int64)
-    places, centroids, counts, limits = np.zeros((count, shape.levels), "<i4"), [], [], []
+    levels: Levels = Levels(place, count, width, shape)
+    centroids, counts, limits = [], [], []
+    places = levels.places("w+")
     for level in range(shape.levels):
-        path = place / f"level-{level}.npy"
+        path = levels.centroids(level)
         if not path.is_file():
-            fitted = _fit_level(embeddings, parents, level, shape, seed, progress)
-            with (partial := path.with_suffix(".partial")).open("wb") as stream:
-                np.save(stream, fitted)
-            partial.replace(path)
+            _save(path, _fit_level(levels, level, seed, progress, workers))
         centroids.append(np.load(path))
-        parents, distances = nearest_child(embeddings, parents, centroids[level], shape.branch)
-        places[:, level] = parents
-        counts.append(np.bincount(parents, minlength=shape.clusters(level)))
-        limits.append(_limit(distances, counts[level][parents]))
-    (place / PASSAGES / CLUSTERS).write_bytes(places.tobytes())
+        distances = np.empty(count, np.float32)
+        with progress.step(f"sort into level {level}", count) as advance:
+            start = 0
+            for chosen, far in workers.map(partial(AssignBlock, levels, level), range(-(-count // ROWS))):
+                rows = slice(start, start + len(chosen))
+                places[rows, level], distances[rows] = chosen, far
+                start = rows.stop
+                advance(len(chosen), f"{start} passages")
+        places.flush()
+        counts.append(np.bincount(places[:, level], minlength=shape.clusters(level)))
+        limits.append(_limit(distances, counts[level][places[:, level]]))
     return Tree(shape.branch, tuple(centroids), tuple(counts), tuple(limits))
 
 
-def _fit_level(embeddings: F32, parents: I64, level: int, shape: BankShape, seed: int, progress: Progress) -> F32:
+def _fit_level(levels: Levels, level: int, seed: int, progress: Progress, workers: Workers) -> F32:
+    shape = levels.shape
     nodes = shape.clusters(level - 1) if level else 1
-    fitted = np.zeros((nodes, shape.branch, embeddings.shape[1]), np.float32)
-    order = np.argsort(parents, kind="stable")
+    parents = levels.places("r")[:, level - 1] if level else np.zeros(levels.count, np.int64)
+    _save(levels.members, np.argsort(parents, kind="stable"))
     ends = np.cumsum(np.bincount(parents, minlength=nodes))
+    fitted = []
     with progress.step(f"cluster level {level}", nodes) as advance:
-        for node, members in enumerate(np.split(order, ends[:-1])):
-            if len(members):
-                rng = np.random.default_rng([seed, level, node])
-                fitted[node] = fit_node(lambda rows: np.asarray(embeddings[rows]), members, shape.branch, rng)
-            advance(1, f"{node + 1} nodes")
-    return fitted.reshape(nodes * shape.branch, -1)
+        for centroids in workers.map(partial(FitNode, levels, level, seed, ends), range(nodes)):
+            fitted.append(centroids)
+            advance(1, f"{len(fitted)} nodes")
+    return np.concatenate(fitted)
+
+
+def _save(path: Path, array: npt.NDArray[np.generic]) -> None:
+    with (partial := path.with_suffix(".partial")).open("wb") as stream:
+        np.save(stream, array)
+    partial.replace(path)
 
 
 def _limit(distances: F32, sizes: I64) -> float:

@@ -146,13 +146,13 @@ class RecordFile:
                 offset, size = int(self._entry(cluster)["offset"]), self.shape.record_bytes(len(cluster) - 1)
                 os.posix_fadvise(self._stream.fileno(), offset, size, os.POSIX_FADV_WILLNEED)
 
-    def _read_bytes(self, offset: int, count: int) -> tuple[bytearray, bytes]:
+    def _read_bytes(self, offset: int, count: int) -> tuple[npt.NDArray[np.uint8], bytes]:
         """Return some bytes and their digest, which is computed of each part while the next is on its way."""
-        data, digest = bytearray(count), hashlib.sha256()
+        data, digest = np.empty(count, np.uint8), hashlib.sha256()
         done = 0
         try:
             while done < count:
-                part = memoryview(data)[done : done + _PART]
+                part = data.data[done : done + _PART]
                 got = os.preadv(self._stream.fileno(), [part], offset + done)
                 if got == 0:
                     raise MemcError("E310", "file was cut short since it was opened", str(self.path), _AGAIN)
@@ -207,9 +207,9 @@ def _narrow(values: F32, dtype: Dtype) -> npt.NDArray[Any]:
     return rounded.astype("<u2")
 
 
-def _widen(data: bytearray, dtype: Dtype) -> F32:
+def _widen(data: npt.NDArray[np.uint8], dtype: Dtype) -> F32:
     if dtype == "float32":
-        plain: F32 = np.frombuffer(data, "<f4")
+        plain: F32 = data.view("<f4")
         return plain
-    widened: F32 = (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
+    widened: F32 = (data.view("<u2").astype("<u4") << 16).view("<f4")
     return widened

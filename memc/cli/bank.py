@@ -49,7 +49,7 @@ def command() -> None:
     "build",
     "memc bank build --model model.gguf --data notes.jsonl -o bank",
     "memc bank build --model m.gguf --data a.txt --levels 2 --ranks 64,16 -o bank",
-    "memc bank build --model m.gguf --data a.txt --encoder ./encoder -o bank",
+    "memc bank build --model m.gguf --data crawl.jsonl --ray auto -o /shared/bank",
 )
 @click.option(
     "--model",
@@ -87,6 +87,11 @@ def command() -> None:
     show_default=True,
     help="Type of the blocks in the file.",
 )
+@click.option(
+    "--ray",
+    metavar="ADDRESS",
+    help="Work on a Ray cluster: its address, auto, or local. Needs pip install 'memc[ray]'.",
+)
 @click.option("--fresh", is_flag=True, help="Start over what was not finished.")
 @click.option("--force", is_flag=True, help="Replace what is in BANK.")
 @seed_option
@@ -104,6 +109,7 @@ def build(
     encoder: str,
     passage: int,
     dtype: Any,
+    ray: str | None,
     fresh: bool,
     force: bool,
     seed: int | None,
@@ -119,7 +125,9 @@ def build(
         reason = f"{len(chosen)} ranks for {levels} levels"
         raise MemcError("E200", reason, "--ranks", f"give one a level, like {','.join(['16'] * levels)}")
     from memc.bank.build import BankModel, BuildOptions, build_bank
+    from memc.bank.workers import RayWorkers, Workers
 
+    workers = Workers() if ray is None else RayWorkers(ray, threads=threads)
     options = BuildOptions(
         ranks=tuple(chosen),
         branch=branch,
@@ -133,7 +141,7 @@ def build(
         owner = BankModel.of(model, remote_code=remote_code)
     if layers is not None:
         owner = owner.only(layers)
-    build_bank(owner, data, Path(out), options, fresh=fresh, force=force, progress=console)
+    build_bank(owner, data, Path(out), options, fresh=fresh, force=force, progress=console, workers=workers)
     _show(console, out, None)
 
 

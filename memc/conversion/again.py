@@ -13,7 +13,7 @@ from memc.backend import Backend, LowerOptions, Runner
 from memc.conversion.driver import next_commands, require_passed
 from memc.conversion.facts import check_facts
 from memc.conversion.folder import OutFolder, folder_bytes, require_space, resume_key
-from memc.conversion.lowering import lower, verify_lowered
+from memc.conversion.lowering import CHOSEN_ROWS, chosen_rows, lower, verify_lowered
 from memc.conversion.speed import SPEED_CHECKS
 from memc.cost import curve, predict
 from memc.doctor import require_backend
@@ -155,7 +155,10 @@ def _rewrite_reports(
         return
     replaced = {*LOWERED_CHECKS, *(check.name for check in checks)}
     kept = [check for check in report.verify.checks if check.name not in replaced]
+    rows = chosen_rows(program, document.weights)
+    warnings = [warning for warning in report.convert.warnings if not warning.startswith(CHOSEN_ROWS)]
     changes = {
+        "warnings": [*warnings, *([rows] if rows else [])],
         **{name: getattr(document, name) for name in ("out", "target", "backend", "weights")},
         "predicted": predict(program, target, weights=document.weights),
         "curves": {"converted": curve(program, target, weights=document.weights)},

@@ -34,6 +34,11 @@ LONGEST_WINDOW = 512
 CHOICES = 12
 """Tokens past the first choice that are run at once, and one at a time."""
 
+CHOSEN_ROWS = "chosen_rows"
+"""What the warning of other rows than with float32 weights begins with."""
+
+_TOPK = torch.ops.aten.topk.default
+
 CHOICE_KL = 1e-4
 """Most nats a token that a lowered choice may move the predictions: a wrong one moves them by hundredths."""
 
@@ -145,6 +150,16 @@ def chooses_from(program: Program) -> int | None:
     specs = ((node, spec) for node in nodes if (spec := op_spec(node.target)) is not None)
     lengths = [spec.reads_all_to(arguments(node)) for node, spec in specs if spec.reads_all_to is not None]
     return max(lengths, default=None)
+
+
+def chosen_rows(program: Program, weights: str) -> str:
+    """Return a warning where scores that such weights change choose what is read, "" where nothing is chosen so.
+
+    Keeping the scores' own matrices in float32 would not help: they multiply what every matrix before them made.
+    """
+    if weights in EXACT_WEIGHTS or not program.module.graph.find_nodes(op="call_function", target=_TOPK):
+        return ""
+    return f"{CHOSEN_ROWS}: with {weights} weights scores differ, and so do some of the rows that the highest choose"
 
 
 def lowered_perplexity(runner: Runner, tokens: Tensor, piece: int = 128) -> float:

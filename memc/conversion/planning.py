@@ -19,6 +19,7 @@ from memc.conversion.facts import (
     planned_facts,
 )
 from memc.conversion.folder import RECIPE, OutFolder
+from memc.conversion.lowering import chosen_rows
 from memc.conversion.pipeline import plan_all
 from memc.conversion.request import Request, Steps, source_name
 from memc.cost import SMALL, WORKING, curve, predict
@@ -133,6 +134,11 @@ def _again(request: Request) -> str:
 
 
 def _warnings(request: Request, program: Program, planned: Program) -> list[str]:
+    rows = chosen_rows(planned, request.weights)
+    return [*_past_training(request, program, planned), *([rows] if rows else [])]
+
+
+def _past_training(request: Request, program: Program, planned: Program) -> list[str]:
     context, limit = request.recipe.context, program.model.max_positions
     if context is None or limit is None or context <= limit:
         return []

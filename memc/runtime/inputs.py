@@ -41,14 +41,15 @@ def fetched_inputs(manifest: Manifest, fetched: Fetched, batch: int) -> dict[str
 
     Raises ``MemcError`` E200 for a name that is none of what the model has fetched, and for a wrong type or shape.
     """
-    known = [port.name for port in manifest.inputs if port.role == "fetched"]
+    ports = {port.name: port for port in manifest.inputs if port.role == "fetched"}
+    known = list(ports)
     if unknown := sorted(set(fetched) - set(known)):
         has = (
             f"it fetches {known[0]} to {known[-1]}" if len(known) > 1 else f"it fetches {', '.join(known) or 'nothing'}"
         )
         raise MemcError("E200", f"the model fetches no {unknown[0]!r}", next=has)
     named = named_inputs(manifest, fetched, {"B": batch})
-    return {name: np.ascontiguousarray(array) for name, array in named.items()}
+    return {name: ports[name].laid_out(array) for name, array in named.items()}
 
 
 def _typed(port: Port, array: Array) -> Array:

@@ -318,7 +318,8 @@ class Session:
         run = state.run.copy() if rows is None else state.run.select(rows)
         chosen = list(range(state.batch)) if rows is None else rows
         last = None if state.last is None else state.last[chosen]
-        fetched = {name: array[chosen] for name, array in state.fetched.items()}
+        rows_of = {name: array[chosen] for name, array in state.fetched.items()}
+        fetched = fetched_inputs(self.manifest, rows_of, len(chosen))
         return SessionState(run, state.lengths[chosen], last, state.capacity, fetched)
 
     def save(self, state: SessionState, path: str | Path) -> None:
@@ -344,7 +345,8 @@ class Session:
         lengths = arrays["lengths"]
         limit = self._limit(capacity)
         self.require_room(int(lengths.max()), limit)
-        held, fetched = _below(arrays, "state."), _below(arrays, "fetched.")
+        held = _below(arrays, "state.")
+        fetched = fetched_inputs(self.manifest, _below(arrays, "fetched."), len(lengths))
         return SessionState(self.runner.restore(held, capacity), lengths, arrays.get("last"), limit, fetched)
 
     def _limit(self, capacity: int | None) -> int | None:

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 
 from memc.bank import Bank
-from memc.bank.build import BLOCK, BankModel, BuildOptions, build_bank
+from memc.bank.build import BankModel, BuildOptions, build_bank
 from memc.bank.encoder import Encoder
 from memc.bank.manifest import ENCODER
 from memc.bank.passages import EMBEDDINGS, cut
 from memc.bank.sentence import SentenceFacts, prepare_encoder, sentence_facts
+from memc.bank.tasks import BLOCK
 from memc.cli import main
 from memc.progress import Silent
 from tests.bank.test_records import refused

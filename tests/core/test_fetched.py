@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
+import onnxruntime
 import pytest
 import torch
 from rich.console import Console
@@ -165,8 +166,47 @@ def test_quantised_weights_leave_it_in_float32(folders: dict[str, Path]) -> None
     assert np.abs(added - wanted).max() < 0.1 * np.abs(wanted).max()
     graph = onnx.load(folders["int8"] / session.manifest.lowered, load_external_data=False).graph
     assert any(node.op_type == "MatMulNBits" for node in graph.node)
-    readers = {node.op_type for node in graph.node if "bank_0" in node.input}
-    assert readers and "MatMulNBits" not in readers
+    readers = {node.op_type for node in graph.node if {"bank_0_gate_up", "bank_0_down"} & {*node.input}}
+    assert readers and all(reader == "Shape" or reader.startswith("BankFfn") for reader in readers)
+
+
+def test_plain_onnxruntime_takes_the_parts_of_a_block(folders: dict[str, Path]) -> None:
+    session, manifest = load(folders["onnx"], threads=1), read_manifest(folders["onnx"])
+    assert 'An input with "parts"' in manifest.how_to_run
+    blocks, ids = blocks_of(session, 2), np.array([[3, 4, 5], [6, 7, 8]])
+    ports = {port.name: port for port in manifest.inputs}
+    feeds = {"tokens": ids, "positions": np.array([[0, 1, 2]] * 2), "keep": np.arange(3)}
+    for name, block in blocks.items():
+        assert ports[name].parts == {f"{name}_gate_up": 2, f"{name}_down": 1}
+        turned = np.ascontiguousarray(block.swapaxes(0, 1))
+        feeds |= {f"{name}_gate_up": turned[:2], f"{name}_down": turned[2:]}
+    states = {
+        state.input: np.full([{"B": 2, "S": 9}.get(str(n), n) for n in state.shape], state.init, state.dtype)
+        for state in manifest.states
+    }
+    run = onnxruntime.InferenceSession(folders["onnx"] / manifest.lowered)
+    names = [port.name for port in run.get_inputs()]
+    given = {name: array for name, array in (feeds | states).items() if name in names}
+    np.testing.assert_allclose(run.run(None, given)[0], session.logits(ids.tolist(), **blocks), atol=2e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_session_feeds_parts_without_a_copy(folders: dict[str, Path], batch: int) -> None:
+    session = load(folders["onnx"], threads=1)
+    blocks = blocks_of(session, batch)
+    port = next(port for port in session.manifest.inputs if port.name == "bank_0")
+    state = session.new_state(batch, fetched=blocks)
+    forked = session.fork(state, [batch - 1, 0])
+    for held, wanted in (
+        (state.fetched["bank_0"], blocks["bank_0"]),
+        (forked.fetched["bank_0"], blocks["bank_0"][[batch - 1, 0]]),
+        (port.nothing(batch), np.zeros_like(blocks["bank_0"])),
+    ):
+        np.testing.assert_array_equal(held, wanted)
+        parts = list(port.cut(held).values())
+        assert [part.shape[:2] for part in parts] == [(2, len(held)), (1, len(held))]
+        assert all(part.flags.c_contiguous and np.shares_memory(part, held) for part in parts)
+        np.testing.assert_array_equal(np.concatenate(parts).swapaxes(0, 1), wanted)
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
