@@ -5,8 +5,8 @@
 
 Fidelity: rows of 2,048 and of 8,192 tokens of an Austen novel and of the Jargon File; the first ones read everything,
 the last 1,024, or 256, choose. Recall: the tasks of ``memc eval``. Memory: the bytes of the states that an artifact
-allocates. Time: one attention for one new token, sparse and dense. Writes ``results/sparse-DATE.json`` and ``.md``;
-``--parts`` measures some of the four and keeps the others.
+allocates. Time: one attention for one new token, sparse and dense; where a choice serves several, and by a tree search.
+Writes ``results/sparse-DATE.json`` and ``.md``; ``--parts`` measures some of the five and keeps the others.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from cpu import facts as machine_facts
 from cpu import numbers
 from page import write
 from sparse_model import fidelity, memory, recall
-from sparse_op import SHAPES, times
+from sparse_op import SEARCHED, SHAPES, times
 from sparse_page import page
 
 from memc.plugins import load_kernels
 
 HERE = Path(__file__).parent
-PARTS = ("times", "fidelity", "recall", "memory")
+PARTS = ("times", "fidelity", "recall", "memory", "shared")
 CONTEXTS = [1024, 2048, 4096, 8192, 16384, 32768, 131072]
 
 
@@ -40,9 +40,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=2, help="rows of each text")
     parser.add_argument("--samples", type=int, default=2, help="samples of each task and depth")
     parser.add_argument("--contexts", type=numbers, default=CONTEXTS, help="contexts of the timings")
-    parser.add_argument(
-        "--parts", default="times,fidelity,recall,memory", help="what to measure; the rest is left as it is"
-    )
+    parser.add_argument("--parts", default=",".join(PARTS), help="what to measure; the rest is left as it is")
     parser.add_argument("--results", type=Path, default=HERE / "results")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -65,6 +63,9 @@ def measured(part: str, arguments: argparse.Namespace) -> Iterator[dict[str, Any
         case "times":
             for shape in SHAPES:
                 yield from times(shape, arguments.contexts)
+        case "shared":
+            for shape in SHAPES:
+                yield from times(shape, arguments.contexts, SEARCHED)
         case "fidelity":
             yield from fidelity(arguments.texts, arguments.rows)
         case "memory":

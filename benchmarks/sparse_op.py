@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from memc.backends.onnx import OnnxBackend
 from memc.conversion.lowering import lower
 from memc.cost import work
 from memc.dialect.quantised_attention import code_bytes
+from memc.dialect.refreshed_attention import most_chosen
 from memc.dialect.sparse_attention import description
 from memc.infer import infer
 from memc.program import InputSpec, ModelInfo, OutputSpec, Program, StateSpec
@@ -43,6 +44,8 @@ SHAPES = (
     Shape("32 heads, 8 key-value, size 128", 32, 8, 128, 2048),
 )
 VOCAB = 64
+WARM = 8
+"""Tokens that go before those that are timed."""
 
 
 SIDES: dict[str, dict[str, Any] | None] = {
@@ -51,6 +54,16 @@ SIDES: dict[str, dict[str, Any] | None] = {
     "4 bits": {"bits": 4, "page": 64, "rerank": 4},
     "lowbit": {"method": "lowbit", "page": 64, "rerank": 2},
 }
+SEARCHED: dict[str, dict[str, Any] | None] = {
+    "dense": None,
+    "bounds": {"method": "bounds", "page": 16, "rerank": 2},
+    "bounds, for 8": {"method": "bounds", "page": 16, "rerank": 2, "refresh": 8},
+    "hip": {"method": "hip", "page": 16, "rerank": 2},
+    "hip, for 8": {"method": "hip", "page": 16, "rerank": 2, "refresh": 8},
+    "lowbit": {"method": "lowbit", "page": 64, "rerank": 2},
+    "lowbit, for 8": {"method": "lowbit", "page": 64, "rerank": 2, "refresh": 8},
+}
+"""A choice for each token beside one for 8, and a tree search."""
 
 
 def states_of(shape: Shape, choice: dict[str, Any] | None) -> list[StateSpec]:
@@ -66,6 +79,9 @@ def states_of(shape: Shape, choice: dict[str, Any] | None) -> list[StateSpec]:
         kept = [spec("key", "S", size), spec("value", "S", size), positions]
         if choice is not None:
             kept.append(spec("pages", f"S/{page}", *description(choice["method"], page, size)))
+        if choice is not None and "refresh" in choice:
+            most = most_chosen(choice["method"], page, shape.budget, choice["rerank"])
+            kept.append(StateSpec("past_choice", torch.int64, ("B", shape.groups, most), -1.0))
         return kept
     code = code_bytes(size, choice["bits"])
     return [
@@ -87,7 +103,8 @@ def op_of(shape: Shape, choice: dict[str, Any] | None) -> tuple[Any, dict[str, A
     options |= {**choice, "budget": shape.budget, "sinks": 4, "window": 48, "dense_below": shape.budget}
     if "bits" in choice:
         return torch.ops.memc.quantised_attention.default, options
-    return torch.ops.memc.sparse_attention.default, {**options, "channels": shape.size // 8}
+    op = torch.ops.memc.refreshed_attention if "refresh" in choice else torch.ops.memc.sparse_attention
+    return op.default, {**options, "channels": shape.size // 8}
 
 
 def attention(shape: Shape, choice: dict[str, Any] | None) -> Program:
@@ -119,16 +136,23 @@ def attention(shape: Shape, choice: dict[str, Any] | None) -> Program:
 
 
 def fill(array: Any, random: np.random.Generator) -> None:
-    """Fill a state with random numbers, bytes with random bytes."""
+    """Fill a state with random numbers, bytes with random bytes; lists stay empty until a token chooses."""
+    if array.dtype == np.int64:
+        return
     if array.dtype == np.uint8:
         array[...] = random.integers(0, 256, array.shape, np.uint8)
     else:
         random.standard_normal(dtype=np.float32, out=array)
 
 
-def times(shape: Shape, contexts: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """Yield the time of one new token at each context, the sides taking turns."""
-    programs = {name: attention(shape, choice) for name, choice in SIDES.items()}
+def times(
+    shape: Shape, contexts: Sequence[int], sides: Mapping[str, dict[str, Any] | None] = SIDES
+) -> Iterator[dict[str, Any]]:
+    """Yield the time of one new token at each context, the sides taking turns.
+
+    The tokens that are timed are three turns of 8, at whose first those choose that choose for 8.
+    """
+    programs = {name: attention(shape, choice) for name, choice in sides.items()}
     backend, random = OnnxBackend(), np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         runners = {}
@@ -146,7 +170,7 @@ def times(shape: Shape, contexts: Sequence[int]) -> Iterator[dict[str, Any]]:
             query = torch.randn(1, shape.heads, 1, shape.size)
             key, value = torch.randn(2, 1, shape.groups, context, shape.size)
             taken: dict[str, list[float]] = {name: [] for name in ("sdpa", *runners)}
-            for step in range(23):
+            for step in range(WARM + 24):
                 begin = time.perf_counter()
                 torch.nn.functional.scaled_dot_product_attention(query, key, value, enable_gqa=True)
                 taken["sdpa"].append(time.perf_counter() - begin)
@@ -159,7 +183,8 @@ def times(shape: Shape, contexts: Sequence[int]) -> Iterator[dict[str, Any]]:
             yield {
                 "shape": f"{shape.name}, budget {shape.budget}",
                 "context": context,
-                "ms": {name: 1e3 * float(np.median(found[3:])) for name, found in taken.items()},
-                "p90": {name: 1e3 * float(np.quantile(found[3:], 0.9)) for name, found in taken.items()},
+                "ms": {name: 1e3 * float(np.median(found[WARM:])) for name, found in taken.items()},
+                "p90": {name: 1e3 * float(np.quantile(found[WARM:], 0.9)) for name, found in taken.items()},
+                "mean": {name: 1e3 * float(np.mean(found[WARM:])) for name, found in taken.items()},
                 "predicted": {name: read["dense"] / found for name, found in read.items()},
             }

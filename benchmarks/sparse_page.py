@@ -25,6 +25,8 @@ def page(document: dict[str, Any]) -> str:
         parts += memory_page(document["memory"])
     if "times" in document:
         parts += times_page(document["times"])
+    if "shared" in document:
+        parts += shared_page(document["shared"])
     return "\n\n".join(parts) + "\n"
 
 
@@ -104,10 +106,28 @@ def times_page(part: dict[str, Any]) -> list[str]:
         table = [[*row, gain, share] for row, gain, share in zip(cells, gains, shares, strict=True)]
         parts += [
             f"## Time of one attention for one new token, {name}, one thread",
-            "Milliseconds, median of 20 and in brackets the ninth decile, the sides taking turns; float32, random keys"
+            "Milliseconds, median of 24 and in brackets the ninth decile, the sides taking turns; float32, random keys"
             " and values. `dense` is `memc::attention` through the onnx backend, `sdpa` is torch's on keys that are"
             " contiguous already.",
             grid(["context", *sides, "dense / last", "by bytes"], table),
+        ]
+    return parts
+
+
+def shared_page(part: dict[str, Any]) -> list[str]:
+    """Write the section on the time of choices that serve several tokens, and of a tree search."""
+    parts = [conditions(part)]
+    for name in dict.fromkeys(one["shape"] for one in part["lines"]):
+        rows_ = [one for one in part["lines"] if one["shape"] == name]
+        sides = list(rows_[0]["predicted"])
+        times_ = [[str(r["context"]), *(f"{r['ms'][s]:.2f} ({r['mean'][s]:.2f})" for s in sides)] for r in rows_]
+        reads = [[f"{r['context']}, by bytes", *(f"{r['predicted'][s]:.1f}x" for s in sides)] for r in rows_]
+        parts += [
+            f"## Choosing for several tokens, {name}, one thread",
+            "Milliseconds of one attention for one new token, median of 24 and in brackets the mean, the sides taking"
+            " turns; float32, random keys and values. Of three turns of 8 tokens the first one chooses where a choice"
+            " serves 8. Below it dense over the side, by the bytes that are predicted.",
+            grid(["context", *sides], [row for pair in zip(times_, reads, strict=True) for row in pair]),
         ]
     return parts
 

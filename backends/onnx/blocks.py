@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from memc.backends.onnx import listed, tree
 from memc.backends.onnx.attend import Scores, weigh
 from memc.backends.onnx.functions import flat, float_, int_, ints
+from memc.backends.onnx.listed import FORCED, UNSEEN
+from memc.dialect.selectors import SELECTORS
 from memc.kernels.sparse_attention.choose import Rule
-
-FORCED, UNSEEN = 1e30, -1e30
-"""Ranks of what is always taken and of what is not there."""
 
 FEW = 8
 """Most tokens of a call that choose one by one."""
@@ -23,7 +23,7 @@ FEW = 8
 BLOCK = 32
 """Tokens of a block."""
 
-REACH = {"lowbit": 8192, "bounds": 6144, "moments": 6144, "hcam": 6144}
+REACH = {"lowbit": 8192, "bounds": 6144, "moments": 6144, "hcam": 6144, "hip": 6144}
 """Most held tokens that blocks read, by method; past it fetching what each token has chosen is faster."""
 
 HALVINGS = 40
@@ -32,7 +32,7 @@ HALVINGS = 40
 
 def features(c: Rule, query: str, axis: int) -> str:
     """Write ``feature``, whose product with a description is its score, of a query with its channels along ``axis``."""
-    if c.method == "hcam":
+    if SELECTORS[c.method].scorer == "product":
         return f"feature = Identity({query})"
     halves = f"feature0 = Max({query}, absent)\nfeature1 = Min({query}, absent)"
     if c.method == "moments":
@@ -224,7 +224,7 @@ def _tokens(s: Scores, c: Rule) -> str:
     on_own = GreaterOrEqual(slots, page_start)
     forced1 = Or(forced, on_own)
     sure_token = And(forced1, seen_token)
-    {_first("token", "estimate", "seen_token", "sure_token", c.rerank * c.budget)}
+    {_taken(c, "token", "seen_token", "sure_token")}
     candidate = Identity(token_taken)
     """
 
@@ -253,7 +253,7 @@ def _pages(s: Scores, c: Rule) -> str:
     sunk = Less(page_numbers, sink_pages)
     sure0 = Or(near, sunk)
     sure = And(sure0, seen)
-    {_first("page", "estimate", "seen", "sure", c.rerank * c.budget // c.page)}
+    {tree.taken(s, c, BLOCK) if c.by_tree else _taken(c, "page", "seen", "sure")}
     page_column = Unsqueeze(page_taken, final)
     page_wide = Expand(page_column, expanded)
     {ints("by_token", 0, 0, 0, -1)}
@@ -262,6 +262,24 @@ def _pages(s: Scores, c: Rule) -> str:
     page_tokens = Slice(page_flat, origin, end1, last_axis3)
     {exact if c.own_page else "taken_tokens = Identity(page_tokens)"}
     candidate = And(taken_tokens, seen_token)
+    """
+
+
+def _taken(c: Rule, name: str, seen: str, sure: str) -> str:
+    """Write ``NAME_taken [B,G,U,N]``: what queries take by ``estimate``, all of the budget or what holds the mass."""
+    if c.mass == 1:
+        return _first(name, "estimate", seen, sure, c.most)
+    return f"""
+    {name}_sure_rank = Where({sure}, forced_rank, estimate)
+    {name}_rank = Where({seen}, {name}_sure_rank, unseen_rank)
+    {name}_there = Shape<start = 3, end = 4>({name}_rank)
+    {ints(f"{name}_most", c.most)}
+    {name}_count = Min({name}_there, {name}_most)
+    {name}_best, {name}_at = TopK<axis = 3, sorted = 1>({name}_rank, {name}_count)
+    {listed.needed(c, f"{name}_rank", f"{name}_best", 3)}
+    {name}_none = Less({name}_rank, {name}_rank)
+    {name}_marked = ScatterElements<axis = 3>({name}_none, {name}_at, needed)
+    {name}_taken = And({name}_marked, {seen})
     """
 
 

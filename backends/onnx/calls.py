@@ -82,13 +82,13 @@ def sparse_plan(name: str, positions: Tensor, buffer: Tensor, pages: Tensor) -> 
 def sparse_attention(
     name: str, lse: bool, query: Tensor, key: Tensor, value: Tensor, past: Sequence[Tensor], *plan: Tensor
 ) -> list[Tensor]:
-    """Output ``[B,H,T,E]``, the log-sum-exp ``[B,H,T]`` when asked for, and the buffers: keys, values, pages."""
+    """Output ``[B,H,T,E]``, the log-sum-exp ``[B,H,T]`` when asked for, and the next states, as ``past``."""
     return _call(
         name,
         [query, key, value, *past, *plan],
         (torch.float32, [*query.shape[:3], value.shape[3]]),
         *([(torch.float32, query.shape[:3])] if lse else []),
-        *((torch.float32, buffer.shape) for buffer in past),
+        *((state.dtype, state.shape) for state in past),
     )
 
 
@@ -105,19 +105,6 @@ def quantised_plan(name: str, positions: Tensor, buffer: Tensor, pages: Tensor) 
         *((torch.bool, [batch, 1, tokens, 1]), one, (torch.bool, scalar)),
     )
     return _call(name, [positions, buffer, pages], *outputs)
-
-
-def quantised_attention(
-    name: str, lse: bool, query: Tensor, key: Tensor, value: Tensor, past: Sequence[Tensor], *plan: Tensor
-) -> list[Tensor]:
-    """Output ``[B,H,T,E]``, the log-sum-exp ``[B,H,T]`` when asked for, and the next states, as ``past``."""
-    return _call(
-        name,
-        [query, key, value, *past, *plan],
-        (torch.float32, [*query.shape[:3], value.shape[3]]),
-        *([(torch.float32, query.shape[:3])] if lse else []),
-        *((state.dtype, state.shape) for state in past),
-    )
 
 
 def window_plan(name: str, positions: Tensor, past: Tensor, groups: int) -> list[Tensor]:

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 
 from memc.backends.onnx import tokens
 from memc.backends.onnx.attend import Scores, shape_of, weigh
-from memc.backends.onnx.blocks import FORCED, UNSEEN
 from memc.backends.onnx.functions import Function, flat, float_, function, int_, ints
+from memc.backends.onnx.listed import FORCED, UNSEEN
 from memc.backends.onnx.sparse import PLAN, optional
 from memc.dialect.compact_attention import REPRESENTATIVES
 from memc.dialect.selectors import SELECTORS

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from memc.backends.onnx import attend, bank, calls, compact, functions, quantised, sparse, window
+from memc.backends.onnx import attend, bank, calls, compact, functions, quantised, refreshed, sparse, window
 from memc.backends.onnx.capability import has_kernel
 from memc.backends.onnx.functions import Function
 from memc.backends.onnx.simplify import simplify
 from memc.backends.onnx.support import MICROSOFT, memory, plain_reason, rule, scores
 from memc.dialect import arguments, op_spec
 from memc.errors import MemcError
+from memc.kernels.sparse_attention.choose import Rule
 from memc.prepare import (
     HALF,
     in_float32,
@@ -99,6 +100,7 @@ class _Rewriter:
             "full_attention": self.full_attention,
             "attention": self.attention,
             "sparse_attention": self.sparse_attention,
+            "refreshed_attention": self.refreshed_attention,
             "quantised_attention": self.quantised_attention,
             "compact_attention": self.compact_attention,
             "window_memory": self.window_memory,
@@ -169,15 +171,24 @@ class _Rewriter:
         return [*self.parts(out, 3), a["past_positions"]]
 
     def sparse_attention(self, node: Node, a: Mapping[str, Any]) -> list[Node | None]:
+        return self._choosing(node, a, sparse.sparse_attention)
+
+    def refreshed_attention(self, node: Node, a: Mapping[str, Any]) -> list[Node | None]:
+        return self._choosing(node, a, refreshed.refreshed_attention)
+
+    def _choosing(
+        self, node: Node, a: Mapping[str, Any], write: Callable[[attend.Scores, Rule, bool], Function]
+    ) -> list[Node | None]:
         s, c = scores(node, a), rule(a)
         past = self._paged_states(node, a)
         plan_of, sizes = sparse.sparse_plan(s.groups, c.page, c.dense_below), [past[0], past[2]]
         plan = self.parts(self.plan(calls.sparse_plan, plan_of, a["positions"], sizes=sizes), len(sparse.PLAN))
-        form = sparse.sparse_attention(s, c, plain_reason(s) is None and not self.portable)
+        form = write(s, c, plain_reason(s) is None and not self.portable)
         qkv = [a[name] for name in ("query", "key", "value")]
         made = self.call(calls.sparse_attention, form, s.lse, *qkv, past, a["positions"], *plan, *_extra(a))
-        output, *lse, next_key, next_value, next_pages = self.parts(made, 5 if s.lse else 4)
-        return [output, lse[0] if lse else None, next_key, next_value, a["past_positions"], next_pages]
+        output, *after = self.parts(made, len(past) + (2 if s.lse else 1))
+        lse = after.pop(0) if s.lse else None
+        return [output, lse, *after[:2], a["past_positions"], *after[2:]]
 
     def compact_attention(self, node: Node, a: Mapping[str, Any]) -> list[Node | None]:
         # Up to the budget everything is read, chosen or not.
@@ -199,7 +210,7 @@ class _Rewriter:
         plan = self.parts(self.plan(calls.quantised_plan, plan_of, a["positions"], sizes=sizes), len(quantised.PLAN))
         form = quantised.quantised_attention(s, c, a["bits"])
         qkv = [a[name] for name in ("query", "key", "value")]
-        made = self.call(calls.quantised_attention, form, s.lse, *qkv, past, a["positions"], *plan, *_extra(a))
+        made = self.call(calls.sparse_attention, form, s.lse, *qkv, past, a["positions"], *plan, *_extra(a))
         output, *after = self.parts(made, 8 if s.lse else 7)
         lse = after.pop(0) if s.lse else None
         return [output, lse, *after[:2], a["past_positions"], *after[2:]]

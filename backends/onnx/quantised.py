@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from memc.backends.onnx import blocks, codes
 from memc.backends.onnx.attend import Scores, by_group, weigh
-from memc.backends.onnx.blocks import FORCED, UNSEEN
 from memc.backends.onnx.functions import Function, flat, float_, function, int_, ints
+from memc.backends.onnx.listed import FORCED, UNSEEN
 from memc.backends.onnx.tokens import page_estimates
 from memc.kernels.sparse_attention.choose import Rule
 

@@ -1,12 +1,14 @@
 """The lowered forms of ``memc::sparse_attention``, as ONNX functions; letters as in ``functions``, P pages in use.
 
 Descriptions are made by ReduceMax and the like, pages and tokens chosen by TopK, keys and values fetched by GatherND.
-Where few tokens of a call choose, they go one after the other through a Scan (see :mod:`memc.backends.onnx.tokens`);
-where many do, blocks of them do (see :mod:`memc.backends.onnx.blocks`), so that nothing has an entry for each pair of
-tokens.
+Where few tokens of a call choose, they go one after the other through a Scan (see
+:mod:`memc.backends.onnx.tokens`); where many do, blocks of them do (see :mod:`memc.backends.onnx.blocks`), so that
+nothing has an entry for each pair of tokens.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 
 from memc.backends.onnx import blocks, tokens
 from memc.backends.onnx.attend import Scores, attend, by_group, shape_of
@@ -113,9 +115,18 @@ def sparse_attention(s: Scores, c: Rule, kernel: bool) -> Function:
     The columns before ``dense_to`` read the first ``dense_below`` tokens, those from ``sparse_from`` on choose; each of
     the two is left out of a call that has no such column.
     """
+    sizes = [("output", s.value_dim), *([("lse", 1)] if s.lse else [])]
+    return attending("SparseAttention", s, c, kernel, optional("sparse", "is_sparse", sizes, s.heads, _sparse(s, c)))
+
+
+def attending(name: str, s: Scores, c: Rule, kernel: bool, choosing: str, more: Sequence[str] = ()) -> Function:
+    """Write such a function, in which ``choosing`` writes what the columns that choose make of it.
+
+    ``more`` are the states that it has beside keys, values and pages.
+    """
     made = ("output", *(["lse"] if s.lse else []))
-    names = ["query", "key", "value", "past_key", "past_value", "past_pages", "positions"]
-    names += [*PLAN, *s.extra]
+    states = ("key", "value", "pages", *more)
+    names = ["query", "key", "value", *(f"past_{state}" for state in states), "positions", *PLAN, *s.extra]
     sizes = [("output", s.value_dim), *([("lse", 1)] if s.lse else [])]
     body = f"""
     {ints("ones", 1)}
@@ -136,18 +147,18 @@ def sparse_attention(s: Scores, c: Rule, kernel: bool) -> Function:
     {ints("output_size", s.value_dim)}
     {ints("lse_size", 1)}
     {optional("dense", "is_dense", sizes, s.heads, _dense(s, c, kernel))}
-    {optional("sparse", "is_sparse", sizes, s.heads, _sparse(s, c))}
+    {choosing}
     """
-    for name in made:
-        whole = "output" if name == "output" else "lse4"
+    for what in made:
+        whole = "output" if what == "output" else "lse4"
         body += f"""
-        {name}_mixed = Where(choosing, sparse_{name}, dense_{name})
-        {whole} = Where(alive, {name}_mixed, absent)
+        {what}_mixed = Where(choosing, sparse_{what}, dense_{what})
+        {whole} = Where(alive, {what}_mixed, absent)
         """
     if s.lse:
         body += "lse = Squeeze(lse4, last_axis)"
-    results = [*made, "next_key", "next_value", "next_pages"]
-    return function("SparseAttention", ", ".join(names), ", ".join(results), body)
+    results = [*made, *(f"next_{state}" for state in states)]
+    return function(name, ", ".join(names), ", ".join(results), body)
 
 
 def _describe(s: Scores, c: Rule) -> str:
@@ -163,6 +174,11 @@ def _describe(s: Scores, c: Rule) -> str:
             describe = "description = Transpose<perm = [0, 1, 2, 4, 3]>(by_page)"
         case "hcam":
             describe = "description = ReduceMean<keepdims = 0>(by_page, last_axis)"
+        case "hip":
+            describe = f"""
+            {int_("centre_of_page", c.page // 2)}
+            description = Gather<axis = 3>(by_page, centre_of_page)
+            """
         case _:
             describe = f"""
             mean = ReduceMean(by_page, last_axis)
@@ -181,9 +197,20 @@ def _describe(s: Scores, c: Rule) -> str:
     """
 
 
-def optional(name: str, condition: str, sizes: list[tuple[str, int]], heads: int, body: str) -> str:
-    """Write an If whose results are ``NAME_output`` and the like, zeros where it does not run."""
-    zeros = [
+def optional(
+    name: str,
+    condition: str,
+    sizes: list[tuple[str, int]],
+    heads: int,
+    body: str,
+    kept: Mapping[str, tuple[str, str]] | None = None,
+) -> str:
+    """Write an If whose results are ``NAME_output`` and the like, zeros where it does not run.
+
+    ``kept`` are more of them, each with its type and what it is where it does not run.
+    """
+    kept = kept or {}
+    rest = [
         line
         for what, _ in sizes
         for line in (
@@ -191,13 +218,15 @@ def optional(name: str, condition: str, sizes: list[tuple[str, int]], heads: int
             f"{name}_{what}_not = ConstantOfShape({name}_{what}_shape)",
         )
     ]
+    rest += [f"{name}_{what}_not = Identity({value})" for what, (_, value) in kept.items()]
+    types = {what: f"float[B,{heads},T,{size}]" for what, size in sizes} | {what: x for what, (x, _) in kept.items()}
 
     def results(end: str) -> str:
-        return ", ".join(f"float[B,{heads},T,{size}] {name}_{what}_{end}" for what, size in sizes)
+        return ", ".join(f"{kind} {name}_{what}_{end}" for what, kind in types.items())
 
     then = f"{name}_then () => ({results('yes')}) {{ {flat(body)} }}"
-    other = f"{name}_else () => ({results('not')}) {{ {' '.join(zeros)} }}"
-    made = ", ".join(f"{name}_{what}" for what, _ in sizes)
+    other = f"{name}_else () => ({results('not')}) {{ {' '.join(rest)} }}"
+    made = ", ".join(f"{name}_{what}" for what in types)
     return f"{made} = If<then_branch = {then}, else_branch = {other}>({condition})"
 
 
@@ -247,9 +276,7 @@ def _sparse(s: Scores, c: Rule) -> str:
     {scanned} = Scan<num_scan_inputs = 2, {axes}, body = {step}>(sparse_query, sparse_at)
     """
     lines = [
-        "sparse_query = Slice(query, sparse_from, width, along)",
-        "sparse_at = Slice(positions, sparse_from, width, time)",
-        "count_sparse = Sub(width, sparse_from)",
+        COLUMNS,
         ints("few", blocks.FEW),
         "count_few = Greater(count_sparse, few)",
         "many = Squeeze(count_few)",
@@ -259,11 +286,26 @@ def _sparse(s: Scores, c: Rule) -> str:
         "in_blocks_pays = And(many, near_enough)",
         f"{', '.join(made)} = If<then_branch = {branch('block', blocks.scan(s, c, made, blocks.held(c)))},"
         f" else_branch = {branch('token', single)}>(in_blocks_pays)",
+        behind_dense(made),
     ]
-    for what, part in zip(("output", "lse"), made, strict=False):
-        lines += [
-            f"{what}_before_shape = Concat<axis = 0>(batch, heads, sparse_from, {what}_size)",
-            f"{what}_before = ConstantOfShape({what}_before_shape)",
-            f"sparse_{what}_yes = Concat<axis = 2>({what}_before, {part})",
-        ]
     return "\n".join(lines)
+
+
+COLUMNS = """
+sparse_query = Slice(query, sparse_from, width, along)
+sparse_at = Slice(positions, sparse_from, width, time)
+count_sparse = Sub(width, sparse_from)
+"""
+"""The columns of a call that choose."""
+
+
+def behind_dense(made: Sequence[str]) -> str:
+    """Write ``sparse_output_yes`` and ``sparse_lse_yes``: zeros for the columns before those that choose."""
+    return "\n".join(
+        f"""
+        {what}_before_shape = Concat<axis = 0>(batch, heads, sparse_from, {what}_size)
+        {what}_before = ConstantOfShape({what}_before_shape)
+        sparse_{what}_yes = Concat<axis = 2>({what}_before, {part})
+        """
+        for what, part in zip(("output", "lse"), made, strict=False)
+    )

@@ -18,7 +18,13 @@ from memc.prepare import shape, used_outputs
 
 MICROSOFT = "com.microsoft"
 
-_WITH_LSE = ("window_memory", "sparse_attention", "quantised_attention", "compact_attention")
+_WITH_LSE = (
+    "window_memory",
+    "sparse_attention",
+    "refreshed_attention",
+    "quantised_attention",
+    "compact_attention",
+)
 
 
 def scores(node: Node, a: Mapping[str, Any]) -> Scores:
@@ -89,11 +95,20 @@ def form(node: Node) -> Yes | No:
                 f"ScatterND in place (slot = position), {product}: GroupQueryAttention takes no batch of several new"
                 " tokens on a held context"
             )
-        case "sparse_attention":
+        case "sparse_attention" | "refreshed_attention":
             reason = plain_reason(scores(node, a))
             product = "Attention-24" if reason is None else f"MatMul, Softmax ({reason})"
             below = f", {product} below {a['dense_below']} tokens" if a["dense_below"] else ""
-            return Yes(f"ScatterND in place (slot = position), TopK, GatherND and Scan, masks where many choose{below}")
+            if rule(a).by_tree:
+                every = f" every {a['refresh']} tokens" if "refresh" in a else ""
+                return Yes(
+                    f"ScatterND in place (slot = position), GatherND and Scan, a Loop that halves ranges{every}{below}"
+                )
+            if spec.name == "refreshed_attention":
+                every = f", TopK every {a['refresh']} tokens"
+                return Yes(f"ScatterND in place (slot = position), GatherND and Scan{every}{below}")
+            many = ", masks where many choose" + (", as many as hold the mass" if a["mass"] < 1 else "")
+            return Yes(f"ScatterND in place (slot = position), TopK, GatherND and Scan{many}{below}")
         case "quantised_attention":
             return Yes(f"codes of {a['bits']} bits in place, TopK, GatherND and Scan, masks where many choose")
         case "compact_attention":

@@ -2,15 +2,36 @@
 
 from __future__ import annotations
 
-from memc.backends.onnx import blocks
+from memc.backends.onnx import blocks, listed, tree
 from memc.backends.onnx.attend import Scores, weigh
-from memc.backends.onnx.blocks import FORCED, UNSEEN
 from memc.backends.onnx.functions import float_, int_, ints
+from memc.backends.onnx.listed import FAR, FORCED, UNSEEN
 from memc.kernels.sparse_attention.choose import Rule
 
 
 def step(s: Scores, c: Rule) -> str:
-    """Write the choice and the attention of one token: ``q [B,H,D]`` at ``at [B]`` gives ``o [B,H,E]``.
+    """Write the choice and the attention of one token: ``q [B,H,D]`` at ``at [B]`` gives ``o [B,H,E]``."""
+    searched = f"""
+    {always(c)}
+    {listed.always(s, c)}
+    {tree.search(s, c)}
+    next_listed = Identity(tree_found)
+    {listed.picked(c)}
+    {slots(c)}
+    """
+    scored = f"""
+    {estimates(c)}
+    {candidates(c)}
+    """
+    return f"""
+    {start(s, c)}
+    {searched if c.by_tree else scored}
+    {read(s, c)}
+    """
+
+
+def start(s: Scores, c: Rule) -> str:
+    """Write what a token chooses by: ``q_columns [B,G,D,R]``, times the scale, its place ``p [B,1,1]``, and constants.
 
     Products have the held side on the left, whose rows are many, so that only the query is transposed.
     """
@@ -26,8 +47,12 @@ def step(s: Scores, c: Rule) -> str:
     {float_("unseen_rank", UNSEEN)}
     {int_("sinks", c.sinks)}
     {int_("window", c.window)}
-    {_estimates(c)}
-    {candidates(c)}
+    """
+
+
+def read(s: Scores, c: Rule) -> str:
+    """Write the attention of one token to its ``candidates [B,G,M]``."""
+    return f"""
     {_tokens(c)}
     score0 = Transpose<perm = [0, 1, 3, 2]>(scores)
     mask = Unsqueeze(live, along)
@@ -47,7 +72,9 @@ def log(s: Scores) -> str:
 
 
 def numbers(c: Rule) -> str:
-    """Write ``numbers [N]`` of what is ranked, and what the estimates are made from."""
+    """Write ``numbers [N]`` of what is ranked, and what the estimates are made from; nothing where few are searched."""
+    if c.by_tree:
+        return ""
     if not c.by_token:
         return """
         in_use = Slice(next_pages, origin, described, along)
@@ -67,7 +94,7 @@ def numbers(c: Rule) -> str:
     """
 
 
-def _estimates(c: Rule) -> str:
+def estimates(c: Rule) -> str:
     """Write ``estimate [B,G,N]``, the scores of the pages or tokens by what describes them."""
     if c.by_token:
         return f"""
@@ -103,49 +130,84 @@ def page_estimates(c: Rule) -> str:
 
 def candidates(c: Rule) -> str:
     """Write ``candidates [B,G,M]``, the slots of the pages or tokens of the highest estimates, in order."""
-    if c.by_token:
-        forced = f"""
-        {int_("sinks_end", c.sinks)}
-        edge1 = Mul(own, page)
-        edge = Min(edge0, edge1)
-        seen = LessOrEqual(numbers, p)
+    return f"""
+    {always(c)}
+    {ranked()}
+    {ints("most", c.most)}
+    number_count = Shape(numbers)
+    count = Min(number_count, most)
+    {_best(c)}
+    {slots(c)}
+    """
+
+
+def _best(c: Rule) -> str:
+    """Write ``picked [B,G,M]``, in order, the ``count`` highest of ``rank1``; fewer where these hold the mass."""
+    if c.mass == 1:
+        return """
+        ranks, picked0 = TopK<axis = 2, sorted = 0>(rank1, count)
+        picked, picked_order = TopK<axis = 2, largest = 0>(picked0, count)
         """
-        most, slots = c.rerank * c.budget, "each1 = Identity(picked)"
-    else:
-        forced = f"""
-        {int_("sinks_end", -(-c.sinks // c.page))}
-        edge1 = Max(edge0, zero)
-        edge = Div(edge1, page)
-        seen = LessOrEqual(numbers, own)
-        """
-        most, slots = (
-            c.rerank * c.budget // c.page,
-            f"""
-        picked_start = Mul(picked, page)
-        picked1 = Unsqueeze(picked_start, last_axis)
-        inside = Range(zero, page, one)
-        each0 = Add(picked1, inside)
-        {ints("flat", 0, 0, -1)}
-        each1 = Reshape(each0, flat)
-        """,
-        )
+    return f"""
+    ranks, picked0 = TopK<axis = 2, sorted = 1>(rank1, count)
+    {listed.needed(c, "rank1", "ranks", 2)}
+    {int_("beyond", FAR)}
+    picked_needed = Where(needed, picked0, beyond)
+    needed_count = Cast<to = 7>(needed)
+    needed_sums = ReduceSum<keepdims = 0>(needed_count, along)
+    needed_most = ReduceMax<keepdims = 0>(needed_sums)
+    needed_least = Max(needed_most, one)
+    needed_size = Reshape(needed_least, ones)
+    picked, picked_order = TopK<axis = 2, largest = 0>(picked_needed, needed_size)
+    """
+
+
+def always(c: Rule) -> str:
+    """Write what is always taken: pages or tokens before ``sinks_end``, and those from ``edge [B,1,1]`` on."""
+    unit = "Identity(p)" if c.by_token else "Identity(own)"
+    edge = """
+    edge1 = Mul(own, page)
+    edge = Min(edge0, edge1)
+    """
+    page_edge = """
+    edge1 = Max(edge0, zero)
+    edge = Div(edge1, page)
+    """
     return f"""
     {int_("page", c.page)}
     own = Div(p, page)
     {int_("back", c.window - 1)}
     edge0 = Sub(p, back)
-    {forced}
+    {int_("sinks_end", c.sinks if c.by_token else -(-c.sinks // c.page))}
+    {edge if c.by_token else page_edge}
+    newest = {unit}
+    """
+
+
+def ranked() -> str:
+    """Write ``rank1 [B,G,N]``: estimates, those of what is always taken and what may not be at the two ends."""
+    return """
+    seen = LessOrEqual(numbers, newest)
     near = GreaterOrEqual(numbers, edge)
     sunk = Less(numbers, sinks_end)
     taken = Or(near, sunk)
     rank0 = Where(taken, forced_rank, estimate)
     rank1 = Where(seen, rank0, unseen_rank)
-    {ints("most", most)}
-    number_count = Shape(numbers)
-    count = Min(number_count, most)
-    ranks, picked0 = TopK<axis = 2, sorted = 0>(rank1, count)
-    picked, picked_order = TopK<axis = 2, largest = 0>(picked0, count)
-    {slots}
+    """
+
+
+def slots(c: Rule) -> str:
+    """Write ``candidates [B,G,M]``, the slots of the pages or tokens ``picked``; the spare one for those past it."""
+    inside = f"""
+    picked_start = Mul(picked, page)
+    picked1 = Unsqueeze(picked_start, last_axis)
+    inside = Range(zero, page, one)
+    each0 = Add(picked1, inside)
+    {ints("flat", 0, 0, -1)}
+    each1 = Reshape(each0, flat)
+    """
+    return f"""
+    {"each1 = Identity(picked)" if c.by_token else inside}
     slots_held = Shape<start = 2, end = 3>(next_key)
     spare = Sub(slots_held, ones)
     candidates = Min(each1, spare)

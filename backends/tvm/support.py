@@ -50,6 +50,9 @@ def form(node: Node) -> Yes | No:
             return Yes(f"own function, {a['update']}, one step a token, state in place")
         case "sparse_attention":
             a = arguments(node)
+            if SELECTORS[a["method"]].choice == "tree" or a["mass"] < 1:
+                what = f"a mass of {a['mass']:g}" if a["mass"] < 1 else f"method {a['method']}"
+                return No(f"its function takes what fills the budget of all that it has scored, and has no {what}")
             return Yes(f"own function, {SELECTORS[a['method']].choice} ranked by {a['method']}, state in place")
         case "bank_ffn":
             return Yes("own function, blocks read where they lie")

@@ -14,7 +14,7 @@ from memc.dialect.compact_attention import REPRESENTATIVES
 from memc.dialect.selectors import SELECTORS
 from memc.kernels.rotary.reference import forward as rotate
 from memc.kernels.softmax import attend, weights
-from memc.kernels.sparse_attention.choose import Rule, chosen_pages, first
+from memc.kernels.sparse_attention.choose import Rule, candidates, first
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def read(query: Tensor, descriptions: Tensor, at: Tensor, rule: Rule) -> Reads:
     """Choose for queries ``[B,H,T,D]`` at positions ``at [B,T]``, -1 for none, by ``descriptions [B,G,N,D]``."""
     number = torch.arange(descriptions.shape[2], device=query.device)
     p = at[:, None, :, None]
-    pages = chosen_pages(query * rule.scale, descriptions, at, rule)
+    pages = candidates(query * rule.scale, descriptions, at, rule)
     pages = pages | ((number <= p // rule.page) & (p < rule.dense_below))
     count = pages.sum(-1)
     # Those that are read come first, in order of time, since their numbers are below that of the ones that are not.

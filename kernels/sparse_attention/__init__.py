@@ -15,7 +15,8 @@ _SCHEMA = (
     "(Tensor grad_out, Tensor grad_lse, Tensor grad_next_key, Tensor grad_next_value, Tensor query, Tensor key,"
     " Tensor value, Tensor positions, Tensor past_key, Tensor past_value, Tensor past_positions, Tensor past_pages,"
     " Tensor? sink_logits=None, *, float scale, str method, int page, int budget, int sinks, int window, int rerank=1,"
-    " int dense_below=0, float softcap=0.0, int channels=0) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    " int dense_below=0, float softcap=0.0, int channels=0, float mass=1.0)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 

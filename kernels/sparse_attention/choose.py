@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from memc.dialect.selectors import SELECTORS
+from memc.kernels.sparse_attention.tree import reached
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,28 @@ class Rule:
     dense_below: int
     channels: int = 0
     own_page: bool = False
+    refresh: int = 1
+    mass: float = 1.0
 
     @property
     def by_token(self) -> bool:
         """Whether tokens are ranked by what describes them, not whole pages."""
         return SELECTORS[self.method].choice == "tokens"
+
+    @property
+    def by_tree(self) -> bool:
+        """Whether pages are found by a search that does not look at all of them."""
+        return SELECTORS[self.method].choice == "tree"
+
+    @property
+    def unit(self) -> int:
+        """Tokens of what is ranked: those of a page, or one."""
+        return 1 if self.by_token else self.page
+
+    @property
+    def most(self) -> int:
+        """Pages or tokens that are taken at most, before they are ranked again."""
+        return self.rerank * self.budget // self.unit
 
 
 def describe(keys: Tensor, method: str) -> Tensor:
@@ -46,6 +64,8 @@ def describe(keys: Tensor, method: str) -> Tensor:
             return torch.cat([keys.amax(-2), keys.amin(-2)], -1)
         case "mean":
             return keys.mean(-2)
+        case "centre":
+            return keys[..., keys.shape[-2] // 2, :]
         case _:
             mean = keys.mean(-2, keepdim=True)
             return torch.cat([mean[..., 0, :], (keys - mean).square().mean(-2)], -1)
@@ -86,42 +106,83 @@ def first(rank: Tensor, count: int) -> Tensor:
     return above | (level & (level.cumsum(-1) <= count - above.sum(-1, keepdim=True)))
 
 
-def chosen_pages(query: Tensor, pages: Tensor, at: Tensor, rule: Rule) -> Tensor:
-    """Mark the pages ``[B,G,T,P]`` that queries ``[B,H,T,D]``, times the scale, at positions ``at [B,T]`` take."""
-    number = torch.arange(pages.shape[2], device=pages.device)
+def forced(at: Tensor, count: int, rule: Rule) -> tuple[Tensor, Tensor]:
+    """Mark, of ``count`` pages or tokens, those that queries at ``at [B,T]`` always take, and all that they may.
+
+    Two masks ``[B,1,T,N]``. Where tokens are ranked the page of the query itself is taken, which may not be complete,
+    and is not described before it is.
+    """
+    number = torch.arange(count, device=at.device)
     p = at[:, None, :, None]
+    if rule.by_token:
+        seen = number <= p
+        near = (p - number < rule.window) | (number // rule.page == p // rule.page)
+        return seen & (near | (number < rule.sinks)), seen
     seen = number <= p // rule.page
     near = number >= (p - rule.window + 1).clamp_min(0) // rule.page
-    forced = seen & (near | (number * rule.page < rule.sinks))
-    rank = best_of_group(features(query, rule.method), pages)
-    rank = rank.masked_fill(forced, torch.inf).masked_fill(~seen, -torch.inf)
-    return first(rank, rule.rerank * rule.budget // rule.page) & seen
+    return seen & (near | (number * rule.page < rule.sinks)), seen
 
 
-def chosen_by_channels(query: Tensor, pages: Tensor, at: Tensor, rule: Rule) -> Tensor:
-    """Mark the tokens ``[B,G,T,L]`` that queries ``[B,H,T,D]`` take by their strongest channels, as ``lowbit`` does."""
-    p, j = at[:, None, :, None], torch.arange(pages.shape[2] * rule.page, device=pages.device)
-    seen = j <= p
-    # The page of the query itself may not be complete, and is not described before it is.
-    forced = seen & ((j < rule.sinks) | (p - j < rule.window) | (j // rule.page == p // rule.page))
-    rank = best_of_group(strongest(query, pages.shape[1], rule.channels), pages.mT.flatten(2, 3))
-    rank = rank.masked_fill(forced, torch.inf).masked_fill(~seen, -torch.inf)
-    return first(rank, rule.rerank * rule.budget) & seen
+def found(scores: Tensor, at: Tensor, must: Tensor, rule: Rule) -> Tensor:
+    """Mark the pages ``[B,G,T,P]`` that a tree search finds, by ``scores``, beside those that ``must`` be taken."""
+    end = (at[:, None, :, None] - rule.window + 1).clamp_min(0) // rule.page
+    start = end.clamp_max(-(-rule.sinks // rule.page))
+    count = rule.most - must.sum(-1, keepdim=True)
+    return reached(scores, start, end, count, rule.most)
+
+
+def ranks(query: Tensor, pages: Tensor, at: Tensor, rule: Rule) -> Tensor:
+    """Return what pages or tokens ``[B,G,T,N]`` are ranked by, for queries ``[B,H,T,D]``, times the scale, at ``at``.
+
+    What is always taken has infinity, what may not be taken, or was not found, minus infinity.
+    """
+    if rule.by_token:
+        rank = best_of_group(strongest(query, pages.shape[1], rule.channels), pages.mT.flatten(2, 3))
+    else:
+        rank = best_of_group(features(query, rule.method), pages)
+    must, seen = forced(at, rank.shape[3], rule)
+    if rule.by_tree:
+        rank = rank.masked_fill(~found(rank, at, must, rule), -torch.inf)
+    return rank.masked_fill(must, torch.inf).masked_fill(~seen, -torch.inf)
+
+
+def candidates(query: Tensor, pages: Tensor, at: Tensor, rule: Rule) -> Tensor:
+    """Mark the pages or tokens ``[B,G,T,N]`` that queries ``[B,H,T,D]``, times the scale, at ``at [B,T]`` take."""
+    rank = ranks(query, pages, at, rule)
+    return first(rank, rule.most) & (rank > -torch.inf) & needed(rank, rule.mass)
+
+
+def needed(rank: Tensor, mass: float) -> Tensor:
+    """Mark, of each row of ``rank [..., N]``, the best that hold a share ``mass`` of the exponentials of those scored.
+
+    The least number of them, of equal ones those at lower indices; what is always taken, at infinity, holds nothing.
+    """
+    if mass == 1:
+        return torch.ones_like(rank, dtype=torch.bool)
+    ordered = rank.sort(dim=-1, descending=True, stable=True)
+    weight = ordered.values.masked_fill(ordered.values.isinf(), -torch.inf).softmax(-1).nan_to_num()
+    kept = (weight.cumsum(-1) - weight < mass) | (ordered.values == torch.inf)
+    return torch.zeros_like(kept).scatter(-1, ordered.indices, kept)
 
 
 def chosen(query: Tensor, keys: Tensor, pages: Tensor, at: Tensor, rule: Rule) -> Tensor:
     """Mark the tokens ``[B,G,T,L]`` that queries ``[B,H,T,D]`` at positions ``at [B,T]`` read of ``keys [B,G,L,D]``."""
     query = query * rule.scale
+    return narrowed(query, keys, candidates(query, pages, at, rule), at, rule)
+
+
+def narrowed(query: Tensor, keys: Tensor, taken: Tensor, at: Tensor, rule: Rule) -> Tensor:
+    """Mark what is read of the candidates ``taken [B,G,T,N]``: all of their tokens, or the best by whole keys.
+
+    Arguments as in :func:`chosen`, the query times the scale.
+    """
     p, j = at[:, None, :, None], torch.arange(keys.shape[2], device=keys.device)
     seen = j <= p
-    if rule.by_token:
-        tokens = chosen_by_channels(query, pages, at, rule)
-    else:
-        tokens = chosen_pages(query, pages, at, rule).repeat_interleave(rule.page, -1) & seen
+    tokens = taken.repeat_interleave(rule.unit, -1) & seen
     if rule.rerank > 1:
-        forced = (j < rule.sinks) | (p - j < rule.window)
+        must = (j < rule.sinks) | (p - j < rule.window)
         if rule.own_page:
-            forced = forced | (j // rule.page == p // rule.page)
-        rank = best_of_group(query, keys).masked_fill(forced, torch.inf).masked_fill(~tokens, -torch.inf)
+            must = must | (j // rule.page == p // rule.page)
+        rank = best_of_group(query, keys).masked_fill(must, torch.inf).masked_fill(~tokens, -torch.inf)
         tokens = first(rank, rule.budget) & tokens
     return tokens | (seen & (p < rule.dense_below))

@@ -34,6 +34,8 @@ def refuses(gpu: Gpu, *args: Any, **options: Any) -> str:
     query, key, value, _positions, past_key, past_value, past_positions, past_pages, *rest = args
     if options["method"] not in METHODS:
         return f"method {options['method']}"
+    if options.get("mass", 1) < 1:
+        return "a budget by mass"
     reason = refusal(query, key, value, past_key, past_value, past_pages, *rest)
     return reason or unordered(past_key, past_value, past_positions, past_pages)
 

@@ -5,7 +5,7 @@ Reads every key, since it is the oracle: what is saved is what the lowered forms
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -146,6 +146,57 @@ def attend_chosen(
         lse[:, :, rows] = torch.where(mine, part_lse, lse[:, :, rows])
 
 
+@dataclass(frozen=True)
+class Reads:
+    """Keys and values ``[B,G,L,.]`` of a sequence by position, and the mask of what a block of queries reads."""
+
+    sequence: Sequence
+    keys: Tensor
+    values: Tensor
+    mask: Callable[[slice], Tensor]
+
+
+def gradients(
+    grads: tuple[Tensor, Tensor, Tensor, Tensor],
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    reads: Iterable[Reads],
+    sink_logits: Tensor | None,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of query, key, value, past key, past value (``inputs``) and sink logits for what is read.
+
+    ``grads`` are those of output, log-sum-exp, next keys and next values.
+    """
+    query, key, value, past_key, past_value = inputs
+    kind, past = accumulation_type(query), past_key.shape[2]
+    q, (out, lse, next_key, next_value) = query.to(kind), (grad.to(kind) for grad in grads)
+    grad_q, grad_sinks = torch.zeros_like(q), q.new_zeros(q.shape[1])
+    grad_k, grad_v = next_key.clone(), next_value.clone()
+    for one in reads:
+        placed_k, placed_v = torch.zeros_like(one.keys), torch.zeros_like(one.values)
+        for rows in blocks(q.shape[1], one.sequence):
+            mine = one.sequence.mine[:, None, rows]
+            outer, log = out[:, :, rows] * mine[..., None], lse[:, :, rows] * mine
+            read = (q[:, :, rows], one.keys, one.values, one.mask(rows))
+            g = attend_backward(outer, log, *read, None, sink_logits, scale, softcap)
+            grad_q[:, :, rows] += g.query
+            placed_k += g.key
+            placed_v += g.value
+            if g.sink_logits is not None:
+                grad_sinks += g.sink_logits
+        grad_k += put(placed_k, one.sequence.place, grad_k.shape[2])
+        grad_v += put(placed_v, one.sequence.place, grad_v.shape[2])
+    return (
+        cast_like(grad_q, query),
+        cast_like(grad_k[:, :, past:], key),
+        cast_like(grad_v[:, :, past:], value),
+        cast_like(grad_k[:, :, :past], past_key),
+        cast_like(grad_v[:, :, :past], past_value),
+        cast_like(grad_sinks, sink_logits),
+    )
+
+
 def forward(
     query: Tensor,
     key: Tensor,
@@ -167,9 +218,10 @@ def forward(
     dense_below: int = 0,
     softcap: float = 0.0,
     channels: int = 0,
+    mass: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Run ``memc::sparse_attention``; arguments and results as its dialect page has them."""
-    rule = Rule(scale, method, page, budget, sinks, window, rerank, dense_below, channels)
+    rule = Rule(scale, method, page, budget, sinks, window, rerank, dense_below, channels, mass=mass)
     call = lay_out(key, value, positions, past_key, past_value, past_positions, page)
     kind = accumulation_type(query)
     q = query.to(kind)
@@ -211,44 +263,16 @@ def backward(
     dense_below: int = 0,
     softcap: float = 0.0,
     channels: int = 0,
+    mass: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of query, key, value, past_key, past_value and sink_logits for the tokens chosen."""
-    rule = Rule(scale, method, page, budget, sinks, window, rerank, dense_below, channels)
+    rule = Rule(scale, method, page, budget, sinks, window, rerank, dense_below, channels, mass=mass)
     call = lay_out(key, value, positions, past_key, past_value, past_positions, page)
-    kind, past_tokens, size = accumulation_type(query), past_key.shape[2], call.key.shape[2]
-    q, grad = query.to(kind), grad_out.to(kind)
-    grad_q = torch.zeros_like(q)
-    grad_k, grad_v = grad_next_key.to(kind, copy=True), grad_next_value.to(kind, copy=True)
-    grad_sinks = q.new_zeros(q.shape[1])
-    for sequence, keys, values, pages in call.contents(past_pages, method, page, kind):
-        placed_k, placed_v = torch.zeros_like(keys), torch.zeros_like(values)
-        for rows in blocks(query.shape[1], sequence):
-            mask = readable(q, keys, pages, positions, sequence, rule, rows)
-            mine = sequence.mine[:, None, rows]
-            g = attend_backward(
-                grad[:, :, rows] * mine[..., None],
-                grad_lse[:, :, rows].to(kind) * mine,
-                q[:, :, rows],
-                keys,
-                values,
-                mask,
-                None,
-                sink_logits,
-                scale,
-                softcap,
-            )
-            grad_q[:, :, rows] += g.query
-            placed_k += g.key
-            placed_v += g.value
-            if g.sink_logits is not None:
-                grad_sinks += g.sink_logits
-        grad_k += put(placed_k, sequence.place, size)
-        grad_v += put(placed_v, sequence.place, size)
-    return (
-        cast_like(grad_q, query),
-        cast_like(grad_k[:, :, past_tokens:], key),
-        cast_like(grad_v[:, :, past_tokens:], value),
-        cast_like(grad_k[:, :, :past_tokens], past_key),
-        cast_like(grad_v[:, :, :past_tokens], past_value),
-        cast_like(grad_sinks, sink_logits),
-    )
+    q = query.to(accumulation_type(query))
+
+    def reads() -> Iterator[Reads]:
+        for sequence, keys, values, pages in call.contents(past_pages, method, page, q.dtype):
+            yield Reads(sequence, keys, values, partial(readable, q, keys, pages, positions, sequence, rule))
+
+    grads, inputs = (grad_out, grad_lse, grad_next_key, grad_next_value), (query, key, value, past_key, past_value)
+    return gradients(grads, inputs, reads(), sink_logits, scale, softcap)

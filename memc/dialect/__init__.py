@@ -17,6 +17,7 @@ from memc.dialect.full_attention import full_attention
 from memc.dialect.linear_memory import linear_memory
 from memc.dialect.norm import norm
 from memc.dialect.quantised_attention import quantised_attention
+from memc.dialect.refreshed_attention import refreshed_attention
 from memc.dialect.rotary import rotary
 from memc.dialect.sparse_attention import sparse_attention
 from memc.dialect.window_memory import window_memory
@@ -31,6 +32,7 @@ OPS: dict[str, OpSpec] = {
         window_memory,
         linear_memory,
         sparse_attention,
+        refreshed_attention,
         quantised_attention,
         compact_attention,
         bank_ffn,

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 Segmenter = Literal["pages"]
-Descriptor = Literal["bounds", "moments", "mean", "channels", "attended", "representatives"]
+Descriptor = Literal["bounds", "moments", "mean", "centre", "channels", "attended", "representatives"]
 Scorer = Literal["bound", "moments", "product", "channels"]
-Choice = Literal["pages", "tokens"]
+Choice = Literal["pages", "tokens", "tree"]
 Positioner = Literal["true", "compact", "clipped"]
 
 
@@ -23,12 +23,14 @@ class Selector:
     - ``segmenter``: how the tokens of a sequence are cut into pieces that are described together; ``pages`` of equal
       length, the first one from position 0 on;
     - ``descriptor``: what is kept of a piece to rank it by: the ``bounds`` of each channel of its keys, the
-      ``moments`` or the ``mean`` of each, all ``channels`` once more, the keys as ``attended`` to by what the piece
-      itself is about, or the mean of the keys that are ``representatives`` of it to the queries that followed;
+      ``moments`` or the ``mean`` of each, the key in the ``centre``, all ``channels`` once more, the keys as
+      ``attended`` to by what the piece itself is about, or the mean of the keys that are ``representatives`` of it to
+      the queries that followed;
     - ``scorer``: what a query makes of a description: its least upper ``bound``, the estimate by ``moments``, the
       ``product``, or that over the query's strongest ``channels``;
-    - ``choice``: what is taken in order of the scores, ``pages`` or single ``tokens``, behind the forced set, which is
-      the first tokens and the last ones for every method;
+    - ``choice``: what is taken in order of the scores, ``pages``, single ``tokens``, or the pages that a search down a
+      ``tree`` of ranges finds, which does not look at all; behind the forced set, which is the first tokens and the
+      last ones for every method;
     - ``positioner``: where keys and query stand to one another when they are rotated: at their ``true`` positions; at
       ``compact`` ones, tokens that are not read left out of the count; or at true ones with every longer distance
       ``clipped`` to the window;
@@ -54,6 +56,7 @@ SELECTORS: dict[str, Selector] = {
     "bounds": Selector("bounds", "bound"),
     "moments": Selector("moments", "moments"),
     "hcam": Selector("mean", "product"),
+    "hip": Selector("centre", "product", choice="tree"),
     "lowbit": Selector("channels", "channels", choice="tokens"),
     "longheads": Selector("attended", "product", positioner="compact"),
     "infllm": Selector("representatives", "product", positioner="clipped"),

@@ -21,7 +21,7 @@ def description(method: str, page: int, channels: int) -> tuple[int, ...]:
     match SELECTORS[method].descriptor:
         case "channels":
             return channels, page
-        case "mean":
+        case "mean" | "centre":
             return (channels,)
         case _:
             return (2 * channels,)
@@ -37,14 +37,32 @@ def forced_pages(page: int, sinks: int, window: int) -> int:
     return int(pages_of(sinks, page) + pages_of(window - 1, page) + 1)
 
 
-def _cost(a: Mapping[str, Any], context: int) -> Cost:
+_FORCED = ("page", "sinks", "window")
+
+
+def visited(pages: int, most: int, forced: int) -> int:
+    """Return how many of ``pages`` a tree search looks at at most to find ``most``, ``forced`` ones among them.
+
+    Two halves of each range in each round, of which there are as many as the longest range can be halved.
+    """
+    count, length = max(0, most - forced), max(0, pages - forced)
+    if count == 0 or length <= count:
+        return 0
+    return 2 * count * math.ceil(math.log2(pages_of(length, count)))
+
+
+def cost(a: Mapping[str, Any], context: int) -> Cost:
+    """Return the work of one token; with ``refresh`` among the arguments, the mean over those that share a choice."""
     query, key, value = a["query"], a["key"], a["value"]
-    held, scanned = context, 0
+    held, scanned = context, 0.0
     scored = context
     if context > a["dense_below"]:
         described = math.prod(description(a["method"], a["page"], key.shape[3]))
-        per_page = a["page"] * a["channels"] if SELECTORS[a["method"]].scorer == "channels" else described
-        scanned = pages_of(context, a["page"]) * per_page
+        selector, pages = SELECTORS[a["method"]], pages_of(context, a["page"])
+        if selector.choice == "tree":
+            pages = visited(pages, a["rerank"] * a["budget"] // a["page"], forced_pages(*(a[x] for x in _FORCED)))
+        per_page = a["page"] * a["channels"] if selector.scorer == "channels" else described
+        scanned = pages * per_page / a.get("refresh", 1)
         held, scored = min(context, a["budget"]), min(context, a["rerank"] * a["budget"])
     channels = scanned + scored * key.shape[3] + held * value.shape[3]
     return Cost(2.0 * query.shape[1] * channels, float(channels * key.shape[1] * key.dtype.itemsize))
@@ -55,9 +73,9 @@ def _cost(a: Mapping[str, Any], context: int) -> Cost:
     "(Tensor query, Tensor key, Tensor value, Tensor positions,"
     " Tensor past_key, Tensor past_value, Tensor past_positions, Tensor past_pages, Tensor? sink_logits=None, *,"
     " float scale, str method, int page, int budget, int sinks, int window, int rerank=1, int dense_below=0,"
-    " float softcap=0.0, int channels=0) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " float softcap=0.0, int channels=0, float mass=1.0) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     states={"past_key": 2, "past_value": 3, "past_positions": 4, "past_pages": 5},
-    cost=_cost,
+    cost=cost,
     reads_all_to=lambda a: max(int(a["budget"]), int(a["dense_below"])),
 )
 def sparse_attention(
@@ -81,6 +99,7 @@ def sparse_attention(
     dense_below: int = 0,
     softcap: float = 0.0,
     channels: int = 0,
+    mass: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Attend causally to at most ``budget`` tokens, chosen for each query token and each key-value head.
 
@@ -94,23 +113,32 @@ def sparse_attention(
       exponential of q.k for normal keys of independent channels;
     - ``hcam``: mean of each channel; the score is q.mean (the summaries of HCAM, Lampinen et al. 2021, whose relevance
       weights are here those of the one softmax over all that is read);
+    - ``hip``: the key in the middle, at ``page`` n + floor(``page`` / 2); the score is q.k with it. Only the pages that
+      a search comes by are scored: those between sinks and window are cut into as many ranges as are still to be taken,
+      each is halved, the half is scored by the page in its middle, and as many of the best as there were go on, until
+      all are single pages (HiP attention, Lee et al. 2024);
     - ``lowbit``: the keys themselves once more, channel by channel ``[D, page]``, of which a query reads the
       ``channels`` in which the sum of its magnitudes over the heads that share a key-value head is highest; the score
       of a token is q.k over these (SparQ, Ribar et al. 2024).
 
-    The first two describe ``[2D]``, the third ``[D]``. A query at position p < ``dense_below`` reads all earlier
-    tokens. Any other
+    The first two describe ``[2D]``, ``hcam`` and ``hip`` ``[D]``. A query at position p < ``dense_below`` reads all
+    earlier tokens. Any other
 
     1. takes the ``rerank budget / page`` pages of the highest scores (the highest over the heads that share a key-value
        head), among which are always those of the first ``sinks`` tokens and of the last ``window``, p itself included;
        with ``lowbit`` the ``rerank budget`` tokens of the highest scores, among which are always the sinks, the window
        and the page of p;
+       With ``mass`` under 1 it takes of those scored, best first, no more than needed for this share of the sum of the
+       exponentials of all scores (top-p; Twilight, Lin et al. 2025), a number for each token and key-value head;
+       ``hip`` scores too few to tell;
+
     2. with ``rerank`` over 1, takes of their tokens the ``budget`` of the highest q.k (likewise), among which are
        always the sinks and the window.
 
-    Of equal scores the lower index goes first. Up to position ``budget`` - 1 that is every token. Soft-cap and sink
-    logits join the softmax over the chosen tokens and choose nothing; there are no slopes, since a page has no one
-    distance. Each sequence is held from position 0 on, and its positions rise by one from token to token. Returns
+    Of equal scores the lower index goes first. With ``mass`` 1, up to position ``budget`` - 1, that is every token.
+    Soft-cap and sink logits join the softmax over the chosen tokens and choose nothing; there are no slopes, since a
+    page has no one distance. Each sequence is held from position 0 on, and its positions rise by one from token to
+    token. Returns
 
     0. the output ``[B,H,T,E]``, 0 for padding,
     1. the log-sum-exp of each row's scores ``[B,H,T]`` (sink logits included; 0 for padding) in float32, or in float64
@@ -124,6 +152,8 @@ def sparse_attention(
     check_heads(query, key, value)
     check(method in METHODS, f"method is one of {', '.join(METHODS)}")
     check(method != "lowbit" or 1 <= channels <= key.shape[3], "lowbit reads at least 1 channel and at most all")
+    check(0 < mass <= 1, "mass is above 0 and at most 1")
+    check(mass == 1 or method != "hip", "hip scores too few pages to tell what share of the mass they hold")
     check(page >= 1 and sinks >= 0 and window >= 1 and rerank >= 1, "page, window and rerank are at least 1, sinks 0")
     check(budget % page == 0, "the budget is whole pages")
     check(forced_pages(page, sinks, window) * page <= budget, "sinks and window fit the budget")

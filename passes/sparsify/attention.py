@@ -13,10 +13,43 @@ from torch.fx import Node
 from memc.blocks import AttentionBlock
 from memc.dialect import OpSpec, arguments, op_spec
 from memc.dialect.quantised_attention import code_bytes
+from memc.dialect.refreshed_attention import most_chosen
+from memc.dialect.selectors import SELECTORS
 from memc.dialect.sparse_attention import description
 from memc.head_split import HeadSplit, of_kept
 from memc.program import StateSpec
 from memc.rewrite import Editor
+
+_SIZES = ("page", "budget", "sinks", "window", "dense_below")
+
+
+def attend_retrieving(
+    editor: Editor, block: AttentionBlock, split: HeadSplit, inputs: dict[str, Node], options: Mapping[str, Any]
+) -> tuple[Node, dict[str, Any]]:
+    """Insert the attention of the heads that retrieve, whose states must be theirs alone, as the pass's options say.
+
+    Returns its output's node, and what the report tells of it.
+    """
+    page, method = options["page"], options["method"]
+    size = int(editor.states_of(block.attention)["past_key"].shape[3])
+    sizes, facts = {name: options[name] for name in _SIZES}, {"budget": options["budget"], "page": page}
+    if SELECTORS[method].extends:
+        output, (pages,) = attend_compact(editor, block, split, inputs, {**sizes, "method": method})
+        return output, facts | {"page_bytes_per_token": pages.bytes(page) / page}
+    sizes["rerank"] = options["rerank"]
+    if options["bits"]:
+        output, states = attend_quantised(editor, block, split, inputs, {**sizes, "bits": options["bits"]})
+        held = sum(spec.bytes(page) for spec in states if spec.grows is not None)
+        return output, facts | {"bits": options["bits"], "held_bytes_per_token": held / page}
+    sizes |= {"method": method, "mass": options["mass"]}
+    if method == "lowbit":
+        sizes["channels"] = min(size, options["channels"] or max(1, size // 8))
+    if options["refresh"] > 1:
+        sizes["refresh"] = options["refresh"]
+    output, (pages, *choice) = attend_sparse(editor, block, split, inputs, sizes)
+    if choice:
+        facts |= {"refresh": options["refresh"], "choice_bytes": choice[0].bytes(0)}
+    return output, facts | {"page_bytes_per_token": pages.bytes(page) / page}
 
 
 def attend_sparse(
@@ -24,15 +57,21 @@ def attend_sparse(
 ) -> tuple[Node, tuple[StateSpec, ...]]:
     """Insert ``memc::sparse_attention`` of the kept heads, whose growing states must be theirs alone.
 
-    Returns its output's node, and the states that it has beside those.
+    With ``refresh`` among the options it is ``memc::refreshed_attention``. Returns its output's node, and the states
+    that it has beside those.
     """
     held, page = editor.states_of(block.attention)["past_key"], options["page"]
     sizes = description(options["method"], page, int(held.shape[3]))
     pages = replace(held, name=_named(held, "pages"), shape=(*held.shape[:2], f"S/{page}", *sizes))
-    inputs = {**inputs, **_added(editor, inputs["past_positions"], {"past_pages": pages})}
-    row = op_spec(torch.ops.memc.sparse_attention.default)
+    more, op = {"past_pages": pages}, torch.ops.memc.sparse_attention
+    if "refresh" in options:
+        most = most_chosen(*(options[name] for name in ("method", "page", "budget", "rerank")))
+        more["past_choice"] = StateSpec(_named(held, "choice"), torch.int64, (*held.shape[:2], most), init=-1)
+        op = torch.ops.memc.refreshed_attention
+    inputs = {**inputs, **_added(editor, inputs["past_positions"], more)}
+    row = op_spec(op.default)
     assert row is not None
-    return _insert(editor, block, split, row, inputs, options), (pages,)
+    return _insert(editor, block, split, row, inputs, options), tuple(more.values())
 
 
 def attend_compact(

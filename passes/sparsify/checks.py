@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from memc.dialect.quantised_attention import BITS
+from memc.dialect.selectors import SELECTORS
 from memc.errors import MemcError
 
 
@@ -14,6 +15,37 @@ def check_bits(bits: int, method: str) -> None:
         message = f"bits go with method=bounds, by which keys are both rounded and ranked, not with {method}"
         where = f"sparsify:method={method},bits={bits}"
         raise MemcError("E203", message, where, f"write sparsify:method=bounds,bits={bits}")
+
+
+def check_refresh(refresh: int, *, method: str, window: int, bits: int) -> None:
+    """Raise ``MemcError`` E203 where a choice cannot serve ``refresh`` tokens, or would save nothing by it."""
+    where = f"sparsify:method={method},refresh={refresh}"
+    if refresh > 1 and SELECTORS[method].extends:
+        message = f"{method} rotates all that it reads for every token, beside which choosing costs little"
+        raise MemcError("E203", f"{message}: each chooses for itself", where, "leave 'refresh' out")
+    if refresh > 1 and bits:
+        message = "keys and values in few bits are chosen for each token: bounds are read for their codes anyway"
+        raise MemcError("E203", message, f"sparsify:bits={bits},refresh={refresh}", "leave 'refresh' out")
+    if refresh > window:
+        message = f"the last of {refresh} tokens that share a choice misses what is newer: the window holds {window}"
+        hint = f"write sparsify:refresh={window}, or a window of {refresh}"
+        raise MemcError("E203", message, f"sparsify:refresh={refresh},window={window}", hint)
+
+
+def check_mass(mass: float, *, method: str, bits: int) -> None:
+    """Raise ``MemcError`` E203 where no share of the attention can be told by what is scored, or none be chosen by."""
+    where = f"sparsify:method={method},mass={mass:g}"
+    if mass == 0:
+        raise MemcError("E203", "a share of 0 is held by nothing: 'mass' is above 0", where, "leave 'mass' out")
+    if mass < 1 and SELECTORS[method].choice == "tree":
+        message = f"{method} scores too few pages to tell what share of the attention they hold"
+        raise MemcError("E203", message, where, "write sparsify:method=bounds or leave 'mass' out")
+    if mass < 1 and SELECTORS[method].extends:
+        message = f"{method} has to count what it reads beforehand, and takes as many pages as the budget holds"
+        raise MemcError("E203", message, where, "leave 'mass' out")
+    if mass < 1 and bits:
+        message = "of keys and values in few bits as many are taken as the budget holds"
+        raise MemcError("E203", message, f"sparsify:bits={bits},mass={mass:g}", "leave 'mass' or 'bits' out")
 
 
 def check_budget(budget: int, *, page: int, sinks: int, window: int, least: int) -> None:

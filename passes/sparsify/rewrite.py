@@ -17,7 +17,7 @@ from memc.dialect.sparse_attention import forced_pages
 from memc.errors import MemcError
 from memc.head_split import HeadSplit, attend_window, join_heads, split_states
 from memc.passes.sparsify import checks, extend
-from memc.passes.sparsify.attention import attend_compact, attend_quantised, attend_sparse
+from memc.passes.sparsify.attention import attend_retrieving
 from memc.pipeline import Pass, PassReport, Plan, option
 from memc.program import Program
 from memc.relation import Bounded, Close, Relation
@@ -37,10 +37,16 @@ class Sparsify(Pass):
       2024), read from a second copy of the keys that is laid out channel by channel; the state has half as much again;
     - ``method=bounds``: page by page, by the bounds of each channel (Quest, Tang et al. 2024);
     - ``method=moments``: page by page, by the mean and variance of each channel;
-    - ``method=hcam``: page by page, by the mean of each channel (the summaries of HCAM, Lampinen et al. 2021).
+    - ``method=hcam``: page by page, by the mean of each channel (the summaries of HCAM, Lampinen et al. 2021);
+    - ``method=hip``: page by page, by the key in the middle, of those pages alone that a search down a tree of ranges
+      comes by (HiP attention, Lee et al. 2024): it finds what resembles its neighbours.
 
+    With ``mass`` under 1 a token takes of these no more than needed for this share of the sum of the exponentials of
+    all their scores (top-p, as Twilight, Lin et al. 2025): ``budget`` is then the most, and what is predicted.
     With ``rerank`` n over 1 a token takes n budgets' worth, ranks these tokens by their whole keys and reads the values
-    of the best.
+    of the best. With ``refresh`` n over 1 it is ``memc::refreshed_attention``: every n-th token chooses for n (the mask
+    refresh of HiP, Lee et al. 2024), by its position and not by the call that it comes in; sinks and window are those
+    of each token, and the window is at least n, so that it holds what is newer than the choice.
 
     Two methods read on past the length that the model was trained on. Each site becomes ``memc::compact_attention``,
     which holds keys as they are before rotation, takes whole pages, and rotates what it reads so that no distance is
@@ -58,8 +64,9 @@ class Sparsify(Pass):
     these two) is as it was.
 
     What is read for a token at context N, in keys or values of one head of size D: ``channels`` / D N (``lowbit``),
-    N / ``page`` (``hcam``) or 2 N / ``page`` to choose by, ``rerank`` ``budget`` keys, ``budget`` values, in place of
-    2 N. Below ``dense_below`` tokens everything is read, which is faster there.
+    N / ``page`` (``hcam``), at most 2 log2 N keys for each page that is taken (``hip``) or 2 N / ``page`` to choose by,
+    ``rerank`` ``budget`` keys, ``budget`` values, in place of 2 N; with ``refresh`` n, an n-th of what is chosen by, on
+    average. Below ``dense_below`` tokens everything is read, which is faster there.
 
     ``retrieve=heads:P%`` does so for the P percent of the key-value heads (each with the query heads that read it)
     whose best query head looks up earlier tokens most by the scores of :mod:`memc.analysis.heads`, fewer where no more
@@ -112,6 +119,12 @@ class Sparsify(Pass):
         unit="",
         min=0,
     )
+    mass: float = option(
+        1.0, "share of the estimated attention past which nothing more is chosen; 1 for all of the budget", min=0, max=1
+    )
+    refresh: int = option(
+        1, "tokens in a row for which the first of them chooses; at most the window", unit="tokens", min=1
+    )
     dense_below: int = option(1024, "position from which on the choice is made", unit="tokens", min=0)
     bits: int = option(0, "of each channel of the keys and values held, 8 or 4; 0 for their own type", unit="bits")
     retrieve: str = option(
@@ -130,6 +143,8 @@ class Sparsify(Pass):
             where = f"{self.name}:retrieve={self.retrieve}"
             raise MemcError("E203", "option 'retrieve' is all, heads:P% or heads:[LAYER.HEAD,...]", where)
         checks.check_bits(self.bits, self.method)
+        checks.check_refresh(self.refresh, method=self.method, window=self.window, bits=self.bits)
+        checks.check_mass(self.mass, method=self.method, bits=self.bits)
         page = self.page_size
         sizes = {"page": page, "window": self.window}
         if self.extends:
@@ -213,6 +228,12 @@ class Sparsify(Pass):
         """Return the least budget that sinks and window fit into."""
         return forced_pages(page, self.sinks, self.window) * page
 
+    def _options(self) -> dict[str, Any]:
+        """Return how the heads that retrieve choose, with what follows from other options and the model left open."""
+        names = ("method", "channels", "budget", "sinks", "window", "bits", "refresh", "mass")
+        options = {name: getattr(self, name) for name in names}
+        return options | {"page": self.page_size, "dense_below": self.reads_all_to, "rerank": self.rerank or 2}
+
     def _refuse(self, program: Program, block: AttentionBlock) -> sites.Refusal | None:
         refusal = _refuse(program, block)
         return extend.refuse(program, block, self.method) if refusal is None and self.extends else refusal
@@ -238,31 +259,9 @@ class Sparsify(Pass):
             assert streamed is not None
             old.replace_all_uses_with(streamed)
             return facts
-        output, more = self._retrieved(editor, block, split, inputs)
+        output, more = attend_retrieving(editor, block, split, inputs, self._options())
         old.replace_all_uses_with(output if streamed is None else join_heads(editor, block, split, output, streamed))
         return facts | more
-
-    def _retrieved(
-        self, editor: Editor, block: AttentionBlock, split: HeadSplit, inputs: dict[str, Node]
-    ) -> tuple[Node, dict[str, Any]]:
-        """Insert the attention of the heads that retrieve, whose states must be theirs alone."""
-        page, size = self.page_size, int(editor.states_of(block.attention)["past_key"].shape[3])
-        options: dict[str, Any] = {name: getattr(self, name) for name in ("budget", "sinks", "window")}
-        options |= {"page": page, "dense_below": self.reads_all_to}
-        facts = {"budget": self.budget, "page": page}
-        if self.extends:
-            output, (pages,) = attend_compact(editor, block, split, inputs, {**options, "method": self.method})
-            return output, facts | {"page_bytes_per_token": pages.bytes(page) / page}
-        options["rerank"] = self.rerank or 2
-        if self.bits:
-            output, states = attend_quantised(editor, block, split, inputs, {**options, "bits": self.bits})
-            held = sum(spec.bytes(page) for spec in states if spec.grows is not None)
-            return output, facts | {"bits": self.bits, "held_bytes_per_token": held / page}
-        options["method"] = self.method
-        if self.method == "lowbit":
-            options["channels"] = min(size, self.channels or max(1, size // 8))
-        output, (pages,) = attend_sparse(editor, block, split, inputs, options)
-        return output, facts | {"page_bytes_per_token": pages.bytes(page) / page}
 
 
 def _refuse(program: Program, block: AttentionBlock) -> sites.Refusal | None:

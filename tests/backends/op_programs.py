@@ -17,6 +17,7 @@ import memc.dialect  # noqa: F401  defines the ops
 from memc.artifact import held
 from memc.dialect.bank_ffn import ACTIVATIONS
 from memc.dialect.quantised_attention import code_bytes
+from memc.dialect.refreshed_attention import most_chosen
 from memc.dialect.sparse_attention import description
 from memc.infer import infer
 from memc.passes.memory_bank import MemoryBank
@@ -258,21 +259,27 @@ def sparse_attention(
     lse: bool = False,
     layers: int = 1,
     bits: int = 0,
+    refresh: int = 0,
     **options: Any,
 ) -> Program:
     """Tokens to query, key and value, the op, logits that read the log-sum-exp where asked.
 
-    The op is ``memc::sparse_attention``, with ``bits`` ``memc::quantised_attention``.
+    The op is ``memc::sparse_attention``, with ``bits`` ``memc::quantised_attention``, with ``refresh``
+    ``memc::refreshed_attention``.
     """
     b = Builder()
     x, qkv = _start(b, heads, groups, key, value, 24)
     sizes = {"page": page, "budget": budget, "sinks": sinks, "window": window, **options}
     sizes |= {"bits": bits} if bits else {"method": method}
+    sizes |= {"refresh": refresh} if refresh else {}
     for layer in range(layers):
         if bits:
             op, states = torch.ops.memc.quantised_attention, coded(b, str(layer), groups, key, value, page, bits)
         else:
             op, states = torch.ops.memc.sparse_attention, paged(b, str(layer), groups, key, value, page, method)
+        if refresh:
+            op, most = torch.ops.memc.refreshed_attention, most_chosen(method, page, budget, options.get("rerank", 1))
+            states.append(b.state(f"past_choice{layer}", "B", groups, most, dtype=torch.int64, init=-1))
         extra = [b.parameter("sink", heads, scale=1.0) if sink_logits else None]
         out = b.call(op.default, *qkv, b.positions, *states, *extra, scale=0.7, **sizes)
         b.next += [b.item(out, 2 + i) for i in range(len(states))]
@@ -486,6 +493,26 @@ CASES: dict[str, Callable[[], Program]] = {
     "sparse, every option": lambda: sparse_attention(
         rerank=3, dense_below=4, sink_logits=True, lse=True, softcap=2.0, layers=2, page=1, budget=4
     ),
+    "sparse, refreshed": lambda: sparse_attention(refresh=2, layers=2),
+    "sparse, refreshed, every option": lambda: sparse_attention(
+        method="lowbit",
+        channels=2,
+        rerank=2,
+        refresh=3,
+        window=3,
+        budget=12,
+        dense_below=4,
+        softcap=1.5,
+        sink_logits=True,
+        lse=True,
+        page=4,
+        layers=2,
+    ),
+    "sparse, by mass": lambda: sparse_attention(mass=0.5, budget=12, layers=2, rerank=2, sink_logits=True),
+    "sparse, by a tree": lambda: sparse_attention(method="hip", budget=8, layers=2),
+    "sparse, by a tree, refreshed": lambda: sparse_attention(
+        method="hip", budget=15, page=3, refresh=2, rerank=2, window=3, dense_below=5, groups=3
+    ),
     "sparse, few bits": lambda: sparse_attention(bits=4, layers=2, rerank=2),
     "sparse, few bits, one stage": lambda: sparse_attention(bits=8, page=3, budget=9, window=4, dense_below=6),
     "sparse, few bits, every option": lambda: sparse_attention(
@@ -515,5 +542,6 @@ CASES: dict[str, Callable[[], Program]] = {
 }
 """Every dialect op, with the options that take forms of their own."""
 
-ON_GPUS = tuple(case for case in CASES if not any(word in case for word in ("few bits", "compact", "clipped")))
+_NOT_IN_PLACE = ("by a tree", "by mass", "refreshed", "few bits", "compact", "clipped")
+ON_GPUS = tuple(case for case in CASES if not any(word in case for word in _NOT_IN_PLACE))
 """Those of ops that have kernels in place."""

@@ -229,6 +229,7 @@ def test_every_dialect_op_is_supported() -> None:
         ops.window_memory(),
         ops.attention(),
         ops.sparse_attention(),
+        ops.sparse_attention(refresh=2),
         ops.sparse_attention(bits=4),
         ops.compact_attention(),
         ops.linear_memory(),

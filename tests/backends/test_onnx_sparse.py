@@ -23,11 +23,11 @@ from memc.program import Program
 from memc.verify import VerificationText
 
 OPTIONS: dict[str, Any] = {"page": 4, "budget": 24, "sinks": 2, "window": 9}
+FORMS = [(method, form) for method in METHODS for form in ("blocks", "tokens")]
 
 
-@pytest.mark.parametrize("form", ["blocks", "tokens"])
 @pytest.mark.parametrize("rerank", [1, 2])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "form"), FORMS)
 def test_long_calls_equal_the_reference(
     method: str, rerank: int, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -38,6 +38,40 @@ def test_long_calls_equal_the_reference(
     calls = [([span(0, 100), span(0, 20, right=80)], [99]), ([span(100, 7), span(20, 7)], None)]
     calls += [([[107 + i], [27 + i]], None) for i in range(12)]
     assert compare(program, runner, calls) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("method", "refresh", "form"),
+    [("bounds", 0, "tokens"), ("bounds", 0, "blocks"), ("lowbit", 0, "blocks"), ("moments", 3, "tokens")],
+)
+def test_long_calls_by_mass_equal_the_reference(
+    method: str, refresh: int, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if form == "tokens":
+        monkeypatch.setitem(blocks.REACH, method, 0)
+    options: dict[str, Any] = {**OPTIONS, "method": method, "refresh": refresh, "dense_below": 30, "channels": 2}
+    program = ops.sparse_attention(mass=0.6, **options)
+    runner = build(program, tmp_path, context=160)
+    calls = [([span(0, 100), span(0, 20, right=80)], [99]), ([span(100, 7), span(20, 7)], None)]
+    calls += [([[107 + i], [27 + i]], None) for i in range(12)]
+    assert compare(program, runner, calls) < 1e-4
+    assert compare(ops.sparse_attention(mass=0.9, **options), runner, calls) > 1e-3, "another share is another function"
+
+
+@pytest.mark.parametrize(
+    ("method", "rerank", "refresh"), [("bounds", 1, 1), ("bounds", 2, 9), ("lowbit", 2, 4), ("hip", 1, 4)]
+)
+def test_long_calls_that_share_choices_equal_the_reference(
+    method: str, rerank: int, refresh: int, tmp_path: Path
+) -> None:
+    program = ops.sparse_attention(method=method, rerank=rerank, refresh=refresh, dense_below=30, channels=2, **OPTIONS)
+    runner = build(program, tmp_path, context=160)
+    calls = [([span(0, 100), span(0, 20, right=80)], [99]), ([span(100, 7), span(20, 7)], None)]
+    calls += [([[107 + i], [27 + i]], None) for i in range(12)]
+    calls += [([span(0, 40), [-1] * 40], None), ([[40], [39]], None)]
+    assert compare(program, runner, calls) < 1e-4
+    other = ops.sparse_attention(method=method, rerank=rerank, refresh=5, dense_below=30, channels=2, **OPTIONS)
+    assert compare(other, runner, calls) > 1e-3, "another turn is another function"
 
 
 @pytest.mark.parametrize("form", ["blocks", "tokens"])
@@ -97,8 +131,7 @@ def of_equal_keys(**options: Any) -> Program:
     return program
 
 
-@pytest.mark.parametrize("form", ["blocks", "tokens"])
-@pytest.mark.parametrize("method", [*METHODS, "few bits"])
+@pytest.mark.parametrize(("method", "form"), [*FORMS, ("few bits", "blocks"), ("few bits", "tokens")])
 @pytest.mark.parametrize("rerank", [1, 2])
 def test_equal_scores_choose_equally(
     rerank: int, method: str, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -112,8 +145,29 @@ def test_equal_scores_choose_equally(
     runner = build(program, tmp_path, context=120)
     calls = [([span(0, 100)], None), ([[100]], None), ([[101]], None)]
     assert compare(program, runner, calls) < 1e-5
-    right = choose.first
-    monkeypatch.setattr(choose, "first", lambda rank, count: right(rank.flip(-1), count).flip(-1))
+    right, reached = choose.first, choose.reached
+    if method == "hip":
+        monkeypatch.setattr(choose, "reached", lambda x, *rest: reached(x + 1e-5 * torch.arange(x.shape[-1]), *rest))
+    else:
+        monkeypatch.setattr(choose, "first", lambda rank, count: right(rank.flip(-1), count).flip(-1))
+    assert compare(program, runner, calls) > 1e-3, "the higher index of equals is another function"
+
+
+@pytest.mark.parametrize("method", ["bounds", "lowbit", "hip"])
+def test_equal_scores_are_listed_equally(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from memc.kernels.refreshed_attention import choose
+
+    program = of_equal_keys(method=method, channels=2, refresh=5)
+    runner = build(program, tmp_path, context=120)
+    calls = [([span(0, 100)], None), ([[100]], None), ([[101]], None)]
+    assert compare(program, runner, calls) < 1e-5
+    right = choose.ranks
+
+    def by_higher_index(*a: Any) -> torch.Tensor:
+        rank = right(*a)
+        return rank + 1e-5 * torch.arange(rank.shape[-1])
+
+    monkeypatch.setattr(choose, "ranks", by_higher_index)
     assert compare(program, runner, calls) > 1e-3, "the higher index of equals is another function"
 
 

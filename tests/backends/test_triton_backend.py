@@ -267,7 +267,8 @@ def test_what_is_supported() -> None:
     backend = TritonBackend()
     found = {}
     made = {"llama": program(), "sparse": ops.sparse_attention(), "bits": ops.sparse_attention(bits=4)}
-    made["compact"] = ops.compact_attention()
+    made |= {"compact": ops.compact_attention(), "refreshed": ops.sparse_attention(refresh=2)}
+    made |= {"tree": ops.sparse_attention(method="hip"), "mass": ops.sparse_attention(mass=0.5)}
     for name, each in made.items():
         for node in each.module.graph.nodes:
             found[name, str(node.target)] = backend.supports(node, target)
@@ -276,6 +277,9 @@ def test_what_is_supported() -> None:
     for refused in (
         found["bits", "memc.quantised_attention.default"],
         found["compact", "memc.compact_attention.default"],
+        found["refreshed", "memc.refreshed_attention.default"],
+        found["tree", "memc.sparse_attention.default"],
+        found["mass", "memc.sparse_attention.default"],
     ):
         assert isinstance(refused, No) and "--backend eager" in refused.reason
     assert backend.refuses_weights("int8", target) and not backend.refuses_weights("bf16", target)

@@ -152,8 +152,10 @@ def test_every_dialect_op_has_a_form_or_a_reason() -> None:
             if (spec := op_spec(node.target)) is not None:
                 answers[spec.name] = TvmBackend().supports(node, CPU)
     assert all(isinstance(answer, Yes) for answer in answers.values())
-    assert set(OPS) - set(answers) == {"quantised_attention", "compact_attention"}
-    for program in (ops.sparse_attention(bits=4), ops.compact_attention()):
+    assert set(OPS) - set(answers) == {"refreshed_attention", "quantised_attention", "compact_attention"}
+    refused = [ops.sparse_attention(**{name: value}) for name, value in (("refresh", 2), ("bits", 4), ("mass", 0.5))]
+    refused += [ops.sparse_attention(method="hip"), ops.compact_attention()]
+    for program in refused:
         sparse = next(n for n in program.module.graph.nodes if op_spec(n.target) is not None)
         assert isinstance(TvmBackend().supports(sparse, CPU), No)
 

@@ -30,10 +30,13 @@ QUICK = (
 )
 """Cases that together go through every function; the others differ in their options."""
 
+LACKING = tuple(f"sparse, {what}" for what in ("few", "compact", "clipped", "refreshed", "by a tree", "by mass"))
+"""How those begin that the backend refuses."""
+
 CASES = [
     case if case in QUICK else pytest.param(case, marks=pytest.mark.conformance)
     for case in ops.CASES
-    if not case.startswith(("sparse, few", "sparse, compact", "sparse, clipped"))
+    if not case.startswith(LACKING)
 ]
 
 

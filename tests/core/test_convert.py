@@ -356,15 +356,25 @@ def test_a_sparse_artifact_is_checked_where_it_chooses(llama: Path, tmp_path: Pa
     assert session.generate("w1 w2 w3", max_new_tokens=40, seed=1).ids
 
 
-@pytest.mark.parametrize("backend", ["eager", "onnx"])
-def test_an_artifact_of_few_bits_is_checked_saved_and_restored(llama: Path, tmp_path: Path, backend: str) -> None:
-    spec, recipe = f"{SPARSE},bits=4,rerank=2", Recipe(recipe=1)
+@pytest.mark.parametrize(
+    ("chosen_by", "exact", "backend"),
+    [
+        ("method=bounds,bits=4,rerank=2", 4, "eager"),
+        ("method=bounds,bits=4,rerank=2", 4, "onnx"),
+        ("method=hip,refresh=4,rerank=1", 24, "eager"),
+        ("method=lowbit,refresh=4,mass=0.6", 24, "onnx"),
+    ],
+)
+def test_an_artifact_with_a_state_of_its_own_is_checked_saved_and_restored(
+    llama: Path, tmp_path: Path, chosen_by: str, exact: int, backend: str
+) -> None:
+    spec, recipe = SPARSE.replace("method=bounds", chosen_by), Recipe(recipe=1)
     document = api.convert(llama, tmp_path / "out", passes=[spec], backend=backend, recipe=recipe, context=100)
     assert document.verified
     checks = {check.name: check for check in document.checks}
     assert {"split_invariance", "lowered_logits", "lowered_choice"} <= set(checks)
     close, _ = document.passes[0].relations
-    assert (close.tokens, close.passed) == (4, True), "a page"
+    assert (close.tokens, close.passed) == (exact, True), "with bits a page"
     session = memc.load(tmp_path / "out")
     state = session.new_state()
     session.prefill([list(range(1, 28))], state)

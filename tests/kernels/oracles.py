@@ -135,6 +135,8 @@ def linear_memory(
 
 def page_score(query: Tensor, keys: Tensor, method: str) -> float:
     """Return the score of one page of ``keys [page, D]``, channel by channel."""
+    if method == "hip":
+        return float(query @ keys[len(keys) // 2])
     total = 0.0
     for channel, q in enumerate(query.tolist()):
         column = keys[:, channel].tolist()
@@ -153,33 +155,62 @@ def best(scored: list[tuple[float, int]], count: int) -> list[int]:
     return [index for _, index in sorted((-score, index) for score, index in scored)[:count]]
 
 
-def sparse_choice(query: Tensor, own: list[Token], p: int, group: int, o: Mapping[str, Any]) -> list[int]:
-    """Return the positions that the heads ``query [R,D]`` of one key-value head read at position ``p``."""
+def sparse_choice(
+    query: Tensor, own: list[Token], p: int, group: int, o: Mapping[str, Any], listed: list[int] | None = None
+) -> list[int]:
+    """Return the positions that the heads ``query [R,D]`` of one key-value head read at position ``p``.
+
+    With ``refresh`` they take their pages, or tokens, from ``listed``, which those change whose turn it is.
+    """
     sinks, window, seen = o["sinks"], o["window"], {x.position: x.key[group] for x in own}
-    scaled, positions = query * o["scale"], range(p + 1)
-    if p < o.get("dense_below", 0):
+    scaled, positions, dense_below = query * o["scale"], range(p + 1), o.get("dense_below", 0)
+    if p < dense_below:
         return list(positions)
     whole_page = "bits" in o  # of tokens held in few bits those of p's own page are always read
     must = {j for j in positions if j < sinks or p - j < window or (whole_page and j // o["page"] == p // o["page"])}
-    take = by_channels if o.get("method") == "lowbit" else by_pages
-    tokens = take(scaled, seen, p, must, o)
+    by_token = o.get("method") == "lowbit"
+    scored = (by_channels if by_token else by_pages)(scaled, seen, p, must, o)
+    most = o.get("rerank", 1) * o["budget"] // (1 if by_token else o["page"])
+    taken = [number for number in best(scored, most) if number in holding(scored, o.get("mass", 1.0))]
+    if listed is not None:
+        if (p - dense_below) % o["refresh"] == 0:
+            listed[:] = taken
+        forced = [number for score, number in scored if score == math.inf]
+        taken = forced + [number for number in listed if number not in forced][: most - len(forced)]
+    tokens = taken if by_token else [j for n in taken for j in range(n * o["page"], (n + 1) * o["page"]) if j <= p]
     ranked = [(math.inf if j in must else max(float(q @ seen[j]) for q in scaled), j) for j in tokens]
     return sorted(best(ranked, o["budget"]))
 
 
-def by_channels(queries: Tensor, seen: Mapping[int, Tensor], p: int, must: set[int], o: Mapping[str, Any]) -> list[int]:
-    """Return the tokens that ``lowbit`` takes, the page of p among them."""
+def holding(scored: list[tuple[float, int]], mass: float) -> set[int]:
+    """Return the numbers of the best that hold a share of the exponentials of all scores, and those at infinity."""
+    ordered, kept, sum_before = best(scored, len(scored)), set(), 0.0
+    score = {number: one for one, number in scored}
+    top = max((one for one, _ in scored if one < math.inf), default=0.0)
+    total = sum(math.exp(one - top) for one, _ in scored if one < math.inf)
+    for number in ordered:
+        if score[number] == math.inf or mass == 1 or sum_before < mass * total:
+            kept.add(number)
+        sum_before += 0.0 if score[number] == math.inf else math.exp(score[number] - top)
+    return kept
+
+
+Scored = list[tuple[float, int]]
+
+
+def by_channels(queries: Tensor, seen: Mapping[int, Tensor], p: int, must: set[int], o: Mapping[str, Any]) -> Scored:
+    """Return what ``lowbit`` ranks every token by, those of the page of p first."""
     magnitudes = [(float(x), channel) for channel, x in enumerate(queries.abs().sum(0))]
     read = best(magnitudes, o["channels"])
     scored = []
     for j in range(p + 1):
         forced = j in must or j // o["page"] == p // o["page"]
         scored.append((math.inf if forced else max(sum(float(q[c] * seen[j][c]) for c in read) for q in queries), j))
-    return best(scored, o.get("rerank", 1) * o["budget"])
+    return scored
 
 
-def by_pages(queries: Tensor, seen: Mapping[int, Tensor], p: int, must: set[int], o: Mapping[str, Any]) -> list[int]:
-    """Return the tokens of the pages that ``bounds`` or ``moments`` take, tokens to come left out."""
+def by_pages(queries: Tensor, seen: Mapping[int, Tensor], p: int, must: set[int], o: Mapping[str, Any]) -> Scored:
+    """Return what ``bounds`` and the like rank every page by, those that must be read first."""
     page, pages = o["page"], []
     for number in range(p // page + 1):
         inside = range(number * page, (number + 1) * page)
@@ -188,8 +219,23 @@ def by_pages(queries: Tensor, seen: Mapping[int, Tensor], p: int, must: set[int]
         else:
             keys = torch.stack([seen[j] for j in inside])
             pages.append((max(page_score(q, keys, o.get("method", "bounds")) for q in queries), number))
-    taken = best(pages, o.get("rerank", 1) * o["budget"] // page)
-    return [j for number in taken for j in range(number * page, (number + 1) * page) if j <= p]
+    if o.get("method") != "hip":
+        return pages
+    free = [number for score, number in pages if score < math.inf]
+    most = o.get("rerank", 1) * o["budget"] // page
+    found = tree_search(free, {number: score for score, number in pages}, most - (len(pages) - len(free)))
+    return [(score, number) for score, number in pages if score == math.inf or number in found]
+
+
+def tree_search(free: list[int], score: Mapping[int, float], count: int) -> list[int]:
+    """Return ``count`` of the pages ``free``, as halving ranges of them finds them."""
+    count = min(count, len(free))
+    ranges = [free[len(free) * j // count : len(free) * (j + 1) // count] for j in range(count)]
+    while any(len(pages) > 1 for pages in ranges):
+        halves = [half for r in ranges for half in (r[: len(r) // 2], r[len(r) // 2 :]) if half]
+        kept = best([(score[half[len(half) // 2]], index) for index, half in enumerate(halves)], count)
+        ranges = [halves[index] for index in sorted(kept)]
+    return [pages[0] for pages in ranges]
 
 
 def rounded(x: Tensor, bits: int) -> Tensor:
@@ -217,13 +263,17 @@ def through_codes(own: list[Token], p: int, o: Mapping[str, Any]) -> list[Token]
 
 
 def sparse_attention(query: Tensor, key: Tensor, value: Tensor, positions: Tensor, **o: Any) -> Result:
-    """``memc::sparse_attention`` from an empty state, with ``bits`` the one that holds few; ``left`` is unused."""
+    """``memc::sparse_attention`` from an empty state, with ``bits`` the one that holds few.
+
+    With ``refresh`` it is ``memc::refreshed_attention``. ``left`` is unused.
+    """
     batch, heads, tokens, _ = query.shape
     per_group = heads // key.shape[1]
     shape = (batch, heads, tokens)
     result = Result(torch.zeros(*shape, value.shape[3]).double(), torch.zeros(shape).double())
     for b in range(batch):
         own: list[Token] = []
+        listed: list[list[int]] = [[] for _ in range(key.shape[1])]
         for t in range(tokens):
             p = int(positions[b, t])
             if p < 0:
@@ -232,7 +282,8 @@ def sparse_attention(query: Tensor, key: Tensor, value: Tensor, positions: Tenso
             found = through_codes(own, p, o) if "bits" in o else own
             for group in range(key.shape[1]):
                 mine = range(group * per_group, (group + 1) * per_group)
-                chosen = set(sparse_choice(query[b, mine, t].double(), found, p, group, o))
+                kept = listed[group] if "refresh" in o else None
+                chosen = set(sparse_choice(query[b, mine, t].double(), found, p, group, o, kept))
                 read = [x for x in found if x.position in chosen]
                 for h in mine:
                     row = softmax_row(query[b, h, t].double(), read, h, group, p, o)

@@ -13,6 +13,7 @@ from torch import Tensor
 import memc.kernels  # noqa: F401
 from memc.dialect import OPS
 from memc.dialect.quantised_attention import code_bytes
+from memc.dialect.refreshed_attention import most_chosen
 from memc.dialect.sparse_attention import description
 
 B, H, G, T, D, E = 2, 4, 2, 7, 3, 5
@@ -52,6 +53,20 @@ def sparse_case(held: int, bias: bool, **options: Any) -> Callable[[], Case]:
         extra = (real(H),) if bias else ()
         args = (real(B, H, T, D), real(B, G, T, D), real(B, G, T, E), positions, *state, *extra)
         return Case("sparse_attention", args, {"scale": 0.4, "page": 2, "sinks": 1, "window": 1, **options})
+
+    return make
+
+
+def refreshed_case(held: int, bias: bool, **options: Any) -> Callable[[], Case]:
+    """As a sparse case, with lists that were made by an earlier call."""
+
+    def make() -> Case:
+        case = sparse_case(held, bias, **options)()
+        most = most_chosen(options["method"], 2, options["budget"], options.get("rerank", 1))
+        listed = torch.full((B, G, most), -1)
+        listed[..., :2] = torch.arange(2)
+        args = (*case.args[:8], listed, *case.args[8:])
+        return Case("refreshed_attention", args, {**case.options, "window": 3, "refresh": 3})
 
     return make
 
@@ -117,6 +132,8 @@ CASES: dict[str, Callable[[], Case]] = {
     "sparse-channels": sparse_case(5, True, method="lowbit", channels=2, budget=4, rerank=2),
     "sparse-means": sparse_case(5, False, method="hcam", budget=4),
     "sparse-empty": sparse_case(0, False, method="moments", budget=4),
+    "refreshed": refreshed_case(5, True, method="bounds", budget=6, softcap=2.0),
+    "refreshed-again": refreshed_case(5, False, method="lowbit", channels=2, budget=6, rerank=2, dense_below=3),
     "quantised": quantised_case(5, True, bits=4, softcap=2.0),
     "quantised-again": quantised_case(5, False, bits=8, rerank=2),
     "quantised-empty": quantised_case(0, False, bits=8),
@@ -155,15 +172,17 @@ def is_real(value: Any) -> bool:
 
 def is_index(case: Case, index: int) -> bool:
     """Whether an argument chooses what is read and has no gradient."""
-    indices = {"sparse_attention": (7,), "compact_attention": (7,), "quantised_attention": (7, 8)}
+    indices = dict.fromkeys(("sparse_attention", "refreshed_attention", "compact_attention"), (7,))
+    indices["quantised_attention"] = (7, 8)
     return index in indices.get(case.op, ())
 
 
 def differentiable(case: Case, results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The results that have a gradient."""
     paged = (0, 1, 2, 3)
-    indices = {"sparse_attention": paged, "compact_attention": paged, "quantised_attention": (0, 1, 7, 8)}.get(case.op)
-    kept = results if indices is None else tuple(results[index] for index in indices)
+    indices = dict.fromkeys(("sparse_attention", "refreshed_attention", "compact_attention"), paged)
+    read = {**indices, "quantised_attention": (0, 1, 7, 8)}.get(case.op)
+    kept = results if read is None else tuple(results[index] for index in read)
     return tuple(y for y in kept if is_real(y))
 
 

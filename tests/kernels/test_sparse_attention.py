@@ -13,7 +13,16 @@ from torch import Tensor
 
 import memc.kernels  # noqa: F401
 from memc.dialect.sparse_attention import METHODS, description
-from memc.kernels.sparse_attention.choose import Rule, best_of_group, chosen, describe, features, first
+from memc.kernels.sparse_attention.choose import (
+    Rule,
+    best_of_group,
+    candidates,
+    chosen,
+    describe,
+    features,
+    first,
+    ranks,
+)
 from tests.kernels import oracles
 from tests.kernels.cases import F64, Shape, cut, shapes, walk
 
@@ -28,8 +37,9 @@ options = st.fixed_dictionaries(
         "rerank": st.sampled_from([1, 2, 3]),
         "dense_below": st.sampled_from([0, 7]),
         "softcap": st.sampled_from([0.0, 1.5]),
+        "mass": st.sampled_from([1.0, 0.55]),
     }
-)
+).map(lambda o: {**o, "mass": 1.0} if o["method"] == "hip" else o)
 
 
 def run(call: dict[str, Any], parts: list[slice], **fixed: Any) -> list[Tensor]:
@@ -161,7 +171,7 @@ def test_choices_are_causal_within_the_budget_and_hold_what_is_forced(
     assert bool(mask[..., forced].all())
     count = mask.sum(-1)
     assert int(count.max()) <= rule.budget
-    full = (p[:, 0] + 1 <= rule.budget).nonzero()[:, 0]
+    full = (p[:, 0] + 1 <= rule.budget).nonzero()[:, 0] if rule.mass == 1 else p[:0, 0]
     assert bool((count[:, :, full] == full + 1).all())
 
 
@@ -170,6 +180,26 @@ def test_equal_scores_are_taken_by_the_lower_index() -> None:
     assert first(rank, 3).tolist() == [False, True, True, True, False, False]
     assert first(torch.zeros(4), 2).tolist() == [True, True, False, False]
     assert first(rank, 9).all()
+
+
+@pytest.mark.parametrize("method", ["bounds", "moments", "hcam", "lowbit"])
+def test_as_few_are_taken_as_hold_the_mass(method: str) -> None:
+    shape = Shape(batch=2, groups=2, per_group=2, tokens=96, key_size=6, value_size=3, seed=11)
+    q, k, _ = shape.qkv(shape.generator())
+    rule = Rule(0.7, method, page=4, budget=48, sinks=1, window=4, rerank=1, dense_below=0, channels=3)
+    pages, at = describe(k.unflatten(2, (24, 4)), method), torch.arange(96).expand(2, -1)
+    rank, everything = ranks(q * 0.7, pages, at, rule), candidates(q * 0.7, pages, at, rule)
+    weight = rank.masked_fill(rank.isinf(), -torch.inf).softmax(-1).nan_to_num()
+    before = rank.isposinf()
+    for mass in (0.1, 0.5, 0.9):
+        taken = candidates(q * 0.7, pages, at, replace(rule, mass=mass))
+        assert bool((taken <= everything).all()) and bool((before <= taken).all()), "never more than the budget"
+        held, last = (weight * taken).sum(-1), weight.masked_fill(~taken | rank.isposinf(), torch.inf).amin(-1)
+        enough = (held >= mass) | (taken == everything).all(-1)
+        assert bool(enough.all())
+        assert bool((held - last < mass)[last.isfinite()].all()), "one fewer would not do"
+        assert int((taken & ~before).sum()) > 0 and bool((taken.sum(-1) < everything.sum(-1)).any())
+        before = taken
 
 
 def test_bounds_and_channels_find_a_needle_that_means_lose() -> None:
@@ -207,7 +237,7 @@ def test_half_types_are_as_near_as_they_can_be(dtype: torch.dtype) -> None:
 
 
 FAULTS = [{"budget": 4}, {"window": 2}, {"sinks": 0}, {"rerank": 3}, {"method": "moments"}, {"method": "hcam"}]
-FAULTS += [{"method": "lowbit"}]
+FAULTS += [{"method": "lowbit"}, {"method": "hip"}, {"mass": 0.5}]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -224,7 +254,13 @@ def test_the_oracle_sees_a_fault(fault: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("wrong", "reason"),
-    [({"budget": 7}, "whole pages"), ({"window": 6}, "fit the budget"), ({"method": "x"}, "one of bounds")],
+    [
+        ({"budget": 7}, "whole pages"),
+        ({"window": 6}, "fit the budget"),
+        ({"method": "x"}, "one of bounds"),
+        ({"mass": 0.0}, "above 0"),
+        ({"mass": 0.5, "method": "hip"}, "too few pages"),
+    ],
 )
 def test_arguments_that_do_not_fit_are_refused(wrong: dict[str, Any], reason: str) -> None:
     shape = Shape(batch=1, groups=1, per_group=1, tokens=5, key_size=2, value_size=2, seed=1)

@@ -29,6 +29,9 @@ CHOICES: list[dict[str, Any]] = [
     {"method": "bounds"},
     {"method": "moments", "rerank": 2, "dense_below": 17},
     {"method": "lowbit", "rerank": 2, "channels": 2},
+    {"method": "bounds", "refresh": 3},
+    {"method": "hip", "refresh": 2},
+    {"method": "bounds", "mass": 0.8},
 ]
 SMALL: dict[str, Any] = {"budget": 12, "page": 3, "sinks": 1, "window": 4, "rerank": 1, "dense_below": 0}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -52,11 +55,13 @@ def chosen_softmax(**options: Any) -> Attention:
         seen = torch.zeros(s.shape, dtype=torch.bool)
         for row in range(s.shape[0]):
             own = [Token(t, a["key"][row, :, t], a["value"][row, :, t]) for t in range(s.shape[2])]
+            listed: list[list[int]] = [[] for _ in range(block.num_kv_heads)]
             for t in range(s.shape[2]):
                 for group in range(block.num_kv_heads):
                     heads = slice(group * per_group, (group + 1) * per_group)
                     query, o = a["query"][row, heads, t].detach(), {"scale": a["scale"], **options}
-                    seen[row, heads, t, sparse_choice(query, own, t, group, o)] = True
+                    kept = listed[group] if "refresh" in options else None
+                    seen[row, heads, t, sparse_choice(query, own, t, group, o, kept)] = True
         weight = s.masked_fill(~seen, -torch.inf).exp()
         total = weight.sum(-1, keepdim=True)
         if a["sink_logits"] is not None:
@@ -153,9 +158,15 @@ def test_bits_that_do_not_fit_are_refused(options: dict[str, Any], reason: str) 
 
 
 @settings(max_examples=6, deadline=None)
-@given(cuts=st.lists(st.integers(1, 29), max_size=4), method=st.sampled_from([*METHODS, "few bits"]))
-def test_any_split_equals_one_run(cuts: list[int], method: str) -> None:
-    chosen_by: dict[str, Any] = {"method": "bounds", "bits": 4} if method == "few bits" else {"method": method}
+@given(
+    cuts=st.lists(st.integers(1, 29), max_size=4),
+    method=st.sampled_from([*METHODS, "few bits"]),
+    refresh=st.integers(1, 4),
+)
+def test_any_split_equals_one_run(cuts: list[int], method: str, refresh: int) -> None:
+    chosen_by: dict[str, Any] = {"method": method, "refresh": refresh}
+    if method == "few bits":
+        chosen_by = {"method": "bounds", "bits": 4}
     result = rewrite(tiny(layers=1), **SMALL, **chosen_by)
     tokens = tokens_of(2, 30)
     positions = torch.arange(30).expand_as(tokens)
@@ -188,6 +199,39 @@ def test_states_grow_with_the_pages_and_survive_the_disk(tmp_path: Path) -> None
     assert torch.equal(loaded.run(tokens), result.run(tokens))
 
 
+def test_a_shared_choice_is_state_and_survives_the_disk(tmp_path: Path) -> None:
+    program, tokens = tiny(), tokens_of(2, 40)
+    once = rewrite(program, **SMALL, method="bounds", keep="[1]")
+    result = rewrite(program, **SMALL, method="bounds", keep="[1]", refresh=4)
+    assert well_formed(result) == []
+    choice = next(spec for spec in result.states if spec.name == "layer0_choice")
+    assert (choice.shape, choice.dtype, choice.init, choice.grows) == (("B", 2, 4), torch.int64, -1, None)
+    assert result.state_bytes(30) == once.state_bytes(30) + 2 * 4 * 8
+    save_program(result, tmp_path)
+    loaded = load_program(tmp_path)
+    assert loaded.states == result.states
+    assert torch.equal(loaded.run(tokens), result.run(tokens))
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"refresh": 5}, "shares? a choice misses what is newer: the window holds 4.*write sparsify:refresh=4"),
+        ({"refresh": 2, "method": "bounds", "bits": 4}, "chosen for each token"),
+        ({"refresh": 2, "method": "longheads", "rerank": 0}, "rotates all that it reads"),
+        ({"refresh": 0}, "at least 1"),
+        ({"mass": 0.0}, "above 0"),
+        ({"mass": 1.5}, "between 0 and 1"),
+        ({"mass": 0.5, "method": "hip"}, "too few pages"),
+        ({"mass": 0.5, "method": "infllm", "rerank": 0}, "count what it reads"),
+        ({"mass": 0.5, "method": "bounds", "bits": 4}, "as many are taken as the budget"),
+    ],
+)
+def test_choices_that_cannot_be_made_are_refused(options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(MemcError, match=f"E203.*{reason}"):
+        Sparsify(**{**SMALL, **options})
+
+
 def test_a_state_of_the_wrong_page_is_not_well_formed() -> None:
     result = rewrite(tiny(layers=1), **SMALL)
     wrong = tuple(replace(s, shape=("B", 2, "S/4", 20)) if s.name == "layer0_pages" else s for s in result.states)
@@ -216,9 +260,15 @@ def test_the_sizes_of_lowbit_follow_from_the_heads() -> None:
 @pytest.mark.parametrize(
     ("choice", "keys", "scanned"),
     [
+        ({"method": "bounds", "rerank": 1, "refresh": 4}, 64, 2 * 4096 / 16 / 4),
+        # One page is still to be taken of the 253 between sinks and window: 8 rounds of 2 keys.
+        ({"method": "hip", "rerank": 1}, 64, 16),
+        # At the most: what a share of the attention takes is not known before.
+        ({"method": "bounds", "rerank": 1, "mass": 0.5}, 64, 2 * 4096 / 16),
         ({"method": "bounds", "rerank": 1}, 64, 2 * 4096 / 16),
         ({"method": "moments", "rerank": 4}, 256, 2 * 4096 / 16),
         ({"method": "lowbit", "rerank": 2, "channels": 3}, 128, 4096 * 3 / 10),
+        ({"method": "lowbit", "rerank": 2, "channels": 3, "refresh": 8}, 128, 4096 * 3 / 10 / 8),
     ],
 )
 def test_bytes_read_are_those_of_descriptions_keys_and_values(
