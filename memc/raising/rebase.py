@@ -83,8 +83,10 @@ def _rebase_slice(probe: Probe, node: Node, positions: Node) -> int | None:
         table = table.args[0]  # type: ignore[assignment]
     if table.op != "get_attr" or not probe.is_dim(shape(node)[axis], "T") or is_symbolic(sizes[axis]):
         return None
-    if any(size != 1 for size in sizes[:axis]) or len(sizes) - axis != 2:
+    if axis > 1 or any(size != 1 for size in sizes[:axis]) or len(sizes) - axis != 2:
         return None
+    if any(user.target == aten.slice.Tensor and _cuts_at_length(probe, user) for user in node.users):
+        return None  # a mask: columns are tokens too
     if not node.meta["val"].is_floating_point() or (len(node.args) > 2 and node.args[2] not in (0, None)):
         return None
     graph = probe.module.graph
@@ -167,7 +169,7 @@ def mixes_tokens(probe: Probe, node: Node) -> str | None:
         if shape(right) and probe.is_dim(shape(right)[-1], "T"):
             return f"{name} compares tokens with one another"
         return None
-    if name not in _REDUCTIONS:
+    if name not in _REDUCTIONS or node.target._overloadname == "other":  # max.other takes the greater of two tensors
         return None
     source = inputs[0]
     token_axes = {axis for axis, size in enumerate(shape(source)) if probe.is_dim(size, "T")}

@@ -93,6 +93,8 @@ class Tiny(nn.Module):
         self.up, self.down = nn.Linear(WIDTH, 40), nn.Linear(40, WIDTH)
         self.head = nn.Linear(WIDTH, VOCAB)
         self.sinks = nn.Parameter(torch.randn(HEADS))
+        self.register_buffer("near", allowed(SlidingWindow(20), LIMIT))
+        self.register_buffer("kept", allowed(Causal(), LIMIT).float()[None, None])
         self.scores, self.activation = scores, activation
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
@@ -123,6 +125,28 @@ def capped(module: Tiny, scores: Tensor) -> Tensor:
     return causal_softmax(module, 5.0 * torch.tanh(scores / 5.0))
 
 
+def masked_before_scaling(module: Tiny, scores: Tensor) -> Tensor:
+    length = scores.shape[-1]
+    blocked = torch.full((length, length), torch.finfo(scores.dtype).min).triu(1)
+    return ((scores * math.sqrt(8) + blocked) / math.sqrt(8)).softmax(-1)
+
+
+def kept_finite(module: Tiny, scores: Tensor) -> Tensor:
+    length, lowest = scores.shape[-1], torch.finfo(scores.dtype).min
+    scores = scores + torch.full((length, length), lowest).triu(1)
+    return torch.max(scores, torch.tensor(lowest)).softmax(-1)
+
+
+def window_in_a_table(module: Tiny, scores: Tensor) -> Tensor:
+    length = scores.shape[-1]
+    return scores.masked_fill(~module.near[:length, :length], -torch.inf).softmax(-1)
+
+
+def multiplied_by_a_table(module: Tiny, scores: Tensor) -> Tensor:
+    kept = module.kept[:, :, : scores.shape[-2], : scores.shape[-1]]
+    return (scores * kept + -1e4 * (1 - kept)).softmax(-1)
+
+
 def squared(module: Tiny, scores: Tensor) -> Tensor:
     return causal_softmax(module, scores * scores)
 
@@ -139,7 +163,7 @@ def raise_tiny(scores: Callable[..., Tensor], **options: object) -> tuple[Raised
     return raise_program(capture(module, inputs)), module, inputs
 
 
-@pytest.mark.parametrize("scores", [causal_softmax, with_sinks, capped])
+@pytest.mark.parametrize("scores", [causal_softmax, with_sinks, capped, masked_before_scaling, kept_finite])
 def test_written_out_attention_is_raised(scores: Callable[..., Tensor]) -> None:
     result, module, inputs = raise_tiny(scores)
     block = next(block for block in result.blocks if isinstance(block, AttentionBlock))
@@ -154,7 +178,11 @@ def test_written_out_attention_is_raised(scores: Callable[..., Tensor]) -> None:
 
 @pytest.mark.parametrize(
     ("scores", "reason"),
-    [(squared, "scaled by a tensor"), (token_dependent, "depends on the tokens")],
+    [
+        (squared, "scaled by a tensor"),
+        (multiplied_by_a_table, "scaled by a tensor"),
+        (token_dependent, "depends on the tokens"),
+    ],
 )
 def test_a_near_miss_names_the_idiom_the_difference_and_the_line(scores: Callable[..., Tensor], reason: str) -> None:
     result, _, _ = raise_tiny(scores)
@@ -162,6 +190,38 @@ def test_a_near_miss_names_the_idiom_the_difference_and_the_line(scores: Callabl
     miss = next(miss for miss in result.near_misses if miss.nearest == "softmax attention")
     assert reason in miss.reason
     assert miss.source.startswith("test_raising.py:")
+
+
+def test_a_window_in_a_table_of_the_model_is_found() -> None:
+    result, module, _ = raise_tiny(window_in_a_table)
+    block = next(block for block in result.blocks if isinstance(block, AttentionBlock))
+    assert block.mask == SlidingWindow(20)
+    tokens, positions = torch.randint(0, VOCAB, (2, LIMIT)), torch.arange(LIMIT).expand(2, LIMIT)
+    with torch.no_grad():
+        torch.testing.assert_close(result.program.run(tokens), module(tokens, positions), rtol=0, atol=1e-5)
+
+
+class MaskedByTokens(Tiny):
+    """Its keys are masked by what they are."""
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        x = self.tokens(tokens) + self.places(positions)
+        length = tokens.shape[1]
+        mask = torch.ones(length, length, dtype=torch.bool).tril() & (x.sum(-1) > 0)[:, None, None]
+        return self.head(nn.functional.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None], mask)[:, 0])
+
+
+def test_a_mask_that_tokens_choose_is_no_mask_that_is_known() -> None:
+    tokens = torch.randint(0, VOCAB, (2, 7))
+    module = MaskedByTokens(causal_softmax).eval()
+    result = raise_program(capture(module, (tokens, torch.arange(7).expand(2, 7).contiguous())))
+    assert not result.program.raised
+    assert [miss.reason for miss in result.near_misses if miss.nearest == "sdpa"] == ["the mask depends on the tokens"]
+
+
+def test_the_greater_of_two_tensors_mixes_no_tokens() -> None:
+    result, _, _ = raise_tiny(causal_softmax, activation=lambda x: torch.max(x, -0.1 * x))
+    assert result.program.raised
 
 
 def test_tokens_mixed_outside_attention_are_rejected() -> None:
