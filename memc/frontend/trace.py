@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from memc.errors import MemcError
+from memc.frontend.functional import InPlaceError
 from memc.frontend.graph import checkpoint_names, unlift
 from memc.frontend.source import failing_line
 from memc.program import Dim as Size
@@ -91,7 +92,15 @@ def trace(
     """
     wrapper = _Ported(module, arguments, constants or {})
     exported, longest = export(wrapper, ports, info)
-    graph_module = unlift(exported.graph_module, exported.graph_signature, exported.constants, module, info.source)
+
+    def unlifted(program: ExportedProgram) -> GraphModule:
+        return unlift(program.graph_module, program.graph_signature, program.constants, module, info.source)
+
+    try:
+        graph_module = unlifted(exported)
+    except InPlaceError:
+        # Writes into views: torch undoes them by tracing once more, which takes a while and is seldom asked for.
+        graph_module = unlifted(exported.run_decompositions({}))
     return finish(graph_module, ports, module, info, longest)
 
 
