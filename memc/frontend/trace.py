@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import re
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -145,7 +147,7 @@ def export(wrapper: nn.Module, ports: Sequence[Port], info: ModelInfo) -> tuple[
         dims = {name: Dim(name, min=1, max=bound) for name, bound in bounds.items()}
         shapes = tuple({i: dims[s] for i, s in enumerate(port.shape) if isinstance(s, str)} for port in ports)
         try:
-            with torch.no_grad():
+            with torch.no_grad(), _silence():
                 exported = torch.export.export(
                     wrapper,
                     examples,
@@ -164,6 +166,18 @@ def export(wrapper: nn.Module, ports: Sequence[Port], info: ModelInfo) -> tuple[
                 deferred = True
             else:
                 raise capture_failure(error, info.source) from error
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Keep what torch logs and prints of a failing export, graphs and stacks, from the terminal: one line is raised."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _tighter_bounds(message: str, bounds: dict[str, int | None]) -> tuple[dict[str, int | None], int] | None:
@@ -208,7 +222,8 @@ _TRACE_HINT = "make that line independent of tensor values and of the example's 
 def capture_failure(error: BaseException, source: str, hint: str = _TRACE_HINT) -> MemcError:
     """Describe why the user's code failed: the telling line of the error, and their own line that it came from."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    reason = lines[0] if lines else type(error).__name__
+    # Where torch lists several reasons, the first line only says that they follow.
+    reason = next((line[2:] for line in lines if line.startswith("- ")), lines[0] if lines else type(error).__name__)
     return MemcError("E305", f"{type(error).__name__}: {reason[:300]}", failing_line(error) or source, hint)
 
 

@@ -244,7 +244,20 @@ class CountsCalls(nn.Module):
     [(Branches(), "if x.sum() > 3"), (CountsCalls(), "")],
     ids=["data-dependent branch", "changed buffer"],
 )
-def test_what_cannot_be_captured_names_the_users_line(module: nn.Module, line: str) -> None:
+def test_what_cannot_be_captured_names_the_users_line(
+    module: nn.Module, line: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(MemcError) as caught:
         capture(module, (torch.zeros(2, 7, dtype=torch.int64),), decoder=True)
     assert caught.value.code == "E305" and line in caught.value.where and caught.value.next
+    assert capfd.readouterr() == ("", "")
+
+
+class SevenTokens(nn.Module):
+    def forward(self, tokens: Tensor) -> Tensor:
+        return tokens.float().view(-1, 7)[:, :, None]
+
+
+def test_a_fixed_length_is_said() -> None:
+    with pytest.raises(MemcError, match="specialized it to be a constant"):
+        capture(SevenTokens(), (torch.zeros(2, 7, dtype=torch.int64),))
