@@ -186,7 +186,7 @@ def test_a_dry_run_misses_data_that_are_not_there(program: Program, tmp_path: Pa
 
 
 def test_a_pass_says_that_an_earlier_one_took_its_blocks(program: Program, tmp_path: Path) -> None:
-    with pytest.raises(MemcError, match="E307 .*no block of its kind that no earlier pass rewrote"):
+    with pytest.raises(MemcError, match=r"E307 .*no block of its kind that no earlier pass rewrote"):
         run(program, tmp_path / "out", "window:window=8", "linearize:window=8", dry_run=True)
 
 
