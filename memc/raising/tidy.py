@@ -1,4 +1,4 @@
-"""Tidy a raw graph: one node for each value, one form for every projection."""
+"""Tidy a raw graph: one node for each value, one form for every projection, parts that are joined rather than written."""
 
 from __future__ import annotations
 
@@ -43,6 +43,53 @@ def raise_linear(module: GraphModule) -> None:
             linear = call(graph, aten.linear.default, x, weight, bias, like=node)
         end.replace_all_uses_with(linear)
     graph.eliminate_dead_code()
+
+
+def join_written_parts(module: GraphModule) -> None:
+    """Turn a tensor that is written slice by slice, all of it, into the concatenation of what is written."""
+    graph = module.graph
+    for node in list(graph.nodes):
+        if node.target != aten.slice_scatter.default:
+            continue
+        parts = _written_parts(node)
+        if parts is None:
+            continue
+        with graph.inserting_before(node):
+            joined = call(graph, aten.cat.default, parts, _slice(node)[0], like=node)
+        node.replace_all_uses_with(joined)
+    graph.eliminate_dead_code()
+
+
+def _slice(node: Node) -> tuple[int, int, int, int]:
+    """Return axis, start, end and step of a ``slice_scatter``; of a size that is no number the end is -1."""
+    axis, start, end, step = (*node.args[2:], *(0, None, None, 1)[len(node.args) - 2 :])
+    axis = int(axis) % len(shape(node))  # type: ignore[arg-type]
+    size = shape(node)[axis]
+    if not isinstance(size, int) or not all(isinstance(n, int | None) for n in (start, end, step)):
+        return axis, 0, -1, 1
+    return axis, *slice(start, end, step).indices(size)  # type: ignore[misc]
+
+
+def _written_parts(node: Node) -> list[Node] | None:
+    """Return what a chain of ``slice_scatter`` writes, in order, where together it is the whole; None otherwise."""
+    axis, found = _slice(node)[0], []
+    size = shape(node)[axis]
+    while node.target == aten.slice_scatter.default:
+        base, part = node.args[:2]
+        assert isinstance(base, Node) and isinstance(part, Node)
+        of, start, end, step = _slice(node)
+        if part.target == aten.copy.default:
+            written, source = part.args[:2]
+            assert isinstance(written, Node) and isinstance(source, Node)
+            before, after = written.meta["val"], source.meta["val"]
+            part = source if (before.dtype, str(before.shape)) == (after.dtype, str(after.shape)) else part
+        if of != axis or step != 1:
+            return None
+        found.append((start, end, part))
+        node = base
+    found.sort(key=lambda written: written[:2])
+    ends = [end for _, end, _ in found]
+    return [part for *_, part in found] if [start for start, *_ in found] == [0, *ends[:-1]] and ends[-1] == size else None
 
 
 def _transposed_parameter(node: object) -> Node | None:
