@@ -1,6 +1,8 @@
-"""Tidy a raw graph: one node for each value, one form for every projection, parts that are joined rather than written."""
+"""Tidy a raw graph: one node for each value, one form for every projection, parts joined instead of written."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -62,12 +64,13 @@ def join_written_parts(module: GraphModule) -> None:
 
 def _slice(node: Node) -> tuple[int, int, int, int]:
     """Return axis, start, end and step of a ``slice_scatter``; of a size that is no number the end is -1."""
-    axis, start, end, step = (*node.args[2:], *(0, None, None, 1)[len(node.args) - 2 :])
-    axis = int(axis) % len(shape(node))  # type: ignore[arg-type]
+    given: list[Any] = [*node.args[2:]]
+    axis, start, end, step = given + [0, None, None, 1][len(given) :]
+    axis %= len(shape(node))
     size = shape(node)[axis]
-    if not isinstance(size, int) or not all(isinstance(n, int | None) for n in (start, end, step)):
+    if not isinstance(size, int) or not all(isinstance(number, int | None) for number in (start, end, step)):
         return axis, 0, -1, 1
-    return axis, *slice(start, end, step).indices(size)  # type: ignore[misc]
+    return (axis, *slice(start, end, step).indices(size))
 
 
 def _written_parts(node: Node) -> list[Node] | None:
@@ -89,7 +92,9 @@ def _written_parts(node: Node) -> list[Node] | None:
         node = base
     found.sort(key=lambda written: written[:2])
     ends = [end for _, end, _ in found]
-    return [part for *_, part in found] if [start for start, *_ in found] == [0, *ends[:-1]] and ends[-1] == size else None
+    return (
+        [part for *_, part in found] if [start for start, *_ in found] == [0, *ends[:-1]] and ends[-1] == size else None
+    )
 
 
 def _transposed_parameter(node: object) -> Node | None:

@@ -198,8 +198,8 @@ def test_keys_rotated_in_one_of_two_parts_have_positions_of_another_kind(tmp_pat
     config = DeepseekV3Config(vocab_size=67, num_key_value_heads=4, first_k_dense_replace=1, **sizes, **latent)
     config.architectures = ["DeepseekV3ForCausalLM"]
     config.save_pretrained(tmp_path)
-    block = next(block for block in api.inspect(tmp_path).blocks if block.kind == "attention")
-    assert (block.head_dim, block.value_dim, block.positions) == (10, 8, "other")
+    block = api.inspect(tmp_path).blocks[0]
+    assert (block.kind, block.head_dim, block.value_dim, block.positions) == ("attention", 10, 8, "other")
 
 
 def test_inspect_reads_the_configuration_alone(llama: Path, tmp_path: Path) -> None:

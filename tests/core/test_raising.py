@@ -224,6 +224,56 @@ def test_the_greater_of_two_tensors_mixes_no_tokens() -> None:
     assert result.program.raised
 
 
+def in_two_parts(x: Tensor) -> Tensor:
+    y = torch.empty_like(x)
+    y[..., :13] = torch.relu(x[..., :13])
+    y[..., 13:] = x[..., 13:]
+    return y
+
+
+def test_parts_that_are_written_side_by_side_are_joined() -> None:
+    result, module, inputs = raise_tiny(causal_softmax, activation=in_two_parts)
+    targets = {node.target for node in result.program.module.graph.nodes}
+    assert torch.ops.aten.cat.default in targets and torch.ops.aten.slice_scatter.default not in targets
+    with torch.no_grad():
+        torch.testing.assert_close(result.program.run(inputs[0]), module(*inputs), rtol=0, atol=1e-5)
+
+
+def half_written(x: Tensor) -> Tensor:
+    y = x * 2
+    y[..., 13:] = x[..., 13:]
+    return y
+
+
+def test_a_part_that_is_written_into_a_value_stays_a_write() -> None:
+    result, module, inputs = raise_tiny(causal_softmax, activation=half_written)
+    assert any(node.target == torch.ops.aten.slice_scatter.default for node in result.program.module.graph.nodes)
+    with torch.no_grad():
+        torch.testing.assert_close(result.program.run(inputs[0]), module(*inputs), rtol=0, atol=1e-5)
+
+
+class SelectsPositions(Tiny):
+    """Looks its positions up from the third row on, all sequences in one row."""
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        rows = self.places.weight.index_select(0, positions.reshape(-1) + 2).view(*tokens.shape, WIDTH)
+        x = self.tokens(tokens) + rows
+        q, k, v = self.qkv(x).view(*tokens.shape, HEADS, 3, -1).permute(3, 0, 2, 1, 4).unbind(0)
+        y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.head(x + self.out(y.transpose(1, 2).flatten(2)))
+
+
+def test_positions_selected_from_a_table_limit_the_length() -> None:
+    torch.manual_seed(0)
+    tokens, module = torch.randint(0, VOCAB, (2, 7)), SelectsPositions(causal_softmax).eval()
+    program = raise_program(capture(module, (tokens, torch.arange(7).expand(2, 7).contiguous()))).program
+    assert (program.model.absolute_positions, program.model.max_positions) == (True, LIMIT - 2)
+    positions = torch.arange(-1, 6).expand(2, 7).contiguous()
+    with torch.no_grad():
+        padded = program(tokens, positions, *program.new_state(2))[0][:, 1:]
+        torch.testing.assert_close(padded, module(tokens[:, 1:], positions[:, 1:]), rtol=0, atol=1e-5)
+
+
 def test_tokens_mixed_outside_attention_are_rejected() -> None:
     result, _, _ = raise_tiny(causal_softmax, activation=lambda x: torch.relu(x).cumsum(dim=1))
     assert not result.program.raised
