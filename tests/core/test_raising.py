@@ -288,12 +288,18 @@ def test_tokens_mixed_outside_attention_are_rejected() -> None:
         (nn.functional.silu, "silu"),
         (lambda x: x * torch.sigmoid(1.702 * x), "quick_gelu"),
         (lambda x: 0.5 * x * (1 + torch.erf(x / math.sqrt(2))), "gelu"),
+        (lambda x: torch.where(x > 0, 0.8 * x * x + x, torch.expm1(torch.min(x, torch.tensor(-1e-6))) - x), "other"),
     ],
 )
 def test_activations_are_named_by_their_values(activation: Callable[[Tensor], Tensor], name: str) -> None:
     result, _, _ = raise_tiny(causal_softmax, activation=activation)
     block = next(block for block in result.blocks if isinstance(block, FeedForwardBlock))
     assert (block.activation, block.hidden) == (name, 40)
+
+
+def test_a_straight_line_between_two_projections_is_no_activation() -> None:
+    result, _, _ = raise_tiny(causal_softmax, activation=lambda x: 3 * x + 1)
+    assert not any(isinstance(block, FeedForwardBlock) for block in result.blocks)
 
 
 def test_raising_leaves_the_raw_program_alone() -> None:
