@@ -163,11 +163,13 @@ class Bench:
         chosen = self.controlled(drafts, variants, fewer)
         stream = Stream(self.original, self.calibration)
         known, start = Groups(self.original), stream.fork()
-        followers = {key: measure.Follower(known, start.fork()) for key in drafts}
+        fitted = {variant.options for variant in variants if variant.refits}
+        followers = {key: measure.Follower(known, start.fork()) for key in drafts if key[1] in fitted}
         with self.console.step(f"moments of {len(groups)} groups"):
             for exit_ in sorted(groups):
                 own, *theirs = measure.moments_of(stream, groups[exit_], list(followers.values()), gram=False)
-                for (key, draft), seen in zip(drafts.items(), theirs, strict=True):
+                after = dict(zip(followers, theirs, strict=True))
+                for key, draft in drafts.items():
                     for task in (task for task in draft.tasks if task.group.exit is exit_ and task.count):
                         for variant in (variant for variant in variants if variant.options == key[1]):
                             if variant.score == CONTROL:
@@ -176,7 +178,7 @@ class Bench:
                                     made.setdefault((key[0], variant.name), []).append(cut)
                                 continue
                             taylor = gates[exit_] if variant.score == "taylor" else None
-                            found = seen if variant.refits else own
+                            found = after[key] if variant.refits else own
                             cut = measure.cut_by(
                                 self.original, task, found, variant.score, taylor, refits=variant.refits
                             )

@@ -11,7 +11,7 @@ from memc.backends.tvm import support
 from memc.backends.tvm.isa import Isa, isa_of, knows, runs_here
 from memc.backends.tvm.library import INSTALL, REQUIRED, require_tvm, try_compiler
 from memc.backends.tvm.runner import INFO, LIBRARY, PARAMETERS, LibraryInfo
-from memc.backends.tvm.text import HOW_TO_RUN
+from memc.backends.tvm.text import FROM_SOURCE, HOW_TO_RUN
 from memc.errors import MemcError
 from memc.prepare import capacity_of, forms_of, is_memc, ports
 from memc.program import Program
@@ -45,7 +45,7 @@ def lower(program: Program, target: Target, folder: Path, options: LowerOptions)
     require_tvm()
     if reason := try_compiler():
         raise MemcError("E602", reason, "backend tvm", INSTALL)
-    from memc.backends.tvm.build import ENTRY, build
+    from memc.backends.tvm.build import ENTRY, SOURCE, build
     from memc.backends.tvm.graph import prepare
     from memc.backends.tvm.weights import Parameters
 
@@ -77,18 +77,20 @@ def lower(program: Program, target: Target, folder: Path, options: LowerOptions)
         states,
         capacity_of(program, options, grows=any(state.grows is not None for state in states)),
         symbols,
-        HOW_TO_RUN.format(path=LIBRARY),
+        (FROM_SOURCE.format(folder=LIBRARY.parent / SOURCE) if isa.source else "") + HOW_TO_RUN.format(path=LIBRARY),
         {**forms, "weights": prepared.summary, "library": _library(isa, target)},
     )
 
 
 def _library(isa: Isa, target: Target) -> str:
     """Say for what the library is, and where it has not been run."""
+    if isa.source:
+        return f"C source, compiled here for {isa.machine}"
     options = ", ".join(f"{name} {value}" for name, value in isa.options.items() if name != "kind")
     return f"{isa.machine} ({options})" + ("" if runs_here(target) else "; compiled, not run: this machine lacks it")
 
 
 def _refuses_target(target: Target) -> str | None:
-    if target.kind != "cpu" or not knows(target):
+    if target.kind not in ("cpu", "source") or not knows(target):
         return f"the tvm backend compiles for CPUs, {target.name} is a {target.kind} target ({target.instruction_set})"
     return None

@@ -16,6 +16,7 @@ from torch.fx import Node
 from tvm import relax
 from tvm.relax.frontend.torch import from_exported_program
 from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
+from tvm.support.cc import create_shared
 
 from memc.backends.tvm.convert import Converters
 from memc.backends.tvm.graph import Prepared
@@ -25,6 +26,12 @@ from memc.prepare import export_module, first_line, named_node, source_of
 from memc.program import Program
 
 ENTRY = "main"
+SOURCE = "source"
+SOURCES = ("functions.c", "program.c")
+"""C files of a library that is made from source: its functions, and the program that calls them."""
+
+FLAGS = ("-O3",)
+"""What they are compiled with here: for any processor of this machine's kind."""
 
 
 def build(program: Program, prepared: Prepared, isa: Isa, path: Path) -> None:
@@ -33,7 +40,7 @@ def build(program: Program, prepared: Prepared, isa: Isa, path: Path) -> None:
     Raises ``MemcError`` E601 that names the op which the importer refuses, E602 without a linker for the target.
     """
     if isa.compiler is not None and shutil.which(isa.compiler) is None:
-        hint = f"apt-get install gcc-{isa.compiler.removesuffix('-gcc')}"
+        hint = "apt-get install gcc" if isa.source else f"apt-get install gcc-{isa.compiler.removesuffix('-gcc')}"
         raise MemcError("E602", f"{isa.compiler} is needed to link for {isa.machine}", "backend tvm", hint)
     with _reporting(program):
         converters = Converters(isa.tile).table()
@@ -43,7 +50,25 @@ def build(program: Program, prepared: Prepared, isa: Isa, path: Path) -> None:
         executable = _compile(module, target)
     path.parent.mkdir(parents=True, exist_ok=True)
     options: dict[str, Any] = {"cc": isa.compiler} if isa.compiler is not None else {}
-    executable.export_library(str(path), **options)
+    if isa.source:
+        options["fcompile"] = _from_source(path.parent / SOURCE)
+    try:
+        executable.export_library(str(path), **options)
+    except RuntimeError as error:
+        message = f"{isa.compiler or 'the C compiler'} does not make the library: {first_line(error)}"
+        raise MemcError("E602", message, "backend tvm") from error
+
+
+def _from_source(folder: Path) -> Any:
+    """Return what keeps the C source of a library in ``folder``, and compiles the library from there."""
+
+    def compile_library(library: str, files: list[str], options: list[str], cc: str) -> None:
+        folder.mkdir(exist_ok=True)
+        kept = [shutil.copyfile(file, folder / name) for file, name in zip(files, SOURCES, strict=True)]
+        create_shared(library, [str(path) for path in kept], [*options, *FLAGS], cc=cc)
+
+    compile_library.object_format = "c"  # type: ignore[attr-defined]
+    return compile_library
 
 
 def _decomposed(exported: ExportedProgram, converters: set[str]) -> ExportedProgram:
@@ -56,9 +81,10 @@ def _decomposed(exported: ExportedProgram, converters: set[str]) -> ExportedProg
 
 
 def _compile(module: Any, target: Any) -> Any:
-    # tvm.compile's own pipeline for CPUs fuses nothing.
-    pipeline = relax.get_default_pipeline(target)
-    with target:
+    # tvm.compile's own pipeline for CPUs fuses nothing; of C it has none, and knows no vectors.
+    to_source = target.kind.name == "c"
+    pipeline = relax.get_default_pipeline(tvm.target.Target({"kind": "llvm"}) if to_source else target)
+    with target, tvm.transform.PassContext(config={"tirx.disable_vectorize": to_source}):
         return tvm.compile(module, target=target, relax_pipeline=pipeline)
 
 

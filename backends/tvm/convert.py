@@ -18,6 +18,7 @@ from memc.backends.tvm.kernels.common import SLOTS, PrimFunc, Scores
 from memc.backends.tvm.kernels.linear import head_linear, linear, quantised_linear
 from memc.backends.tvm.kernels.memory import Memory, linear_memory
 from memc.backends.tvm.kernels.simple import embedding, norm, rotary
+from memc.backends.tvm.kernels.sparse import SHARES, TOKENS, Rule, sparse_attention
 from memc.backends.tvm.kernels.window import Ring, window_memory
 
 Var = Any
@@ -45,6 +46,7 @@ class Converters:
             "full_attention": self._full_attention,
             "window_memory": self._window_memory,
             "linear_memory": self._linear_memory,
+            "sparse_attention": self._sparse_attention,
             "bank_ffn": self._bank_ffn,
         }
         own = {f"tvm_{name}.default": form for name, form in forms.items()}
@@ -155,6 +157,25 @@ class Converters:
         inputs = [q, k, v, decay, places, state, _or_nothing(importer, beta)]
         return _call(importer, made, inputs, [*_shape(q)[:3], m.value_dim])
 
+    def _sparse_attention(self, node: Node, importer: Importer) -> Var:
+        (*tensors, sink_logits, scale, softcap), rule = _arguments(node)[:10], Rule(*_arguments(node)[10:])
+        q, k, v, *rest = (importer.env[tensor] for tensor in tensors)
+        s = _scores(q, v, scale, softcap, None, sink_logits)
+        made = self._function(importer, sparse_attention, s, rule)
+        batch, _, tokens = _shape(q)[:3]
+        units = batch * s.groups * tirx.min(tirx.ceildiv(tokens, TOKENS), tirx.IntImm("int64", SHARES))
+        shapes = [
+            [*_shape(q)[:3], s.value_dim],
+            _shape(q)[:3] if rule.lse else [1],
+            [units, _size(rest[-1], 2) * SLOTS],
+            [units, rule.listed],
+            [units, rule.room if rule.rerank > 1 else 1],
+            [units, rule.room],
+            [units, s.heads // s.groups, rule.room],
+        ]
+        kinds = ["float32"] * 2 + ["int32"] * 4 + ["float32"]
+        return _calls(importer, made, [q, k, v, *rest, _or_nothing(importer, sink_logits)], shapes, kinds)
+
     def _bank_ffn(self, node: Node, importer: Importer) -> Var:
         x, block = (importer.env[argument] for argument in node.args[:2])
         made = self._function(importer, bank_ffn, _size(block, 2), _size(x, 2), node.args[2])
@@ -208,8 +229,15 @@ def _call(importer: Importer, function: Any, inputs: Sequence[Var], shape: Seque
     return importer.block_builder.emit(relax.call_tir(function, list(inputs), out_ty=out))
 
 
-def _calls(importer: Importer, function: Any, inputs: Sequence[Var], shapes: Sequence[Sequence[Any]]) -> Var:
-    out = [relax.TensorType(list(shape), "float32") for shape in shapes]
+def _calls(
+    importer: Importer,
+    function: Any,
+    inputs: Sequence[Var],
+    shapes: Sequence[Sequence[Any]],
+    dtypes: Sequence[str] | None = None,
+) -> Var:
+    kinds = dtypes or ["float32"] * len(shapes)
+    out = [relax.TensorType(list(shape), kind) for shape, kind in zip(shapes, kinds, strict=True)]
     return importer.block_builder.emit(relax.call_tir(function, list(inputs), out_ty=out))
 
 

@@ -14,6 +14,7 @@ from memc.backends.tvm import ops
 from memc.backends.tvm.kernels.common import SLOTS
 from memc.backends.tvm.weights import Parameter, Parameters
 from memc.dialect import arguments, op_spec
+from memc.dialect.selectors import SELECTORS
 from memc.errors import MemcError
 from memc.prepare import (
     TensorSpec,
@@ -71,6 +72,7 @@ class _Rewriter:
             "attention": self.attention,
             "window_memory": self.window_memory,
             "linear_memory": self.linear_memory,
+            "sparse_attention": self.sparse_attention,
             "bank_ffn": self.bank_ffn,
         }
 
@@ -133,6 +135,19 @@ class _Rewriter:
         names = ("query", "key", "value", "log_decay", "positions", "state", "beta")
         return [self.call(ops.linear_memory, *(a[name] for name in names))]
 
+    def sparse_attention(self, node: Node, a: Mapping[str, Any]) -> list[Node]:
+        keys, pages = str(a["past_key"].target), str(a["past_pages"].target)
+        if SELECTORS[a["method"]].choice == "tokens":  # all keys once more, for which tiles serve as well as pages
+            self.states[pages] = replace(self.states[keys], name=self.states[pages].name)
+        else:
+            self._pack(a["past_key"])
+        self._pack(a["past_pages"])
+        self.dropped.add(str(a["past_positions"].target))
+        names = ("query", "key", "value", "positions", "past_key", "past_value", "past_pages", "sink_logits")
+        rule = ("scale", "softcap", "method", "page", "budget", "sinks", "window", "rerank", "dense_below", "channels")
+        made = self.call(ops.sparse_attention, *(a[name] for name in (*names, *rule)), 1 in used_outputs(node))
+        return [self.call(operator.getitem, made, index) for index in range(2)]
+
     def bank_ffn(self, node: Node, a: Mapping[str, Any]) -> list[Node]:
         return [self.call(ops.bank_ffn, a["x"], a["block"], a["activation"])]
 
@@ -141,12 +156,16 @@ class _Rewriter:
         nothing = self.call(_aten.full_like.default, place, -1)
         return self.call(_aten.where.self, self.call(_aten.ge.Scalar, place, a["sinks"]), place, nothing)
 
-    def _pack(self, past_key: Node) -> None:
-        """Let a state of keys ``[B,G,S,D]`` hold them a tile of slots at a time."""
-        spec = self.states[str(past_key.target)]
+    def _pack(self, past: Node) -> None:
+        """Let a state of rows ``[B,G,S,D]``, of keys or of pages, hold them a tile of slots at a time."""
+        spec = self.states[str(past.target)]
         batch, groups, slots, size = spec.shape
-        tiles = f"{slots}/{SLOTS}" if isinstance(slots, str) else -(-slots // SLOTS)
-        self.states[str(past_key.target)] = replace(spec, shape=(batch, groups, tiles, size, SLOTS))
+        if isinstance(slots, str):
+            symbol, _, each = slots.partition("/")
+            tiles: int | str = f"{symbol}/{int(each or 1) * SLOTS}"
+        else:
+            tiles = -(-slots // SLOTS)
+        self.states[str(past.target)] = replace(spec, shape=(batch, groups, tiles, size, SLOTS))
 
     def _require_direct(self, node: Node, past: Node, index: int) -> None:
         """Refuse a state that is not read by this node alone, or whose next value is not just this node's."""

@@ -51,6 +51,11 @@ class Isa:
     compiler: str | None = None
     """The C compiler that links for it, None for the host's."""
 
+    @property
+    def source(self) -> bool:
+        """Whether C source is what is made, and the library from it."""
+        return bool(self.options["kind"] == "c")
+
 
 def processor_flags() -> frozenset[str]:
     """Return the flags of this processor as Linux names them; empty where the system does not tell."""
@@ -85,6 +90,7 @@ _MAKERS: dict[str, Callable[[], Isa]] = {
     "x86-64-v3": lambda: Isa(HOST, {"kind": "llvm", "mcpu": "x86-64-v3"}, Tile(16, 6), _AVX2),
     "x86-64-v4": lambda: Isa(HOST, {"kind": "llvm", "mcpu": "x86-64-v4"}, Tile(64, 4), _AVX2 | _AVX512),
     "aarch64": lambda: _cross("aarch64-linux-gnu", "aarch64", Tile(16, 4), "+neon"),
+    "c": lambda: Isa(platform.machine(), {"kind": "c"}, Tile(16, 4), compiler="cc"),
     "riscv64gcv": lambda: _cross("riscv64-linux-gnu", "riscv64", Tile(16, 4), "+m", "+a", "+f", "+d", "+c", "+v"),
 }
 

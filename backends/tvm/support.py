@@ -10,6 +10,7 @@ from torch.fx import Node
 from memc.backend import No, Yes
 from memc.backends.tvm.kernels.common import Scores
 from memc.dialect import arguments, op_spec
+from memc.dialect.selectors import SELECTORS
 from memc.prepare import shape
 
 
@@ -47,6 +48,9 @@ def form(node: Node) -> Yes | No:
         case "linear_memory":
             a = arguments(node)
             return Yes(f"own function, {a['update']}, one step a token, state in place")
+        case "sparse_attention":
+            a = arguments(node)
+            return Yes(f"own function, {SELECTORS[a['method']].choice} ranked by {a['method']}, state in place")
         case "bank_ffn":
             return Yes("own function, blocks read where they lie")
     return No(f"memc::{spec.name} has no lowered form in this backend")

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+FROM_SOURCE = (
+    "The library was compiled here from the C files in {folder}. For another machine compile them there, as in cc -O3"
+    " -shared -fPIC -I TVM/include -I TVM_FFI/include *.c -o model.so with the headers that apache-tvm and"
+    " apache-tvm-ffi bring along, and open that.\n"
+)
+
 HOW_TO_RUN = (
     "Open {path} with TVM's runtime (apache-tvm and apache-tvm-ffi in the versions that library.json names; the runtime"
     " library alone suffices) and call its function main with the inputs, states and parameters in the order of"

@@ -23,10 +23,11 @@ from tests.passes.test_prune_groups import BLOCKED
 
 TOLERANCE = 1e-4
 KEYS = "prune:unit=key_channels,amount=0.5,round=2,protect=none,protect_heads=none"
+SPARSE = "sparsify:budget=6,page=2,sinks=1,window=2,dense_below=3"
 PASSES = (
     "window:window=4,sinks=2",
     "linearize:window=4,sinks=2,feature_size=12",
-    "sparsify:budget=6,page=2,sinks=1,window=2,dense_below=3",
+    SPARSE,
     KEYS,
 )
 

@@ -154,20 +154,20 @@ def test_powers_are_right_below_zero_and_say_nothing(tmp_path: Path, capfd: pyte
 def test_every_dialect_op_has_a_form_or_a_reason() -> None:
     answers = {}
     programs = (ops.llama("attention"), ops.window_memory(), ops.linear_memory(), ops.full_attention())
-    for program in (*programs, ops.bank_ffn("silu")):
+    for program in (*programs, ops.sparse_attention(), ops.bank_ffn("silu")):
         for node in program.module.graph.nodes:
             if (spec := op_spec(node.target)) is not None:
                 answers[spec.name] = TvmBackend().supports(node, CPU)
     assert all(isinstance(answer, Yes) for answer in answers.values())
-    assert set(OPS) - set(answers) == {"sparse_attention", "quantised_attention", "compact_attention"}
-    for program in (ops.sparse_attention(), ops.sparse_attention(bits=4), ops.compact_attention()):
+    assert set(OPS) - set(answers) == {"quantised_attention", "compact_attention"}
+    for program in (ops.sparse_attention(bits=4), ops.compact_attention()):
         sparse = next(n for n in program.module.graph.nodes if op_spec(n.target) is not None)
         assert isinstance(TvmBackend().supports(sparse, CPU), No)
 
 
 def test_refusals_come_before_anything_is_written(tmp_path: Path) -> None:
-    with pytest.raises(MemcError, match="sparse_attention") as refused:
-        lower(ops.sparse_attention(), tmp_path)
+    with pytest.raises(MemcError, match="quantised_attention") as refused:
+        lower(ops.sparse_attention(bits=4), tmp_path)
     assert refused.value.code == "E601"
     for weights in ("fp16", "bf16", "int3"):
         with pytest.raises(MemcError, match=weights):

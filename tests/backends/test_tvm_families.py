@@ -8,13 +8,13 @@ import pytest
 from tvm_support import build
 
 from tests.backends.runs import SCENARIOS, compare
-from tests.backends.test_families_lowered import KEYS, rewrite
+from tests.backends.test_families_lowered import KEYS, SPARSE, rewrite
 from tests.core.test_families import raised
 
 TOLERANCE = 1e-4
 FAMILIES = ("llama", "gemma2", "phi3", "bloom", "gpt2")
-PASSES = ("", "window:window=4,sinks=2", "linearize:window=4,sinks=2,feature_size=12", KEYS)
-QUICK = {("gpt2", ""), ("llama", PASSES[2]), ("phi3", KEYS)}
+PASSES = ("", "window:window=4,sinks=2", "linearize:window=4,sinks=2,feature_size=12", KEYS, SPARSE)
+QUICK = {("gpt2", ""), ("llama", PASSES[2]), ("phi3", KEYS), ("gemma2", SPARSE)}
 
 CASES = [
     pytest.param(name, spec, marks=() if (name, spec) in QUICK else pytest.mark.conformance)

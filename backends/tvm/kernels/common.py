@@ -79,7 +79,7 @@ class Keys:
 
 
 @T.inline
-def _add_values(rows, keys, first, count, scores, part, acc, start, width, blocks):
+def add_values(rows, keys, first, count, scores, part, acc, start, width, blocks):  # noqa: D103
     # Adds scores times values, one vector of channels of all rows at a time.
     for block in T.serial(blocks):
         for i in T.unroll(rows):
@@ -152,11 +152,11 @@ def softmax_rows(rows, keys, low, high, tiles, s, top, total, acc):  # noqa: D10
         held = T.min(high - first, T.int64(KEYS))
         wide = T.meta_var(s.value_dim // 32)
         narrow = T.meta_var(s.value_dim % 32 // 8)
-        _add_values(rows, keys, first, held, scores, part, acc, 0, 32, wide)
+        add_values(rows, keys, first, held, scores, part, acc, 0, 32, wide)
         if narrow > 0:
-            _add_values(rows, keys, first, held, scores, part, acc, wide * 32, 8, narrow)
+            add_values(rows, keys, first, held, scores, part, acc, wide * 32, 8, narrow)
         if s.value_dim % 8 > 0:
-            _add_values(rows, keys, first, held, scores, part, acc, wide * 32 + narrow * 8, 1, s.value_dim % 8)
+            add_values(rows, keys, first, held, scores, part, acc, wide * 32 + narrow * 8, 1, s.value_dim % 8)
 
 
 @T.inline

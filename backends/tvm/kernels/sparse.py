@@ -1,0 +1,518 @@
+"""``memc::sparse_attention``: pages are described as they fill up, ranked, and the tokens of the best attended to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from tvm.script import tirx as T
+
+from memc.backends.tvm.kernels.choose import FIRST, NEVER, find_least, ordered, take
+from memc.backends.tvm.kernels.common import (
+    LOWEST,
+    SLOTS,
+    Keys,
+    PrimFunc,
+    Scores,
+    add_sink,
+    add_values,
+    exp,
+    heads_together,
+    tanh,
+)
+from memc.dialect.selectors import SELECTORS
+
+SHARES = 8
+"""Units of work that the tokens of one key-value head are dealt to at most, each with memory of its own."""
+
+TOKENS = 16
+"""Tokens that a unit of work is worth its memory for."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Which tokens are read; fields as the op's arguments. ``lse`` tells whether the log-sum-exp is asked for."""
+
+    method: str
+    page: int
+    budget: int
+    sinks: int
+    window: int
+    rerank: int
+    dense_below: int
+    channels: int
+    lse: bool
+
+    @property
+    def by_token(self) -> bool:
+        """Whether tokens are ranked, not pages."""
+        return SELECTORS[self.method].choice == "tokens"
+
+    @property
+    def each(self) -> int:
+        """Tokens that are ranked together."""
+        return 1 if self.by_token else self.page
+
+    @property
+    def lanes(self) -> int:
+        """Tokens whose scores are made together: those of a tile, or one where single tokens are taken."""
+        return 1 if self.by_token else SLOTS
+
+    @property
+    def taken(self) -> int:
+        """How many pages, or tokens, of the highest rank are taken."""
+        return self.rerank * self.budget // self.each
+
+    @property
+    def all_below(self) -> int:
+        """The position from which on not every token is read."""
+        return max(self.dense_below, self.budget)
+
+    @property
+    def listed(self) -> int:
+        """The most tiles of keys, or tokens, on which what is taken lies."""
+        if self.each % self.lanes == 0:
+            tiles = self.each // self.lanes
+        else:
+            tiles = 1 if self.lanes % self.each == 0 else (self.each - 2) // self.lanes + 2
+        return max(self.taken * tiles, -(-self.all_below // self.lanes))
+
+    @property
+    def room(self) -> int:
+        """Scores that a unit of work has memory for: whole vectors."""
+        return -(-self.listed * self.lanes // SLOTS) * SLOTS
+
+    def described(self, channels: int) -> int:
+        """How many numbers a description has."""
+        return 2 * channels if SELECTORS[self.method].descriptor in ("bounds", "moments") else channels
+
+
+class _Part:
+    """Rows of the scores of one unit of work, from one on."""
+
+    def __init__(self, scores: Any, unit: Any, start: Any) -> None:
+        self._scores, self._unit, self._start = scores, unit, start
+
+    def __getitem__(self, place: tuple[Any, Any]) -> Any:
+        return self._scores[self._unit, self._start + place[0], place[1]]
+
+
+@cache
+def sparse_attention(s: Scores, r: Rule) -> PrimFunc:
+    """Make ``memc::sparse_attention``, its state in place.
+
+    ``keys [B,G,P,D,SLOTS]`` and ``values [B,G,S,E]`` hold the token at position p in slot p, ``pages [B,G,N,C,SLOTS]``
+    the description of page n; where tokens are ranked ``keys [B,G,S,D]`` are as they are read one by one, and
+    ``pages [B,G,P,D,SLOTS]`` the same channel by channel. The new tokens are written first, so that no sequence may
+    start in a call after tokens of another one in the same row. A unit of work is some tokens of one key-value head; of
+    each it ranks the pages, lists the tiles of keys on which the best ones lie, and makes the scores of these, which
+    are ranked again where that is asked for and then weigh the values.
+    """
+    heads, groups, key_dim, value_dim = s.heads, s.groups, s.key_dim, s.value_dim
+    share, size, page, each, lanes = heads // groups, r.described(s.key_dim), r.page, r.each, r.lanes
+    together = heads_together(share)
+    descriptor, scorer = SELECTORS[r.method].descriptor, SELECTORS[r.method].scorer
+    ranked = r.channels if r.by_token else size  # numbers that a rank is made of
+    vector = next(n for n in (SLOTS, 8, 1) if key_dim % n == 0)  # channels of one key that are multiplied together
+    wide, narrow = value_dim // 32, value_dim % 32 // 8
+
+    @T.inline
+    def describe(names, b, g, n):
+        sums = T.alloc_buffer((2,), "float32", scope="local")
+        for d in T.serial(key_dim):
+            if descriptor == "bounds":
+                sums[0] = T.float32(LOWEST)
+                sums[1] = T.float32(-LOWEST)
+                for i in T.serial(page):
+                    sums[0] = T.max(sums[0], names["keys"][b, g, (n * page + i) // SLOTS, d, (n * page + i) % SLOTS])
+                    sums[1] = T.min(sums[1], names["keys"][b, g, (n * page + i) // SLOTS, d, (n * page + i) % SLOTS])
+            else:
+                sums[0] = T.float32(0)
+                sums[1] = T.float32(0)
+                for i in T.serial(page):
+                    sums[0] = sums[0] + names["keys"][b, g, (n * page + i) // SLOTS, d, (n * page + i) % SLOTS]
+                sums[0] = sums[0] / T.float32(page)
+                if descriptor == "moments":
+                    for i in T.serial(page):
+                        away = names["keys"][b, g, (n * page + i) // SLOTS, d, (n * page + i) % SLOTS] - sums[0]
+                        sums[1] = sums[1] + away * away
+                    sums[1] = sums[1] / T.float32(page)
+            names["pages"][b, g, n // SLOTS, d, n % SLOTS] = sums[0]
+            if size > key_dim:
+                names["pages"][b, g, n // SLOTS, key_dim + d, n % SLOTS] = sums[1]
+
+    @T.inline
+    def write(names, b, g, tokens):
+        for t in T.serial(tokens):
+            if names["positions"][b, t] >= 0:
+                position = names["positions"][b, t]
+                for e in T.serial(value_dim):
+                    names["values"][b, g, position, e] = names["v"][b, g, t, e]
+                if r.by_token:
+                    for d in T.serial(key_dim):
+                        names["keys"][b, g, position, d] = names["k"][b, g, t, d]
+                        names["pages"][b, g, position // SLOTS, d, position % SLOTS] = names["k"][b, g, t, d]
+                else:
+                    for d in T.serial(key_dim):
+                        names["keys"][b, g, position // SLOTS, d, position % SLOTS] = names["k"][b, g, t, d]
+                    if (position + 1) % page == 0:
+                        describe(names, b, g, position // page)
+
+    @T.inline
+    def strongest(names, b, g, t, channel, feature):
+        # The channels in which the sum of a query's magnitudes over the heads is highest, and the query there.
+        padded = T.meta_var(-(-key_dim // SLOTS) * SLOTS)
+        rank = T.alloc_buffer((1, padded), "int32", scope="local")
+        total = T.alloc_buffer((1,), "float32", scope="local")
+        least = T.alloc_buffer((2,), "int32", scope="local")
+        taken = T.alloc_buffer((1,), "int32", scope="local")
+        found = T.alloc_buffer((1,), "int32", scope="local")
+        for d in T.serial(padded):
+            rank[0, d] = T.int32(NEVER)
+        for d in T.serial(key_dim):
+            total[0] = T.float32(0)
+            for i in T.serial(share):
+                total[0] = total[0] + T.abs(names["q"][b, g * share + i, t, d] * T.float32(s.scale))
+            rank[0, d] = ordered(total[0])
+        find_least(rank, 0, padded // SLOTS, r.channels, least)
+        found[0] = 0
+        for d in T.serial(key_dim):
+            take(rank, 0, d, least, taken)
+            if taken[0] > 0:
+                channel[found[0]] = d
+                for i in T.serial(share):
+                    feature[i, found[0]] = names["q"][b, g * share + i, t, d] * T.float32(s.scale)
+                found[0] = found[0] + 1
+
+    @T.inline
+    def features(names, b, g, t, channel, feature):
+        # What of a query is multiplied with which number of a description.
+        for c in T.serial(ranked):
+            channel[c] = c
+        for i in T.serial(share):
+            for d in T.serial(key_dim):
+                scaled = names["q"][b, g * share + i, t, d] * T.float32(s.scale)
+                if scorer == "bound":
+                    feature[i, d] = T.max(scaled, T.float32(0))
+                    feature[i, key_dim + d] = T.min(scaled, T.float32(0))
+                else:
+                    feature[i, d] = scaled
+                    if scorer == "moments":
+                        feature[i, key_dim + d] = scaled * scaled * T.float32(0.5)
+
+    @T.inline
+    def rank_pages(names, b, g, t, unit, p):
+        channel = T.alloc_buffer((ranked,), "int32", scope="local")
+        feature = T.alloc_buffer((share, ranked), "float32", scope="local")
+        product = T.alloc_buffer((together, SLOTS), "float32", scope="local")
+        best = T.alloc_buffer((SLOTS,), "float32", scope="local")
+        if r.by_token:
+            strongest(names, b, g, t, channel, feature)
+        else:
+            features(names, b, g, t, channel, feature)
+        for tile in T.serial(p // each // SLOTS + 1):
+            for j in T.vectorized(SLOTS):
+                best[j] = T.float32(LOWEST)
+            for part in T.serial(share // together):
+                for i in T.unroll(together):
+                    for j in T.vectorized(SLOTS):
+                        product[i, j] = T.float32(0)
+                for c in T.serial(ranked):
+                    for i in T.unroll(together):
+                        for j in T.vectorized(SLOTS):
+                            product[i, j] = product[i, j] + (
+                                feature[part * together + i, c] * names["pages"][b, g, tile, channel[c], j]
+                            )
+                for i in T.unroll(together):
+                    for j in T.vectorized(SLOTS):
+                        best[j] = T.max(best[j], product[i, j])
+            for j in T.vectorized(SLOTS):
+                names["rank"][unit, tile * SLOTS + j] = ordered(best[j])
+        near = T.min(T.max(p - (r.window - 1), T.int64(0)), p // page * page) // each
+        last = p // each
+        for n in T.serial(-(-r.sinks // each)):
+            names["rank"][unit, n] = T.int32(FIRST)
+        for n in T.serial(last + 1 - near):
+            names["rank"][unit, near + n] = T.int32(FIRST)
+        for n in T.serial(last // SLOTS * SLOTS + SLOTS - 1 - last):
+            names["rank"][unit, last + 1 + n] = T.int32(NEVER)
+
+    @T.inline
+    def append(names, unit, first, p, listed):
+        # Lists the tiles of the tokens from ``first`` on that are ranked together, each tile once.
+        tile = first // lanes
+        for k in T.serial(T.min(first + (each - 1), p) // lanes - tile + 1):
+            number = T.Cast("int32", tile + k)
+            if T.Or(listed[0] == 0, names["list"][unit, T.max(listed[0] - 1, T.int64(0))] < number):
+                names["list"][unit, listed[0]] = number
+                listed[0] = listed[0] + 1
+
+    @T.inline
+    def list_tiles(names, b, g, t, unit, p, listed):
+        # Leaves 1 in the rank of each page, or token, that is taken and 0 in the others, and lists where they lie.
+        least = T.alloc_buffer((2,), "int32", scope="local")
+        taken = T.alloc_buffer((1,), "int32", scope="local")
+        hit = T.alloc_buffer((SLOTS,), "int32", scope="local")
+        blocks = p // each // SLOTS + 1
+        if T.Or(p < r.all_below, p // each < r.taken):
+            for n in T.serial(blocks * SLOTS):
+                names["rank"][unit, n] = T.if_then_else(n <= p // each, T.int32(FIRST), T.int32(NEVER))
+            least[0] = T.int32(NEVER)
+            least[1] = T.int32(0)
+        else:
+            rank_pages(names, b, g, t, unit, p)
+            find_least(names["rank"], unit, blocks, r.taken, least)
+        listed[0] = T.int64(0)
+        for block in T.serial(blocks):
+            for j in T.vectorized(SLOTS):
+                hit[j] = T.Select(names["rank"][unit, block * SLOTS + j] >= least[0], 1, 0)
+            taken[0] = 0
+            for j in T.serial(SLOTS):
+                taken[0] = taken[0] + hit[j]
+            if taken[0] > 0:
+                for j in T.serial(SLOTS):
+                    take(names["rank"], unit, block * SLOTS + j, least, taken)
+                    names["rank"][unit, block * SLOTS + j] = taken[0]
+                    if taken[0] > 0:
+                        append(names, unit, (block * SLOTS + j) * each, p, listed)
+            else:
+                for j in T.vectorized(SLOTS):
+                    names["rank"][unit, block * SLOTS + j] = 0
+
+    @T.inline
+    def score_tiles(names, b, g, t, unit, listed):
+        product = T.alloc_buffer((together, SLOTS), "float32", scope="local")
+        for at in T.serial(listed[0]):
+            tile = T.Cast("int64", names["list"][unit, at])
+            for part in T.serial(share // together):
+                for i in T.unroll(together):
+                    for j in T.vectorized(SLOTS):
+                        product[i, j] = T.float32(0)
+                for d in T.serial(key_dim):
+                    for i in T.unroll(together):
+                        for j in T.vectorized(SLOTS):
+                            product[i, j] = product[i, j] + (
+                                names["q"][b, g * share + part * together + i, t, d] * names["keys"][b, g, tile, d, j]
+                            )
+                for i in T.unroll(together):
+                    for j in T.vectorized(SLOTS):
+                        names["scores"][unit, part * together + i, at * SLOTS + j] = product[i, j] * T.float32(s.scale)
+
+    @T.inline
+    def score_tokens(names, b, g, t, unit, listed):
+        product = T.alloc_buffer((vector,), "float32", scope="local")
+        total = T.alloc_buffer((1,), "float32", scope="local")
+        for at in T.serial(listed[0]):
+            slot = T.Cast("int64", names["list"][unit, at])
+            for i in T.serial(share):
+                for j in T.vectorized(vector):
+                    product[j] = T.float32(0)
+                for d in T.serial(key_dim // vector):
+                    for j in T.vectorized(vector):
+                        product[j] = product[j] + (
+                            names["q"][b, g * share + i, t, d * vector + j] * names["keys"][b, g, slot, d * vector + j]
+                        )
+                total[0] = T.float32(0)
+                for j in T.serial(vector):
+                    total[0] = total[0] + product[j]
+                names["scores"][unit, i, at] = total[0] * T.float32(s.scale)
+
+    @T.inline
+    def rank_tokens(names, unit, p, listed, least):
+        best = T.alloc_buffer((lanes,), "float32", scope="local")
+        at_most = T.Cast("int32", p)
+        for at in T.serial(listed[0]):
+            first = names["list"][unit, at] * lanes
+            for j in T.vectorized(lanes):
+                best[j] = T.float32(LOWEST)
+            for i in T.serial(share):
+                for j in T.vectorized(lanes):
+                    best[j] = T.max(best[j], names["scores"][unit, i, at * lanes + j])
+            for j in T.vectorized(lanes):
+                forced = T.Or(first + j < r.sinks, at_most - (first + j) < r.window)
+                names["again"][unit, at * lanes + j] = T.Select(
+                    first + j > at_most, T.int32(NEVER), T.Select(forced, T.int32(FIRST), ordered(best[j]))
+                )
+            if each % lanes > 0:  # only some of the pages on a tile were taken
+                for j in T.serial(lanes):
+                    if names["rank"][unit, T.min(first + j, at_most) // each] == 0:
+                        names["again"][unit, at * lanes + j] = T.int32(NEVER)
+        blocks = T.ceildiv(listed[0] * lanes, T.int64(SLOTS))
+        for j in T.serial(blocks * SLOTS - listed[0] * lanes):
+            names["again"][unit, listed[0] * lanes + j] = T.int32(NEVER)
+        find_least(names["again"], unit, blocks, r.budget, least)
+
+    @T.inline
+    def keep_tokens(names, unit, p, listed, kept):
+        # Lists the slots of the tokens that are read, and moves their scores together.
+        least = T.alloc_buffer((2,), "int32", scope="local")
+        taken = T.alloc_buffer((1,), "int32", scope="local")
+        again = T.alloc_buffer((1,), "bool", scope="local")
+        again[0] = T.And(T.bool(r.rerank > 1), p >= r.all_below)
+        if again[0]:
+            rank_tokens(names, unit, p, listed, least)
+        kept[0] = T.int64(0)
+        for at in T.serial(listed[0]):
+            for j in T.serial(lanes):
+                slot = T.Cast("int64", names["list"][unit, at]) * lanes + j
+                taken[0] = T.if_then_else(slot <= p, names["rank"][unit, T.min(slot, p) // each], 0)
+                if again[0]:
+                    take(names["again"], unit, at * lanes + j, least, taken)
+                if taken[0] > 0:
+                    names["slots"][unit, kept[0]] = T.Cast("int32", slot)
+                    for i in T.serial(share):
+                        names["scores"][unit, i, kept[0]] = names["scores"][unit, i, at * lanes + j]
+                    kept[0] = kept[0] + 1
+
+    @T.inline
+    def weigh(names, unit, i, kept, top, total, row):
+        # Puts the exponentials of one head's scores in their place, and 0 up to the end of the last vector.
+        blocks = T.ceildiv(kept[0], T.int64(SLOTS))
+        for j in T.serial(blocks * SLOTS - kept[0]):
+            names["scores"][unit, i, kept[0] + j] = T.float32(LOWEST)
+        if s.softcap > 0:
+            for j in T.serial(kept[0]):
+                names["scores"][unit, i, j] = tanh(names["scores"][unit, i, j] / T.float32(s.softcap)) * T.float32(
+                    s.softcap
+                )
+        top[row] = T.float32(LOWEST)
+        for j in T.serial(kept[0]):
+            top[row] = T.max(top[row], names["scores"][unit, i, j])
+        for block in T.serial(blocks):
+            for j in T.vectorized(SLOTS):
+                names["scores"][unit, i, block * SLOTS + j] = T.Select(
+                    names["scores"][unit, i, block * SLOTS + j] > T.float32(0.5 * LOWEST),
+                    exp(names["scores"][unit, i, block * SLOTS + j] - top[row]),
+                    T.float32(0),
+                )
+        total[row] = T.float32(0)
+        for j in T.serial(kept[0]):
+            total[row] = total[row] + names["scores"][unit, i, j]
+
+    @T.inline
+    def attend(names, b, g, t, unit, kept, start):
+        top = T.alloc_buffer((together,), "float32", scope="local")
+        total = T.alloc_buffer((together,), "float32", scope="local")
+        acc = T.alloc_buffer((together, value_dim), "float32", scope="local")
+        part = T.alloc_buffer((together, 32), "float32", scope="local")
+        for i in T.serial(together):
+            weigh(names, unit, start + i, kept, top, total, i)
+            for e in T.serial(value_dim):
+                acc[i, e] = T.float32(0)
+        weights = T.meta_var(_Part(names["scores"], unit, start))
+        read = T.meta_var(_values(names, b, g, unit))
+        add_values(together, read, T.int64(0), kept[0], weights, part, acc, 0, 32, wide)
+        if narrow > 0:
+            add_values(together, read, T.int64(0), kept[0], weights, part, acc, wide * 32, 8, narrow)
+        if value_dim % 8 > 0:
+            rest = T.meta_var(wide * 32 + narrow * 8)
+            add_values(together, read, T.int64(0), kept[0], weights, part, acc, rest, 1, value_dim % 8)
+        for i in T.serial(together):
+            h = g * share + start + i
+            if s.sink_logits:
+                add_sink(i, names["sinks"][h], top, total, acc, value_dim)
+            for e in T.serial(value_dim):
+                names["y"][b, h, t, e] = acc[i, e] / total[i]
+            if r.lse:
+                names["lse"][b, h, t] = top[i] + T.log(total[i])
+
+    @T.inline
+    def step(names, b, g, t, unit, p):
+        listed = T.alloc_buffer((1,), "int64", scope="local")
+        kept = T.alloc_buffer((1,), "int64", scope="local")
+        if p >= 0:
+            list_tiles(names, b, g, t, unit, p, listed)
+            if r.by_token:
+                score_tokens(names, b, g, t, unit, listed)
+            else:
+                score_tiles(names, b, g, t, unit, listed)
+            keep_tokens(names, unit, p, listed, kept)
+            for part in T.serial(share // together):
+                attend(names, b, g, t, unit, kept, part * together)
+        else:
+            for i in T.serial(share):
+                for e in T.serial(value_dim):
+                    names["y"][b, g * share + i, t, e] = T.float32(0)
+                if r.lse:
+                    names["lse"][b, g * share + i, t] = T.float32(0)
+
+    @T.prim_func(private=True)
+    def sparse_attention_(
+        q_: T.handle,
+        k_: T.handle,
+        v_: T.handle,
+        p_: T.handle,
+        keys_: T.handle,
+        values_: T.handle,
+        pages_: T.handle,
+        sinks_: T.handle,
+        y_: T.handle,
+        lse_: T.handle,
+        rank_: T.handle,
+        list_: T.handle,
+        again_: T.handle,
+        slots_: T.handle,
+        scores_: T.handle,
+    ):
+        T.func_attr({"tirx.noalias": True})
+        batch, tokens, tiles, held, described = T.int64(), T.int64(), T.int64(), T.int64(), T.int64()
+        units = T.int64()
+        q = T.match_buffer(q_, (batch, heads, tokens, key_dim), "float32")
+        k = T.match_buffer(k_, (batch, groups, tokens, key_dim), "float32")
+        v = T.match_buffer(v_, (batch, groups, tokens, value_dim), "float32")
+        positions = T.match_buffer(p_, (batch, tokens), "int64")
+        sizes = T.meta_var((tiles, key_dim) if r.by_token else (tiles, key_dim, SLOTS))
+        keys = T.match_buffer(keys_, (batch, groups, *sizes), "float32")
+        values = T.match_buffer(values_, (batch, groups, held, value_dim), "float32")
+        pages = T.match_buffer(pages_, (batch, groups, described, size, SLOTS), "float32")
+        sinks = T.match_buffer(sinks_, (heads if s.sink_logits else 1,), "float32")
+        y = T.match_buffer(y_, (batch, heads, tokens, value_dim), "float32")
+        lse = T.match_buffer(lse_, (batch, heads, tokens) if r.lse else (1,), "float32")
+        rank = T.match_buffer(rank_, (units, described * SLOTS), "int32")
+        list = T.match_buffer(list_, (units, r.listed), "int32")
+        again = T.match_buffer(again_, (units, r.room if r.rerank > 1 else 1), "int32")
+        slots = T.match_buffer(slots_, (units, r.room), "int32")
+        scores = T.match_buffer(scores_, (units, share, r.room), "float32")
+        names = T.meta_var(
+            {
+                "q": q,
+                "k": k,
+                "v": v,
+                "positions": positions,
+                "keys": keys,
+                "values": values,
+                "pages": pages,
+                "sinks": sinks,
+                "y": y,
+                "lse": lse,
+                "rank": rank,
+                "list": list,
+                "again": again,
+                "slots": slots,
+                "scores": scores,
+            }
+        )
+        for row in T.parallel(batch * groups):
+            write(names, row // groups, row % groups, tokens)
+        dealt = units // (batch * groups)
+        for unit in T.parallel(units):
+            b = unit // dealt // groups
+            g = unit // dealt % groups
+            for turn in T.serial(T.ceildiv(tokens - unit % dealt, dealt)):
+                t = turn * dealt + unit % dealt
+                step(names, b, g, t, unit, positions[b, t])
+
+    return sparse_attention_
+
+
+def _values(names: dict[str, Any], b: Any, g: Any, unit: Any) -> Keys:
+    """Describe the values of the tokens that are listed in ``slots``."""
+
+    def value(at: Any, e: Any) -> Any:
+        return names["values"][b, g, T.Cast("int64", names["slots"][unit, at]), e]
+
+    def nothing(*_: Any) -> Any:
+        raise AssertionError("only values are read by this list")
+
+    return Keys(nothing, nothing, value, nothing, None)
