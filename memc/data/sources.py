@@ -74,7 +74,9 @@ def require_file(source: str | Path) -> None:
     """Raise ``MemcError`` E207 when a source that is no data set of the hub is no file either."""
     path = Path(source)
     if not is_hub(source) and not path.is_file():
-        reason = "data file is no regular file" if path.exists() else "there is no such data file"
+        reason = (
+            "data file is no regular file" if path.exists() else "data file cannot be read: No such file or directory"
+        )
         raise MemcError("E207", reason, str(path), "check the path")
 
 

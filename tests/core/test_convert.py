@@ -181,7 +181,7 @@ def test_a_dry_run_plans_and_writes_nothing(llama: Path, tmp_path: Path) -> None
 
 def test_a_dry_run_misses_data_that_are_not_there(program: Program, tmp_path: Path) -> None:
     missing = str(tmp_path / "none.txt")
-    with pytest.raises(MemcError, match=r"E207 there is no such data file.*none\.txt"):
+    with pytest.raises(MemcError, match=r"E207 data file cannot be read: No such file.*none\.txt"):
         run(program, tmp_path / "out", dry_run=True, data=[missing])
 
 
