@@ -28,8 +28,8 @@ _SIZES: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-_GROUPED = {**_SIZES, "num_key_value_heads": KV_HEADS}
-_WIDE = {**_GROUPED, "head_dim": HEAD_DIM}
+GROUPED = {**_SIZES, "num_key_value_heads": KV_HEADS}
+_WIDE = {**GROUPED, "head_dim": HEAD_DIM}
 _EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 40}
 _LAYER_TYPES = ["sliding_attention", "full_attention"]
 
@@ -125,7 +125,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "mistral": lambda: tf.MistralConfig(**_WIDE, sliding_window=WINDOW),
     "mixtral": lambda: tf.MixtralConfig(**_WIDE, num_local_experts=4, num_experts_per_tok=2, sliding_window=WINDOW),
     "qwen2": lambda: tf.Qwen2Config(
-        **_GROUPED, use_sliding_window=True, sliding_window=WINDOW, layer_types=_LAYER_TYPES[::-1]
+        **GROUPED, use_sliding_window=True, sliding_window=WINDOW, layer_types=_LAYER_TYPES[::-1]
     ),
     "qwen3": lambda: tf.Qwen3Config(**_WIDE),
     "qwen3_moe": lambda: tf.Qwen3MoeConfig(**_WIDE, **_EXPERTS, num_experts=4),
@@ -138,8 +138,8 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         final_logit_softcapping=4.0,
     ),
     "gemma3_text": lambda: tf.Gemma3TextConfig(**_GEMMA3),
-    "phi": lambda: tf.PhiConfig(**_GROUPED, partial_rotary_factor=0.5),
-    "phi3": lambda: tf.Phi3Config(**_GROUPED, sliding_window=WINDOW),
+    "phi": lambda: tf.PhiConfig(**GROUPED, partial_rotary_factor=0.5),
+    "phi3": lambda: tf.Phi3Config(**GROUPED, sliding_window=WINDOW),
     "gpt2": lambda: tf.GPT2Config(**_GPT2),
     "gpt_neox": lambda: tf.GPTNeoXConfig(**_SIZES, rotary_pct=0.5),
     "gptj": lambda: tf.GPTJConfig(**_GPT2, rotary_dim=4),
@@ -147,14 +147,14 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "bloom": lambda: tf.BloomConfig(**_BLOOM),
     "falcon": lambda: tf.FalconConfig(**_FALCON),
     "mpt": lambda: tf.MptConfig(vocab_size=VOCAB, **_MPT),
-    "stablelm": lambda: tf.StableLmConfig(**_GROUPED, partial_rotary_factor=0.5, use_qkv_bias=True),
-    "smollm3": lambda: tf.SmolLM3Config(**_GROUPED, no_rope_layers=[1, 0]),
-    "olmo2": lambda: tf.Olmo2Config(**_GROUPED),
-    "cohere": lambda: tf.CohereConfig(**_GROUPED, use_qk_norm=True),
+    "stablelm": lambda: tf.StableLmConfig(**GROUPED, partial_rotary_factor=0.5, use_qkv_bias=True),
+    "smollm3": lambda: tf.SmolLM3Config(**GROUPED, no_rope_layers=[1, 0]),
+    "olmo2": lambda: tf.Olmo2Config(**GROUPED),
+    "cohere": lambda: tf.CohereConfig(**GROUPED, use_qk_norm=True),
     "granite": lambda: tf.GraniteConfig(
-        **_GROUPED, attention_multiplier=0.3, residual_multiplier=0.7, embedding_multiplier=2.0, logits_scaling=1.5
+        **GROUPED, attention_multiplier=0.3, residual_multiplier=0.7, embedding_multiplier=2.0, logits_scaling=1.5
     ),
-    "starcoder2": lambda: tf.Starcoder2Config(**_GROUPED, sliding_window=WINDOW),
+    "starcoder2": lambda: tf.Starcoder2Config(**GROUPED, sliding_window=WINDOW),
     "bert": lambda: tf.BertConfig(**_SIZES),
     "roberta": lambda: tf.RobertaConfig(**_SIZES | {"max_position_embeddings": POSITIONS + 1}),
     "distilbert": lambda: tf.DistilBertConfig(**_DISTILBERT, max_position_embeddings=POSITIONS),

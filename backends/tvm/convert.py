@@ -53,7 +53,12 @@ class Converters:
         # The importer bounds whole numbers by infinity, which they do not have, knows a view by one name alone, and
         # lets an index out of range read other memory.
         clamps = dict.fromkeys(("clamp.default", "clamp_min.default", "clamp_max.default"), _clamp)
-        return {**own, **clamps, "_unsafe_view.default": _view, "index_select.default": _index_select}
+        others = {
+            "_unsafe_view.default": _view,
+            "index_select.default": _index_select,
+            "pow.Tensor_Scalar": _power,
+        }
+        return {**own, **clamps, **others}
 
     def _function(self, importer: Importer, make: Callable[..., PrimFunc], *args: Any, **options: Any) -> Any:
         key = (make.__name__, args, tuple(sorted(options.items())))
@@ -192,6 +197,17 @@ def _clamp(node: Node, importer: Importer) -> Var:
 def _index_select(node: Node, importer: Importer) -> Var:
     x, axis, index = importer.retrieve_args(node)
     return importer.block_builder.emit(relax.op.take(x, index, axis, mode="clip"))
+
+
+def _power(node: Node, importer: Importer) -> Var:
+    """Convert ``aten.pow`` by a small whole number into products, which are exact for what is negative too."""
+    x, exponent = importer.retrieve_args(node)
+    if exponent not in range(1, 9):
+        return importer.block_builder.emit(relax.op.power(x, relax.const(exponent, x.ty.dtype)))
+    power = x
+    for _ in range(int(exponent) - 1):
+        power = importer.block_builder.emit(relax.op.multiply(power, x))
+    return power
 
 
 def _view(node: Node, importer: Importer) -> Var:

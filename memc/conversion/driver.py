@@ -51,7 +51,7 @@ from memc.conversion.training import (
     trains,
 )
 from memc.cost import SMALL
-from memc.data import source_digest
+from memc.data import require_file, source_digest
 from memc.errors import MemcError
 from memc.fit.limits import read_limits
 from memc.frontend import Captured
@@ -103,6 +103,8 @@ def _convert(request: Request, steps: Steps, processes: Processes) -> ConvertDoc
         raise MemcError(
             "E601", refusal, f"--weights {request.weights}", f"one of: {', '.join(request.backend.weights)}"
         )
+    for source in request.recipe.data:
+        require_file(source)
     limits = read_limits(request.recipe)
     passes = request.recipe.build()
     training = limits is None and trains(request.recipe, passes)

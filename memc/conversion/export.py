@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,22 @@ def _write(module: Any, tensors: Mapping[str, Tensor], folder: Path) -> None:
         value = given.setdefault(first[name], torch.zeros(like.shape, dtype=like.dtype))
         given[first[name]] = values[name] = value if value.dtype == like.dtype else value.to(like.dtype)
     retie(module, values)
-    module.save_pretrained(folder)
+    with _without_bars():
+        module.save_pretrained(folder)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep the progress bars of transformers out of the steps that are shown."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 @torch.no_grad()
@@ -136,7 +152,8 @@ def _load(folder: Path) -> nn.Module:
     """Load a folder as a user would; raises ``MemcError`` E401 where a tensor of it is missing or is not taken."""
     from transformers import AutoModelForCausalLM
 
-    module, about = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    with _without_bars():
+        module, about = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     left = [f"{kind} {sorted(names)[0]}" for kind, names in about.items() if names and kind != "error_msgs"]
     if left:
         raise MemcError("E401", f"from_pretrained does not take it whole: {left[0]}", str(folder), "please report it")

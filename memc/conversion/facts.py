@@ -27,6 +27,8 @@ from memc.dialect import op_spec
 from memc.pipeline import PassReport
 from memc.program import Program
 from memc.raising import block_parameters
+from memc.raising.evaluate import ancestors
+from memc.raising.feed_forward import LINEAR
 from memc.recipe import Train
 from memc.report.facts import BlockFacts, CheckFacts, ModelFacts, NearMissFacts, RelationFacts, SiteFacts, SkippedFacts
 from memc.report.files import AblationFacts
@@ -156,9 +158,6 @@ def _pass_facts(rewritten: list[SiteFacts], relations: list[RelationFacts], **re
 
 
 def _attention(block: AttentionBlock, program: Program) -> BlockFacts:
-    positions: Literal["rotary", "learned", "none"] = "none"
-    if block.rotary is not None or program.model.absolute_positions:
-        positions = "rotary" if block.rotary is not None else "learned"
     return BlockFacts(
         layer=block.layer,
         path=block.path,
@@ -170,12 +169,23 @@ def _attention(block: AttentionBlock, program: Program) -> BlockFacts:
         scale=block.scale,
         **_mask(block),
         **_bias(block),
-        positions=positions,
+        positions=_positions(block, program),
         rotary_size=block.rotary.size if block.rotary else None,
         softcap=block.softcap,
         qk_norm=block.qk_norm,
         sink_logits=block.sink_logits is not None,
     )
+
+
+def _positions(block: AttentionBlock, program: Program) -> Literal["rotary", "learned", "none", "other"]:
+    if block.rotary is not None:
+        return "rotary"
+    if program.model.absolute_positions:
+        return "learned"
+    # Of keys in two parts, one of which is rotated, say: what is computed behind their projections reads positions.
+    projections = [node for node in program.module.graph.nodes if node.target in LINEAR]
+    read = ancestors([block.query, block.key], projections)
+    return "other" if any(node.op == "placeholder" and node.target == "positions" for node in read) else "none"
 
 
 def _mask(block: AttentionBlock) -> dict[str, Any]:

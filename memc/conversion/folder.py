@@ -13,6 +13,7 @@ from memc.errors import MemcError
 from memc.program_io import link
 from memc.report.facts import Document
 from memc.report.models import ErrorDocument
+from memc.report.text import size
 
 RESUME = Path("report", "resume.json")  # under report, which the manifest does not list
 RECIPE = "recipe.yaml"
@@ -117,7 +118,7 @@ def require_space(folder: Path, needed: int) -> None:
         place = place.parent
     free = shutil.disk_usage(place).free
     if free < needed:
-        reason = f"output needs {needed / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free"
+        reason = f"output needs {size(needed)} of disk, {size(free)} are free"
         raise MemcError("E502", reason, str(place), "free some, or give an OUT on another disk")
 
 

@@ -197,8 +197,9 @@ def plan_pass(pass_: Pass, program: Program, target: Target) -> Plan:
         return plan
     counts = Counter((rejection.code, rejection.reason) for rejection in plan.rejections)
     reasons = "; ".join(f"{count} x {code}: {reason}" for (code, reason), count in counts.most_common())
+    reasons = reasons or "no block of its kind that no earlier pass rewrote"
     hint = "memc inspect MODEL --why shows every block"
-    raise MemcError("E307", f"pass {pass_.name!r} matched nothing: {reasons or 'no block found'}", pass_.spec, hint)
+    raise MemcError("E307", f"pass {pass_.name!r} matched nothing: {reasons}", pass_.spec, hint)
 
 
 def plan_all(

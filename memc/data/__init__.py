@@ -3,7 +3,7 @@
 from memc.data.cache import read_tokens
 from memc.data.corpus import Batch, Corpus, Sequences
 from memc.data.ids import holds_ids, read_ids
-from memc.data.sources import read_documents, source_digest
+from memc.data.sources import read_documents, require_file, source_digest
 from memc.data.stream import TokenStream
 from memc.data.tokens import tokenize
 
@@ -16,6 +16,7 @@ __all__ = [
     "read_documents",
     "read_ids",
     "read_tokens",
+    "require_file",
     "source_digest",
     "tokenize",
 ]

@@ -70,6 +70,16 @@ def require_limit(source: str | Path, limit: int | None) -> None:
         raise MemcError("E207", "data of the hub need a limit", str(source), "say how many tokens with --tokens N")
 
 
+def require_file(source: str | Path) -> None:
+    """Raise ``MemcError`` E207 when a source that is no data set of the hub is no file either."""
+    path = Path(source)
+    if not is_hub(source) and not path.is_file():
+        reason = (
+            "data file is no regular file" if path.exists() else "data file cannot be read: No such file or directory"
+        )
+        raise MemcError("E207", reason, str(path), "check the path")
+
+
 def source_digest(source: str | Path) -> str:
     """Return a digest of what a source holds and how it is read: of a file's bytes, or the commit of a data set.
 
@@ -77,9 +87,8 @@ def source_digest(source: str | Path) -> str:
     """
     if is_hub(source):
         return digest_of([str(source), str(_builder(_parse(str(source))["name"]).hash)])
+    require_file(source)
     path = Path(source)
-    if path.exists() and not path.is_file():
-        raise MemcError("E207", "data file is no regular file", str(path), "give a file")
     try:
         return digest_of([kind(path), sha256(path)])
     except OSError as error:

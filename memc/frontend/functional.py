@@ -8,10 +8,14 @@ from torch.fx import GraphModule, Node
 from memc.errors import MemcError
 
 
+class InPlaceError(MemcError):
+    """An in-place op without a functional form where it stands alone."""
+
+
 def functionalize(module: GraphModule, where: str) -> None:
     """Replace ``op_`` by ``op`` where what it writes is a fresh value that no earlier view shows to a later reader.
 
-    Raises ``MemcError`` E305 that names the line of any other in-place op.
+    Raises ``InPlaceError`` E305 that names the line of any other in-place op.
     """
     order = {node: index for index, node in enumerate(module.graph.nodes)}
     roots: dict[Node, Node] = {}
@@ -34,12 +38,14 @@ def _replace(module: GraphModule, node: Node, roots: dict[Node, Node], order: di
     overload = getattr(packet, schema.overload_name or "default", None)
     hint = f"write it without {schema.name}"
     if overload is None or not isinstance(written, Node):
-        raise MemcError("E305", f"in-place op {schema.name} has no functional form", place, hint)
+        raise InPlaceError("E305", f"in-place op {schema.name} has no functional form", place, hint)
     if roots.get(written) is not written or written.op != "call_function":
-        raise MemcError("E305", f"in-place op {schema.name} writes into a view, an input or a parameter", place, hint)
+        raise InPlaceError(
+            "E305", f"in-place op {schema.name} writes into a view, an input or a parameter", place, hint
+        )
     for other, root in roots.items():
         if root is written and other is not written and any(order[user] > order[node] for user in other.users):
-            raise MemcError("E305", f"in-place op {schema.name} changes a value that is read later", place, hint)
+            raise InPlaceError("E305", f"in-place op {schema.name} changes a value that is read later", place, hint)
     with module.graph.inserting_before(node):
         made = module.graph.call_function(overload, node.args, node.kwargs)
     made.meta = dict(node.meta)

@@ -148,7 +148,30 @@ def trace_model(module: nn.Module, info: ModelInfo) -> Program:
     if getattr(config, "is_encoder_decoder", False):
         ports.append(DECODER_TOKENS)
         arguments.append("decoder_input_ids")
-    return trace(module, ports, arguments, replace(info, decoder=decoder), constants=constants)
+    limit = min((n for n in (info.max_positions, fix_frequencies(module)) if n is not None), default=None)
+    return trace(module, ports, arguments, replace(info, decoder=decoder, max_positions=limit), constants=constants)
+
+
+def fix_frequencies(module: Any) -> int | None:
+    """Have rotary embeddings keep the frequencies of short calls; return the tokens up to which they did so anyway.
+
+    ``longrope`` and ``dynamic`` choose them by the last position of a call, so that the pieces of a sequence would be
+    rotated in other ways than the whole. None where no embedding does that.
+    """
+    limits = []
+    for part in module.modules():
+        kinds = getattr(part, "rope_type", None)
+        by_layer = kinds if isinstance(kinds, dict) else {None: kinds}
+        for layer, kind in by_layer.items():
+            if kind == "longrope":
+                scaling = part.config.rope_parameters if layer is None else part.config.rope_parameters[layer]
+                limits.append(int(scaling["original_max_position_embeddings"]))
+            elif kind is not None and "dynamic" in kind:
+                limits.append(int(part.original_max_seq_len))
+            else:
+                continue
+            part.rope_type = "default" if layer is None else {**part.rope_type, layer: "default"}
+    return min(limits, default=None)
 
 
 def is_decoder(module: nn.Module) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import re
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from memc.errors import MemcError
+from memc.frontend.functional import InPlaceError
 from memc.frontend.graph import checkpoint_names, unlift
 from memc.frontend.source import failing_line
 from memc.program import Dim as Size
@@ -91,7 +94,15 @@ def trace(
     """
     wrapper = _Ported(module, arguments, constants or {})
     exported, longest = export(wrapper, ports, info)
-    graph_module = unlift(exported.graph_module, exported.graph_signature, exported.constants, module, info.source)
+
+    def unlifted(program: ExportedProgram) -> GraphModule:
+        return unlift(program.graph_module, program.graph_signature, program.constants, module, info.source)
+
+    try:
+        graph_module = unlifted(exported)
+    except InPlaceError:
+        # Writes into views: torch undoes them by tracing once more, which takes a while and is seldom asked for.
+        graph_module = unlifted(exported.run_decompositions({}))
     return finish(graph_module, ports, module, info, longest)
 
 
@@ -136,7 +147,7 @@ def export(wrapper: nn.Module, ports: Sequence[Port], info: ModelInfo) -> tuple[
         dims = {name: Dim(name, min=1, max=bound) for name, bound in bounds.items()}
         shapes = tuple({i: dims[s] for i, s in enumerate(port.shape) if isinstance(s, str)} for port in ports)
         try:
-            with torch.no_grad():
+            with torch.no_grad(), _silence():
                 exported = torch.export.export(
                     wrapper,
                     examples,
@@ -155,6 +166,18 @@ def export(wrapper: nn.Module, ports: Sequence[Port], info: ModelInfo) -> tuple[
                 deferred = True
             else:
                 raise capture_failure(error, info.source) from error
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Keep what torch logs and prints of a failing export, graphs and stacks, from the terminal: one line is raised."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _tighter_bounds(message: str, bounds: dict[str, int | None]) -> tuple[dict[str, int | None], int] | None:
@@ -199,7 +222,8 @@ _TRACE_HINT = "make that line independent of tensor values and of the example's 
 def capture_failure(error: BaseException, source: str, hint: str = _TRACE_HINT) -> MemcError:
     """Describe why the user's code failed: the telling line of the error, and their own line that it came from."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    reason = lines[0] if lines else type(error).__name__
+    # Where torch lists several reasons, the first line only says that they follow.
+    reason = next((line[2:] for line in lines if line.startswith("- ")), lines[0] if lines else type(error).__name__)
     return MemcError("E305", f"{type(error).__name__}: {reason[:300]}", failing_line(error) or source, hint)
 
 

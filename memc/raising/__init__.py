@@ -20,7 +20,7 @@ from memc.raising.find import block_parameters, find_blocks, path_of
 from memc.raising.norms import raise_norms
 from memc.raising.probe import Probe
 from memc.raising.rebase import rebase
-from memc.raising.tidy import raise_linear, share_equal_nodes
+from memc.raising.tidy import join_written_parts, raise_linear, share_equal_nodes
 
 __all__ = ["Raised", "block_parameters", "find_blocks", "raise_program"]
 
@@ -46,6 +46,7 @@ def raise_program(program: Program) -> Raised:
     roots = [node for node, spec in probe.specs.items() if spec.role != "positions"]
     share_equal_nodes(module)
     raise_linear(module)
+    join_written_parts(module)
     raise_norms(module, content_nodes(module, roots))
     misses: list[NearMiss] = []
     stateful = 0

@@ -14,6 +14,9 @@ from memc.raising.evaluate import UnknownValueError, evaluate, hints, shape
 
 aten = torch.ops.aten
 
+BLOCKED = -1e9
+"""Additive values at or below this are masked; -inf, the smallest float32 and the smallest float16 pad are."""
+
 SDPA = aten.scaled_dot_product_attention.default
 _SOFTMAX = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default}
 _PRODUCT = {aten.matmul.default, aten.bmm.default}
@@ -44,6 +47,7 @@ _VIEWS = {
 }
 _SCALINGS = {aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar}
 _MASKING = {aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.where.self, aten.where.ScalarOther}
+_FLOORS = {aten.max.other, aten.maximum.default, aten.clamp_min.default}
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,14 @@ class MismatchError(Exception):
     def __str__(self) -> str:
         """Say what differs."""
         return self.reason
+
+
+@dataclass(frozen=True)
+class Addend:
+    """What is added to the scores: a node, and the factor that scales the sum afterwards."""
+
+    node: Node
+    factor: float
 
 
 @dataclass
@@ -79,7 +91,7 @@ class Site:
     is_causal: bool = False
     logits: Node | None = None
     mask: Node | None = None
-    addends: list[Node] = field(default_factory=list)
+    addends: list[Addend] = field(default_factory=list)
     maskings: list[Node] = field(default_factory=list)
     sink_logits: Node | None = None
 
@@ -89,18 +101,20 @@ def find_sites(module: GraphModule, content: set[Node]) -> Iterator[Site | Misma
     for node in module.graph.nodes:
         try:
             if node.target == SDPA:
-                yield _from_sdpa(node)
+                yield _from_sdpa(node, content)
             elif node.target in _SOFTMAX and node in content and _feeds_product(node) is not None:
                 yield _from_softmax(node, content)
         except MismatchError as mismatch:
             yield mismatch
 
 
-def _from_sdpa(node: Node) -> Site:
+def _from_sdpa(node: Node, content: set[Node]) -> Site:
     bound = _bind(node)
     query, key, value = bound["query"], bound["key"], bound["value"]
     if bound.get("dropout_p"):
         raise MismatchError("sdpa", "dropout is on: put the model in eval mode", node)
+    if bound.get("attn_mask") in content:
+        raise MismatchError("sdpa", "the mask depends on the tokens", node)
     scale = bound.get("scale")
     if scale is None:
         scale = hints(query)[-1] ** -0.5
@@ -212,17 +226,19 @@ def _walk_scores(site: Site, logits: Node, content: set[Node]) -> None:
             if node.kwargs.get("beta", 1) not in (0, 1):
                 raise MismatchError("softmax attention", "a scaled bias inside baddbmm", node)
             if node.kwargs.get("beta", 1):
-                site.addends.append(bias)  # type: ignore[arg-type]
+                site.addends.append(Addend(bias, site.scale))  # type: ignore[arg-type]
             site.scale *= float(node.kwargs.get("alpha", 1.0))  # type: ignore[arg-type]
             site.query, site.key, site.key_transposed = left, right, True  # type: ignore[assignment]
             return
         if node.target in _PASS_THROUGH | _VIEWS:
             node = node.all_input_nodes[0]
         elif node.target == aten.add.Tensor:
-            if site.softcap or site.scale != 1.0:
-                raise MismatchError("softmax attention", "a bias is added before the scaling or soft-cap", node)
+            if site.softcap:
+                raise MismatchError("softmax attention", "a bias is added before the soft-cap", node)
             node, addend = _content_side(node, content)
-            site.addends += [addend] if addend is not None else []
+            site.addends += [Addend(addend, site.scale)] if addend is not None else []
+        elif node.target in _FLOORS:
+            node = _above_floor(node)
         elif node.target in _MASKING:
             site.maskings.append(node)
             node = _masked_operand(node, content)
@@ -260,6 +276,14 @@ def _content_side(node: Node, content: set[Node]) -> tuple[Node, Node | None]:
         return first, second if isinstance(second, Node) else None
     assert isinstance(second, Node)
     return second, first if isinstance(first, Node) else None
+
+
+def _above_floor(node: Node) -> Node:
+    """Return what is kept from going under a number that no score reaches, so that masked scores stay finite."""
+    floor = node.args[1] if isinstance(node.args[1], int | float) else _constant(node.args[1])
+    if floor is None or floor > BLOCKED:
+        raise MismatchError("softmax attention", f"{_name(node)} between the scores and softmax", node)
+    return node.all_input_nodes[0]
 
 
 def _masked_operand(node: Node, content: set[Node]) -> Node:

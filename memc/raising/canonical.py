@@ -14,7 +14,7 @@ from memc.infer import fill_in
 from memc.raising.attention import SDPA, MismatchError, Site
 from memc.raising.build import call, transpose
 from memc.raising.evaluate import UnknownValueError, hints, is_symbolic, shape
-from memc.raising.masks import Scores, classify, constants_of
+from memc.raising.masks import Scores, classify, constants_of, table_of
 from memc.raising.probe import Probe
 from memc.raising.rotary import raise_rotary
 
@@ -189,7 +189,8 @@ def scores_of(probe: Probe, site: Site) -> Scores:
         return value.expand(-1, *(tokens if size == 1 else size for size in value.shape[1:]))
 
     length = shape(site.query)[-2]
-    return classify(matrix, constants, site.is_causal, None if is_symbolic(length) else length)
+    fixed = None if is_symbolic(length) else length
+    return classify(matrix, constants, site.is_causal, fixed, table_of(probe.module, [target], stop))
 
 
 def _cross_scores(probe: Probe, site: Site, target: Node) -> Scores:
@@ -334,7 +335,10 @@ def _bias_node(probe: Probe, site: Site) -> Node | None:
         )
     total: Node | None = None
     for addend in site.addends:
-        total = addend if total is None else call(graph, aten.add.Tensor, total, addend, like=site.output)
+        part = addend.node
+        if addend.factor != 1.0:
+            part = call(graph, aten.mul.Tensor, part, addend.factor, like=part)
+        total = part if total is None else call(graph, aten.add.Tensor, total, part, like=site.output)
     return total
 
 

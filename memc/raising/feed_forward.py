@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 
-from memc.raising.evaluate import UnknownValueError, content_nodes, evaluate, hints, shape
+from memc.program import get_tensor
+from memc.raising.evaluate import UnknownValueError, ancestors, content_nodes, evaluate, hints, shape
 
 aten = torch.ops.aten
 
@@ -55,6 +57,15 @@ ELEMENTWISE = {
     aten.rsub.Scalar,
     aten.sub.Tensor,
     aten.neg.default,
+    aten.where.self,
+    aten.gt.Scalar,
+    aten.lt.Scalar,
+    aten.min.other,
+    aten.max.other,
+    aten.minimum.default,
+    aten.maximum.default,
+    aten.expm1.default,
+    aten.abs.default,
 }
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -71,6 +82,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "elu": F.elu,
     "mish": F.mish,
 }
+
+OTHER = "other"
+"""Any other elementwise function of one projection, such as one with parameters of its own (xIELU)."""
 
 
 @dataclass(frozen=True)
@@ -178,8 +192,9 @@ def _classify(module: GraphModule, entry: Node, sources: list[Node]) -> tuple[st
     grid = torch.linspace(-4.0, 4.0, hidden)
     other = torch.linspace(0.3, 1.7, hidden).flip(0)
     if len(sources) == 1 and widths == [hidden]:
-        value = _run(module, entry, {sources[0]: grid})
-        name = _activation(value, grid, None)
+        name = _activation(_run(module, entry, {sources[0]: grid}), grid, None)
+        if name is None and _bends(module, entry, sources[0], grid):
+            name = OTHER
         return (name, None, sources[0], hidden) if name else None
     if len(sources) == 1 and widths == [2 * hidden]:
         pairs = {
@@ -208,9 +223,11 @@ def _swap(packed: Tensor, halves: bool) -> Tensor:
     return packed.reshape(-1, 2).flip(-1).flatten()
 
 
-def _run(module: GraphModule, entry: Node, feeds: dict[Node, Tensor]) -> Tensor | None:
-    """Evaluate the elementwise part on one token: ``feeds [width]`` -> ``[hidden]``."""
-    made = {}
+def _run(
+    module: GraphModule, entry: Node, feeds: dict[Node, Tensor], stand_ins: Mapping[Node, Tensor] | None = None
+) -> Tensor | None:
+    """Evaluate the elementwise part on one token: ``feeds [width]`` -> ``[hidden]``, ``stand_ins`` as they are."""
+    made = dict(stand_ins or {})
     for node, values in feeds.items():
         rank = len(shape(node))
         made[node] = values.reshape([1] * (rank - 1) + [-1])
@@ -221,6 +238,20 @@ def _run(module: GraphModule, entry: Node, feeds: dict[Node, Tensor]) -> Tensor 
     except (UnknownValueError, RuntimeError, IndexError):
         return None
     return value.flatten()
+
+
+def _bends(module: GraphModule, entry: Node, source: Node, grid: Tensor) -> bool:
+    """Tell whether the elementwise part is no straight line; parameters of its own have some value there."""
+    made = {
+        node: torch.full(hints(node), 0.7)
+        for node in ancestors([entry], [source])
+        if node.op == "get_attr" and isinstance(get_tensor(module, str(node.target)), FakeTensor)
+    }
+    values = [_run(module, entry, {source: factor * grid}, made) for factor in (0.0, 1.0, 2.0)]
+    if any(value is None or value.shape != grid.shape for value in values):
+        return False
+    zero, once, twice = values
+    return not torch.allclose(twice - once, once - zero, atol=1e-4)  # type: ignore[operator]
 
 
 def _activation(value: Tensor | None, grid: Tensor, other: Tensor | None) -> str | None:

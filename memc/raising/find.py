@@ -119,7 +119,8 @@ def _attention(program: Program) -> Iterator[AttentionBlock]:
         layer = layer_of(path, ordinal)
         projections = dict(_projections(program.module, query, key, value, output))
         sources = {name: _see(linear_input(p.node)) for name, p in projections.items() if name != "output"}
-        cross = "query" in sources and "key" in sources and sources["query"] is not sources["key"]
+        # Where keys are held by position they are of the same tokens, though either may go through a tensor of its own.
+        cross = not stateful and "query" in sources and "key" in sources and sources["query"] is not sources["key"]
         shared = seen.get(key)
         seen.setdefault(key, f"layer {layer}")
         hidden = (

@@ -22,14 +22,13 @@ from memc.blocks import (
     RelativeBias,
     SlidingWindow,
 )
-from memc.raising.evaluate import ancestors
-
-BLOCKED = -1e9
-"""Additive values at or below this are masked; -inf, the smallest float32 and the smallest float16 pad are."""
+from memc.raising.attention import BLOCKED
+from memc.raising.evaluate import ancestors, shape
 
 _BLOCKED_FLOAT16 = -6.0e4
 _LENGTHS = (6, 17)
 _LARGEST_LENGTH = 1500
+_LARGEST_TABLE = 2048
 _STAND_IN = 5
 
 
@@ -46,18 +45,24 @@ def classify(
     constants: Iterable[int],
     causal_hint: bool,
     fixed_length: int | None = None,
+    table: int = 0,
 ) -> Scores:
     """Classify the additive matrix ``[heads, T, T]`` that ``matrix(T, replace)`` evaluates.
 
     ``constants`` are the integers that its subgraph mentions: a window too wide to evaluate is found by putting a small
-    number in the place of each. ``causal_hint`` tells that masking is causal beside the matrix (``is_causal``);
-    ``fixed_length`` is the number of tokens where the model takes only one.
+    number in the place of each. A mask that the model holds ready for ``table`` tokens mentions none, and is looked at
+    as a whole. ``causal_hint`` tells that masking is causal beside the matrix (``is_causal``); ``fixed_length`` is the
+    number of tokens where the model takes only one.
     """
     if fixed_length is not None:
         return _at_lengths(lambda tokens: matrix(tokens, {}), (fixed_length,), causal_hint)
     found = _at_lengths(lambda tokens: matrix(tokens, {}), _LENGTHS, causal_hint)
     if not isinstance(found.mask, Causal):
         return found
+    if table > _LENGTHS[-1]:
+        mask = _at_lengths(lambda tokens: matrix(tokens, {}), (min(table, _LARGEST_TABLE),), causal_hint).mask
+        if not isinstance(mask, Causal):
+            return Scores(mask, found.bias)
     for constant in sorted(set(constants)):
         if constant <= _LENGTHS[-1] - 2:
             continue
@@ -163,3 +168,9 @@ def constants_of(module: GraphModule, nodes: Iterable[Node], stop: Iterable[Node
             if isinstance(argument, int) and not isinstance(argument, bool) and 1 < abs(argument) < 2**31:
                 found.add(abs(argument))
     return found
+
+
+def table_of(module: GraphModule, nodes: Iterable[Node], stop: Iterable[Node]) -> int:
+    """Return the tokens that the smallest square table under ``nodes`` has a row and a column for, 0 without one."""
+    sizes = [shape(node)[-2:] for node in ancestors(nodes, stop) if node.op == "get_attr"]
+    return min((size[0] for size in sizes if len(size) == 2 and size[0] == size[1]), default=0)

@@ -55,9 +55,11 @@ def _static(node: Node, content: set[Node]) -> Iterator[Node]:
 
 def _rebase_node(probe: Probe, node: Node, positions: Node) -> int | None:
     """Rebase one table look-up or slice; returns the table's length when it holds positions."""
-    if node.target == aten.embedding.default:
-        table, index = node.args[0], node.args[1]
+    if node.target in (aten.embedding.default, aten.index_select.default):
+        table, index = node.args[0], node.args[-1 if node.target == aten.index_select.default else 1]
         assert isinstance(table, Node) and isinstance(index, Node)
+        if node.target == aten.index_select.default and (node.args[1] != 0 or len(shape(table)) != 2):
+            return None
         content = content_nodes(probe.module, [n for n, s in probe.specs.items() if s.role != "positions"])
         if index in content:
             return None
@@ -83,8 +85,10 @@ def _rebase_slice(probe: Probe, node: Node, positions: Node) -> int | None:
         table = table.args[0]  # type: ignore[assignment]
     if table.op != "get_attr" or not probe.is_dim(shape(node)[axis], "T") or is_symbolic(sizes[axis]):
         return None
-    if any(size != 1 for size in sizes[:axis]) or len(sizes) - axis != 2:
+    if axis > 1 or any(size != 1 for size in sizes[:axis]) or len(sizes) - axis != 2:
         return None
+    if any(user.target == aten.slice.Tensor and _cuts_at_length(probe, user) for user in node.users):
+        return None  # a mask: columns are tokens too
     if not node.meta["val"].is_floating_point() or (len(node.args) > 2 and node.args[2] not in (0, None)):
         return None
     graph = probe.module.graph
@@ -102,6 +106,8 @@ def _look_up(probe: Probe, node: Node, table: Node, positions: Node, offset: int
         if offset:
             index = call(graph, aten.add.Tensor, index, offset, like=node)
         rows = call(graph, aten.embedding.default, table, index, like=node)
+        if len(shape(node)) == 2 and not any(probe.is_dim(size, "T") for size in shape(node)):
+            rows = call(graph, aten.flatten.using_ints, rows, 0, 1, like=node)  # the tokens of a batch in one row
     node.replace_all_uses_with(rows)
     graph.erase_node(node)
 
@@ -117,9 +123,10 @@ def _position_offset(probe: Probe, index: Node) -> int | None:
             seen = probe.run(index, {}, {"B": 2, "T": tokens})
         except (UnknownValueError, RuntimeError, IndexError):
             return None
-        if seen.shape[-1] != tokens:
+        if seen.shape[-1] not in (tokens, 2 * tokens):
             return None
-        first = int(seen.reshape(-1)[0])
+        seen = seen.reshape(-1, tokens)
+        first = int(seen[0, 0])
         if not torch.equal(seen, (torch.arange(tokens) + first).expand_as(seen)) or offset not in (None, first):
             return None
         offset = first
@@ -167,7 +174,7 @@ def mixes_tokens(probe: Probe, node: Node) -> str | None:
         if shape(right) and probe.is_dim(shape(right)[-1], "T"):
             return f"{name} compares tokens with one another"
         return None
-    if name not in _REDUCTIONS:
+    if name not in _REDUCTIONS or node.target._overloadname == "other":  # max.other takes the greater of two tensors
         return None
     source = inputs[0]
     token_axes = {axis for axis, size in enumerate(shape(source)) if probe.is_dim(size, "T")}

@@ -1,6 +1,8 @@
-"""Tidy a raw graph: one node for each value, one form for every projection."""
+"""Tidy a raw graph: one node for each value, one form for every projection, parts joined instead of written."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -43,6 +45,56 @@ def raise_linear(module: GraphModule) -> None:
             linear = call(graph, aten.linear.default, x, weight, bias, like=node)
         end.replace_all_uses_with(linear)
     graph.eliminate_dead_code()
+
+
+def join_written_parts(module: GraphModule) -> None:
+    """Turn a tensor that is written slice by slice, all of it, into the concatenation of what is written."""
+    graph = module.graph
+    for node in list(graph.nodes):
+        if node.target != aten.slice_scatter.default:
+            continue
+        parts = _written_parts(node)
+        if parts is None:
+            continue
+        with graph.inserting_before(node):
+            joined = call(graph, aten.cat.default, parts, _slice(node)[0], like=node)
+        node.replace_all_uses_with(joined)
+    graph.eliminate_dead_code()
+
+
+def _slice(node: Node) -> tuple[int, int, int, int]:
+    """Return axis, start, end and step of a ``slice_scatter``; of a size that is no number the end is -1."""
+    given: list[Any] = [*node.args[2:]]
+    axis, start, end, step = given + [0, None, None, 1][len(given) :]
+    axis %= len(shape(node))
+    size = shape(node)[axis]
+    if not isinstance(size, int) or not all(isinstance(number, int | None) for number in (start, end, step)):
+        return axis, 0, -1, 1
+    return (axis, *slice(start, end, step).indices(size))
+
+
+def _written_parts(node: Node) -> list[Node] | None:
+    """Return what a chain of ``slice_scatter`` writes, in order, where together it is the whole; None otherwise."""
+    axis, found = _slice(node)[0], []
+    size = shape(node)[axis]
+    while node.target == aten.slice_scatter.default:
+        base, part = node.args[:2]
+        assert isinstance(base, Node) and isinstance(part, Node)
+        of, start, end, step = _slice(node)
+        if part.target == aten.copy.default:
+            written, source = part.args[:2]
+            assert isinstance(written, Node) and isinstance(source, Node)
+            before, after = written.meta["val"], source.meta["val"]
+            part = source if (before.dtype, str(before.shape)) == (after.dtype, str(after.shape)) else part
+        if of != axis or step != 1:
+            return None
+        found.append((start, end, part))
+        node = base
+    found.sort(key=lambda written: written[:2])
+    ends = [end for _, end, _ in found]
+    return (
+        [part for *_, part in found] if [start for start, *_ in found] == [0, *ends[:-1]] and ends[-1] == size else None
+    )
 
 
 def _transposed_parameter(node: object) -> Node | None:

@@ -115,8 +115,14 @@ def diff_view(document: m.DiffDocument) -> RenderableType:
         for item in document.differences
     ]
     made = table(["", "", ">a", ">b", ">b/a"], rows)
-    for index, column in enumerate(made.columns):  # specs are long, and the names of facts stay whole
-        column.no_wrap = index not in (2, 3)
+    for index, column in enumerate(
+        made.columns
+    ):  # specs and topics are long; numbers and the names of facts stay whole
+        column.no_wrap = index in (1, 4)
+        if index in (2, 3):
+            sides = [(item.a, item.b)[index - 2] for item in document.differences]
+            whole = [len(row[index]) for row, side in zip(rows, sides, strict=True) if not isinstance(side, str)]
+            column.min_width = max(whole, default=0)
     return stack(lines([f"a: {document.a}", f"b: {document.b}"]), made)
 
 

@@ -261,7 +261,6 @@ def _refuse(program: Program, block: FeedForwardBlock, in_layer: int) -> tuple[s
         return "banked", "the model has a memory already"
     tokens, width = program.placeholders()[0].meta["val"].shape, block.width
     forms = [list(map(str, form)) for form in ((*tokens, width), (math.prod(tokens), width))]
-    sizes = [list(map(str, shape(node))) for node in (block.input, block.output)]
-    if sizes[0] != sizes[1] or sizes[0] not in forms:
-        return "shape", f"it maps {sizes[0]} to {sizes[1]}, not a vector of {width} for each token to another"
+    if any(list(map(str, shape(node))) not in forms for node in (block.input, block.output)):
+        return "shape", f"it maps no vector of {width} for each token to another"
     return None

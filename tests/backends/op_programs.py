@@ -380,6 +380,16 @@ def norm(*, center: bool = False, weight: bool = True, bias: bool = False) -> Pr
     return b.finish(b.linear(x, "logits", VOCAB, 24))
 
 
+def powers(*exponents: float) -> Program:
+    """Tokens to vectors, the sum of their powers (of what is not negative, where the exponent is broken), logits."""
+    b = Builder()
+    x = total = b.embed(24)
+    for exponent in exponents:
+        base = x if exponent == int(exponent) else b.call(aten.relu.default, x)
+        total = b.call(aten.add.Tensor, total, b.call(aten.pow.Tensor_Scalar, base, exponent))
+    return b.finish(b.linear(total, "logits", VOCAB, 24))
+
+
 def bank_ffn(*activations: str, units: int = 6) -> Program:
     """Tokens to vectors, to which ``memc::bank_ffn`` adds a block for each activation, side by side, logits."""
     b = Builder()

@@ -141,6 +141,13 @@ def test_a_wrong_tail_loop_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not np.abs(want - runner.run(positions, positions, state)).max() < 1e-4
 
 
+def test_powers_are_right_below_zero_and_say_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    program = ops.powers(2, 3.0, 5, 2.5)
+    runner = build(program, tmp_path)
+    assert compare(program, runner, [([list(range(13))], None)]) < 1e-4
+    assert capfd.readouterr().err == ""
+
+
 # ---- what is refused
 
 

@@ -138,6 +138,13 @@ def test_a_conversion_shows_its_training_as_its_report_does() -> None:
     assert "3, 7 (2 of 8" in training
 
 
+def test_no_number_of_a_difference_is_cut_in_two() -> None:
+    ms = m.Difference(topic="predicted ms of a prompt", name="at 32768", a=711.17234, b=670.17123, ratio=0.942)
+    check = m.Difference(topic="check", name="weights_perplexity_ratio", a=2.6123e-6, b=0.087954, ratio=33500.0)
+    shown = text_of(diff_view(m.DiffDocument(a="one", b="two", differences=[ms, check])))
+    assert "711.17     670.17" in shown and "2.6e-06   0.087954" in shown
+
+
 def test_no_number_of_an_evaluation_is_cut_off() -> None:
     document = d.evaluated()
     for row in document.by_context:

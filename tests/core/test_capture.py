@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from memc.errors import MemcError
-from memc.frontend import Captured, capture, capture_source
+from memc.frontend import Captured, capture, capture_source, huggingface
+from memc.frontend.huggingface import model_info, trace_model
 from memc.frontend.recast import recast
 from memc.program import Program
 from memc.weights import materialize
@@ -196,6 +197,38 @@ class WritesView(nn.Module):
         return x
 
 
+def test_writes_into_views_are_captured() -> None:
+    program = capture(WritesView(), (torch.zeros(2, 7, dtype=torch.int64),))
+    check_plain(program)
+    tokens = torch.arange(12).view(3, 4) % 11
+    assert torch.equal(program(tokens, tokens)[0], WritesView()(tokens))
+
+
+_SCALED = {"rope_theta": 1e4, "original_max_position_embeddings": 16}
+_FACTORS = {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 3.0, 4.0, 5.0]}
+
+
+@pytest.mark.parametrize(
+    ("scaling", "limit"),
+    [
+        ({**_SCALED, **_FACTORS, "rope_type": "longrope"}, 16),
+        ({"rope_theta": 1e4, "rope_type": "dynamic", "factor": 4.0}, families.POSITIONS),
+    ],
+    ids=["longrope", "dynamic"],
+)
+def test_frequencies_chosen_by_the_length_stay_those_of_short_calls(scaling: dict[str, object], limit: int) -> None:
+    config = LlamaConfig(**families.GROUPED, rope_parameters=scaling)
+    original, traced = (huggingface.build(config, "", dtype=torch.float32) for _ in range(2))
+    traced.load_state_dict(original.state_dict())
+    program = trace_model(traced, model_info(config, "", ""))
+    assert program.model.max_positions == limit
+    tokens = torch.randint(3, families.VOCAB, (2, limit + 1))
+    with torch.no_grad():
+        within = program.run(tokens[:, :limit]) - original(tokens[:, :limit]).logits
+        past = program.run(tokens) - original(tokens).logits
+    assert within.abs().max() < 1e-5 < past.abs().max()
+
+
 class CountsCalls(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -208,10 +241,23 @@ class CountsCalls(nn.Module):
 
 @pytest.mark.parametrize(
     ("module", "line"),
-    [(Branches(), "if x.sum() > 3"), (WritesView(), "test_capture.py:"), (CountsCalls(), "")],
-    ids=["data-dependent branch", "write into a view", "changed buffer"],
+    [(Branches(), "if x.sum() > 3"), (CountsCalls(), "")],
+    ids=["data-dependent branch", "changed buffer"],
 )
-def test_what_cannot_be_captured_names_the_users_line(module: nn.Module, line: str) -> None:
+def test_what_cannot_be_captured_names_the_users_line(
+    module: nn.Module, line: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(MemcError) as caught:
         capture(module, (torch.zeros(2, 7, dtype=torch.int64),), decoder=True)
     assert caught.value.code == "E305" and line in caught.value.where and caught.value.next
+    assert capfd.readouterr() == ("", "")
+
+
+class SevenTokens(nn.Module):
+    def forward(self, tokens: Tensor) -> Tensor:
+        return tokens.float().view(-1, 7)[:, :, None]
+
+
+def test_a_fixed_length_is_said() -> None:
+    with pytest.raises(MemcError, match="specialized it to be a constant"):
+        capture(SevenTokens(), (torch.zeros(2, 7, dtype=torch.int64),))

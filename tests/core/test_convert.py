@@ -179,6 +179,29 @@ def test_a_dry_run_plans_and_writes_nothing(llama: Path, tmp_path: Path) -> None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json"]
 
 
+def test_a_dry_run_misses_data_that_are_not_there(program: Program, tmp_path: Path) -> None:
+    missing = str(tmp_path / "none.txt")
+    with pytest.raises(MemcError, match=r"E207 data file cannot be read: No such file.*none\.txt"):
+        run(program, tmp_path / "out", dry_run=True, data=[missing])
+
+
+def test_a_pass_says_that_an_earlier_one_took_its_blocks(program: Program, tmp_path: Path) -> None:
+    with pytest.raises(MemcError, match=r"E307 .*no block of its kind that no earlier pass rewrote"):
+        run(program, tmp_path / "out", "window:window=8", "linearize:window=8", dry_run=True)
+
+
+def test_keys_rotated_in_one_of_two_parts_have_positions_of_another_kind(tmp_path: Path) -> None:
+    from transformers import DeepseekV3Config
+
+    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 4}
+    latent = {"kv_lora_rank": 16, "q_lora_rank": None, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6, "v_head_dim": 8}
+    config = DeepseekV3Config(vocab_size=67, num_key_value_heads=4, first_k_dense_replace=1, **sizes, **latent)
+    config.architectures = ["DeepseekV3ForCausalLM"]
+    config.save_pretrained(tmp_path)
+    block = api.inspect(tmp_path).blocks[0]
+    assert (block.kind, block.head_dim, block.value_dim, block.positions) == ("attention", 10, 8, "other")
+
+
 def test_inspect_reads_the_configuration_alone(llama: Path, tmp_path: Path) -> None:
     shutil.copyfile(llama / "config.json", tmp_path / "config.json")
     document = api.inspect(tmp_path, contexts=(7,))
@@ -276,7 +299,7 @@ def test_another_recipe_needs_fresh(program: Program, tmp_path: Path) -> None:
 def test_a_full_disk_is_said_before(program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(MemcError, match="E502"):
+    with pytest.raises(MemcError, match=r"E502 output needs \d+ KiB of disk, 0\.977 KiB are free"):
         run(program, tmp_path / "out")
     monkeypatch.setattr("memc.machine.memory_bytes", lambda: 1000)
     with pytest.raises(MemcError, match="E501"):

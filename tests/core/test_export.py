@@ -72,12 +72,13 @@ def test_a_layer_less_is_a_configuration_of_every_family(name: str, tmp_path: Pa
     assert all(len(after) == 1 for before, after in fitted.changed.values() if isinstance(before, list))
 
 
-def test_layers_that_lose_alike_are_a_configuration(tmp_path: Path) -> None:
+def test_layers_that_lose_alike_are_a_configuration(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     program = raised("llama")[0].program
     pass_ = Prune(amount=0.2, unit="ffn", round=8, protect="none", alike=True, refit=False)
     done = pass_.apply(program, pass_.plan(program, get_target("cpu")))[0]
     fitted, (check,) = export_program(done, config_of("llama"), tmp_path, Silent())
     assert fitted.changed == {"intermediate_size": (80, 56)} and check.value < 1e-4
+    assert "Writing" not in (said := capfd.readouterr().err) and "Loading" not in said
 
 
 def test_channels_and_biases_go_into_the_configuration(narrow: Path, tmp_path: Path) -> None:

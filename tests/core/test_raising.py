@@ -93,6 +93,8 @@ class Tiny(nn.Module):
         self.up, self.down = nn.Linear(WIDTH, 40), nn.Linear(40, WIDTH)
         self.head = nn.Linear(WIDTH, VOCAB)
         self.sinks = nn.Parameter(torch.randn(HEADS))
+        self.register_buffer("near", allowed(SlidingWindow(20), LIMIT))
+        self.register_buffer("kept", allowed(Causal(), LIMIT).float()[None, None])
         self.scores, self.activation = scores, activation
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
@@ -123,6 +125,28 @@ def capped(module: Tiny, scores: Tensor) -> Tensor:
     return causal_softmax(module, 5.0 * torch.tanh(scores / 5.0))
 
 
+def masked_before_scaling(module: Tiny, scores: Tensor) -> Tensor:
+    length = scores.shape[-1]
+    blocked = torch.full((length, length), torch.finfo(scores.dtype).min).triu(1)
+    return ((scores * math.sqrt(8) + blocked) / math.sqrt(8)).softmax(-1)
+
+
+def kept_finite(module: Tiny, scores: Tensor) -> Tensor:
+    length, lowest = scores.shape[-1], torch.finfo(scores.dtype).min
+    scores = scores + torch.full((length, length), lowest).triu(1)
+    return torch.max(scores, torch.tensor(lowest)).softmax(-1)
+
+
+def window_in_a_table(module: Tiny, scores: Tensor) -> Tensor:
+    length = scores.shape[-1]
+    return scores.masked_fill(~module.near[:length, :length], -torch.inf).softmax(-1)
+
+
+def multiplied_by_a_table(module: Tiny, scores: Tensor) -> Tensor:
+    kept = module.kept[:, :, : scores.shape[-2], : scores.shape[-1]]
+    return (scores * kept + -1e4 * (1 - kept)).softmax(-1)
+
+
 def squared(module: Tiny, scores: Tensor) -> Tensor:
     return causal_softmax(module, scores * scores)
 
@@ -139,7 +163,7 @@ def raise_tiny(scores: Callable[..., Tensor], **options: object) -> tuple[Raised
     return raise_program(capture(module, inputs)), module, inputs
 
 
-@pytest.mark.parametrize("scores", [causal_softmax, with_sinks, capped])
+@pytest.mark.parametrize("scores", [causal_softmax, with_sinks, capped, masked_before_scaling, kept_finite])
 def test_written_out_attention_is_raised(scores: Callable[..., Tensor]) -> None:
     result, module, inputs = raise_tiny(scores)
     block = next(block for block in result.blocks if isinstance(block, AttentionBlock))
@@ -154,7 +178,11 @@ def test_written_out_attention_is_raised(scores: Callable[..., Tensor]) -> None:
 
 @pytest.mark.parametrize(
     ("scores", "reason"),
-    [(squared, "scaled by a tensor"), (token_dependent, "depends on the tokens")],
+    [
+        (squared, "scaled by a tensor"),
+        (multiplied_by_a_table, "scaled by a tensor"),
+        (token_dependent, "depends on the tokens"),
+    ],
 )
 def test_a_near_miss_names_the_idiom_the_difference_and_the_line(scores: Callable[..., Tensor], reason: str) -> None:
     result, _, _ = raise_tiny(scores)
@@ -162,6 +190,88 @@ def test_a_near_miss_names_the_idiom_the_difference_and_the_line(scores: Callabl
     miss = next(miss for miss in result.near_misses if miss.nearest == "softmax attention")
     assert reason in miss.reason
     assert miss.source.startswith("test_raising.py:")
+
+
+def test_a_window_in_a_table_of_the_model_is_found() -> None:
+    result, module, _ = raise_tiny(window_in_a_table)
+    block = next(block for block in result.blocks if isinstance(block, AttentionBlock))
+    assert block.mask == SlidingWindow(20)
+    tokens, positions = torch.randint(0, VOCAB, (2, LIMIT)), torch.arange(LIMIT).expand(2, LIMIT)
+    with torch.no_grad():
+        torch.testing.assert_close(result.program.run(tokens), module(tokens, positions), rtol=0, atol=1e-5)
+
+
+class MaskedByTokens(Tiny):
+    """Its keys are masked by what they are."""
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        x = self.tokens(tokens) + self.places(positions)
+        length = tokens.shape[1]
+        mask = torch.ones(length, length, dtype=torch.bool).tril() & (x.sum(-1) > 0)[:, None, None]
+        return self.head(nn.functional.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None], mask)[:, 0])
+
+
+def test_a_mask_that_tokens_choose_is_no_mask_that_is_known() -> None:
+    tokens = torch.randint(0, VOCAB, (2, 7))
+    module = MaskedByTokens(causal_softmax).eval()
+    result = raise_program(capture(module, (tokens, torch.arange(7).expand(2, 7).contiguous())))
+    assert not result.program.raised
+    assert [miss.reason for miss in result.near_misses if miss.nearest == "sdpa"] == ["the mask depends on the tokens"]
+
+
+def test_the_greater_of_two_tensors_mixes_no_tokens() -> None:
+    result, _, _ = raise_tiny(causal_softmax, activation=lambda x: torch.max(x, -0.1 * x))
+    assert result.program.raised
+
+
+def in_two_parts(x: Tensor) -> Tensor:
+    y = torch.empty_like(x)
+    y[..., :13] = torch.relu(x[..., :13])
+    y[..., 13:] = x[..., 13:]
+    return y
+
+
+def test_parts_that_are_written_side_by_side_are_joined() -> None:
+    result, module, inputs = raise_tiny(causal_softmax, activation=in_two_parts)
+    targets = {node.target for node in result.program.module.graph.nodes}
+    assert torch.ops.aten.cat.default in targets and torch.ops.aten.slice_scatter.default not in targets
+    with torch.no_grad():
+        torch.testing.assert_close(result.program.run(inputs[0]), module(*inputs), rtol=0, atol=1e-5)
+
+
+def half_written(x: Tensor) -> Tensor:
+    y = x * 2
+    y[..., 13:] = x[..., 13:]
+    return y
+
+
+def test_a_part_that_is_written_into_a_value_stays_a_write() -> None:
+    result, module, inputs = raise_tiny(causal_softmax, activation=half_written)
+    assert any(node.target == torch.ops.aten.slice_scatter.default for node in result.program.module.graph.nodes)
+    with torch.no_grad():
+        torch.testing.assert_close(result.program.run(inputs[0]), module(*inputs), rtol=0, atol=1e-5)
+
+
+class SelectsPositions(Tiny):
+    """Looks its positions up from the third row on, all sequences in one row."""
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        rows = self.places.weight.index_select(0, positions.reshape(-1) + 2).view(*tokens.shape, WIDTH)
+        x = self.tokens(tokens) + rows
+        q, k, v = self.qkv(x).view(*tokens.shape, HEADS, 3, -1).permute(3, 0, 2, 1, 4).unbind(0)
+        y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.head(x + self.out(y.transpose(1, 2).flatten(2)))
+
+
+def test_positions_selected_from_a_table_limit_the_length() -> None:
+    torch.manual_seed(0)
+    tokens, module = torch.randint(0, VOCAB, (2, 7)), SelectsPositions(causal_softmax).eval()
+    program = raise_program(capture(module, (tokens, torch.arange(7).expand(2, 7).contiguous()))).program
+    assert (program.model.absolute_positions, program.model.max_positions) == (True, LIMIT - 2)
+    positions = torch.arange(-1, 6).expand(2, 7).contiguous()
+    with torch.no_grad():
+        padded = program(tokens, positions, *program.new_state(2))[0][:, 1:]
+        torch.testing.assert_close(padded, module(tokens[:, 1:], positions[:, 1:]), rtol=0, atol=1e-5)
 
 
 def test_tokens_mixed_outside_attention_are_rejected() -> None:
@@ -178,12 +288,18 @@ def test_tokens_mixed_outside_attention_are_rejected() -> None:
         (nn.functional.silu, "silu"),
         (lambda x: x * torch.sigmoid(1.702 * x), "quick_gelu"),
         (lambda x: 0.5 * x * (1 + torch.erf(x / math.sqrt(2))), "gelu"),
+        (lambda x: torch.where(x > 0, 0.8 * x * x + x, torch.expm1(torch.min(x, torch.tensor(-1e-6))) - x), "other"),
     ],
 )
 def test_activations_are_named_by_their_values(activation: Callable[[Tensor], Tensor], name: str) -> None:
     result, _, _ = raise_tiny(causal_softmax, activation=activation)
     block = next(block for block in result.blocks if isinstance(block, FeedForwardBlock))
     assert (block.activation, block.hidden) == (name, 40)
+
+
+def test_a_straight_line_between_two_projections_is_no_activation() -> None:
+    result, _, _ = raise_tiny(causal_softmax, activation=lambda x: 3 * x + 1)
+    assert not any(isinstance(block, FeedForwardBlock) for block in result.blocks)
 
 
 def test_raising_leaves_the_raw_program_alone() -> None:

@@ -13,6 +13,8 @@ from memc.analysis.layers import rank_blocks
 from memc.blocks import FeedForwardBlock
 from memc.dialect import arguments
 from memc.errors import MemcError
+from memc.frontend import huggingface
+from memc.frontend.huggingface import model_info, trace_model
 from memc.infer import infer
 from memc.passes.linearize import Linearize
 from memc.passes.memory_bank import MemoryBank, site
@@ -20,11 +22,12 @@ from memc.pipeline import parse_spec
 from memc.plugins import load_kernels
 from memc.program import Program, set_tensor
 from memc.progress import Silent
-from memc.raising import find_blocks
+from memc.raising import find_blocks, raise_program
 from memc.raising.feed_forward import ACTIVATIONS
 from memc.relation import Exact
 from memc.target import get_target
 from memc.verify import split_invariance, well_formed
+from tests import families
 from tests.core.test_families import DECODERS, EXPECTED, raised
 from tests.families import HIDDEN
 from tests.passes.tiny_program import TARGET, tiny, tokens_of
@@ -98,6 +101,14 @@ def test_nothing_fetched_leaves_every_bit(name: str) -> None:
     narrow = half(program)
     assert run(narrow, tokens_of(1, 3)).dtype == torch.bfloat16
     check_equal(narrow)
+
+
+def test_a_block_may_take_tokens_by_sequence_and_give_them_in_one_row() -> None:
+    config = families.FAMILIES["opt"]()
+    config.do_layer_norm_before = False
+    module = huggingface.build(config, "opt", dtype=torch.float32)
+    families.randomize(module)
+    check_equal(raise_program(trace_model(module, model_info(config, "opt", ""))).program)
 
 
 @pytest.mark.parametrize("name", DENSE)
