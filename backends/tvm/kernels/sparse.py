@@ -329,10 +329,13 @@ def sparse_attention(s: Scores, r: Rule) -> PrimFunc:
             for i in T.serial(share):
                 for j in T.vectorized(lanes):
                     best[j] = T.max(best[j], names["scores"][unit, i, at * lanes + j])
-            for j in T.vectorized(lanes):
-                forced = T.Or(first + j < r.sinks, at_most - (first + j) < r.window)
+            for j in T.vectorized(lanes):  # nothing is bound in here: TVM would take the first lane's value for all
                 names["again"][unit, at * lanes + j] = T.Select(
-                    first + j > at_most, T.int32(NEVER), T.Select(forced, T.int32(FIRST), ordered(best[j]))
+                    first + j > at_most,
+                    T.int32(NEVER),
+                    T.Select(
+                        T.Or(first + j < r.sinks, at_most - (first + j) < r.window), T.int32(FIRST), ordered(best[j])
+                    ),
                 )
             if each % lanes > 0:  # only some of the pages on a tile were taken
                 for j in T.serial(lanes):
