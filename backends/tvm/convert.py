@@ -17,8 +17,9 @@ from memc.backends.tvm.kernels.bank import bank_ffn
 from memc.backends.tvm.kernels.common import SLOTS, PrimFunc, Scores
 from memc.backends.tvm.kernels.linear import head_linear, linear, quantised_linear
 from memc.backends.tvm.kernels.memory import Memory, linear_memory
+from memc.backends.tvm.kernels.rank import Rule
 from memc.backends.tvm.kernels.simple import embedding, norm, rotary
-from memc.backends.tvm.kernels.sparse import SHARES, TOKENS, Rule, sparse_attention
+from memc.backends.tvm.kernels.sparse import SHARES, TOKENS, sparse_attention
 from memc.backends.tvm.kernels.window import Ring, window_memory
 
 Var = Any
@@ -171,7 +172,7 @@ class Converters:
             [units, rule.listed],
             [units, rule.room if rule.rerank > 1 else 1],
             [units, rule.room],
-            [units, s.heads // s.groups, rule.room],
+            [units, s.share, rule.room],
         ]
         kinds = ["float32"] * 2 + ["int32"] * 4 + ["float32"]
         return _calls(importer, made, [q, k, v, *rest, _or_nothing(importer, sink_logits)], shapes, kinds)

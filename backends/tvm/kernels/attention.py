@@ -16,7 +16,6 @@ from memc.backends.tvm.kernels.common import (
     PrimFunc,
     Scores,
     add_sink,
-    heads_together,
     softmax_rows,
 )
 
@@ -47,7 +46,7 @@ class Range:
 
 def _rows(s: Scores, together: int, b: Any, h: Any, t: Any, names: dict[str, Any], low: Any, high: Any) -> Keys:
     """Describe ``together`` heads from ``h`` on of the tokens from ``t`` on, over keys and values in slots."""
-    q, k, v, g = names["q"], names["k"], names["v"], h // (s.heads // s.groups)
+    q, k, v, g = names["q"], names["k"], names["v"], h // s.share
 
     def bias(row: Any, slot: Any) -> Any:
         distance = slot - names["positions"][b, t + row // together]
@@ -70,7 +69,7 @@ def attention(s: Scores, r: Range) -> PrimFunc:
     first, so that no sequence may start in a call after tokens of another one in the same row.
     """
     heads, groups, key_dim, value_dim = s.heads, s.groups, s.key_dim, s.value_dim
-    together = heads_together(heads // groups)
+    together = s.together
     several = max(1, ROWS // together)
 
     @T.inline
@@ -165,12 +164,12 @@ def full_attention(s: Scores, *, masked: bool, bias: tuple[bool, ...] | None) ->
     ``bias`` tells which axes of the additive bias ``[B or 1,H or 1,T or 1,S or 1]`` have their size, None without one.
     """
     heads, groups, key_dim, value_dim = s.heads, s.groups, s.key_dim, s.value_dim
-    together = heads_together(heads // groups)
+    together = s.together
     several = max(1, ROWS // together)
     sized = bias or (False,) * 4
 
     def describe(names: dict[str, Any], b: Any, h: Any, t: Any, held: Any) -> Keys:
-        q, k, v, g = names["q"], names["packed"], names["v"], h // (heads // groups)
+        q, k, v, g = names["q"], names["packed"], names["v"], h // s.share
 
         def added(row: Any, slot: Any) -> Any:
             place = (b, h + row % together, t + row // together, slot)

@@ -44,11 +44,6 @@ def tanh(x: Expression) -> Expression:
     return (squared - T.float32(1.0)) / (squared + T.float32(1.0))
 
 
-def heads_together(share: int) -> int:
-    """Return how many of the ``share`` query heads of one key-value head are done at once."""
-    return max(n for n in range(1, ROWS + 1) if share % n == 0)
-
-
 @dataclass(frozen=True)
 class Scores:
     """Sizes of one softmax and how its scores are made; fields as the arguments of the dialect's ops."""
@@ -61,6 +56,16 @@ class Scores:
     softcap: float = 0.0
     slopes: bool = False
     sink_logits: bool = False
+
+    @property
+    def share(self) -> int:
+        """Query heads of one key-value head."""
+        return self.heads // self.groups
+
+    @property
+    def together(self) -> int:
+        """How many of them are done at once."""
+        return max(n for n in range(1, ROWS + 1) if self.share % n == 0)
 
 
 @dataclass(frozen=True)

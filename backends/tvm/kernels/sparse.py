@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -18,74 +17,15 @@ from memc.backends.tvm.kernels.common import (
     add_sink,
     add_values,
     exp,
-    heads_together,
     tanh,
 )
-from memc.dialect.selectors import SELECTORS
+from memc.backends.tvm.kernels.rank import Rule, describe, rank_pages
 
 SHARES = 8
 """Units of work that the tokens of one key-value head are dealt to at most, each with memory of its own."""
 
 TOKENS = 16
 """Tokens that a unit of work is worth its memory for."""
-
-
-@dataclass(frozen=True)
-class Rule:
-    """Which tokens are read; fields as the op's arguments. ``lse`` tells whether the log-sum-exp is asked for."""
-
-    method: str
-    page: int
-    budget: int
-    sinks: int
-    window: int
-    rerank: int
-    dense_below: int
-    channels: int
-    lse: bool
-
-    @property
-    def by_token(self) -> bool:
-        """Whether tokens are ranked, not pages."""
-        return SELECTORS[self.method].choice == "tokens"
-
-    @property
-    def each(self) -> int:
-        """Tokens that are ranked together."""
-        return 1 if self.by_token else self.page
-
-    @property
-    def lanes(self) -> int:
-        """Tokens whose scores are made together: those of a tile, or one where single tokens are taken."""
-        return 1 if self.by_token else SLOTS
-
-    @property
-    def taken(self) -> int:
-        """How many pages, or tokens, of the highest rank are taken."""
-        return self.rerank * self.budget // self.each
-
-    @property
-    def all_below(self) -> int:
-        """The position from which on not every token is read."""
-        return max(self.dense_below, self.budget)
-
-    @property
-    def listed(self) -> int:
-        """The most tiles of keys, or tokens, on which what is taken lies."""
-        if self.each % self.lanes == 0:
-            tiles = self.each // self.lanes
-        else:
-            tiles = 1 if self.lanes % self.each == 0 else (self.each - 2) // self.lanes + 2
-        return max(self.taken * tiles, -(-self.all_below // self.lanes))
-
-    @property
-    def room(self) -> int:
-        """Scores that a unit of work has memory for: whole vectors."""
-        return -(-self.listed * self.lanes // SLOTS) * SLOTS
-
-    def described(self, channels: int) -> int:
-        """How many numbers a description has."""
-        return 2 * channels if SELECTORS[self.method].descriptor in ("bounds", "moments") else channels
 
 
 class _Part:
@@ -110,37 +50,10 @@ def sparse_attention(s: Scores, r: Rule) -> PrimFunc:
     are ranked again where that is asked for and then weigh the values.
     """
     heads, groups, key_dim, value_dim = s.heads, s.groups, s.key_dim, s.value_dim
-    share, size, page, each, lanes = heads // groups, r.described(s.key_dim), r.page, r.each, r.lanes
-    together = heads_together(share)
-    descriptor, scorer = SELECTORS[r.method].descriptor, SELECTORS[r.method].scorer
-    ranked = r.channels if r.by_token else size  # numbers that a rank is made of
+    share, together, size = s.share, s.together, r.described(s.key_dim)
+    page, each, lanes = r.page, r.each, r.lanes
     vector = next(n for n in (SLOTS, 8, 1) if key_dim % n == 0)  # channels of one key that are multiplied together
     wide, narrow = value_dim // 32, value_dim % 32 // 8
-
-    @T.inline
-    def describe(names, b, g, n):
-        sums = T.alloc_buffer((2,), "float32", scope="local")
-        for d in T.serial(key_dim):
-            if descriptor == "bounds":
-                sums[0] = T.float32(LOWEST)
-                sums[1] = T.float32(-LOWEST)
-                for i in T.serial(page):
-                    sums[0] = T.max(sums[0], names["keys"][b, g, (n * page + i) // SLOTS, d, (n * page + i) % SLOTS])
-                    sums[1] = T.min(sums[1], names["keys"][b, g, (n * page + i) // SLOTS, d, (n * page + i) % SLOTS])
-            else:
-                sums[0] = T.float32(0)
-                sums[1] = T.float32(0)
-                for i in T.serial(page):
-                    sums[0] = sums[0] + names["keys"][b, g, (n * page + i) // SLOTS, d, (n * page + i) % SLOTS]
-                sums[0] = sums[0] / T.float32(page)
-                if descriptor == "moments":
-                    for i in T.serial(page):
-                        away = names["keys"][b, g, (n * page + i) // SLOTS, d, (n * page + i) % SLOTS] - sums[0]
-                        sums[1] = sums[1] + away * away
-                    sums[1] = sums[1] / T.float32(page)
-            names["pages"][b, g, n // SLOTS, d, n % SLOTS] = sums[0]
-            if size > key_dim:
-                names["pages"][b, g, n // SLOTS, key_dim + d, n % SLOTS] = sums[1]
 
     @T.inline
     def write(names, b, g, tokens):
@@ -157,86 +70,7 @@ def sparse_attention(s: Scores, r: Rule) -> PrimFunc:
                     for d in T.serial(key_dim):
                         names["keys"][b, g, position // SLOTS, d, position % SLOTS] = names["k"][b, g, t, d]
                     if (position + 1) % page == 0:
-                        describe(names, b, g, position // page)
-
-    @T.inline
-    def strongest(names, b, g, t, channel, feature):
-        # The channels in which the sum of a query's magnitudes over the heads is highest, and the query there.
-        padded = T.meta_var(-(-key_dim // SLOTS) * SLOTS)
-        rank = T.alloc_buffer((1, padded), "int32", scope="local")
-        total = T.alloc_buffer((1,), "float32", scope="local")
-        least = T.alloc_buffer((2,), "int32", scope="local")
-        taken = T.alloc_buffer((1,), "int32", scope="local")
-        found = T.alloc_buffer((1,), "int32", scope="local")
-        for d in T.serial(padded):
-            rank[0, d] = T.int32(NEVER)
-        for d in T.serial(key_dim):
-            total[0] = T.float32(0)
-            for i in T.serial(share):
-                total[0] = total[0] + T.abs(names["q"][b, g * share + i, t, d] * T.float32(s.scale))
-            rank[0, d] = ordered(total[0])
-        find_least(rank, 0, padded // SLOTS, r.channels, least)
-        found[0] = 0
-        for d in T.serial(key_dim):
-            take(rank, 0, d, least, taken)
-            if taken[0] > 0:
-                channel[found[0]] = d
-                for i in T.serial(share):
-                    feature[i, found[0]] = names["q"][b, g * share + i, t, d] * T.float32(s.scale)
-                found[0] = found[0] + 1
-
-    @T.inline
-    def features(names, b, g, t, channel, feature):
-        # What of a query is multiplied with which number of a description.
-        for c in T.serial(ranked):
-            channel[c] = c
-        for i in T.serial(share):
-            for d in T.serial(key_dim):
-                scaled = names["q"][b, g * share + i, t, d] * T.float32(s.scale)
-                if scorer == "bound":
-                    feature[i, d] = T.max(scaled, T.float32(0))
-                    feature[i, key_dim + d] = T.min(scaled, T.float32(0))
-                else:
-                    feature[i, d] = scaled
-                    if scorer == "moments":
-                        feature[i, key_dim + d] = scaled * scaled * T.float32(0.5)
-
-    @T.inline
-    def rank_pages(names, b, g, t, unit, p):
-        channel = T.alloc_buffer((ranked,), "int32", scope="local")
-        feature = T.alloc_buffer((share, ranked), "float32", scope="local")
-        product = T.alloc_buffer((together, SLOTS), "float32", scope="local")
-        best = T.alloc_buffer((SLOTS,), "float32", scope="local")
-        if r.by_token:
-            strongest(names, b, g, t, channel, feature)
-        else:
-            features(names, b, g, t, channel, feature)
-        for tile in T.serial(p // each // SLOTS + 1):
-            for j in T.vectorized(SLOTS):
-                best[j] = T.float32(LOWEST)
-            for part in T.serial(share // together):
-                for i in T.unroll(together):
-                    for j in T.vectorized(SLOTS):
-                        product[i, j] = T.float32(0)
-                for c in T.serial(ranked):
-                    for i in T.unroll(together):
-                        for j in T.vectorized(SLOTS):
-                            product[i, j] = product[i, j] + (
-                                feature[part * together + i, c] * names["pages"][b, g, tile, channel[c], j]
-                            )
-                for i in T.unroll(together):
-                    for j in T.vectorized(SLOTS):
-                        best[j] = T.max(best[j], product[i, j])
-            for j in T.vectorized(SLOTS):
-                names["rank"][unit, tile * SLOTS + j] = ordered(best[j])
-        near = T.min(T.max(p - (r.window - 1), T.int64(0)), p // page * page) // each
-        last = p // each
-        for n in T.serial(-(-r.sinks // each)):
-            names["rank"][unit, n] = T.int32(FIRST)
-        for n in T.serial(last + 1 - near):
-            names["rank"][unit, near + n] = T.int32(FIRST)
-        for n in T.serial(last // SLOTS * SLOTS + SLOTS - 1 - last):
-            names["rank"][unit, last + 1 + n] = T.int32(NEVER)
+                        describe(names, s, r, b, g, position // page)
 
     @T.inline
     def append(names, unit, first, p, listed):
@@ -261,7 +95,7 @@ def sparse_attention(s: Scores, r: Rule) -> PrimFunc:
             least[0] = T.int32(NEVER)
             least[1] = T.int32(0)
         else:
-            rank_pages(names, b, g, t, unit, p)
+            rank_pages(names, s, r, b, g, t, unit, p)
             find_least(names["rank"], unit, blocks, r.taken, least)
         listed[0] = T.int64(0)
         for block in T.serial(blocks):

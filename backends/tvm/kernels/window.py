@@ -8,7 +8,7 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from memc.backends.tvm.kernels.common import SLOTS, Keys, PrimFunc, Scores, add_sink, heads_together, softmax_rows
+from memc.backends.tvm.kernels.common import SLOTS, Keys, PrimFunc, Scores, add_sink, softmax_rows
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,7 @@ def window_memory(s: Scores, r: Ring) -> PrimFunc:
     have the shape of a scalar.
     """
     heads, groups, key_dim, value_dim = s.heads, s.groups, s.key_dim, s.value_dim
-    share, slots = heads // groups, r.window + r.sinks
-    together = heads_together(share)
+    share, together, slots = s.share, s.together, r.window + r.sinks
 
     def slot_of(position: Any) -> Any:
         ring = r.sinks + T.floormod(position - r.sinks, r.window)

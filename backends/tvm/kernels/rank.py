@@ -1,0 +1,188 @@
+"""What ``memc::sparse_attention`` ranks by: descriptions of pages that are full, and what a query makes of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tvm.script import tirx as T
+
+from memc.backends.tvm.kernels.choose import FIRST, NEVER, find_least, ordered, take
+from memc.backends.tvm.kernels.common import LOWEST, SLOTS
+from memc.dialect.selectors import SELECTORS, Selector
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Which tokens are read; fields as the op's arguments. ``lse`` tells whether the log-sum-exp is asked for."""
+
+    method: str
+    page: int
+    budget: int
+    sinks: int
+    window: int
+    rerank: int
+    dense_below: int
+    channels: int
+    lse: bool
+
+    @property
+    def selector(self) -> Selector:
+        """The method, by its slots."""
+        return SELECTORS[self.method]
+
+    @property
+    def by_token(self) -> bool:
+        """Whether tokens are ranked, not pages."""
+        return self.selector.choice == "tokens"
+
+    @property
+    def each(self) -> int:
+        """Tokens that are ranked together."""
+        return 1 if self.by_token else self.page
+
+    @property
+    def lanes(self) -> int:
+        """Tokens whose scores are made together: those of a tile, or one where single tokens are taken."""
+        return 1 if self.by_token else SLOTS
+
+    @property
+    def taken(self) -> int:
+        """How many pages, or tokens, of the highest rank are taken."""
+        return self.rerank * self.budget // self.each
+
+    @property
+    def all_below(self) -> int:
+        """The position from which on not every token is read."""
+        return max(self.dense_below, self.budget)
+
+    @property
+    def listed(self) -> int:
+        """The most tiles of keys, or tokens, on which what is taken lies."""
+        if self.each % self.lanes == 0:
+            tiles = self.each // self.lanes
+        else:
+            tiles = 1 if self.lanes % self.each == 0 else (self.each - 2) // self.lanes + 2
+        return max(self.taken * tiles, -(-self.all_below // self.lanes))
+
+    @property
+    def room(self) -> int:
+        """Scores that a unit of work has memory for: whole vectors."""
+        return -(-self.listed * self.lanes // SLOTS) * SLOTS
+
+    def described(self, channels: int) -> int:
+        """How many numbers a description has."""
+        return 2 * channels if self.selector.descriptor in ("bounds", "moments") else channels
+
+    def ranked(self, channels: int) -> int:
+        """How many numbers a rank is made of."""
+        return self.channels if self.by_token else self.described(channels)
+
+
+@T.inline
+def describe(names, s, r, b, g, n):  # noqa: D103
+    # Writes the description of page ``n``, which is full, into ``pages``.
+    sums = T.alloc_buffer((2,), "float32", scope="local")
+    for d in T.serial(s.key_dim):
+        if r.selector.descriptor == "bounds":
+            sums[0] = T.float32(LOWEST)
+            sums[1] = T.float32(-LOWEST)
+            for i in T.serial(r.page):
+                sums[0] = T.max(sums[0], names["keys"][b, g, (n * r.page + i) // SLOTS, d, (n * r.page + i) % SLOTS])
+                sums[1] = T.min(sums[1], names["keys"][b, g, (n * r.page + i) // SLOTS, d, (n * r.page + i) % SLOTS])
+        else:
+            sums[0] = T.float32(0)
+            sums[1] = T.float32(0)
+            for i in T.serial(r.page):
+                sums[0] = sums[0] + names["keys"][b, g, (n * r.page + i) // SLOTS, d, (n * r.page + i) % SLOTS]
+            sums[0] = sums[0] / T.float32(r.page)
+            if r.selector.descriptor == "moments":
+                for i in T.serial(r.page):
+                    away = names["keys"][b, g, (n * r.page + i) // SLOTS, d, (n * r.page + i) % SLOTS] - sums[0]
+                    sums[1] = sums[1] + away * away
+                sums[1] = sums[1] / T.float32(r.page)
+        names["pages"][b, g, n // SLOTS, d, n % SLOTS] = sums[0]
+        if r.described(s.key_dim) > s.key_dim:
+            names["pages"][b, g, n // SLOTS, s.key_dim + d, n % SLOTS] = sums[1]
+
+
+@T.inline
+def _strongest(names, s, r, b, g, t, channel, feature):
+    # The channels in which the sum of a query's magnitudes over the heads is highest, and the query there.
+    padded = T.meta_var(-(-s.key_dim // SLOTS) * SLOTS)
+    rank = T.alloc_buffer((1, padded), "int32", scope="local")
+    total = T.alloc_buffer((1,), "float32", scope="local")
+    least = T.alloc_buffer((2,), "int32", scope="local")
+    taken = T.alloc_buffer((1,), "int32", scope="local")
+    found = T.alloc_buffer((1,), "int32", scope="local")
+    for d in T.serial(padded):
+        rank[0, d] = T.int32(NEVER)
+    for d in T.serial(s.key_dim):
+        total[0] = T.float32(0)
+        for i in T.serial(s.share):
+            total[0] = total[0] + T.abs(names["q"][b, g * s.share + i, t, d] * T.float32(s.scale))
+        rank[0, d] = ordered(total[0])
+    find_least(rank, 0, padded // SLOTS, r.channels, least)
+    found[0] = 0
+    for d in T.serial(s.key_dim):
+        take(rank, 0, d, least, taken)
+        if taken[0] > 0:
+            channel[found[0]] = d
+            for i in T.serial(s.share):
+                feature[i, found[0]] = names["q"][b, g * s.share + i, t, d] * T.float32(s.scale)
+            found[0] = found[0] + 1
+
+
+@T.inline
+def _features(names, s, r, b, g, t, channel, feature):
+    # What of a query is multiplied with which number of a description.
+    for c in T.serial(r.ranked(s.key_dim)):
+        channel[c] = c
+    for i in T.serial(s.share):
+        for d in T.serial(s.key_dim):
+            scaled = names["q"][b, g * s.share + i, t, d] * T.float32(s.scale)
+            if r.selector.scorer == "bound":
+                feature[i, d] = T.max(scaled, T.float32(0))
+                feature[i, s.key_dim + d] = T.min(scaled, T.float32(0))
+            else:
+                feature[i, d] = scaled
+                if r.selector.scorer == "moments":
+                    feature[i, s.key_dim + d] = scaled * scaled * T.float32(0.5)
+
+
+@T.inline
+def rank_pages(names, s, r, b, g, t, unit, p):  # noqa: D103
+    # Writes into row ``unit`` of ``rank`` what the token at position ``p`` ranks each page, or token, by.
+    channel = T.alloc_buffer((r.ranked(s.key_dim),), "int32", scope="local")
+    feature = T.alloc_buffer((s.share, r.ranked(s.key_dim)), "float32", scope="local")
+    product = T.alloc_buffer((s.together, SLOTS), "float32", scope="local")
+    best = T.alloc_buffer((SLOTS,), "float32", scope="local")
+    if r.by_token:
+        _strongest(names, s, r, b, g, t, channel, feature)
+    else:
+        _features(names, s, r, b, g, t, channel, feature)
+    for tile in T.serial(p // r.each // SLOTS + 1):
+        for j in T.vectorized(SLOTS):
+            best[j] = T.float32(LOWEST)
+        for part in T.serial(s.share // s.together):
+            for i in T.unroll(s.together):
+                for j in T.vectorized(SLOTS):
+                    product[i, j] = T.float32(0)
+            for c in T.serial(r.ranked(s.key_dim)):
+                for i in T.unroll(s.together):
+                    for j in T.vectorized(SLOTS):
+                        product[i, j] = product[i, j] + (
+                            feature[part * s.together + i, c] * names["pages"][b, g, tile, channel[c], j]
+                        )
+            for i in T.unroll(s.together):
+                for j in T.vectorized(SLOTS):
+                    best[j] = T.max(best[j], product[i, j])
+        for j in T.vectorized(SLOTS):
+            names["rank"][unit, tile * SLOTS + j] = ordered(best[j])
+    near = T.min(T.max(p - (r.window - 1), T.int64(0)), p // r.page * r.page) // r.each
+    last = p // r.each
+    for n in T.serial(-(-r.sinks // r.each)):
+        names["rank"][unit, n] = T.int32(FIRST)
+    for n in T.serial(last + 1 - near):
+        names["rank"][unit, near + n] = T.int32(FIRST)
+    for n in T.serial(last // SLOTS * SLOTS + SLOTS - 1 - last):
+        names["rank"][unit, last + 1 + n] = T.int32(NEVER)
