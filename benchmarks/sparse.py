@@ -23,13 +23,13 @@ from cpu import facts as machine_facts
 from cpu import numbers
 from page import write
 from sparse_model import fidelity, memory, recall
-from sparse_op import SEARCHED, SHAPES, times
+from sparse_op import COMPILED, SEARCHED, SHAPES, times
 from sparse_page import page
 
 from memc.plugins import load_kernels
 
 HERE = Path(__file__).parent
-PARTS = ("times", "fidelity", "recall", "memory", "shared")
+PARTS = ("times", "fidelity", "recall", "memory", "shared", "compiled")
 CONTEXTS = [1024, 2048, 4096, 8192, 16384, 32768, 131072]
 
 
@@ -66,6 +66,9 @@ def measured(part: str, arguments: argparse.Namespace) -> Iterator[dict[str, Any
         case "shared":
             for shape in SHAPES:
                 yield from times(shape, arguments.contexts, SEARCHED)
+        case "compiled":
+            for shape in SHAPES:
+                yield from times(shape, arguments.contexts, COMPILED, ("onnx", "tvm"))
         case "fidelity":
             yield from fidelity(arguments.texts, arguments.rows)
         case "memory":

@@ -1,4 +1,4 @@
-"""Time of one attention for one new token through the onnx backend, sparse and dense."""
+"""Time of one attention for one new token through the onnx backend or another, sparse and dense."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ import torch
 from torch.fx import Graph, GraphModule
 
 from memc.backend import LowerOptions
-from memc.backends.onnx import OnnxBackend
 from memc.conversion.lowering import lower
 from memc.cost import work
 from memc.dialect.quantised_attention import code_bytes
 from memc.dialect.refreshed_attention import most_chosen
 from memc.dialect.sparse_attention import description
 from memc.infer import infer
+from memc.plugins import load_plugin
 from memc.program import InputSpec, ModelInfo, OutputSpec, Program, StateSpec
 from memc.target import get_target
 
@@ -64,6 +64,13 @@ SEARCHED: dict[str, dict[str, Any] | None] = {
     "lowbit, for 8": {"method": "lowbit", "page": 64, "rerank": 2, "refresh": 8},
 }
 """A choice for each token beside one for 8, and a tree search."""
+COMPILED: dict[str, dict[str, Any] | None] = {
+    "dense": None,
+    "bounds": {"method": "bounds", "page": 16},
+    "bounds, ranked again": {"method": "bounds", "page": 16, "rerank": 2},
+    "lowbit": {"method": "lowbit", "page": 64},
+}
+"""What the tvm backend is timed with, beside the onnx backend."""
 
 
 def states_of(shape: Shape, choice: dict[str, Any] | None) -> list[StateSpec]:
@@ -146,20 +153,28 @@ def fill(array: Any, random: np.random.Generator) -> None:
 
 
 def times(
-    shape: Shape, contexts: Sequence[int], sides: Mapping[str, dict[str, Any] | None] = SIDES
+    shape: Shape,
+    contexts: Sequence[int],
+    sides: Mapping[str, dict[str, Any] | None] = SIDES,
+    backends: Sequence[str] = ("onnx",),
 ) -> Iterator[dict[str, Any]]:
     """Yield the time of one new token at each context, the sides taking turns.
 
-    The tokens that are timed are three turns of 8, at whose first those choose that choose for 8.
+    The tokens that are timed are three turns of 8, at whose first those choose that choose for 8. The sides of any but
+    the first backend have its name behind their own.
     """
-    programs = {name: attention(shape, choice) for name, choice in sides.items()}
-    backend, random = OnnxBackend(), np.random.default_rng(0)
+    named = {
+        name if backend == backends[0] else f"{name}, {backend}": (load_plugin("memc.backends", backend)(), choice)
+        for backend in backends
+        for name, choice in sides.items()
+    }
+    programs, random = {name: attention(shape, choice) for name, (_, choice) in named.items()}, np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         runners = {}
-        for name, program in programs.items():
+        for name, (backend, _) in named.items():
             place = Path(folder) / name.replace(" ", "-")
             options = LowerOptions("fp32", max(contexts) + 64, 1)
-            _, manifest = lower(program, backend, get_target("cpu"), place, options)
+            _, manifest = lower(programs[name], backend, get_target("cpu"), place, options)
             runners[name] = backend.load(place, manifest, 1)
         for context in contexts:
             states = {name: runner.new_state(1, context + 64) for name, runner in runners.items()}

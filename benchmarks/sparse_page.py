@@ -7,6 +7,8 @@ from typing import Any
 from page import grid
 from sparse_model import TASK_LENGTH
 
+SHARED = " Of three turns of 8 tokens the first one chooses where a choice serves 8."
+
 
 def conditions(part: dict[str, Any]) -> str:
     """Say on what a part was measured."""
@@ -26,7 +28,9 @@ def page(document: dict[str, Any]) -> str:
     if "times" in document:
         parts += times_page(document["times"])
     if "shared" in document:
-        parts += shared_page(document["shared"])
+        parts += sides_page(document["shared"], "Choosing for several tokens", SHARED)
+    if "compiled" in document:
+        parts += sides_page(document["compiled"], "Through the tvm backend and the onnx backend", "")
     return "\n\n".join(parts) + "\n"
 
 
@@ -114,8 +118,8 @@ def times_page(part: dict[str, Any]) -> list[str]:
     return parts
 
 
-def shared_page(part: dict[str, Any]) -> list[str]:
-    """Write the section on the time of choices that serve several tokens, and of a tree search."""
+def sides_page(part: dict[str, Any], title: str, remark: str) -> list[str]:
+    """Write a section on the time of several sides, below each what its bytes promise."""
     parts = [conditions(part)]
     for name in dict.fromkeys(one["shape"] for one in part["lines"]):
         rows_ = [one for one in part["lines"] if one["shape"] == name]
@@ -123,10 +127,10 @@ def shared_page(part: dict[str, Any]) -> list[str]:
         times_ = [[str(r["context"]), *(f"{r['ms'][s]:.2f} ({r['mean'][s]:.2f})" for s in sides)] for r in rows_]
         reads = [[f"{r['context']}, by bytes", *(f"{r['predicted'][s]:.1f}x" for s in sides)] for r in rows_]
         parts += [
-            f"## Choosing for several tokens, {name}, one thread",
+            f"## {title}, {name}, one thread",
             "Milliseconds of one attention for one new token, median of 24 and in brackets the mean, the sides taking"
-            " turns; float32, random keys and values. Of three turns of 8 tokens the first one chooses where a choice"
-            " serves 8. Below it dense over the side, by the bytes that are predicted.",
+            f" turns; float32, random keys and values.{remark} Below it dense over the side, by the bytes that are"
+            " predicted.",
             grid(["context", *sides], [row for pair in zip(times_, reads, strict=True) for row in pair]),
         ]
     return parts
