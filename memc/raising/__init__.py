@@ -50,7 +50,8 @@ def raise_program(program: Program) -> Raised:
     raise_norms(module, content_nodes(module, roots))
     misses: list[NearMiss] = []
     stateful = 0
-    for found in list(find_sites(module, content_nodes(module, roots))):
+    of_tokens = content_nodes(module, [node for node, spec in probe.specs.items() if spec.role == "tokens"])
+    for found in list(find_sites(module, content_nodes(module, roots), of_tokens)):
         try:
             if isinstance(found, MismatchError):
                 raise found

@@ -96,24 +96,27 @@ class Site:
     sink_logits: Node | None = None
 
 
-def find_sites(module: GraphModule, content: set[Node]) -> Iterator[Site | MismatchError]:
-    """Yield every attention in graph order; what begins like one and differs is yielded as a :class:`MismatchError`."""
+def find_sites(module: GraphModule, content: set[Node], of_tokens: set[Node]) -> Iterator[Site | MismatchError]:
+    """Yield every attention in graph order; what begins like one and differs is yielded as a :class:`MismatchError`.
+
+    ``content`` depends on any input but positions, ``of_tokens`` on the tokens: a mask may be an input of its own.
+    """
     for node in module.graph.nodes:
         try:
             if node.target == SDPA:
-                yield _from_sdpa(node, content)
+                yield _from_sdpa(node, of_tokens)
             elif node.target in _SOFTMAX and node in content and _feeds_product(node) is not None:
                 yield _from_softmax(node, content)
         except MismatchError as mismatch:
             yield mismatch
 
 
-def _from_sdpa(node: Node, content: set[Node]) -> Site:
+def _from_sdpa(node: Node, of_tokens: set[Node]) -> Site:
     bound = _bind(node)
     query, key, value = bound["query"], bound["key"], bound["value"]
     if bound.get("dropout_p"):
         raise MismatchError("sdpa", "dropout is on: put the model in eval mode", node)
-    if bound.get("attn_mask") in content:
+    if bound.get("attn_mask") in of_tokens:
         raise MismatchError("sdpa", "the mask depends on the tokens", node)
     scale = bound.get("scale")
     if scale is None:
