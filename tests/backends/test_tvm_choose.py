@@ -55,7 +55,10 @@ def expected(scores: Floats, count: int) -> list[int]:
     return sorted(sorted(range(len(scores)), key=lambda place: (-scores[place], place))[:count])
 
 
-VALUES = st.one_of(st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-40, -3e38, 3e38]), st.floats(-9, 9, width=32))
+# No subnormal numbers: other libraries of this process may have had the processor take them for zero.
+VALUES = st.one_of(
+    st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-37, -3e38, 3e38]), st.floats(-9, 9, width=32, allow_subnormal=False)
+)
 
 
 @settings(max_examples=150)
