@@ -159,7 +159,8 @@ class Converters:
         return _call(importer, made, inputs, [*_shape(q)[:3], m.value_dim])
 
     def _sparse_attention(self, node: Node, importer: Importer) -> Var:
-        (*tensors, sink_logits, scale, softcap), rule = _arguments(node)[:10], Rule(*_arguments(node)[10:])
+        (*tensors, sink_logits, scale, softcap), (*sizes, lse) = _arguments(node)[:10], _arguments(node)[10:]
+        rule = Rule(float(scale), *sizes, lse=lse)
         q, k, v, *rest = (importer.env[tensor] for tensor in tensors)
         s = _scores(q, v, scale, softcap, None, sink_logits)
         made = self._function(importer, sparse_attention, s, rule)

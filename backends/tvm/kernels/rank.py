@@ -9,21 +9,14 @@ from tvm.script import tirx as T
 from memc.backends.tvm.kernels.choose import FIRST, NEVER, find_least, ordered, take
 from memc.backends.tvm.kernels.common import LOWEST, SLOTS
 from memc.dialect.selectors import SELECTORS, Selector
+from memc.kernels.sparse_attention.choose import Rule as Choosing
 
 
 @dataclass(frozen=True)
-class Rule:
-    """Which tokens are read; fields as the op's arguments. ``lse`` tells whether the log-sum-exp is asked for."""
+class Rule(Choosing):
+    """Which tokens are read, and whether the log-sum-exp is asked for (``lse``)."""
 
-    method: str
-    page: int
-    budget: int
-    sinks: int
-    window: int
-    rerank: int
-    dense_below: int
-    channels: int
-    lse: bool
+    lse: bool = False
 
     @property
     def selector(self) -> Selector:
@@ -31,24 +24,9 @@ class Rule:
         return SELECTORS[self.method]
 
     @property
-    def by_token(self) -> bool:
-        """Whether tokens are ranked, not pages."""
-        return self.selector.choice == "tokens"
-
-    @property
-    def each(self) -> int:
-        """Tokens that are ranked together."""
-        return 1 if self.by_token else self.page
-
-    @property
     def lanes(self) -> int:
         """Tokens whose scores are made together: those of a tile, or one where single tokens are taken."""
         return 1 if self.by_token else SLOTS
-
-    @property
-    def taken(self) -> int:
-        """How many pages, or tokens, of the highest rank are taken."""
-        return self.rerank * self.budget // self.each
 
     @property
     def all_below(self) -> int:
@@ -58,11 +36,11 @@ class Rule:
     @property
     def listed(self) -> int:
         """The most tiles of keys, or tokens, on which what is taken lies."""
-        if self.each % self.lanes == 0:
-            tiles = self.each // self.lanes
+        if self.unit % self.lanes == 0:
+            tiles = self.unit // self.lanes
         else:
-            tiles = 1 if self.lanes % self.each == 0 else (self.each - 2) // self.lanes + 2
-        return max(self.taken * tiles, -(-self.all_below // self.lanes))
+            tiles = 1 if self.lanes % self.unit == 0 else (self.unit - 2) // self.lanes + 2
+        return max(self.most * tiles, -(-self.all_below // self.lanes))
 
     @property
     def room(self) -> int:
@@ -160,7 +138,7 @@ def rank_pages(names, s, r, b, g, t, unit, p):  # noqa: D103
         _strongest(names, s, r, b, g, t, channel, feature)
     else:
         _features(names, s, r, b, g, t, channel, feature)
-    for tile in T.serial(p // r.each // SLOTS + 1):
+    for tile in T.serial(p // r.unit // SLOTS + 1):
         for j in T.vectorized(SLOTS):
             best[j] = T.float32(LOWEST)
         for part in T.serial(s.share // s.together):
@@ -178,9 +156,9 @@ def rank_pages(names, s, r, b, g, t, unit, p):  # noqa: D103
                     best[j] = T.max(best[j], product[i, j])
         for j in T.vectorized(SLOTS):
             names["rank"][unit, tile * SLOTS + j] = ordered(best[j])
-    near = T.min(T.max(p - (r.window - 1), T.int64(0)), p // r.page * r.page) // r.each
-    last = p // r.each
-    for n in T.serial(-(-r.sinks // r.each)):
+    near = T.min(T.max(p - (r.window - 1), T.int64(0)), p // r.page * r.page) // r.unit
+    last = p // r.unit
+    for n in T.serial(-(-r.sinks // r.unit)):
         names["rank"][unit, n] = T.int32(FIRST)
     for n in T.serial(last + 1 - near):
         names["rank"][unit, near + n] = T.int32(FIRST)

@@ -51,7 +51,7 @@ def sparse_attention(s: Scores, r: Rule) -> PrimFunc:
     """
     heads, groups, key_dim, value_dim = s.heads, s.groups, s.key_dim, s.value_dim
     share, together, size = s.share, s.together, r.described(s.key_dim)
-    page, each, lanes = r.page, r.each, r.lanes
+    page, each, lanes = r.page, r.unit, r.lanes
     vector = next(n for n in (SLOTS, 8, 1) if key_dim % n == 0)  # channels of one key that are multiplied together
     wide, narrow = value_dim // 32, value_dim % 32 // 8
 
@@ -89,14 +89,14 @@ def sparse_attention(s: Scores, r: Rule) -> PrimFunc:
         taken = T.alloc_buffer((1,), "int32", scope="local")
         hit = T.alloc_buffer((SLOTS,), "int32", scope="local")
         blocks = p // each // SLOTS + 1
-        if T.Or(p < r.all_below, p // each < r.taken):
+        if T.Or(p < r.all_below, p // each < r.most):
             for n in T.serial(blocks * SLOTS):
                 names["rank"][unit, n] = T.if_then_else(n <= p // each, T.int32(FIRST), T.int32(NEVER))
             least[0] = T.int32(NEVER)
             least[1] = T.int32(0)
         else:
             rank_pages(names, s, r, b, g, t, unit, p)
-            find_least(names["rank"], unit, blocks, r.taken, least)
+            find_least(names["rank"], unit, blocks, r.most, least)
         listed[0] = T.int64(0)
         for block in T.serial(blocks):
             for j in T.vectorized(SLOTS):
