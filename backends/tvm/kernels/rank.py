@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tvm.script import tirx as T
 
@@ -16,7 +16,7 @@ from memc.kernels.sparse_attention.choose import Rule as Choosing
 class Rule(Choosing):
     """Which tokens are read, and whether the log-sum-exp is asked for (``lse``)."""
 
-    lse: bool = False
+    lse: bool = field(default=False, kw_only=True)
 
     @property
     def selector(self) -> Selector:
