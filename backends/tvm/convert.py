@@ -52,11 +52,12 @@ class Converters:
         }
         own = {f"tvm_{name}.default": form for name, form in forms.items()}
         # The importer bounds whole numbers by infinity, which they do not have, knows a view by one name alone, and
-        # lets an index out of range read other memory.
+        # lets an index out of range, and one that counts from the end, read other memory.
         clamps = dict.fromkeys(("clamp.default", "clamp_min.default", "clamp_max.default"), _clamp)
         others = {
             "_unsafe_view.default": _view,
             "index_select.default": _index_select,
+            "select.int": _select,
             "pow.Tensor_Scalar": _power,
         }
         return {**own, **clamps, **others}
@@ -100,9 +101,12 @@ class Converters:
         x, weight, bias, eps, center = _arguments(node)
         x = importer.env[x]
         rows = _flat(importer, x)
-        options = {"center": center, "weight": weight is not None, "bias": bias is not None}
-        made = self._function(importer, norm, _size(x, -1), eps, **options)
+        scaled = weight is not None or bias is None
+        made = self._function(importer, norm, _size(x, -1), eps, center=center, weight=scaled, bias=bias is not None)
         parts = [_or_nothing(importer, part) for part in (weight, bias)]
+        if weight is None and scaled:
+            # TVM takes a function that reads a single tensor for a view of it, and stops at the form of ours.
+            parts[0] = importer.block_builder.emit(relax.const(np.ones(_size(x, -1), "float32"), "float32"))
         return _reshape(importer, _call(importer, made, [rows, *parts], _shape(rows)), _shape(x))
 
     def _rotary(self, node: Node, importer: Importer) -> Var:
@@ -199,6 +203,14 @@ def _clamp(node: Node, importer: Importer) -> Var:
 def _index_select(node: Node, importer: Importer) -> Var:
     x, axis, index = importer.retrieve_args(node)
     return importer.block_builder.emit(relax.op.take(x, index, axis, mode="clip"))
+
+
+def _select(node: Node, importer: Importer) -> Var:
+    x, axis, index = importer.retrieve_args(node)
+    axis %= x.ty.ndim
+    start = index if index >= 0 else _size(x, axis) + index
+    one = importer.block_builder.emit(relax.op.strided_slice(x, [axis], [start], [start + 1]))
+    return importer.block_builder.emit(relax.op.squeeze(one, [axis]))
 
 
 def _power(node: Node, importer: Importer) -> Var:

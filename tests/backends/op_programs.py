@@ -390,6 +390,14 @@ def powers(*exponents: float) -> Program:
     return b.finish(b.linear(total, "logits", VOCAB, 24))
 
 
+def selected(axis: int, index: int) -> Program:
+    """Tokens to vectors, to which one of them, or one of their channels, is added, logits."""
+    b = Builder()
+    x = b.embed(24)
+    one = b.call(aten.unsqueeze.default, b.call(aten.select.int, x, axis, index), axis)
+    return b.finish(b.linear(b.call(aten.add.Tensor, x, one), "logits", VOCAB, 24))
+
+
 def bank_ffn(*activations: str, units: int = 6) -> Program:
     """Tokens to vectors, to which ``memc::bank_ffn`` adds a block for each activation, side by side, logits."""
     b = Builder()
@@ -479,6 +487,7 @@ CASES: dict[str, Callable[[], Program]] = {
     "norm": norm,
     "norm centred with bias": lambda: norm(center=True, bias=True),
     "norm without weight": lambda: norm(weight=False, bias=True),
+    "norm centred alone": lambda: norm(center=True, weight=False),
     "rotary": lambda: rotary(rotated=4),
     "rotary interleaved": lambda: rotary(interleaved=True, scaling=1.3, rotated=6, head=10),
     "full": full_attention,

@@ -141,6 +141,16 @@ def test_a_wrong_tail_loop_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not np.abs(want - runner.run(positions, positions, state)).max() < 1e-4
 
 
+@pytest.mark.parametrize(("axis", "index"), [(1, 0), (2, 23), (-1, 3), (-1, -24)])
+def test_one_of_an_axis_is_read_from_either_end(
+    axis: int, index: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    program = ops.selected(axis, index)
+    runner = build(program, tmp_path)
+    assert compare(program, runner, [([list(range(13))], None)]) < 1e-4
+    assert capfd.readouterr().err == ""
+
+
 def test_powers_are_right_below_zero_and_say_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     program = ops.powers(2, 3.0, 5, 2.5)
     runner = build(program, tmp_path)
