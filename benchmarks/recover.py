@@ -1,11 +1,12 @@
-"""How much of what pruning cost SmolLM2-135M low-rank adapters win back on a CPU, and whether another domain is hurt.
+"""How much of what pruning cost SmolLM2-135M a short training wins back on a CPU, and whether another domain is hurt.
 
     python benchmarks/texts.py texts
     python benchmarks/recover.py --texts texts --tokens 150000
 
-Prunes as ``prune.py`` does (its calibration text, its test text), trains adapters towards the original's own
-distribution as ``memc convert --data`` does, on the novels and the Jargon File or on the novels alone, folds them in
-and writes ``results/recover-DATE.json`` and ``.md``. Interrupted it goes on: every part is kept in ``--work``.
+Prunes as ``prune.py`` does (its calibration text, its test text), trains adapters (``--rank 0``: every parameter)
+towards the original's own distribution as ``memc convert --data`` does, on the novels and the Jargon File or on the
+novels alone, folds them in and writes ``results/recover-DATE.json`` and ``.md``. Interrupted it goes on: every part is
+kept in ``--work``.
 """
 
 from __future__ import annotations
@@ -135,28 +136,31 @@ def page(document: dict[str, Any]) -> str:
             str(f["tokens"]),
             str(f["steps"]),
             str(f["best_step"]),
+            f"{f['seconds'] / 60:.0f} min",
             f"{f['cpu_seconds'] / 60:.0f} min",
             texts(f),
         ]
         for row in document["rows"]
         if (f := row.get("training"))
     ]
-    settings, test = document["settings"], document["test_tokens"]
+    settings, test, rank = document["settings"], document["test_tokens"], document["settings"]["adapters"]
+    what = f"Adapters of rank {rank} on every projection of a block" if rank else "Every parameter"
+    threads = "one thread" if document["threads"] == 1 else f"{document['threads']} threads"
     parts = [
-        f"# SmolLM2-135M pruned by {document['amount']:.0%} and recovered through adapters",
-        f"{document['cpu']}, one thread; memc at {document['commit']}. Pruned on"
-        f" {document['calibration_tokens']} tokens of calibration text. Adapters of rank {settings['adapters']} on"
-        " every projection of a block, KL to the original, peak rate"
+        f"# SmolLM2-135M pruned by {document['amount']:.0%} and recovered by training",
+        f"{document['cpu']}, {threads}; memc at {document['commit']}. Pruned on"
+        f" {document['calibration_tokens']} tokens of calibration text. {what}, KL to the original, peak rate"
         f" {settings['adapter_rate']:g}, {document['tokens']} tokens asked for in sequences of {settings['length']},"
+        f" {settings['accumulate']} a step,"
         f" {settings['sampled']:.0%} of them sampled from the original. Tested on {test} tokens of each text, of which"
         " nothing was trained or calibrated on. Dense:"
         f" {', '.join(f'{name} {value:.2f}' for name, value in dense.items())}. A gap is that in log perplexity.",
         grid([*head, *(f"{n}, KL" for n in names)], lines),
-        "Of an original that is not pruned the same adapters would learn nothing: its KL to itself is 0, and so is"
+        "Of an original that is not pruned the same training would learn nothing: its KL to itself is 0, and so is"
         " every gradient. What is closed here is no adaptation to the text.",
         "The guard's texts, held out of each text that is trained on; KL to the original, nats a token, at the start"
         " and with the parameters that stayed:",
-        grid(["trained on", "tokens", "steps", "best", "processor time", "guard"], trained),
+        grid(["trained on", "tokens", "steps", "best", "time", "processor time", "guard"], trained),
     ]
     if document["trials"]:
         parts.append("Rates that were tried, on the last two of the guard's texts:")
@@ -188,21 +192,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=Path("recover-work"), help="folder for what is kept")
     parser.add_argument("--amount", type=float, default=0.25, help="the share of block parameters that goes")
     parser.add_argument("--tokens", type=int, default=150_000, help="tokens that each side is trained on")
-    parser.add_argument("--rate", type=float, default=Train().adapter_rate, help="peak learning rate of the adapters")
-    parser.add_argument("--rank", type=int, default=Train().adapters, help="rank of the adapters")
+    parser.add_argument("--rate", type=float, default=Train().adapter_rate, help="peak learning rate")
+    parser.add_argument("--rank", type=int, default=Train().adapters, help="rank of the adapters, or 0")
+    parser.add_argument("--accumulate", type=int, default=Train().accumulate, help="sequences of a step")
     parser.add_argument("--try-rates", type=float, nargs="*", default=[], help="rates to try on --trial tokens first")
     parser.add_argument("--trial", type=int, default=16_384, help="tokens of a trial")
     parser.add_argument("--sequences", type=int, default=128, help=f"calibration sequences of {LENGTH} tokens")
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rows", type=int, default=16, help=f"rows of {LENGTH} tokens of each test text")
     parser.add_argument("--sides", nargs="*", choices=list(SIDES), default=list(SIDES), help="what is trained on")
     parser.add_argument("--results", type=Path, default=HERE / "results")
     options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
+    torch.set_num_threads(options.threads)
     bench = Bench(options.texts, options.work, options.sequences, options.rows)
     recovery = Recovery(bench, options.work, options.texts, options.amount)
-    settings = Train(adapters=options.rank, adapter_rate=options.rate)
+    settings = Train(adapters=options.rank, adapter_rate=options.rate, accumulate=options.accumulate)
     document: dict[str, Any] = {
         **machine_facts(),
+        "threads": options.threads,
         "amount": options.amount,
         "tokens": options.tokens,
         "settings": settings.model_dump(),
@@ -223,8 +230,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     document["dense"] = measure("dense", bench.original)["perplexity"]
     document["rows"].append({"side": "nothing", **measure("pruned", recovery.pruned)})
+    trained = f"{options.rank}-{options.accumulate}"
     for rate in options.try_rates:
-        name = f"trial-{options.rank}-{rate:g}"
+        name = f"trial-{trained}-{rate:g}-{options.trial}"
         tried = settings.model_copy(update={"adapter_rate": rate})
         trainer = recovery.trainer(True, options.tokens, tried)
         # Two of the texts say enough, and looks at all of them would cost more than so short a training.
@@ -234,7 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         document["trials"].append({"rate": rate, "tokens": facts["tokens"], "first": looks[0], "last": looks[-1]})
     for side in options.sides:
         trainer = recovery.trainer(SIDES[side], options.tokens, settings)
-        name = f"{side.replace(' ', '-')}-{options.tokens}-{options.rank}-{options.rate:g}"
+        name = f"{side.replace(' ', '-')}-{options.tokens}-{trained}-{options.rate:g}"
         program, facts = recovery.train(name, trainer)
         document["rows"].append({"side": side, **measure(name, program), "training": facts})
         document["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
