@@ -194,6 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=150_000, help="tokens that each side is trained on")
     parser.add_argument("--rate", type=float, default=Train().adapter_rate, help="peak learning rate")
     parser.add_argument("--rank", type=int, default=Train().adapters, help="rank of the adapters, or 0")
+    parser.add_argument("--length", type=int, default=Train().length, help="tokens of a training sequence")
     parser.add_argument("--accumulate", type=int, default=Train().accumulate, help="sequences of a step")
     parser.add_argument("--try-rates", type=float, nargs="*", default=[], help="rates to try on --trial tokens first")
     parser.add_argument("--trial", type=int, default=16_384, help="tokens of a trial")
@@ -206,7 +207,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     bench = Bench(options.texts, options.work, options.sequences, options.rows)
     recovery = Recovery(bench, options.work, options.texts, options.amount)
-    settings = Train(adapters=options.rank, adapter_rate=options.rate, accumulate=options.accumulate)
+    settings = Train(
+        adapters=options.rank, adapter_rate=options.rate, length=options.length, accumulate=options.accumulate
+    )
     document: dict[str, Any] = {
         **machine_facts(),
         "threads": options.threads,
@@ -230,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     document["dense"] = measure("dense", bench.original)["perplexity"]
     document["rows"].append({"side": "nothing", **measure("pruned", recovery.pruned)})
-    trained = f"{options.rank}-{options.accumulate}"
+    trained = f"{options.rank}-{options.length}x{options.accumulate}"
     for rate in options.try_rates:
         name = f"trial-{trained}-{rate:g}-{options.trial}"
         tried = settings.model_copy(update={"adapter_rate": rate})
