@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not conformance"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --durations 15 --durations-min 10 -m "not conformance"
 
 check: $(STAMP)
 	$(BIN)/ruff check .
@@ -33,7 +33,7 @@ check: $(STAMP)
 	$(BIN)/lint-imports
 
 conformance: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m conformance
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --durations 15 --durations-min 10 -m conformance
 
 # Some forty packages, which the tests do without: they test what lm-eval calls.
 lm-eval: $(STAMP)
