@@ -91,6 +91,7 @@ class Recovery:
             assert done.facts is not None and done.facts.recovery is not None
             keep(done.program, folder / "program")
             facts = {**done.facts.recovery.model_dump(mode="json"), "cpu_seconds": time.process_time() - began}
+            facts["guard_texts"] = [text | {"name": Path(text["name"]).stem} for text in facts["guard_texts"]]
             (folder / "facts.json").write_text(json.dumps(facts) + "\n")
         return load_program(folder / "program"), json.loads((folder / "facts.json").read_text())
 
@@ -173,7 +174,7 @@ def texts(facts: dict[str, Any]) -> str:
     found = []
     for text in facts["guard_texts"]:
         looks = dict(map(tuple, text["kl"]))
-        found.append(f"{Path(text['name']).stem} {looks[0]:.3f} to {looks[facts['best_step']]:.3f}")
+        found.append(f"{text['name']} {looks[0]:.3f} to {looks[facts['best_step']]:.3f}")
     return ", ".join(found)
 
 
