@@ -50,22 +50,23 @@ def weights(
     batch, heads, tokens, size = query.shape
     groups, held = key.shape[1], key.shape[2]
     flat = query.reshape(batch, groups, heads // groups * tokens, size)
-    scores = (torch.matmul(flat, key.mT) * scale).view(batch, groups, heads // groups, tokens, held)
+    # What is done to scores is bound by memory: in place where the gradient of no step needs what it overwrites.
+    scores = torch.matmul(flat, key.mT).mul_(scale).view(batch, groups, heads // groups, tokens, held)
     capped = None
     if softcap > 0:
-        capped = torch.tanh(scores / softcap)
+        capped = scores.div_(softcap).tanh_()
         scores = capped * softcap
     if bias is not None:
-        scores = scores + bias
+        scores = scores.add_(bias)
     if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    top = scores.amax(-1, keepdim=True)
+        scores = scores.masked_fill_(~mask, -torch.inf)
+    top = scores.detach().amax(-1, keepdim=True)  # whatever it is, results are the same, and so are their gradients
     sink = None
     if sink_logits is not None:
         sink = sink_logits.to(scores.dtype).view(1, groups, heads // groups, 1, 1)
-        top = torch.maximum(top, sink)
+        top = torch.maximum(top, sink.detach())
     top = top.masked_fill(top == -torch.inf, 0)
-    p = torch.exp(scores - top)
+    p = scores.sub_(top).exp_()
     total = p.sum(-1, keepdim=True)
     if sink is not None:
         sink = torch.exp(sink - top)
@@ -115,12 +116,12 @@ def attend_backward(
     common = -(w.p * grad_p).sum(-1, keepdim=True)
     if grad_lse is not None:
         common = common + grad_lse.reshape(batch, groups, -1, tokens, 1)
-    grad_scores = w.p * (grad_p + common)
+    grad_scores = grad_p.add_(common).mul_(w.p)
     raw = grad_scores if w.capped is None else grad_scores * (1 - w.capped.square())
-    raw = raw.flatten(2, 3) * scale
+    raw = raw.flatten(2, 3)
     return Gradients(
-        torch.matmul(raw, key).view_as(query),
-        torch.matmul(raw.mT, flat_query),
+        torch.matmul(raw, key).mul_(scale).view_as(query),
+        torch.matmul(raw.mT, flat_query).mul_(scale),
         torch.matmul(w.p.flatten(2, 3).mT, flat_grad),
         grad_scores,
         None if w.sink is None else (w.sink * common).sum((0, 3, 4)).reshape(heads),

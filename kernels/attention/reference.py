@@ -13,6 +13,8 @@ from memc.kernels.softmax import alibi, alibi_backward, attend, attend_backward
 
 # Most scores that one block of queries makes at once: 4 MB in float32, which a core's cache holds.
 BLOCK_SCORES = 1 << 20
+BLOCK_QUERIES = 64
+"""Most queries of a block: the more they are, the more scores are made only to be masked."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ def blocks(heads: int, positions: Tensor, past_positions: Tensor, rule: Rule) ->
     all_positions = torch.cat([past_positions, positions], 1)
     query_segments = segments(positions)
     all_segments = torch.cat([torch.zeros_like(past_positions), query_segments], 1)
-    size = max(1, min(tokens, BLOCK_SCORES // max(1, batch * heads * (past + tokens))))
+    size = max(1, min(tokens, BLOCK_QUERIES, BLOCK_SCORES // max(1, batch * heads * (past + tokens))))
     for start in range(0, tokens, size):
         stop = min(start + size, tokens)
         held = past + (tokens if rule.prefix else stop)
