@@ -57,9 +57,9 @@ def weights(
         capped = scores.div_(softcap).tanh_()
         scores = capped * softcap
     if bias is not None:
-        scores = scores.add_(bias)
+        scores.add_(bias)
     if mask is not None:
-        scores = scores.masked_fill_(~mask, -torch.inf)
+        scores.masked_fill_(~mask, -torch.inf)
     top = scores.detach().amax(-1, keepdim=True)  # whatever it is, results are the same, and so are their gradients
     sink = None
     if sink_logits is not None:

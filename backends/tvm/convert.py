@@ -101,10 +101,11 @@ class Converters:
         x, weight, bias, eps, center = _arguments(node)
         x = importer.env[x]
         rows = _flat(importer, x)
-        scaled = weight is not None or bias is None
-        made = self._function(importer, norm, _size(x, -1), eps, center=center, weight=scaled, bias=bias is not None)
+        alone = weight is None and bias is None
+        options = {"center": center, "weight": weight is not None or alone, "bias": bias is not None}
+        made = self._function(importer, norm, _size(x, -1), eps, **options)
         parts = [_or_nothing(importer, part) for part in (weight, bias)]
-        if weight is None and scaled:
+        if alone:
             # TVM takes a function that reads a single tensor for a view of it, and stops at the form of ours.
             parts[0] = importer.block_builder.emit(relax.const(np.ones(_size(x, -1), "float32"), "float32"))
         return _reshape(importer, _call(importer, made, [rows, *parts], _shape(rows)), _shape(x))
