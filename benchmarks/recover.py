@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from cpu import facts as machine_facts
 from page import grid, save
-from prune import LENGTH, NOVELS, Bench
+from prune import LENGTH, NOVELS, RECALL, Bench
 
 from memc.conversion.training import make_trainer, training_data
 from memc.data import read_tokens
@@ -50,15 +50,14 @@ SIDES = {"novels and the Jargon File": True, "novels alone": False}
 class Recovery:
     """The original, the pruned program and its training, all on the texts of one :class:`Bench`."""
 
-    def __init__(self, bench: Bench, work: Path, texts: Path, amount: float) -> None:
-        """Prune, or read what an earlier run pruned."""
-        self.bench, self.work, self.texts = bench, work, texts
-        self.pass_ = Prune(amount=amount)
+    def __init__(self, bench: Bench, work: Path, texts: Path, pass_: Prune, samples: int) -> None:
+        """Prune, or read what an earlier run pruned; recall is measured on ``samples`` of each task and depth."""
+        self.bench, self.work, self.texts, self.pass_, self.samples = bench, work, texts, pass_, samples
         (work / "report").mkdir(parents=True, exist_ok=True)
-        folder = work / f"pruned-{amount:g}"
+        folder = work / f"pruned-{pass_.amount:g}-{pass_.allocate}"
         plan = self.pass_.plan(bench.original, get_target("cpu"))
         if not folder.is_dir():
-            with bench.console.step(f"prune {amount:.0%}"):
+            with bench.console.step(f"prune {pass_.amount:.0%}"):
                 program, _ = self.pass_.apply(bench.original, replace(plan, calibration=bench.calibration))
             keep(program, folder)
         self.pruned = load_program(folder)
@@ -96,10 +95,11 @@ class Recovery:
         return load_program(folder / "program"), json.loads((folder / "facts.json").read_text())
 
     def measure(self, program: Program) -> dict[str, dict[str, float]]:
-        """Return perplexity on each test text and the KL to the original on it."""
+        """Return perplexity on each test text, the KL to the original on it, and the share of what is recalled."""
         original, tests = self.bench.original, self.bench.tests
         kl = {name: kl_mean(original, program, rows) for name, rows in tests.items()} if program is not original else {}
-        return {"perplexity": self.bench.measure(program), "kl": kl}
+        recall = self.bench.recall(program, self.samples)
+        return {"perplexity": self.bench.measure(program), "kl": kl, "recall": recall}
 
 
 def keep(program: Program, folder: Path) -> None:
@@ -127,6 +127,7 @@ def page(document: dict[str, Any]) -> str:
             *(f"{row['perplexity'][name] / dense[name]:.3f}" for name in names),
             *(f"{closed(row, pruned, dense, name):.0%}" for name in names),
             *(f"{row['kl'][name]:.4f}" for name in names),
+            *(f"{value:.3f}" for value in row["recall"].values()),
         ]
         for row in document["rows"]
     ]
@@ -150,13 +151,15 @@ def page(document: dict[str, Any]) -> str:
     parts = [
         f"# SmolLM2-135M pruned by {document['amount']:.0%} and recovered by training",
         f"{document['cpu']}, {threads}; memc at {document['commit']}. Pruned on"
-        f" {document['calibration_tokens']} tokens of calibration text. {what}, KL to the original, peak rate"
+        f" {document['calibration_tokens']} tokens of calibration text, share: {document['allocate']}."
+        f" {what}, KL to the original, peak rate"
         f" {settings['adapter_rate']:g}, {document['tokens']} tokens asked for in sequences of {settings['length']},"
         f" {settings['accumulate']} a step,"
         f" {settings['sampled']:.0%} of them sampled from the original. Tested on {test} tokens of each text, of which"
         " nothing was trained or calibrated on. Dense:"
-        f" {', '.join(f'{name} {value:.2f}' for name, value in dense.items())}. A gap is that in log perplexity.",
-        grid([*head, *(f"{n}, KL" for n in names)], lines),
+        f" {', '.join(f'{name} {value:.2f}' for name, value in dense.items())}. A gap is that in log perplexity."
+        + recalled(document),
+        grid([*head, *(f"{n}, KL" for n in names), *document["recall"]], lines),
         "Of an original that is not pruned the same training would learn nothing: its KL to itself is 0, and so is"
         " every gradient. What is closed here is no adaptation to the text.",
         "The guard's texts, held out of each text that is trained on; KL to the original, nats a token, at the start"
@@ -167,6 +170,12 @@ def page(document: dict[str, Any]) -> str:
         parts.append("Rates that were tried, on the last two of the guard's texts:")
         parts.append(grid(["peak rate", "tokens", "KL at the start", "KL at the end"], trials(document)))
     return "\n\n".join(parts) + "\n"
+
+
+def recalled(document: dict[str, Any]) -> str:
+    """Say what the original recalls, where that was asked."""
+    asked = ", ".join(f"{task} {value:.3f}" for task, value in document["recall"].items())
+    return f" Recall in {RECALL} tokens, {document['samples']} samples a depth, of the original: {asked}." * bool(asked)
 
 
 def texts(facts: dict[str, Any]) -> str:
@@ -192,6 +201,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--texts", type=Path, required=True, help="folder that texts.py wrote")
     parser.add_argument("--work", type=Path, default=Path("recover-work"), help="folder for what is kept")
     parser.add_argument("--amount", type=float, default=0.25, help="the share of block parameters that goes")
+    parser.add_argument("--allocate", choices=("uniform", "search"), default="uniform", help="the pass's option")
+    parser.add_argument("--samples", type=int, default=0, help="samples of each task of recall and depth")
     parser.add_argument("--tokens", type=int, default=150_000, help="tokens that each side is trained on")
     parser.add_argument("--rate", type=float, default=Train().adapter_rate, help="peak learning rate")
     parser.add_argument("--rank", type=int, default=Train().adapters, help="rank of the adapters, or 0")
@@ -207,7 +218,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     bench = Bench(options.texts, options.work, options.sequences, options.rows)
-    recovery = Recovery(bench, options.work, options.texts, options.amount)
+    pass_ = Prune(amount=options.amount, allocate=options.allocate)
+    recovery = Recovery(bench, options.work, options.texts, pass_, options.samples)
     settings = Train(
         adapters=options.rank, adapter_rate=options.rate, length=options.length, accumulate=options.accumulate
     )
@@ -215,6 +227,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         **machine_facts(),
         "threads": options.threads,
         "amount": options.amount,
+        "allocate": options.allocate,
+        "samples": options.samples,
         "tokens": options.tokens,
         "settings": settings.model_dump(),
         "calibration_tokens": options.sequences * LENGTH,
@@ -232,9 +246,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             known.write_text(json.dumps(measured) + "\n")
         return dict(measured[name])
 
-    document["dense"] = measure("dense", bench.original)["perplexity"]
-    document["rows"].append({"side": "nothing", **measure("pruned", recovery.pruned)})
-    trained = f"{options.rank}-{options.length}x{options.accumulate}"
+    whole = measure("dense", bench.original)
+    document["dense"], document["recall"] = whole["perplexity"], whole["recall"]
+    document["rows"].append({"side": "nothing", **measure(f"pruned-{options.allocate}", recovery.pruned)})
+    trained = f"{options.allocate}-{options.rank}-{options.length}x{options.accumulate}"
     for rate in options.try_rates:
         name = f"trial-{trained}-{rate:g}-{options.trial}"
         tried = settings.model_copy(update={"adapter_rate": rate})

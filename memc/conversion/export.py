@@ -91,7 +91,9 @@ def export_program(program: Program, config: Any, folder: Path, progress: Progre
     tensors = {names[name]: value for name, value in stored}
     with progress.step("find the configuration"):
         shapes = {name: tuple(value.shape) for name, value in tensors.items()}
-        fitted = fit_config(config, shapes, layers, program_dtype(program), partial(_difference, program))
+        made = any(name.endswith(".bias") and not program.provenance[name].source for name, _ in stored)
+        hint = f"prune:bias=false adds no biases; {HINT}" if made else HINT
+        fitted = fit_config(config, shapes, layers, program_dtype(program), partial(_difference, program), hint)
     with progress.step("write"):
         _write(fitted.module, tensors, folder)
     with progress.step("verify what was written"):

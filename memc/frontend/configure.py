@@ -47,20 +47,27 @@ def fit_config(
     layers: Sequence[int],
     dtype: torch.dtype,
     differs: Callable[[nn.Module], str],
+    hint: str = HINT,
 ) -> Fitted:
     """Change as few fields of a configuration as make its model one of tensors ``shapes``.
 
     What a field means is settled by building the model: a number goes where it takes away the most differences. A bias
     that the model has and ``shapes`` lack is taken to be zero. ``layers`` are those of the source that are left.
     ``differs`` says in what a model of the right tensors computes something else, empty for nothing: ten heads of four
-    and four of ten have the same shapes. Raises ``MemcError`` E208 that names what has no place in a model found.
+    and four of ten have the same shapes. Raises ``MemcError`` E208 that names what has no place in a model found, with
+    ``hint`` for what to do.
     """
     original = build_empty(config, "", dtype=dtype)
+    nearest = list[tuple[int, str]]()
 
     def search(found: Any, module: nn.Module) -> tuple[Any, nn.Module] | None:
-        left = len(misfits(module, shapes))
+        wrong = misfits(module, shapes)
+        reason, left = wrong[0] if wrong else differs(module), len(wrong)
+        if not reason:
+            return found, module
+        nearest.append((left, reason))
         if not left:
-            return None if differs(module) else (found, module)
+            return None
         trials = [
             (after, index, *built)
             for index, built in enumerate(_built(found, _edits(found, module, shapes, layers), dtype))
@@ -72,8 +79,8 @@ def fit_config(
 
     end = search(config, original)
     if end is None:
-        reason = _uneven(shapes, original) or next(iter(misfits(original, shapes)), "") or differs(original)
-        raise MemcError("E208", f"transformers has no model like it: {reason}", next=HINT)
+        reason = _uneven(shapes, original) or min(nearest)[1]
+        raise MemcError("E208", f"transformers has no model like it: {reason}", next=hint)
     before, after = config.to_dict(), end[0].to_dict()
     changed = {name: (before.get(name), value) for name, value in after.items() if before.get(name) != value}
     return Fitted(*end, changed)

@@ -39,12 +39,14 @@ def allocate(
     score: str,
     multiple: int,
     context: int,
+    *,
+    biases: bool = True,
 ) -> list[Allocation]:
     """Search how much each group loses, of all the sizes that it can have, at the cost of a uniform spread at most.
 
     For several uniform spreads over the same groups at once: the calibration sequences run once for all.
     """
-    known = curves(program, spreads, calibration, score, multiple)
+    known = curves(program, spreads, calibration, score, multiple, biases=biases)
     units, costs = dict[str, Cost](), list[Cost]()
     for task in spreads[0]:
         key = _alike(task.group)

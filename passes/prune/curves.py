@@ -48,7 +48,13 @@ class Curve:
 
 
 def curves(
-    program: Program, spreads: Sequence[Sequence[Task]], calibration: Calibration, score: str, multiple: int
+    program: Program,
+    spreads: Sequence[Sequence[Task]],
+    calibration: Calibration,
+    score: str,
+    multiple: int,
+    *,
+    biases: bool = True,
 ) -> list[tuple[Curve, ...]]:
     """Measure the curve of each task's group on what calibration sequences show of the original.
 
@@ -65,7 +71,7 @@ def curves(
         group, ahead = groups[index], original.fork(ROWS)
         (moments,) = measure.moments_of(original, group, [], gram=True)
         weight, bias = measure.exit_weight(program, group.exit)
-        elimination = Elimination(group, weight, moments)
+        elimination = Elimination(group, weight, measure.fit_moments(moments, bias, biases=biases))
         units = None
         if score != "obs":
             units = measure.unit_scores(group, weight, score, moments, gates[index] if gates else None)

@@ -33,12 +33,18 @@ def choose_evenly(tasks: Sequence[Task], *, biased: bool) -> list[Cut]:
 
 
 def choose(
-    program: Program, tasks: Sequence[Task], calibration: Calibration | None, score: str, *, refits: bool
+    program: Program,
+    tasks: Sequence[Task],
+    calibration: Calibration | None,
+    score: str,
+    *,
+    refits: bool,
+    biases: bool = True,
 ) -> list[Cut]:
     """Choose what goes by a score, and fit what stays, on what calibration sequences show of the model.
 
     Block by block in the order of the graph. With ``refits`` what a block sees is the model as far as it is pruned, and
-    what it is fitted to is the original: see :class:`Follower`.
+    what it is fitted to is the original: see :class:`Follower`. With ``biases`` projections get one that have none.
     """
     if calibration is None:
         assert score in WITHOUT_TEXT and not refits
@@ -53,24 +59,32 @@ def choose(
             cuts[index] = Cut(task.group, ())
             continue
         if task.group.kind == "key_channels":
-            cuts[index] = cut_keys(program, task, key_scores(task.group, original, score, taylor), original, followers)
+            values = key_scores(task.group, original, score, taylor)
+            cuts[index] = cut_keys(program, task, values, original, followers, biases=biases)
         else:
             found = moments_of(original, task.group, followers, gram=score == "obs")[-1]
-            cuts[index] = cut_by(program, task, found, score, taylor, refits=refits)
+            cuts[index] = cut_by(program, task, found, score, taylor, refits=refits, biases=biases)
         for follower in followers:
             follower.apply(cuts[index])
     return [cuts[index] for index in range(len(tasks))]
 
 
 def choose_apart(
-    program: Program, tasks: Sequence[Task], calibration: Calibration | None, score: str, *, refits: bool
+    program: Program,
+    tasks: Sequence[Task],
+    calibration: Calibration | None,
+    score: str,
+    *,
+    refits: bool,
+    biases: bool = True,
 ) -> Iterator[Cut]:
     """Choose for each group as if it were the only one, in the order of the graph: the original runs once for all.
 
     Without calibration as much goes, evenly spaced.
     """
     if calibration is None:
-        yield from choose_evenly([tasks[index] for index in in_order(tasks)], biased=refits or score == "flap")
+        biased = biases and (refits or score == "flap")
+        yield from choose_evenly([tasks[index] for index in in_order(tasks)], biased=biased)
         return
     gates = scores.taylor(program, [task.group for task in tasks], calibration) if score == "taylor" else []
     original, groups = Stream(program, calibration), Groups(program)
@@ -79,14 +93,15 @@ def choose_apart(
         if group.kind == "key_channels":
             beside = [Follower(groups, original.fork())] if refits else []
             values = key_scores(group, original, score, gates[index] if gates else None)
-            yield cut_keys(program, tasks[index], values, original, beside)
+            yield cut_keys(program, tasks[index], values, original, beside, biases=biases)
             continue
         entry, exit_ = linear_input(group.exit), group.exit
         where = _where(group)
         found = Moments(len(group.columns), gram=score == "obs" or refits, where=where, targets=hints(exit_)[-1])
         for seen in original.advance(exit_, {entry, exit_}):
             found.update(seen[entry], seen[exit_])
-        yield cut_by(program, tasks[index], found, score, gates[index] if gates else None, refits=refits)
+        taylor = gates[index] if gates else None
+        yield cut_by(program, tasks[index], found, score, taylor, refits=refits, biases=biases)
 
 
 def in_order(tasks: Sequence[Task]) -> list[int]:
@@ -94,19 +109,35 @@ def in_order(tasks: Sequence[Task]) -> list[int]:
     return sorted(range(len(tasks)), key=lambda index: tasks[index].group.exit)
 
 
-def cut_by(program: Program, task: Task, moments: Moments, score: str, gates: Tensor | None, *, refits: bool) -> Cut:
+def cut_by(
+    program: Program,
+    task: Task,
+    moments: Moments,
+    score: str,
+    gates: Tensor | None,
+    *,
+    refits: bool,
+    biases: bool = True,
+) -> Cut:
     """Choose what goes from one group by a score, and fit what stays; ``gates`` are its Taylor scores by channel."""
     group = task.group
     weight, bias = exit_weight(program, group.exit)
+    fitted = fit_moments(moments, bias, biases=biases)
     if score == "obs":
-        removed = eliminate(task, weight, moments)
+        removed = eliminate(task, weight, fitted)
     else:
         removed = lowest(task, unit_scores(group, weight, score, moments, gates))
-    cut = Cut(group, removed, refits or score == "flap")
-    if not cut.biased or not cut.removed:
-        return cut
-    kept = cut.columns
-    return replace(cut, fit=refit(weight, moments, kept) if refits else compensate(weight, bias, moments, kept))
+    cut = Cut(group, removed, biases and (refits or score == "flap"))
+    if removed and refits:
+        return replace(cut, fit=refit(weight, fitted, cut.columns))
+    if removed and score == "flap" and (biases or bias is not None):
+        return replace(cut, fit=compensate(weight, bias, moments, cut.columns))
+    return cut
+
+
+def fit_moments(moments: Moments, bias: Tensor | None, *, biases: bool) -> Moments:
+    """Return the moments that a fit is made by: about the origin where the projection has no bias and gets none."""
+    return moments if biases or bias is not None else moments.about_origin()
 
 
 def key_scores(group: Group, original: Stream, score: str, gates: Tensor | None) -> Tensor:
@@ -128,20 +159,28 @@ def key_scores(group: Group, original: Stream, score: str, gates: Tensor | None)
     return total
 
 
-def cut_keys(program: Program, task: Task, values: Tensor, original: Stream, followers: Sequence[Follower]) -> Cut:
+def cut_keys(
+    program: Program,
+    task: Task,
+    values: Tensor,
+    original: Stream,
+    followers: Sequence[Follower],
+    *,
+    biases: bool = True,
+) -> Cut:
     """Choose the key channels of the lowest scores, and fit the output projection where there is a follower.
 
     There is nothing to fit in the scores themselves: what a rotation lays between pairs no other pair can make up for.
     The output projection is fitted to what the attention that is left gives it.
     """
-    cut = Cut(task.group, lowest(task, values), biased=bool(followers))
+    cut = Cut(task.group, lowest(task, values), biased=biases and bool(followers))
     for follower in followers:
         follower.narrow(cut)
     if not followers:
         return cut
-    weight, _ = exit_weight(program, task.group.exit)
+    weight, bias = exit_weight(program, task.group.exit)
     (_, moments) = moments_of(original, task.group, followers, gram=False)
-    return replace(cut, fit=refit(weight, moments, cut.columns))
+    return replace(cut, fit=refit(weight, fit_moments(moments, bias, biases=biases), cut.columns))
 
 
 def unit_scores(group: Group, weight: Tensor, score: str, moments: Moments, gates: Tensor | None) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import copy
+
 import torch
 from torch import Tensor
 
@@ -52,6 +54,12 @@ class Moments:
             require_finite(y, self.where)
             self.targets += y.sum(0, dtype=torch.float64)
             self.cross += x.T @ y
+
+    def about_origin(self) -> Moments:
+        """Return what a fit without a bias minimises by: the same sums, about zero in place of the means."""
+        found = copy(self)
+        found.total, found.targets = torch.zeros_like(self.total), torch.zeros_like(self.targets)
+        return found
 
     @property
     def mean(self) -> Tensor:

@@ -29,7 +29,8 @@ def refit(weight: Tensor, moments: Moments, kept: Tensor) -> Fit:
         W' = W_k + (X_k^T - W_k S_kk) (S_kk + lambda I)^-1,   b' = n - W' m_k
 
     The ridge is on the change, so that a strong one leaves W_k alone (restoration of FASP, arXiv 2501.09412, with a
-    bias). With y = W x this is what all inputs did: W_k + W_r S_rk (S_kk + lambda I)^-1 for the removed r.
+    bias). With y = W x this is what all inputs did: W_k + W_r S_rk (S_kk + lambda I)^-1 for the removed r. With moments
+    about the origin it is the fit without a bias: b' = 0.
     """
     w, covariance = weight.detach().double().cpu(), moments.covariance
     inner = covariance[kept][:, kept]

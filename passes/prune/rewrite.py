@@ -41,7 +41,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class Cut:
-    """Units of a group to remove. ``biased`` gives the exit projection a bias, which ``fit`` has values for."""
+    """Units of a group to remove. ``biased`` gives an exit projection that has no bias one; ``fit`` has the values."""
 
     group: Group
     removed: tuple[int, ...]
@@ -111,7 +111,7 @@ class Pruner:
         for node, axes in list(self._lost.items()):
             self._shrink(node, axes)
         for cut in cuts:
-            if cut.biased and cut.removed:
+            if cut.removed and (cut.biased or cut.fit is not None):
                 self._set_exit(cut)
         for branch in branches:
             self._remove(branch)
@@ -218,6 +218,8 @@ class Pruner:
         if bias is not None:
             if cut.fit is not None:
                 self._refitted(str(bias.target), cut.fit.bias.to(value.dtype))
+            return
+        if not cut.biased:
             return
         given = cut.fit.bias.to(value.dtype) if cut.fit is not None else torch.zeros(width, dtype=value.dtype)
         path = f"{name.rpartition('.')[0]}.{'bias' if name.endswith('.weight') else f'{PASS}_bias'}"

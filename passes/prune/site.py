@@ -111,6 +111,11 @@ class Prune(Pass):
         "fit the projections behind what was removed, by least squares; of key channels the output projection alone,"
         " as no fit makes up for scores",
     )
+    bias: bool = option(
+        True,
+        "projections whose inputs go get a bias where they have none, by the refit or score=flap; false where the model"
+        " is to be exported and its configuration has no field for one",
+    )
     round: int = option(
         64, "channels stay in multiples of this, key channels of 8 where it is more", unit="channels", min=1
     )
@@ -216,7 +221,8 @@ class Prune(Pass):
         cuts = dict[int, list[Cut]]()
         if plan.calibration is not None:
             measure.require_usable(plan.calibration, tasks, refits=self.refit)
-        for cut in measure.choose_apart(program, tasks, plan.calibration, self._score, refits=self.refit):
+        given = (tasks, plan.calibration, self._score)
+        for cut in measure.choose_apart(program, *given, refits=self.refit, biases=self.bias):
             cuts.setdefault(cut.group.block.layer, []).append(cut)
             layer = cut.group.block.layer
             if len(cuts[layer]) == sum(task.group.block.layer == layer for task in tasks):
@@ -234,7 +240,8 @@ class Prune(Pass):
         if plan.calibration is not None:
             measure.require_usable(plan.calibration, draft.tasks, refits=self.refit)
             if self.allocate == "search" and self.amount:
-                (allocation,) = allocate(program, [draft.tasks], plan.calibration, self._score, self.round, self.length)
+                given = (plan.calibration, self._score, self.round, self.length)
+                (allocation,) = allocate(program, [draft.tasks], *given, biases=self.bias)
                 draft = replace(draft, tasks=allocation.tasks)
         cuts = self._cuts(program, draft, plan.calibration)
         removals, scores = self._removals(program, draft, plan.calibration, cuts)
@@ -304,8 +311,9 @@ class Prune(Pass):
     def _cuts(self, program: Program, draft: Draft, calibration: Calibration | None) -> list[Cut]:
         by_weights = self.calibrates() is None and not program.is_fake
         if not self.amount or (calibration is None and not by_weights):
-            return measure.choose_evenly(draft.tasks, biased=self.refit or self._score == "flap")
-        return measure.choose(program, draft.tasks, calibration, self._score, refits=self.refit)
+            return measure.choose_evenly(draft.tasks, biased=self.bias and (self.refit or self._score == "flap"))
+        given = (draft.tasks, calibration, self._score)
+        return measure.choose(program, *given, refits=self.refit, biases=self.bias)
 
     def _chosen_by(self, calibration: Calibration | None) -> str:
         if calibration is None and self.calibrates() is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from memc.conversion.export import export, export_program
 from memc.errors import MemcError
 from memc.frontend import capture_source
 from memc.passes.prune import Prune
-from memc.pipeline import parse_spec
+from memc.pipeline import Calibration, parse_spec
 from memc.program import Program
 from memc.progress import Silent
 from memc.raising import raise_program
@@ -79,6 +80,23 @@ def test_layers_that_lose_alike_are_a_configuration(tmp_path: Path, capfd: pytes
     fitted, (check,) = export_program(done, config_of("llama"), tmp_path, Silent())
     assert fitted.changed == {"intermediate_size": (80, 56)} and check.value < 1e-4
     assert "Writing" not in (said := capfd.readouterr().err) and "Loading" not in said
+
+
+@pytest.mark.parametrize("name", ["mistral", "qwen3"])
+def test_a_refit_without_biases_is_a_configuration_of_families_that_have_none(name: str, tmp_path: Path) -> None:
+    program = raised(name)[0].program
+    tokens = torch.randint(0, program.model.vocab_size or 0, (12, 32), generator=torch.Generator().manual_seed(0))
+    text = Calibration(tokens, torch.arange(32).expand(12, 32).contiguous(), "random tokens")
+
+    def refitted(bias: bool) -> Program:
+        pass_ = Prune(amount=0.2, unit="ffn", round=8, protect="none", protect_heads="none", alike=True, bias=bias)
+        plan = replace(pass_.plan(program, get_target("cpu")), calibration=text)
+        return pass_.apply(program, plan)[0]
+
+    with pytest.raises(MemcError, match=r"E208 .*down_proj.bias.* Next: prune:bias=false"):
+        export_program(refitted(True), config_of(name), tmp_path, Silent())
+    fitted, (check,) = export_program(refitted(False), config_of(name), tmp_path, Silent())
+    assert list(fitted.changed) == ["intermediate_size"] and check.value < 1e-4
 
 
 def test_channels_and_biases_go_into_the_configuration(narrow: Path, tmp_path: Path) -> None:

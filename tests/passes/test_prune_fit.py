@@ -18,8 +18,9 @@ from memc.passes.prune.moments import Moments
 from memc.passes.prune.refit import compensate, refit
 from memc.passes.prune.rewrite import Cut, Pruner
 from memc.pipeline import Calibration
-from memc.program import Program
+from memc.program import Program, named_tensors
 from memc.raising.feed_forward import linear_input
+from tests.core.test_families import raised
 from tests.passes.pruning import (
     entries,
     exit_weight,
@@ -132,6 +133,33 @@ def test_the_refit_is_the_least_squares_solution() -> None:
     assert error(found) < 0.9 * error(biased)
     assert torch.equal(biased.weight, weight[:, kept])
     torch.testing.assert_close((x[:, kept] @ biased.weight.T + biased.bias).mean(0), target.mean(0))
+
+    through = refit(weight, moments.about_origin(), kept)
+    best = torch.linalg.lstsq(design[:, :-1], target.double()).solution
+    assert not through.bias.any()
+    assert error(through) < 1.001 * float((design[:, :-1] @ best - target).square().mean())
+    assert error(through) > 1.01 * error(found)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("tiny", {"allocate": "search"}), ("tiny", {"score": "flap", "refit": False}), ("gpt2", {"score": "wanda"})],
+)
+def test_without_new_biases_only_those_that_are_there_are_fitted(name: str, options: Any) -> None:
+    program, calibration = tiny() if name == "tiny" else raised(name)[0].program, text(64)
+    result, _ = prune(program, calibration, unit="ffn", amount=0.2, bias=False, **options)
+    before, after = (dict(named_tensors(one.module)) for one in (program, result))
+    assert after.keys() == before.keys()
+    fitted = [key for key in after if key.endswith("proj.bias") and not torch.equal(after[key], before[key])]
+    assert len(fitted) == (2 if name == "gpt2" else 0), "one behind each feed-forward block"
+    if options.get("refit", True):
+        rough, _ = prune(program, calibration, unit="ffn", amount=0.2, score="wanda", refit=False)
+        assert distance(program, result, calibration) < distance(program, rough, calibration)
+
+
+@torch.no_grad()
+def distance(program: Program, other: Program, calibration: Calibration) -> float:
+    return float((program.run(calibration.tokens) - other.run(calibration.tokens)).square().mean())
 
 
 @pytest.mark.parametrize(("unit", "amount"), [("ffn", 0.2), ("heads", 0.28)])
