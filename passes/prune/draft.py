@@ -148,7 +148,14 @@ class Drafter:
         if not groups and not before:
             return []
         self._require(wanted, groups, gone, total)
-        return before + spread(groups, max(0.0, wanted - gone), self.multiple, alike=self.alike)
+        tasks = before + spread(groups, max(0.0, wanted - gone), self.multiple, alike=self.alike)
+        for kind in dict.fromkeys(task.group.kind for task in tasks) if self.alike else ():
+            left = sorted({task.group.units - task.count for task in tasks if task.group.kind == kind})
+            if len(left) > 1:
+                sizes = " and ".join(map(str, left))
+                reason = f"alike=true, and layers that differ already are left with {sizes} {kind.replace('_', ' ')}"
+                raise MemcError("E203", reason, self.spec, "leave out alike=true: the result has a size for each layer")
+        return tasks
 
     def _attention_blocks(self, removals: Sequence[Removal], wanted: float) -> int:
         """Return how many attention blocks go: round(B s^((P_ffn / P_attention) / 1.5)) of B (2SSP, section 3.3).

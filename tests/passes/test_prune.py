@@ -145,6 +145,16 @@ def test_an_amount_that_cannot_be_is_refused(spec: str, message: str) -> None:
     assert caught.value.code == "E203" and message in caught.value.message and caught.value.next
 
 
+def test_a_model_pruned_layer_by_layer_is_pruned_again_but_not_alike() -> None:
+    once, _ = prune(tiny(), unit="ffn", amount=0.1, protect="[0]", refit=False, score="magnitude")
+    again = {"unit": "ffn", "amount": 0.2, "refit": False, "score": "magnitude"}
+    twice, report = prune(once, **again)
+    assert once.parameter_count - twice.parameter_count == report.details["total"]["removed_parameters"]
+    assert [report.details[layer]["ffn_channels"] for layer in "01"] == ["28 -> 12", "16 -> 8"]
+    with pytest.raises(MemcError, match="E203 alike=true, and layers that differ already are left with 8 and 12 ffn"):
+        prune(once, **again, alike=True)
+
+
 def test_a_share_can_be_written_in_percent() -> None:
     assert parse_spec("prune:amount=12.5%") == Prune(amount=0.125)
 
