@@ -65,7 +65,9 @@ def raise_program(program: Program) -> Raised:
     module.graph.eliminate_dead_code()
     limit, bad = rebase(probe)
     if program.model.decoder:
-        misses += [near_miss(MismatchError("positions", reason, node)) for node, reason in bad]
+        named = {miss.node for miss in misses}
+        unplaced = [near_miss(MismatchError("positions", reason, node)) for node, reason in bad]
+        misses += dict.fromkeys(miss for miss in unplaced if miss.node not in named)
     module.graph.eliminate_dead_code()
     states = _state_specs(program)
     positions = program.model.max_positions
