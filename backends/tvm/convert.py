@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch.fx import Node
 from tvm import relax, tirx
+from tvm.ir import is_prim_expr
 
 from memc.backends.tvm.isa import Tile
 from memc.backends.tvm.kernels.attention import Range, attention, full_attention
@@ -51,13 +52,15 @@ class Converters:
             "bank_ffn": self._bank_ffn,
         }
         own = {f"tvm_{name}.default": form for name, form in forms.items()}
-        # The importer bounds whole numbers by infinity, which they do not have, knows a view by one name alone, and
-        # lets an index out of range, and one that counts from the end, read other memory.
+        # The importer bounds whole numbers by infinity, which they do not have, knows a view by one name alone, lets an
+        # index out of range, and one that counts from the end, read other memory, and loses the size of a table's
+        # first rows where their number is not fixed.
         clamps = dict.fromkeys(("clamp.default", "clamp_min.default", "clamp_max.default"), _clamp)
         others = {
             "_unsafe_view.default": _view,
             "index_select.default": _index_select,
             "select.int": _select,
+            "slice.Tensor": _slice,
             "pow.Tensor_Scalar": _power,
         }
         return {**own, **clamps, **others}
@@ -212,6 +215,15 @@ def _select(node: Node, importer: Importer) -> Var:
     start = index if index >= 0 else _size(x, axis) + index
     one = importer.block_builder.emit(relax.op.strided_slice(x, [axis], [start], [start + 1]))
     return importer.block_builder.emit(relax.op.squeeze(one, [axis]))
+
+
+def _slice(node: Node, importer: Importer) -> Var:
+    x, axis, *bounds = importer.retrieve_args(node)
+    start, end, step = (*bounds, *(0, None, 1)[len(bounds) :])
+    if is_prim_expr(end) and isinstance(_size(x, axis), int) and (start or 0, step) == (0, 1):
+        first = importer.block_builder.emit(relax.op.arange(0, end, 1, "int64"))
+        return importer.block_builder.emit(relax.op.take(x, first, axis % x.ty.ndim, mode="clip"))
+    return importer._slice(node)
 
 
 def _power(node: Node, importer: Importer) -> Var:

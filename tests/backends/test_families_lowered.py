@@ -58,7 +58,7 @@ def test_a_family_runs_in_onnx_as_in_the_program(name: str, tmp_path: Path) -> N
         assert compare(program, runner, SCENARIOS[scenario]) < TOLERANCE, scenario
 
 
-@pytest.mark.parametrize("backend", ["onnx", "eager"])
+@pytest.mark.parametrize("backend", ["onnx", "eager", "tvm"])
 @pytest.mark.parametrize("name", every([name for name in FAMILIES if name not in DECODERS]))
 def test_an_encoder_runs_in_every_backend_as_the_original(name: str, backend: str, tmp_path: Path) -> None:
     program, reference = raw_program(name)
