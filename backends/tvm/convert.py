@@ -218,8 +218,8 @@ def _select(node: Node, importer: Importer) -> Var:
 
 
 def _slice(node: Node, importer: Importer) -> Var:
-    x, axis, *bounds = importer.retrieve_args(node)
-    start, end, step = (*bounds, *(0, None, 1)[len(bounds) :])
+    given = list(importer.retrieve_args(node))
+    x, axis, start, end, step = given + [0, None, None, 1][len(given) - 1 :]
     if is_prim_expr(end) and isinstance(_size(x, axis), int) and (start or 0, step) == (0, 1):
         first = importer.block_builder.emit(relax.op.arange(0, end, 1, "int64"))
         return importer.block_builder.emit(relax.op.take(x, first, axis % x.ty.ndim, mode="clip"))
