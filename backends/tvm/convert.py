@@ -16,7 +16,8 @@ from memc.backends.tvm.kernels.attention import Range, attention, full_attention
 from memc.backends.tvm.kernels.bank import bank_ffn
 from memc.backends.tvm.kernels.common import SLOTS, PrimFunc, Scores
 from memc.backends.tvm.kernels.linear import head_linear, linear, quantised_linear
-from memc.backends.tvm.kernels.memory import Memory, linear_memory
+from memc.backends.tvm.kernels.memory import linear_memory
+from memc.backends.tvm.kernels.memory_chunk import Memory
 from memc.backends.tvm.kernels.rank import Rule
 from memc.backends.tvm.kernels.simple import embedding, norm, rotary
 from memc.backends.tvm.kernels.sparse import SHARES, TOKENS, sparse_attention
@@ -159,7 +160,7 @@ class Converters:
         q, k, v, decay, places, state = (importer.env[tensor] for tensor in tensors)
         sizes = _size(q, 1), _size(k, 1), _size(k, 3), _size(v, 3)
         m = Memory(*sizes, per_channel=_size(decay, 3) > 1, delta=beta is not None)
-        made = self._function(importer, linear_memory, m)
+        made = self._function(importer, linear_memory, m, self._tile)
         inputs = [q, k, v, decay, places, state, _or_nothing(importer, beta)]
         return _call(importer, made, inputs, [*_shape(q)[:3], m.value_dim])
 

@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 
 from tvm.script import tirx as T
 
+from memc.backends.tvm.isa import Tile
 from memc.backends.tvm.kernels.common import PrimFunc, exp
+from memc.backends.tvm.kernels.memory_chunk import Memory, chunked
 
-
-@dataclass(frozen=True)
-class Memory:
-    """Sizes of ``memc::linear_memory`` and its rule; ``per_channel`` decays have a value for each key channel."""
-
-    heads: int
-    groups: int
-    key_dim: int
-    value_dim: int
-    per_channel: bool
-    delta: bool
+SHORT = 8
+"""Tokens from which a call goes by chunks; of fewer one after another costs less."""
 
 
 @cache
-def linear_memory(m: Memory) -> PrimFunc:
+def linear_memory(m: Memory, tile: Tile) -> PrimFunc:
     """Make ``memc::linear_memory``, its state ``[B,G,K,V]`` in place; ``beta`` is ``[1,1,1]`` for the gated rule.
 
     The memory goes by in bands of value channels: of each, what a token reads and writes stays in registers.
     """
     heads, groups, key_dim, value_dim = m.heads, m.groups, m.key_dim, m.value_dim
-    share, decays = heads // groups, key_dim if m.per_channel else 1
+    share, decays, run = m.share, m.decays, chunked(m, tile)
 
     @T.inline
     def band(names, gate, b, g, t, start, width):
@@ -105,8 +97,11 @@ def linear_memory(m: Memory) -> PrimFunc:
             {"q": q, "k": k, "v": v, "decay": decay, "positions": positions, "state": state, "beta": beta, "y": y}
         )
         for row in T.parallel(batch * groups):
-            gate = T.alloc_buffer((decays,), "float32", scope="local")
-            for t in T.serial(tokens):
-                step(names, row // groups, row % groups, t, gate)
+            if tokens >= SHORT:
+                run(names, row // groups, row % groups, tokens)
+            else:
+                gate = T.alloc_buffer((decays,), "float32", scope="local")
+                for t in T.serial(tokens):
+                    step(names, row // groups, row % groups, t, gate)
 
     return linear_memory_
