@@ -21,7 +21,8 @@ from memc.backends.tvm.kernels.memory_chunk import Memory
 from memc.backends.tvm.kernels.rank import Rule
 from memc.backends.tvm.kernels.simple import embedding, norm, rotary
 from memc.backends.tvm.kernels.sparse import SHARES, TOKENS, sparse_attention
-from memc.backends.tvm.kernels.window import Ring, window_memory
+from memc.backends.tvm.kernels.window import window_memory
+from memc.backends.tvm.kernels.window_chunk import Ring
 
 Var = Any
 Importer = Any
@@ -145,7 +146,7 @@ class Converters:
         *tensors, slopes, sink_logits, scale, softcap, window, sinks, lse, left = _arguments(node)
         q, k, v, *rest = (importer.env[tensor] for tensor in tensors)
         s = _scores(q, v, scale, softcap, slopes, sink_logits)
-        made = self._function(importer, window_memory, s, Ring(window, sinks, lse, left))
+        made = self._function(importer, window_memory, s, Ring(window, sinks, lse, left), self._tile)
         extra = [_or_nothing(importer, part) for part in (slopes, sink_logits)]
         shapes = [
             [*_shape(q)[:3], s.value_dim],

@@ -150,9 +150,9 @@ def test_tiles_of_every_shape_compute_the_same() -> None:
 
 
 def test_a_wrong_tail_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last chunk is taken for a whole one where its keys are decayed to its end."""
+    """Rows that fill no block of their own are left out."""
     m = RULES["per head"]
-    monkeypatch.setattr(memory_chunk, "last_row", lambda count: CHUNK - 1)
+    monkeypatch.setattr(memory_chunk, "blocks_of", lambda count, rows: count // rows)
     linear_memory.cache_clear()
     module = tvm.IRModule({"memory": linear_memory(m, ISA.tile).with_attr("global_symbol", "memory")})
     function = tvm.compile(module, target=tvm.target.Target(ISA.options))["memory"]

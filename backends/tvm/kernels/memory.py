@@ -8,10 +8,10 @@ from tvm.script import tirx as T
 
 from memc.backends.tvm.isa import Tile
 from memc.backends.tvm.kernels.common import PrimFunc, exp
-from memc.backends.tvm.kernels.memory_chunk import Memory, chunked
+from memc.backends.tvm.kernels.memory_chunk import CHUNK, Memory, chunked
 
-SHORT = 8
-"""Tokens from which a call goes by chunks; of fewer one after another costs less."""
+SHORT = CHUNK
+"""Tokens from which a call goes by chunks; fewer go one after another."""
 
 
 @cache

@@ -12,7 +12,6 @@ A chunk ends early where a sequence starts, which then meets a state of zeros. P
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,9 +52,9 @@ def rows_of(tile: Tile, columns: int) -> int:
     return int(min(CHUNK, 1 << (rows.bit_length() - 1)))
 
 
-def last_row(count: Expression) -> Expression:
-    """Return the row of a chunk of ``count`` tokens to whose end its keys are decayed."""
-    return count - 1
+def blocks_of(count: Expression, rows: int) -> Expression:
+    """Return how many blocks of ``rows`` the tokens of a chunk fill, the last one perhaps in part."""
+    return T.ceildiv(count, T.int64(rows))
 
 
 def chunked(m: Memory, tile: Tile) -> Any:
@@ -72,16 +71,6 @@ def chunked(m: Memory, tile: Tile) -> Any:
     padded = full * columns + narrow
     pair = 2 if key_dim % 2 == 0 else 1
     lanes = rows_of(tile, CHUNK)
-
-    def read(names: dict[str, Any], held: dict[str, Any], b: Any, g: Any, source: Any) -> Callable[..., Expression]:
-        """Return what reads the vector of a query head, or of the keys where ``source`` is None, at a row."""
-        if m.per_channel:
-            place = share if source is None else source
-            return lambda row, d: held["reads"][place, row, d]
-        at = held["at"]
-        if source is None:
-            return lambda row, d: names["k"][b, g, at[0] + T.min(row, at[1] - 1), d]
-        return lambda row, d: names["q"][b, g * share + source, at[0] + T.min(row, at[1] - 1), d]
 
     @T.inline
     def each_band(body, names, held, b, g, extra):
@@ -142,15 +131,13 @@ def chunked(m: Memory, tile: Tile) -> Any:
                     held["live"][j] = 1
 
     @T.inline
-    def score_by_head(names, held, b, g, source):
+    def score_by_head(held, source):
         acc = T.alloc_buffer((lanes, CHUNK), "float32", scope="local")
-        vector = T.meta_var(read(names, held, b, g, source))
-        place = T.meta_var(share if source is None else source)
-        for block in T.serial(T.ceildiv(held["at"][1], T.int64(lanes))):
+        for block in T.serial(blocks_of(held["at"][1], lanes)):
             clear(acc, lanes, CHUNK)
             multiply(
                 acc,
-                lambda i, d: vector(block * lanes + i, d),
+                lambda i, d: held["reads"][source, block * lanes + i, d],
                 lambda d, j: held["keys"][d, j],
                 key_dim,
                 lanes,
@@ -158,7 +145,7 @@ def chunked(m: Memory, tile: Tile) -> Any:
             )
             for i in T.unroll(lanes):
                 for j in T.vectorized(CHUNK):
-                    held["scores"][place, block * lanes + i, j] = acc[i, j] * held["decay"][block * lanes + i, j]
+                    held["scores"][source, block * lanes + i, j] = acc[i, j] * held["decay"][block * lanes + i, j]
 
     @T.inline
     def prepare_by_head(names, held, b, g):
@@ -178,19 +165,24 @@ def chunked(m: Memory, tile: Tile) -> Any:
                 for j in T.vectorized(CHUNK):
                     held["decay"][i, j] = T.Select(j == i, T.float32(1), held["decay"][i - 1, j] * gate[0])
         for j in T.serial(T.int64(CHUNK)):
+            row = at[0] + T.min(j, at[1] - 1)  # rows behind the last are read, and their results not stored
+            for source in T.serial(heads):
+                for d in T.serial(key_dim):
+                    held["reads"][source, j, d] = names["q"][b, g * share + source, row, d]
+            if m.delta:
+                for d in T.serial(key_dim):
+                    held["reads"][share, j, d] = names["k"][b, g, row, d]
             if held["live"][j] > 0:
                 for d in T.serial(key_dim):
                     held["keys"][d, j] = names["k"][b, g, at[0] + j, d]
             else:
                 for d in T.serial(key_dim):
                     held["keys"][d, j] = T.float32(0)
-        for source in T.serial(heads):
-            score_by_head(names, held, b, g, source)
-        if m.delta:
-            score_by_head(names, held, b, g, None)
+        for source in T.serial(sources):
+            score_by_head(held, source)
         for d in T.serial(key_dim):
             for j in T.vectorized(CHUNK):
-                held["keys"][d, j] = held["keys"][d, j] * held["decay"][last_row(at[1]), j]
+                held["keys"][d, j] = held["keys"][d, j] * held["decay"][CHUNK - 1, j]
 
     @T.inline
     def clear_part(acc, p):
@@ -251,12 +243,12 @@ def chunked(m: Memory, tile: Tile) -> Any:
                     )
 
     @T.inline
-    def recall(held, vector, acc, block, start, width, rows):
+    def recall(held, source, acc, block, start, width, rows):
         # Reads the state that the chunk meets, for the rows of one block.
         clear(acc, rows, width)
         multiply(
             acc,
-            lambda i, d: vector(block * rows + i, d),
+            lambda i, d: held["reads"][source, block * rows + i, d],
             lambda d, e: held["memory"][start * key_dim + d * width + e],
             key_dim,
             rows,
@@ -273,9 +265,8 @@ def chunked(m: Memory, tile: Tile) -> Any:
         rows = T.meta_var(rows_of(tile, width))
         acc = T.alloc_buffer((rows, width), "float32", scope="local")
         one = T.alloc_buffer((1, width), "float32", scope="local")
-        vector = T.meta_var(read(names, held, b, g, None))
-        for block in T.serial(T.ceildiv(held["at"][1], T.int64(rows))):
-            recall(held, vector, acc, block, start, width, rows)
+        for block in T.serial(blocks_of(held["at"][1], rows)):
+            recall(held, share, acc, block, start, width, rows)
             for i in T.unroll(rows):
                 for e in T.vectorized(width):
                     held["values"][start * CHUNK + (block * rows + i) * width + e] = (
@@ -313,9 +304,8 @@ def chunked(m: Memory, tile: Tile) -> Any:
     def answer(names, held, b, g, source, start, width, there):
         rows = T.meta_var(rows_of(tile, width))
         acc = T.alloc_buffer((rows, width), "float32", scope="local")
-        vector = T.meta_var(read(names, held, b, g, source))
-        for block in T.serial(T.ceildiv(held["at"][1], T.int64(rows))):
-            recall(held, vector, acc, block, start, width, rows)
+        for block in T.serial(blocks_of(held["at"][1], rows)):
+            recall(held, source, acc, block, start, width, rows)
             multiply(
                 acc,
                 lambda i, j: held["scores"][source, block * rows + i, j],
@@ -334,7 +324,7 @@ def chunked(m: Memory, tile: Tile) -> Any:
         for i in T.unroll(rows):
             for e in T.vectorized(width):
                 acc[i, e] = held["memory"][start * key_dim + (first + i) * width + e] * (
-                    held["head"][first + i] if m.per_channel else held["head"][held["at"][1] - 1]
+                    held["head"][first + i] if m.per_channel else held["head"][CHUNK - 1]
                 )
         multiply(
             acc,
@@ -362,7 +352,7 @@ def chunked(m: Memory, tile: Tile) -> Any:
         values = T.alloc_buffer((CHUNK * padded,), "float32")
         keys = T.alloc_buffer((key_dim, CHUNK), "float32")
         scores = T.alloc_buffer((sources, CHUNK, CHUNK), "float32")
-        reads = T.alloc_buffer((sources, CHUNK, key_dim) if m.per_channel else (1, 1, 1), "float32")
+        reads = T.alloc_buffer((sources, CHUNK, key_dim), "float32")
         decay = T.alloc_buffer((1, 1) if m.per_channel else (CHUNK, CHUNK), "float32")
         own = T.alloc_buffer((decays,), "float32")
         head = T.alloc_buffer((max(decays, CHUNK),), "float32")
