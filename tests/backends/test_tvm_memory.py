@@ -68,9 +68,7 @@ def compiled(
     return torch.from_numpy(tensors[-1].numpy()), torch.from_numpy(tensors[5].numpy())
 
 
-def reference(
-    m: Memory, given: dict[str, torch.Tensor], positions: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def reference(m: Memory, given: dict[str, torch.Tensor], positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Go token by token in float64."""
     wide = {name: value.double() for name, value in given.items()}
     tensors = [wide[name] for name in ("query", "key", "value", "decay")]
@@ -81,7 +79,9 @@ def reference(
 
 def difference(found: tuple[torch.Tensor, ...], wanted: tuple[torch.Tensor, ...]) -> float:
     """Return the largest difference over the largest value wanted, infinite where something is not finite."""
-    parts = [float((a.double() - b).abs().max() / b.abs().max().clamp_min(1)) for a, b in zip(found, wanted, strict=True)]
+    parts = [
+        float((a.double() - b).abs().max() / b.abs().max().clamp_min(1)) for a, b in zip(found, wanted, strict=True)
+    ]
     return max(parts) if all(bool(torch.isfinite(a).all()) for a in found) else float("inf")
 
 
@@ -102,7 +102,7 @@ def test_rows_that_are_padded_start_and_end_where_they_like(rule: str) -> None:
         span(9, tokens - 20, left=20),
         span(0, 5) + span(0, tokens - 25) + [-1] * 3 + [0] + span(0, 16),
         [-1] * tokens,
-        [-1, -1, 7, -1, -1] + [8] + span(0, tokens - 9, right=3),
+        [-1, -1, 7, -1, -1, 8, *span(0, tokens - 9, right=3)],
     ]
     positions = torch.tensor(rows)
     given = drawn(m, len(rows), tokens)
@@ -143,7 +143,10 @@ def test_any_cut_carries_the_state(rule: str) -> None:
 
 def test_tiles_of_every_shape_compute_the_same() -> None:
     for tile in (Tile(16, 2), Tile(16, 6), Tile(64, 4)):
-        for m in (Memory(2, 1, 8, 70, per_channel=False, delta=True), Memory(2, 1, 8, 70, per_channel=True, delta=False)):
+        for m in (
+            Memory(2, 1, 8, 70, per_channel=False, delta=True),
+            Memory(2, 1, 8, 70, per_channel=True, delta=False),
+        ):
             given, positions = drawn(m, 1, 37), torch.arange(37)[None]
             found = compiled(m, given, positions, built(m, tile))
             assert difference(found, reference(m, given, positions)) < TOLERANCE, tile

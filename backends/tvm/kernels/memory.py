@@ -1,4 +1,8 @@
-"""``memc::linear_memory``: a matrix per key-value head, decayed, written and read token by token."""
+"""``memc::linear_memory``: a matrix per key-value head, decayed, written and read.
+
+Calls of few tokens, a step of decoding among them, go token by token; prompts go by chunks, with every kind of gate
+and both rules of update (:mod:`memc.backends.tvm.kernels.memory_chunk`).
+"""
 
 from __future__ import annotations
 
@@ -8,17 +12,18 @@ from tvm.script import tirx as T
 
 from memc.backends.tvm.isa import Tile
 from memc.backends.tvm.kernels.common import PrimFunc, exp
-from memc.backends.tvm.kernels.memory_chunk import CHUNK, Memory, chunked
+from memc.backends.tvm.kernels.memory_chunk import Memory, chunked
 
-SHORT = CHUNK
-"""Tokens from which a call goes by chunks; fewer go one after another."""
+SHORT = 12
+"""Tokens from which a call goes by chunks: of fewer the steps cost less than moving the state in and out."""
 
 
 @cache
 def linear_memory(m: Memory, tile: Tile) -> PrimFunc:
     """Make ``memc::linear_memory``, its state ``[B,G,K,V]`` in place; ``beta`` is ``[1,1,1]`` for the gated rule.
 
-    The memory goes by in bands of value channels: of each, what a token reads and writes stays in registers.
+    Token by token the memory goes by in bands of value channels: of each, what a token reads and writes stays in
+    registers.
     """
     heads, groups, key_dim, value_dim = m.heads, m.groups, m.key_dim, m.value_dim
     share, decays, run = m.share, m.decays, chunked(m, tile)

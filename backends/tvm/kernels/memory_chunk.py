@@ -121,14 +121,12 @@ def chunked(m: Memory, tile: Tile) -> Any:
         at = T.meta_var(held["at"])
         at[1] = T.int64(1)
         for n in T.serial(T.min(T.int64(CHUNK), tokens - at[0]) - 1):
-            if at[1] == n + 1:
-                if names["positions"][b, at[0] + n + 1] != 0:
-                    at[1] = n + 2
+            if at[1] == n + 1 and names["positions"][b, at[0] + n + 1] != 0:
+                at[1] = n + 2
         for j in T.serial(T.int64(CHUNK)):
-            held["live"][j] = 0
-            if j < at[1]:
-                if names["positions"][b, at[0] + j] >= 0:
-                    held["live"][j] = 1
+            held["live"][j] = T.if_then_else(
+                j < at[1], T.Cast("int32", names["positions"][b, at[0] + T.min(j, at[1] - 1)] >= 0), 0
+            )
 
     @T.inline
     def score_by_head(held, source):

@@ -9,7 +9,7 @@ from tvm.script import tirx as T
 
 from memc.backends.tvm.isa import Tile
 from memc.backends.tvm.kernels.common import SLOTS, Keys, PrimFunc, Scores, add_sink, softmax_rows
-from memc.backends.tvm.kernels.window_chunk import LEAST, Ring, chunked
+from memc.backends.tvm.kernels.window_chunk import LEAST, Ring, chunked, hand_out, take_in
 
 
 @cache
@@ -17,7 +17,8 @@ def window_memory(s: Scores, r: Ring, tile: Tile) -> PrimFunc:
     """Make ``memc::window_memory``, its state in place.
 
     ``keys [B,G,P,D,SLOTS]`` and ``values [B,G,N,E]`` hold the token at position p in slot p, or past the sinks in
-    ``sinks + (p - sinks) % window``: a token is written where the one lies that leaves the window as it comes. Slots
+    ``sinks + (p - sinks) % window``: a token is written where the one lies that leaves the window as it comes, prompts
+    by the chunk and single tokens one after another. Slots
     fill in order, so that how many hold a token of the sequence follows from its position. Results that nobody reads
     have the shape of a scalar.
     """
@@ -75,22 +76,9 @@ def window_memory(s: Scores, r: Ring, tile: Tile) -> PrimFunc:
     @T.inline
     def step(names, b, g, t, position):
         if r.left:
-            for d in T.serial(key_dim):
-                names["left_key"][b, g, t, d] = T.float32(0)
-            for e in T.serial(value_dim):
-                names["left_value"][b, g, t, e] = T.float32(0)
-            if position - r.window >= r.sinks:
-                for d in T.serial(key_dim):
-                    names["left_key"][b, g, t, d] = names["keys"][
-                        b, g, r.slot_of(position) // SLOTS, d, r.slot_of(position) % SLOTS
-                    ]
-                for e in T.serial(value_dim):
-                    names["left_value"][b, g, t, e] = names["values"][b, g, r.slot_of(position), e]
+            hand_out(names, s, r, b, g, t, position)
         if position >= 0:
-            for d in T.serial(key_dim):
-                names["keys"][b, g, r.slot_of(position) // SLOTS, d, r.slot_of(position) % SLOTS] = names["k"][b, g, t, d]
-            for e in T.serial(value_dim):
-                names["values"][b, g, r.slot_of(position), e] = names["v"][b, g, t, e]
+            take_in(names, s, r, b, g, t, position)
             for part in T.serial(share // together):
                 read(names, b, g * share + part * together, t, position)
         else:

@@ -44,6 +44,31 @@ class Ring:
         return T.if_then_else(position < self.sinks, position, ring) if self.sinks else ring
 
 
+@T.inline
+def hand_out(names, s, r, b, g, t, position):  # noqa: D103
+    # The token that leaves as this one comes.
+    if position - r.window >= r.sinks:
+        for d in T.serial(s.key_dim):
+            names["left_key"][b, g, t, d] = names["keys"][
+                b, g, r.slot_of(position) // SLOTS, d, r.slot_of(position) % SLOTS
+            ]
+        for e in T.serial(s.value_dim):
+            names["left_value"][b, g, t, e] = names["values"][b, g, r.slot_of(position), e]
+    else:
+        for d in T.serial(s.key_dim):
+            names["left_key"][b, g, t, d] = T.float32(0)
+        for e in T.serial(s.value_dim):
+            names["left_value"][b, g, t, e] = T.float32(0)
+
+
+@T.inline
+def take_in(names, s, r, b, g, t, position):  # noqa: D103
+    for d in T.serial(s.key_dim):
+        names["keys"][b, g, r.slot_of(position) // SLOTS, d, r.slot_of(position) % SLOTS] = names["k"][b, g, t, d]
+    for e in T.serial(s.value_dim):
+        names["values"][b, g, r.slot_of(position), e] = names["v"][b, g, t, e]
+
+
 def chunked(s: Scores, r: Ring, tile: Tile) -> Any:
     """Return ``run(names, step, b, g, tokens)``, inlined: all tokens of one key-value head, its state in place.
 
@@ -65,9 +90,8 @@ def chunked(s: Scores, r: Ring, tile: Tile) -> Any:
         at[1] = T.int64(1)
         if names["positions"][b, at[0]] >= 0:
             for n in T.serial(T.min(T.int64(longest), tokens - at[0]) - 1):
-                if at[1] == n + 1:
-                    if names["positions"][b, at[0] + n + 1] == names["positions"][b, at[0]] + n + 1:
-                        at[1] = n + 2
+                if at[1] == n + 1 and names["positions"][b, at[0] + n + 1] == names["positions"][b, at[0]] + n + 1:
+                    at[1] = n + 2
 
     @T.inline
     def date(age, distance, first, filled):
@@ -81,29 +105,6 @@ def chunked(s: Scores, r: Ring, tile: Tile) -> Any:
                 distance[slot] = T.Cast(
                     "float32", T.if_then_else(slot < r.sinks, T.Cast("int32", first - slot), behind)
                 )
-
-    @T.inline
-    def hand_out(names, b, g, t, position):
-        # The token that leaves as this one comes.
-        if position - r.window >= r.sinks:
-            for d in T.serial(key_dim):
-                names["left_key"][b, g, t, d] = names["keys"][
-                    b, g, r.slot_of(position) // SLOTS, d, r.slot_of(position) % SLOTS
-                ]
-            for e in T.serial(value_dim):
-                names["left_value"][b, g, t, e] = names["values"][b, g, r.slot_of(position), e]
-        else:
-            for d in T.serial(key_dim):
-                names["left_key"][b, g, t, d] = T.float32(0)
-            for e in T.serial(value_dim):
-                names["left_value"][b, g, t, e] = T.float32(0)
-
-    @T.inline
-    def take_in(names, b, g, t, position):
-        for d in T.serial(key_dim):
-            names["keys"][b, g, r.slot_of(position) // SLOTS, d, r.slot_of(position) % SLOTS] = names["k"][b, g, t, d]
-        for e in T.serial(value_dim):
-            names["values"][b, g, r.slot_of(position), e] = names["v"][b, g, t, e]
 
     def score(x: Expression, row: Expression, distance: Expression, slope: Expression | None) -> Expression:
         """Return a score from a product with the scaled query."""
@@ -241,11 +242,11 @@ def chunked(s: Scores, r: Ring, tile: Tile) -> Any:
                 held["own"][d, j] = names["k"][b, g, at[0] + T.min(j, at[1] - 1), d]
         if r.left:
             for i in T.serial(at[1]):
-                hand_out(names, b, g, at[0] + i, position + i)
+                hand_out(names, s, r, b, g, at[0] + i, position + i)
         for head in T.serial(share):
             answer(names, held, b, g, g * share + head, at, filled)
         for i in T.serial(at[1]):
-            take_in(names, b, g, at[0] + i, position + i)
+            take_in(names, s, r, b, g, at[0] + i, position + i)
 
     @T.inline
     def run(names, step, b, g, tokens):
