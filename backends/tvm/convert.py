@@ -117,7 +117,8 @@ class Converters:
         return _reshape(importer, _call(importer, made, [rows, *parts], _shape(rows)), _shape(x))
 
     def _softmax(self, node: Node, importer: Importer) -> Var:
-        x, axis = importer.env[node.args[0]], node.args[1]
+        x, axis = _arguments(node)[:2]
+        x = importer.env[x]
         width = _size(x, axis)
         if axis % x.ty.ndim != x.ty.ndim - 1 or not isinstance(width, int) or x.ty.dtype != "float32":
             return importer.block_builder.emit(relax.op.nn.softmax(x, axis))
