@@ -65,7 +65,7 @@ MEMORIES = {
 """As ``linearize`` makes them of SmolLM2-135M by default, and with other gates and rules."""
 
 ROUNDS = 7
-NEVER = 1 << 60
+NEVER = 1 << 30
 """More tokens than any call has: chunks of so many are never made."""
 
 
