@@ -316,7 +316,6 @@ def main() -> None:
         "load": os.getloadavg()[0],
         "threads": options.threads,
         "commit": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip(),
-        "rounds": options.rounds,
     }
     parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "products": partial(products, options.threads),
@@ -325,6 +324,7 @@ def main() -> None:
         "prompts": partial(prompts, options.work, options.threads, options.before, options.rounds),
     }
     kept = json.loads(options.keep.read_text()) if options.keep else {}
+    document["rounds"] = options.rounds if options.part in ("prompts", "all") else kept.get("rounds", 0)
     for part, measure in parts.items():
         document[part] = measure() if options.part in (part, "all") else kept.get(part, [])
     results = HERE / "results" / f"compiled-{datetime.datetime.now(datetime.UTC).date()}.json"

@@ -141,6 +141,7 @@ def test_any_cut_carries_the_state(rule: str) -> None:
         assert difference((torch.cat(outputs, 2), state), wanted) < TOLERANCE, cuts
 
 
+@pytest.mark.conformance
 def test_tiles_of_every_shape_compute_the_same() -> None:
     for tile in (Tile(16, 2), Tile(16, 6), Tile(64, 4)):
         for m in (
