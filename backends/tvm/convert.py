@@ -9,19 +9,21 @@ from typing import Any
 
 import numpy as np
 from torch.fx import Node
-from tvm import relax, tirx
+from tvm import relax, te, tirx
 from tvm.ir import is_prim_expr
 
 from memc.backends.tvm.isa import Tile
 from memc.backends.tvm.kernels.attention import Range, attention, full_attention
 from memc.backends.tvm.kernels.bank import bank_ffn
-from memc.backends.tvm.kernels.common import SLOTS, PrimFunc, Scores
+from memc.backends.tvm.kernels.common import SLOTS, PrimFunc, Scores, exp
 from memc.backends.tvm.kernels.linear import head_linear, linear, quantised_linear
-from memc.backends.tvm.kernels.memory import Memory, linear_memory
+from memc.backends.tvm.kernels.memory import linear_memory
+from memc.backends.tvm.kernels.memory_chunk import Memory
 from memc.backends.tvm.kernels.rank import Rule
-from memc.backends.tvm.kernels.simple import embedding, norm, rotary
+from memc.backends.tvm.kernels.simple import embedding, norm, rotary, softmax
 from memc.backends.tvm.kernels.sparse import SHARES, TOKENS, sparse_attention
-from memc.backends.tvm.kernels.window import Ring, window_memory
+from memc.backends.tvm.kernels.window import window_memory
+from memc.backends.tvm.kernels.window_chunk import Ring
 
 Var = Any
 Importer = Any
@@ -57,6 +59,10 @@ class Converters:
         # first rows where their number is not fixed.
         clamps = dict.fromkeys(("clamp.default", "clamp_min.default", "clamp_max.default"), _clamp)
         others = {
+            "softmax.int": self._softmax,
+            "_softmax.default": self._softmax,
+            "silu.default": _silu,
+            "sigmoid.default": _sigmoid,
             "_unsafe_view.default": _view,
             "index_select.default": _index_select,
             "select.int": _select,
@@ -113,6 +119,18 @@ class Converters:
             parts[0] = importer.block_builder.emit(relax.const(np.ones(_size(x, -1), "float32"), "float32"))
         return _reshape(importer, _call(importer, made, [rows, *parts], _shape(rows)), _shape(x))
 
+    def _softmax(self, node: Node, importer: Importer) -> Var:
+        x, axis = _arguments(node)[:2]
+        x = importer.env[x]
+        width = _size(x, axis)
+        if axis % x.ty.ndim != x.ty.ndim - 1 or not isinstance(width, int) or x.ty.dtype != "float32":
+            return importer.block_builder.emit(relax.op.nn.softmax(x, axis))
+        rows = _flat(importer, x)
+        made = self._function(importer, softmax, width)
+        # What the values sum up to, since TVM takes a function that reads a single tensor for a view of it.
+        total = importer.block_builder.emit(relax.const(np.ones(1, "float32"), "float32"))
+        return _reshape(importer, _call(importer, made, [rows, total], _shape(rows)), _shape(x))
+
     def _rotary(self, node: Node, importer: Importer) -> Var:
         x, cosine, sine = (importer.env[argument] for argument in node.args[:3])
         heads, width, pairs = _size(x, 1), _size(x, 3), _size(cosine, 2)
@@ -147,7 +165,7 @@ class Converters:
         *tensors, slopes, sink_logits, scale, softcap, window, sinks, lse, left = _arguments(node)
         q, k, v, *rest = (importer.env[tensor] for tensor in tensors)
         s = _scores(q, v, scale, softcap, slopes, sink_logits)
-        made = self._function(importer, window_memory, s, Ring(window, sinks, lse, left))
+        made = self._function(importer, window_memory, s, Ring(window, sinks, lse, left), self._tile)
         extra = [_or_nothing(importer, part) for part in (slopes, sink_logits)]
         shapes = [
             [*_shape(q)[:3], s.value_dim],
@@ -162,7 +180,7 @@ class Converters:
         q, k, v, decay, places, state = (importer.env[tensor] for tensor in tensors)
         sizes = _size(q, 1), _size(k, 1), _size(k, 3), _size(v, 3)
         m = Memory(*sizes, per_channel=_size(decay, 3) > 1, delta=beta is not None)
-        made = self._function(importer, linear_memory, m)
+        made = self._function(importer, linear_memory, m, self._tile)
         inputs = [q, k, v, decay, places, state, _or_nothing(importer, beta)]
         return _call(importer, made, inputs, [*_shape(q)[:3], m.value_dim])
 
@@ -202,6 +220,27 @@ def _clamp(node: Node, importer: Importer) -> Var:
         if bounds.get(bound) is not None:
             x = importer.block_builder.emit(form(x, relax.const(bounds[bound], x.ty.dtype)))
     return x
+
+
+def _sigmoid(node: Node, importer: Importer) -> Var:
+    return _by_element(importer, node, lambda x: _one(x) / (_one(x) + exp(-x)))
+
+
+def _silu(node: Node, importer: Importer) -> Var:
+    return _by_element(importer, node, lambda x: x / (_one(x) + exp(-x)))
+
+
+def _one(x: Any) -> Any:
+    return tirx.const(1, x.ty.dtype)
+
+
+def _by_element(importer: Importer, node: Node, form: Callable[[Any], Any]) -> Var:
+    """Convert an op that takes numbers one by one, with the exponential that is computed by vectors."""
+    x = importer.env[node.args[0]]
+    name = str(node.target).split(".")[1]
+    return importer.block_builder.emit_te(
+        lambda given: te.compute(given.shape, lambda *place: form(given(*place)), name=name), x, primfunc_name_hint=name
+    )
 
 
 def _index_select(node: Node, importer: Importer) -> Var:

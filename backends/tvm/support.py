@@ -44,10 +44,10 @@ def form(node: Node) -> Yes | No:
         case "full_attention":
             return Yes("own function, online softmax")
         case "window_memory":
-            return Yes("own function over a ring of slots in place, online softmax")
+            return Yes("own function over a ring of slots in place, prompts by chunks")
         case "linear_memory":
             a = arguments(node)
-            return Yes(f"own function, {a['update']}, one step a token, state in place")
+            return Yes(f"own function, {a['update']}, prompts by chunks, state in place")
         case "sparse_attention":
             a = arguments(node)
             if SELECTORS[a["method"]].choice == "tree" or a["mass"] < 1:

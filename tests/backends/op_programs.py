@@ -390,6 +390,19 @@ def powers(*exponents: float) -> Program:
     return b.finish(b.linear(total, "logits", VOCAB, 24))
 
 
+def activations(width: int = 37) -> Program:
+    """Tokens to vectors, the sum of what makes exponentials of them, along either of the last axes, logits."""
+    b = Builder()
+    x = total = b.embed(width)
+    wide = b.call(aten.mul.Tensor, x, 40.0)  # beyond what the exponential of a float32 can be
+    for each in (x, wide):
+        for op in (aten.silu.default, aten.sigmoid.default):
+            total = b.call(aten.add.Tensor, total, b.call(op, each))
+        total = b.call(aten.add.Tensor, total, b.call(aten.softmax.int, each, -1))
+        total = b.call(aten.add.Tensor, total, b.call(aten.softmax.int, each, 1))
+    return b.finish(b.linear(total, "logits", VOCAB, width))
+
+
 def selected(axis: int, index: int) -> Program:
     """Tokens to vectors, to which one of them, or one of their channels, is added, logits."""
     b = Builder()

@@ -158,6 +158,11 @@ def test_powers_are_right_below_zero_and_say_nothing(tmp_path: Path, capfd: pyte
     assert capfd.readouterr().err == ""
 
 
+def test_exponentials_by_vectors(tmp_path: Path) -> None:
+    program = ops.activations()
+    assert compare(program, build(program, tmp_path), [([list(range(13))], None)]) < 1e-5
+
+
 # ---- what is refused
 
 

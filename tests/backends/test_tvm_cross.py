@@ -21,7 +21,8 @@ from memc.backends.tvm.isa import isa_of
 from memc.backends.tvm.kernels.attention import Range, attention
 from memc.backends.tvm.kernels.common import Scores
 from memc.backends.tvm.kernels.linear import linear, quantised_linear
-from memc.backends.tvm.kernels.memory import Memory, linear_memory
+from memc.backends.tvm.kernels.memory import linear_memory
+from memc.backends.tvm.kernels.memory_chunk import Memory
 from memc.conversion.again import lower_again
 from memc.errors import MemcError
 from memc.recipe import Recipe
@@ -73,6 +74,7 @@ def cases() -> dict[str, tuple[Any, list[np.ndarray]]]:
         return random.standard_normal(shape).astype(np.float32)
 
     positions = np.array([[-1, 0, 1, 2, 3], [0, 1, 2, 3, 4]])
+    longer = np.array([[-1, *range(20)], [*range(9), -1, *range(11)]])
     s, m = Scores(6, 2, 8, 10, 0.7, 2.0, True, True), Memory(6, 2, 8, 10, per_channel=True, delta=True)
     codes = random.integers(0, 255, (4, 32, 16), np.uint8)
     zeros = random.integers(0, 15, (4, 2, 16), np.uint8)
@@ -97,16 +99,16 @@ def cases() -> dict[str, tuple[Any, list[np.ndarray]]]:
             ],
         ),
         "memory": (
-            linear_memory(m),
+            linear_memory(m, ARM.tile),
             [
-                floats(2, 6, 5, 8),
-                floats(2, 2, 5, 8) / 4,
-                floats(2, 2, 5, 10),
-                -np.abs(floats(2, 2, 5, 8)),
-                positions,
+                floats(2, 6, 21, 8),
+                floats(2, 2, 21, 8) / 4,
+                floats(2, 2, 21, 10),
+                -np.abs(floats(2, 2, 21, 8)),
+                longer,
                 floats(2, 2, 8, 10),
-                np.abs(floats(2, 2, 5)),
-                floats(2, 6, 5, 10),
+                np.abs(floats(2, 2, 21)),
+                floats(2, 6, 21, 10),
             ],
         ),
     }

@@ -44,6 +44,22 @@ def tanh(x: Expression) -> Expression:
     return (squared - T.float32(1.0)) / (squared + T.float32(1.0))
 
 
+@T.inline
+def clear(acc, rows, columns):  # noqa: D103
+    for i in T.unroll(rows):
+        for j in T.vectorized(columns):
+            acc[i, j] = T.float32(0)
+
+
+@T.inline
+def multiply(acc, left, right, depth, rows, columns):  # noqa: D103
+    # Adds left(i, k) right(k, j) over k to a tile that stays in registers.
+    for k in T.serial(depth):
+        for i in T.unroll(rows):
+            for j in T.vectorized(columns):
+                acc[i, j] = acc[i, j] + left(i, k) * right(k, j)
+
+
 @dataclass(frozen=True)
 class Scores:
     """Sizes of one softmax and how its scores are made; fields as the arguments of the dialect's ops."""

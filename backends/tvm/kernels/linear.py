@@ -7,20 +7,13 @@ from functools import cache
 from tvm.script import tirx as T
 
 from memc.backends.tvm.isa import Tile, columns_of
-from memc.backends.tvm.kernels.common import PrimFunc
+from memc.backends.tvm.kernels.common import PrimFunc, clear
 
 BLOCK = 32
 """Inputs that share a scale."""
 
 PANEL_ROWS = 16
 """Rows from which the values of a quantised tile are made once for all of them."""
-
-
-@T.inline
-def _clear(acc, rows, columns):
-    for i in T.unroll(rows):
-        for j in T.vectorized(columns):
-            acc[i, j] = T.float32(0)
 
 
 @T.inline
@@ -42,7 +35,7 @@ def _store(y, acc, row, tile, rows, columns, out, bias, biased):
 @T.inline
 def _rows(x, w, y, b, source, index, row, rows, into, out, columns, biased):
     acc = T.alloc_buffer((rows, columns), "float32", scope="local")
-    _clear(acc, rows, columns)
+    clear(acc, rows, columns)
     for k in T.serial(into):
         for i in T.unroll(rows):
             for j in T.vectorized(columns):
@@ -94,7 +87,7 @@ def head_linear(heads: int, out: int, into: int, tile: Tile) -> PrimFunc:
     @T.inline
     def block(x, w, y, b, h, index, row, rows):
         acc = T.alloc_buffer((rows, columns), "float32", scope="local")
-        _clear(acc, rows, columns)
+        clear(acc, rows, columns)
         for k in T.serial(into):
             for i in T.unroll(rows):
                 for j in T.vectorized(columns):
@@ -174,7 +167,7 @@ def quantised_linear(out: int, into: int, tile: Tile, *, bits: int, bias: bool) 
         acc = T.alloc_buffer((rows, columns), "float32", scope="local")
         scale = T.alloc_buffer((columns,), "float32", scope="local")
         shift = T.alloc_buffer((columns,), "float32", scope="local")
-        _clear(acc, rows, columns)
+        clear(acc, rows, columns)
         for group in T.serial(blocks):
             read_block(scales, zeros, scale, shift, index, group)
             for k in T.serial(T.min(BLOCK, into - group * BLOCK) // step):

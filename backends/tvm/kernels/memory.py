@@ -1,35 +1,32 @@
-"""``memc::linear_memory``: a matrix per key-value head, decayed, written and read token by token."""
+"""``memc::linear_memory``: a matrix per key-value head, decayed, written and read.
+
+Calls of few tokens, a step of decoding among them, go token by token; prompts go by chunks, with every kind of gate
+and both rules of update (:mod:`memc.backends.tvm.kernels.memory_chunk`).
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 
 from tvm.script import tirx as T
 
+from memc.backends.tvm.isa import Tile
 from memc.backends.tvm.kernels.common import PrimFunc, exp
+from memc.backends.tvm.kernels.memory_chunk import Memory, chunked
 
-
-@dataclass(frozen=True)
-class Memory:
-    """Sizes of ``memc::linear_memory`` and its rule; ``per_channel`` decays have a value for each key channel."""
-
-    heads: int
-    groups: int
-    key_dim: int
-    value_dim: int
-    per_channel: bool
-    delta: bool
+SHORT = 12
+"""Tokens from which a call goes by chunks: of fewer the steps cost less than moving the state in and out."""
 
 
 @cache
-def linear_memory(m: Memory) -> PrimFunc:
+def linear_memory(m: Memory, tile: Tile) -> PrimFunc:
     """Make ``memc::linear_memory``, its state ``[B,G,K,V]`` in place; ``beta`` is ``[1,1,1]`` for the gated rule.
 
-    The memory goes by in bands of value channels: of each, what a token reads and writes stays in registers.
+    Token by token the memory goes by in bands of value channels: of each, what a token reads and writes stays in
+    registers.
     """
     heads, groups, key_dim, value_dim = m.heads, m.groups, m.key_dim, m.value_dim
-    share, decays = heads // groups, key_dim if m.per_channel else 1
+    share, decays, run = m.share, m.decays, chunked(m, tile)
 
     @T.inline
     def band(names, gate, b, g, t, start, width):
@@ -105,8 +102,11 @@ def linear_memory(m: Memory) -> PrimFunc:
             {"q": q, "k": k, "v": v, "decay": decay, "positions": positions, "state": state, "beta": beta, "y": y}
         )
         for row in T.parallel(batch * groups):
-            gate = T.alloc_buffer((decays,), "float32", scope="local")
-            for t in T.serial(tokens):
-                step(names, row // groups, row % groups, t, gate)
+            if tokens >= SHORT:
+                run(names, row // groups, row % groups, tokens)
+            else:
+                gate = T.alloc_buffer((decays,), "float32", scope="local")
+                for t in T.serial(tokens):
+                    step(names, row // groups, row % groups, t, gate)
 
     return linear_memory_

@@ -1,4 +1,4 @@
-"""Functions that mix no tokens: look-up, normalisation, rotation."""
+"""Functions that mix no tokens: look-up, normalisation, softmax, rotation."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from memc.backends.tvm.kernels.common import PrimFunc
+from memc.backends.tvm.kernels.common import LOWEST, PrimFunc, exp
 
 LANES = 16
 
@@ -35,6 +35,52 @@ def embedding(rows: int, width: int, columns: int | None) -> PrimFunc:
                 y[i, j] = at(table, T.min(T.max(ids[i], T.int64(0)), T.int64(rows - 1)), j)
 
     return embedding_
+
+
+@cache
+def softmax(width: int) -> PrimFunc:
+    """Make ``y [M,width] = softmax(x)`` of each row, times ``whole [1]``."""
+    body, rest = width // LANES, width % LANES
+
+    @T.prim_func(private=True)
+    def softmax_(x_: T.handle, whole_: T.handle, y_: T.handle):
+        T.func_attr({"tirx.noalias": True})
+        m = T.int64()
+        x = T.match_buffer(x_, (m, width), "float32")
+        whole = T.match_buffer(whole_, (1,), "float32")
+        y = T.match_buffer(y_, (m, width), "float32")
+        for i in T.parallel(m):
+            lanes = T.alloc_buffer((LANES,), "float32", scope="local")
+            top = T.alloc_buffer((1,), "float32", scope="local")
+            total = T.alloc_buffer((1,), "float32", scope="local")
+            for j in T.vectorized(LANES):
+                lanes[j] = T.float32(LOWEST)
+            for block in T.serial(body):
+                for j in T.vectorized(LANES):
+                    lanes[j] = T.max(lanes[j], x[i, block * LANES + j])
+            top[0] = T.float32(LOWEST)
+            for j in T.serial(LANES):
+                top[0] = T.max(top[0], lanes[j])
+            for j in T.serial(rest):
+                top[0] = T.max(top[0], x[i, body * LANES + j])
+            for j in T.vectorized(LANES):
+                lanes[j] = T.float32(0)
+            for block in T.serial(body):
+                for j in T.vectorized(LANES):
+                    y[i, block * LANES + j] = exp(x[i, block * LANES + j] - top[0])
+                for j in T.vectorized(LANES):
+                    lanes[j] = lanes[j] + y[i, block * LANES + j]
+            total[0] = T.float32(0)
+            for j in T.serial(LANES):
+                total[0] = total[0] + lanes[j]
+            for j in T.serial(rest):
+                y[i, body * LANES + j] = exp(x[i, body * LANES + j] - top[0])
+                total[0] = total[0] + y[i, body * LANES + j]
+            total[0] = whole[0] / total[0]
+            for j in T.serial(width):
+                y[i, j] = y[i, j] * total[0]
+
+    return softmax_
 
 
 @cache

@@ -2,40 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from tvm.script import tirx as T
 
+from memc.backends.tvm.isa import Tile
 from memc.backends.tvm.kernels.common import SLOTS, Keys, PrimFunc, Scores, add_sink, softmax_rows
-
-
-@dataclass(frozen=True)
-class Ring:
-    """Slots of the state, and which of the other results are asked for."""
-
-    window: int
-    sinks: int
-    lse: bool
-    left: bool
+from memc.backends.tvm.kernels.window_chunk import LEAST, Ring, chunked, hand_out, take_in
 
 
 @cache
-def window_memory(s: Scores, r: Ring) -> PrimFunc:
+def window_memory(s: Scores, r: Ring, tile: Tile) -> PrimFunc:
     """Make ``memc::window_memory``, its state in place.
 
     ``keys [B,G,P,D,SLOTS]`` and ``values [B,G,N,E]`` hold the token at position p in slot p, or past the sinks in
-    ``sinks + (p - sinks) % window``: a token is written where the one lies that leaves the window as it comes. Slots
+    ``sinks + (p - sinks) % window``: a token is written where the one lies that leaves the window as it comes, prompts
+    by the chunk and single tokens one after another. Slots
     fill in order, so that how many hold a token of the sequence follows from its position. Results that nobody reads
     have the shape of a scalar.
     """
     heads, groups, key_dim, value_dim = s.heads, s.groups, s.key_dim, s.value_dim
-    share, together, slots = s.share, s.together, r.window + r.sinks
-
-    def slot_of(position: Any) -> Any:
-        ring = r.sinks + T.floormod(position - r.sinks, r.window)
-        return T.if_then_else(position < r.sinks, position, ring) if r.sinks else ring
+    share, together, slots, run = s.share, s.together, r.slots, chunked(s, r, tile)
 
     def describe(names: dict[str, Any], b: Any, h: Any, t: Any, position: Any) -> Keys:
         q, k, v, g = names["q"], names["keys"], names["values"], h // share
@@ -88,22 +76,9 @@ def window_memory(s: Scores, r: Ring) -> PrimFunc:
     @T.inline
     def step(names, b, g, t, position):
         if r.left:
-            for d in T.serial(key_dim):
-                names["left_key"][b, g, t, d] = T.float32(0)
-            for e in T.serial(value_dim):
-                names["left_value"][b, g, t, e] = T.float32(0)
-            if position - r.window >= r.sinks:
-                for d in T.serial(key_dim):
-                    names["left_key"][b, g, t, d] = names["keys"][
-                        b, g, slot_of(position) // SLOTS, d, slot_of(position) % SLOTS
-                    ]
-                for e in T.serial(value_dim):
-                    names["left_value"][b, g, t, e] = names["values"][b, g, slot_of(position), e]
+            hand_out(names, s, r, b, g, t, position)
         if position >= 0:
-            for d in T.serial(key_dim):
-                names["keys"][b, g, slot_of(position) // SLOTS, d, slot_of(position) % SLOTS] = names["k"][b, g, t, d]
-            for e in T.serial(value_dim):
-                names["values"][b, g, slot_of(position), e] = names["v"][b, g, t, e]
+            take_in(names, s, r, b, g, t, position)
             for part in T.serial(share // together):
                 read(names, b, g * share + part * together, t, position)
         else:
@@ -143,6 +118,7 @@ def window_memory(s: Scores, r: Ring) -> PrimFunc:
                 "q": q,
                 "k": k,
                 "v": v,
+                "positions": positions,
                 "keys": keys,
                 "values": values,
                 "slopes": slopes,
@@ -154,7 +130,10 @@ def window_memory(s: Scores, r: Ring) -> PrimFunc:
             }
         )
         for row in T.parallel(batch * groups):
-            for t in T.serial(tokens):
-                step(names, row // groups, row % groups, t, positions[row // groups, t])
+            if tokens >= LEAST:
+                run(names, step, row // groups, row % groups, tokens)
+            else:
+                for t in T.serial(tokens):
+                    step(names, row // groups, row % groups, t, positions[row // groups, t])
 
     return window_memory_
