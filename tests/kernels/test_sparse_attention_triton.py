@@ -11,7 +11,7 @@ from torch import Tensor
 
 from memc.dialect.sparse_attention import description
 from memc.kernels.launch import GPUS, Notes, launching
-from memc.kernels.sparse_attention import device, reference, slots
+from memc.kernels.sparse_attention import device, reference, slots, steps
 from tests.kernels.cases import Shape, walk
 from tests.kernels.triton_support import (
     assert_near,
@@ -127,8 +127,8 @@ def test_what_is_not_chosen_is_not_read(method: str) -> None:
 def test_a_choice_of_other_pages_is_found() -> None:
     fixed = rule("bounds")
     held = state(fixed)
-    right = device._scores
-    with patch.object(device, "_scores", lambda *a: -right(*a)), pytest.raises(AssertionError):
+    right = steps.scores
+    with patch.object(steps, "scores", lambda *a: -right(*a)), pytest.raises(AssertionError):
         check(token(SHAPE), held[2].amax(1, keepdim=True) + 1, held, None, **fixed)
 
 
@@ -212,10 +212,10 @@ def test_a_prompt_in_blocks_is_the_prompt_whole() -> None:
     shape = Shape(SHAPE.batch, SHAPE.groups, SHAPE.per_group, positions.shape[1], SHAPE.key_size, SHAPE.value_size, 5)
     tokens = [x.float() for x in shape.qkv(shape.generator())]
     found = []
-    for entries in (device.BLOCK_ENTRIES, 500):
+    for entries in (steps.BLOCK_ENTRIES, 500):
         with (
-            patch.object(device, "BLOCK_ENTRIES", entries),
-            patch.object(device, "_attend", wraps=device._attend) as run,
+            patch.object(steps, "BLOCK_ENTRIES", entries),
+            patch.object(device, "attend", wraps=device.attend) as run,
         ):
             found.append(device.in_place(*tokens, positions, *buffers(state(fixed), 101, 8), **fixed))
         assert run.call_count == (2 if entries == 500 else 1)
