@@ -18,7 +18,10 @@ from memc.kernels.sparse_attention.slots import forward as sparse_attention
 REFERENCES: dict[str, Callable[..., Any]] = {"attention": attention, "sparse_attention": sparse_attention}
 """Ops whose state is laid out in another way in place than in the functional form."""
 
-PAGED: dict[str, tuple[str, ...]] = {"quantised_attention": ("past_key", "past_pages")}
+PAGED: dict[str, tuple[str, ...]] = {
+    "quantised_attention": ("past_key", "past_pages"),
+    "refreshed_attention": ("past_pages",),
+}
 """Ops that append tokens to their state, which have slots in place, by those of their states that have pages."""
 
 

@@ -139,11 +139,11 @@ def hold(
                 x = tl.load(rows, mask=there & inside[None, :], other=0.0).to(tl.float32)
                 y = tl.load(rows + key_bytes, mask=there & above[None, :], other=0.0).to(tl.float32)
                 levels = _page_levels(ends, x, there, inside, c, size, bits)
-                upper = tl.zeros(levels.shape, tl.int32)
+                higher = tl.zeros(levels.shape, tl.int32)
                 if bits == 4:
-                    upper = _page_levels(ends, y, there, above, c + key_bytes, size, bits)
+                    higher = _page_levels(ends, y, there, above, c + key_bytes, size, bits)
                 at = codes + ((row * count + n) * page + i)[:, None] * key_bytes + c[None, :]
-                _store_codes(at, there & inside[None, :], levels, tl.where(above[None, :], upper, 0), bits)
+                _store_codes(at, there & inside[None, :], levels, tl.where(above[None, :], higher, 0), bits)
 
 
 @triton.jit

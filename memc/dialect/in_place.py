@@ -16,6 +16,7 @@ from memc.dialect.attention import attention
 from memc.dialect.base import LIBRARY, OpSpec
 from memc.dialect.linear_memory import linear_memory
 from memc.dialect.quantised_attention import quantised_attention
+from memc.dialect.refreshed_attention import refreshed_attention
 from memc.dialect.sparse_attention import sparse_attention
 from memc.dialect.window_memory import window_memory
 
@@ -51,7 +52,7 @@ def in_place(spec: OpSpec) -> torch._ops.OpOverload | None:
     return next((overload for overload, functional in IN_PLACE.items() if functional is spec), None)
 
 
-for _spec in (attention, window_memory, linear_memory, sparse_attention, quantised_attention):
+for _spec in (attention, window_memory, linear_memory, sparse_attention, refreshed_attention, quantised_attention):
     LIBRARY.define(f"{_spec.name}_{_schema(_spec)}", tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"memc::{_spec.name}_", _fake(_spec))
     IN_PLACE[getattr(torch.ops.memc, f"{_spec.name}_").default] = _spec

@@ -561,6 +561,6 @@ CASES: dict[str, Callable[[], Program]] = {
 }
 """Every dialect op, with the options that take forms of their own."""
 
-_NOT_IN_PLACE = ("by a tree", "by mass", "refreshed", "few bits", "compact", "clipped")
+_NOT_IN_PLACE = ("by a tree", "by mass", "compact", "clipped")
 ON_GPUS = tuple(case for case in CASES if not any(word in case for word in _NOT_IN_PLACE))
 """Those of ops that have kernels in place."""

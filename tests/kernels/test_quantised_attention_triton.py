@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -111,3 +112,67 @@ def check(sink_logits: Tensor | None = None, shape: Shape = SHAPE, **options: An
 @pytest.mark.usefixtures("cut_small")
 def test_states_in_place_equal_the_reference(options: dict[str, Any]) -> None:
     check(torch.randn(SHAPE.heads) if "softcap" in options else None, **{**RULE, **options})
+
+
+@pytest.mark.usefixtures("cut_small")
+def test_groups_of_heads_of_odd_sizes_and_pages_of_one_token() -> None:
+    shape = Shape(batch=1, groups=2, per_group=3, tokens=0, key_size=7, value_size=5, seed=3)
+    check(shape=shape, **{**RULE, "page": 1, "budget": 8, "rerank": 2})
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_bfloat16_is_as_near_as_it_can_be() -> None:
+    options = {**RULE, "bits": 8}
+    buffers, _ = after_a_prompt(SHAPE, options)
+    buffers = [x.bfloat16() if x.is_floating_point() else x for x in buffers]
+    given = tokens(CALLS[0], SHAPE, torch.bfloat16)
+    wanted = torch.ops.memc.quantised_attention_(*in_double([*given, CALLS[0], *(x.clone() for x in buffers)]), **options)
+    for found, right in zip(device.in_place(*given, CALLS[0], *buffers, **options), wanted, strict=True):
+        assert_near(found, right)
+
+
+@pytest.mark.parametrize("fault", ["_in_tail", "scores", "other bits", "other ranges"])
+@pytest.mark.usefixtures("cut_small")
+def test_a_fault_is_found(fault: str) -> None:
+    right, tails, decode = steps.scores, device._in_tail, device._attend
+
+    def shifted(held: device.Held, *rest: Any) -> Any:
+        wrong = {"ranges": held.ranges.roll(1, 2)} if fault == "other ranges" else {"codes": held.codes ^ 16}
+        return decode(replace(held, **wrong), *rest)
+
+    with (
+        patch.object(device, "_in_tail", (lambda *a: 0 * tails(*a) - 1) if fault == "_in_tail" else tails),
+        patch.object(steps, "scores", (lambda *a: -right(*a)) if fault == "scores" else right),
+        patch.object(device, "_attend", shifted if fault.startswith("other") else decode),
+        pytest.raises(AssertionError),
+    ):
+        check(**RULE)
+
+
+@pytest.mark.usefixtures("cut_small")
+def test_a_prompt_in_blocks_is_the_prompt_whole() -> None:
+    shape, found = Shape(1, 1, 2, 0, 12, 20, 3), []
+    positions = torch.tensor([[27, 28, -1, 29, 30]])
+    for entries in (steps.BLOCK_ENTRIES, 60):
+        buffers, _ = after_a_prompt(shape, RULE)
+        with patch.object(steps, "BLOCK_ENTRIES", entries), patch.object(device, "_attend", wraps=device._attend) as run:
+            found.append(device.in_place(*tokens(positions, shape, torch.float32), positions, *buffers, **RULE))
+        assert run.call_count == (2 if entries == 60 else 1)
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)  # keys may be shared among other numbers of programs
+
+
+def test_what_is_launched_depends_on_no_length() -> None:
+    noted = []
+    for slots in (34, 500):
+        held = [x.to("meta") for x in empty(SHAPE, slots, RULE, torch.float32)]
+        given = [x.to("meta") for x in (*tokens(CALLS[0], SHAPE, torch.float32), CALLS[0])]
+        with launching(notes := Notes(GPUS["nvidia-sm120"])):
+            device.in_place(*given, *held, **RULE)
+        noted.append([(one.kernel, one.constants, one.warps, one.stages) for one in notes.launches])
+    assert noted[0] == noted[1]
+
+
+def test_a_call_that_kernels_do_not_take_is_refused() -> None:
+    arguments = [*tokens(CALLS[0], SHAPE, torch.float64), CALLS[0], *empty(SHAPE, SLOTS, RULE, torch.float64)]
+    assert "float64" in device.refuses(GPUS["nvidia-sm90"], *arguments, **RULE)
