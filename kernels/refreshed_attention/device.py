@@ -81,12 +81,12 @@ def _lists(held: Held, turn: Tensor, rule: Rule) -> Tensor:
     most = -(-held.tokens // rule.refresh)
     column = torch.arange(held.tokens, device=turn.device).expand_as(turn)
     column = column.masked_fill(~turn, held.tokens).sort(1).values[:, :most]
-    there, column = column < held.tokens, column.clamp_max(held.tokens - 1)
+    real, column = column < held.tokens, column.clamp_max(held.tokens - 1)
     index = column[:, None, :, None].expand(-1, held.query.shape[1], -1, held.query.shape[3])
-    positions = held.positions.gather(1, column).masked_fill(~there, -1)
+    positions = held.positions.gather(1, column).masked_fill(~real, -1)
     scores = steps.scores(replace(held, query=held.query.gather(2, index), positions=positions), rule)
-    ordered = scores.sort(dim=3, descending=True, stable=True)
-    listed = ordered.indices.masked_fill(ordered.values == -torch.inf, -1)[..., : rule.most]
+    index, there = steps.ordered(scores, rule.mass)
+    listed = index.masked_fill(~there, -1)[..., : rule.most]
     return torch.nn.functional.pad(listed, (0, rule.most - listed.shape[3]), value=-1)
 
 

@@ -20,16 +20,10 @@ from memc.kernels.sparse_attention import reference, steps
 from memc.kernels.sparse_attention.choose import Rule
 from memc.kernels.sparse_attention.steps import Asking, Constants, block_of, in_blocks, rule_of
 
-METHODS = ("bounds", "moments", "hcam", "lowbit")
 
-
-def refuses(gpu: Gpu, *args: Any, **options: Any) -> str:
+def refuses(gpu: Gpu, *args: Any, **_: Any) -> str:
     """Return why the kernels do not take a call; "" where they do."""
     query, key, value, _positions, past_key, past_value, past_positions, past_pages, *rest = args
-    if options["method"] not in METHODS:
-        return f"method {options['method']}"
-    if options.get("mass", 1) < 1:
-        return "a budget by mass"
     reason = refusal(query, key, value, past_key, past_value, past_pages, *rest)
     return reason or unordered(past_key, past_value, past_positions, past_pages)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from memc.kernels.launch import Launch, Tile, launch, power_of_two, precision, tile
 from memc.kernels.softmax_device import merge, splits
-from memc.kernels.sparse_attention.choose import Rule
+from memc.kernels.sparse_attention.choose import Rule, enough, found
 
 Arguments = Mapping[str, Tensor | int]
 Constants = dict[str, int | float | bool | str]
@@ -81,7 +81,7 @@ def choose(asking: Asking, rule: Rule, ranked: Callable[[Tensor], Tensor]) -> Te
     ``ranked`` scores candidates ``[B,G,T,K]``, positions in order, by their whole keys; asked where the rule ranks again.
     """
     dense = (asking.positions < rule.dense_below)[:, None, :, None]
-    picked, there = best(scores(asking, rule), rule.most, -(-rule.dense_below // rule.unit), dense)
+    picked, there = best(scores(asking, rule), rule.most, -(-rule.dense_below // rule.unit), dense, rule.mass)
     picked = tokens_of(picked, there, asking.positions, rule)
     return picked if rule.rerank == 1 else narrowed(picked, dense, rule, ranked)
 
@@ -105,19 +105,31 @@ def narrowed(picked: Tensor, dense: Tensor, rule: Rule, ranked: Callable[[Tensor
     return candidates.gather(3, index).masked_fill(~there, -1)
 
 
-def best(scores: Tensor, count: int, dense_count: int, dense: Tensor) -> tuple[Tensor, Tensor]:
+def best(scores: Tensor, count: int, dense_count: int, dense: Tensor, mass: float = 1.0) -> tuple[Tensor, Tensor]:
     """Return the indices of the ``count`` highest of each row, of equals the lower ones, and which of them there are.
 
-    Of rows that are ``dense [B,1,T,1]`` it is ``dense_count``, where that is more.
+    Of rows that are ``dense [B,1,T,1]`` it is ``dense_count``, where that is more. ``mass`` as in :func:`ordered`.
     """
-    ordered = scores.sort(stable=True, dim=3, descending=True)
-    values, index = (x[..., : max(count, dense_count)] for x in (ordered.values, ordered.indices))
+    index, there = (x[..., : max(count, dense_count)] for x in ordered(scores, mass))
     near = torch.arange(index.shape[3], device=index.device) < count
-    return index, (values > -torch.inf) & (near | dense)
+    return index, there & (near | dense)
+
+
+def ordered(scores: Tensor, mass: float) -> tuple[Tensor, Tensor]:
+    """Return the indices of scores ``[B,G,T,N]`` from the highest down, of equals the lower ones, and which to take.
+
+    Those are the ones above -inf, with ``mass`` under 1 no more of them than hold this share.
+    """
+    by_score = scores.sort(stable=True, dim=3, descending=True)
+    there = by_score.values > -torch.inf
+    return by_score.indices, there if mass == 1 else there & enough(by_score.values, mass)
 
 
 def scores(asking: Asking, rule: Rule) -> Tensor:
-    """Return the scores ``[B,G,T,P]`` of pages, or ``[B,G,T,L]`` of tokens."""
+    """Return the scores ``[B,G,T,P]`` of pages, or ``[B,G,T,L]`` of tokens.
+
+    A search down a tree looks at its part of them: here all are scored, and those that it does not find get -inf.
+    """
     name, block = ("score_tokens", "block_tokens") if rule.by_token else ("score_pages", "block_pages")
     count = asking.pages.shape[2]
     cut = cut_for(f"sparse_attention.{name}", block, asking.query.shape[3], asking.pages.dtype, asking.pages.device)
@@ -128,6 +140,10 @@ def scores(asking: Asking, rule: Rule) -> Tensor:
     constants: Constants = {**choice(asking, rule), "page": rule.page, **own}
     grid = (-(-scored // cut.sizes[block]) * asking.tokens, *asking.grid)
     run(f"sparse_attention.{name}", grid, {**arguments, "tokens": asking.tokens, "count": count}, constants, cut)
+    if rule.by_tree:
+        must = made == torch.inf
+        # What is forced is so for every head.
+        made = made.masked_fill(~(found(made, asking.positions, must[:, :1], rule) | must), -torch.inf)
     return made
 
 

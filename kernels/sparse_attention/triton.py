@@ -30,7 +30,7 @@ def _write_page(page_of, first, second, c, size: tl.constexpr, method: tl.conste
     """Write a description that has one or two values for each channel."""
     kind = page_of.dtype.element_ty
     tl.store(page_of + c, first.to(kind), mask=c < size)
-    if method != "hcam":
+    if method != "hcam" and method != "hip":
         tl.store(page_of + size + c, second.to(kind), mask=c < size)
 
 
@@ -66,6 +66,9 @@ def describe(
         elif method == "bounds":
             highest = tl.max(tl.where(inside, k, float("-inf")), 0)
             _write_page(pages, highest, tl.min(tl.where(inside, k, float("inf")), 0), c, size, method)
+        elif method == "hip":
+            centre = tl.sum(tl.where((i == page // 2)[:, None], k, 0.0), 0)
+            _write_page(pages, centre, centre, c, size, method)
         else:
             tl.static_assert(method == "moments" or method == "hcam")
             mean = tl.sum(k, 0) / page
@@ -95,7 +98,7 @@ def score_pages(
     must = (n >= tl.maximum(at - window + 1, 0) // page) | (n * page < sinks) | (at < dense_below)
     q, real = load_queries(query, t, tokens, scale, heads, groups, size, block_rows, block_size)
     row = (batch * groups + group) * count
-    each: tl.constexpr = size if method == "hcam" else 2 * size
+    each: tl.constexpr = size if method == "hcam" or method == "hip" else 2 * size
     place = pages + (row + n)[:, None] * each + c[None, :]
     inside = seen[:, None] & (c < size)[None, :]
     one = tl.load(place, mask=inside, other=0.0).to(tl.float32)
@@ -104,7 +107,7 @@ def score_pages(
         two = tl.load(place + size, mask=inside, other=0.0).to(tl.float32)
         found = tl.dot(tl.minimum(q, 0.0), tl.trans(two), found, input_precision=precision)
     else:
-        tl.static_assert(method == "moments" or method == "hcam")
+        tl.static_assert(method == "moments" or method == "hcam" or method == "hip")
         found = tl.dot(q, tl.trans(one), input_precision=precision)
         if method == "moments":
             two = tl.load(place + size, mask=inside, other=0.0).to(tl.float32)

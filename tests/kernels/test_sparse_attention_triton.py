@@ -23,7 +23,7 @@ from tests.kernels.triton_support import (
 
 SHAPE = Shape(batch=3, groups=1, per_group=2, tokens=71, key_size=12, value_size=20, seed=3)
 RULE: dict[str, Any] = {"scale": 0.4, "page": 8, "budget": 32, "sinks": 2, "window": 5}
-METHODS = ("bounds", "moments", "hcam", "lowbit")
+METHODS = ("bounds", "moments", "hcam", "hip", "lowbit")
 
 
 def rule(method: str, **options: Any) -> dict[str, Any]:
@@ -223,7 +223,10 @@ def test_a_prompt_in_blocks_is_the_prompt_whole() -> None:
         torch.testing.assert_close(one, other)  # keys may be shared among other numbers of programs
 
 
-def test_a_method_without_kernels_is_refused() -> None:
-    fixed = {**rule("bounds"), "method": "another"}
-    arguments = [*token(SHAPE), torch.zeros(3, 1), *state(rule("bounds"))]
-    assert "another" in device.refuses(GPUS["nvidia-sm90"], *arguments, **fixed)
+@pytest.mark.usefixtures("cut_small")
+def test_no_more_is_read_than_holds_the_mass() -> None:
+    fixed = rule("moments", mass=0.2, budget=48)
+    held = state(fixed)
+    check(token(SHAPE), torch.tensor([[71], [0], [-1]]), held, None, **fixed)
+    with pytest.raises(AssertionError), patch.object(steps, "enough", lambda ordered, mass: ordered > -torch.inf):
+        check(token(SHAPE), torch.tensor([[71], [0], [-1]]), held, None, **fixed)
