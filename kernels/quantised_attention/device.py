@@ -70,7 +70,8 @@ class Held(Asking):
     def cut(self, kernel: str, name: str) -> Tile:
         """Return the tile of a kernel that reads keys, and perhaps values."""
         size = max(self.query.shape[3], self.value.shape[3])
-        return steps.cut_for(f"quantised_attention.{kernel}", name, size, self.key.dtype, self.key.device)
+        # Codes and both ends of their ranges take more registers than keys do.
+        return steps.cut_for(f"quantised_attention.{kernel}", name, size, self.key.dtype, self.key.device, most=32)
 
 
 def in_place(
@@ -183,9 +184,7 @@ def _attend(
         "precision": precision(held.query.device, torch.float32),
     }
     cut = held.cut("attend", "block_keys")
-    return steps.attend(
-        "quantised_attention.attend", held, chosen, value_size, sink_logits, given, constants, cut
-    )
+    return steps.attend("quantised_attention.attend", held, chosen, value_size, sink_logits, given, constants, cut)
 
 
 KERNELS = DeviceKernels(reference.forward, refuses, in_place=in_place)

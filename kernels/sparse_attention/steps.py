@@ -78,7 +78,7 @@ def in_blocks(asking: A, rule: Rule, attend: Callable[[A], tuple[Tensor, Tensor]
 def choose(asking: Asking, rule: Rule, ranked: Callable[[Tensor], Tensor]) -> Tensor:
     """Return the positions ``[B,G,T,K]`` that tokens read for each key-value head, -1 for none.
 
-    ``ranked`` scores candidates ``[B,G,T,K]``, positions in order, by their whole keys; asked where the rule ranks again.
+    ``ranked`` scores candidates ``[B,G,T,K]``, positions in order, by their whole keys, where the rule ranks again.
     """
     dense = (asking.positions < rule.dense_below)[:, None, :, None]
     picked, there = best(scores(asking, rule), rule.most, -(-rule.dense_below // rule.unit), dense, rule.mass)
@@ -225,11 +225,11 @@ def choice(asking: Asking, rule: Rule) -> Constants:
     }
 
 
-def cut_for(kernel: str, name: str, size: int, dtype: torch.dtype, device: torch.device) -> Tile:
-    """Return the tile of a kernel whose blocks of keys or pages, ``name``, have up to ``size`` channels."""
+def cut_for(kernel: str, name: str, size: int, dtype: torch.dtype, device: torch.device, most: int = 64) -> Tile:
+    """Return the tile of a kernel whose blocks of at most ``most`` keys or pages, ``name``, have ``size`` channels."""
     size, kind = block_of(size), str(dtype).removeprefix("torch.")
     # Half as many rows of heads that are large, and more warps where queries are worked on, so that no registers spill.
-    default = Tile({name: 64 if size <= 64 else 32 if size <= 128 else 16}, 8 if "score" in kernel else 4, 1)
+    default = Tile({name: min(most, 64 if size <= 64 else 32 if size <= 128 else 16)}, 8 if "score" in kernel else 4, 1)
     return tile(kernel, f"{size}-{kind}", default, device)
 
 

@@ -13,11 +13,11 @@ def reached(scores: Tensor, start: Tensor, end: Tensor, count: Tensor, most: int
     """Mark the pages ``[B,G,T,P]`` that a search among those from ``start`` to ``end`` finds, ``count`` of them.
 
     ``scores [B,G,T,P]`` are those of the pages, of which only representatives are looked at; the others are
-    ``[B,1,T,1]`` each, ``count`` is at most ``most``, and ``rounds`` enough to halve any range to single pages, so that
-    nothing is read back by the host; one more leaves single pages as they are. The pages are cut into ``count`` ranges, as
+    ``[B,1,T,1]`` each, and ``count`` is at most ``most``. The pages are cut into ``count`` ranges, as
     equal as can be (all pages, if they are no more). Each round halves every range, the first half the shorter one,
     scores the halves by the page in their middle and keeps the best ``count``, of equal ones those that come first;
-    HiP attention (Lee et al. 2024), algorithm 1.
+    HiP attention (Lee et al. 2024), algorithm 1. ``rounds`` are enough to halve any range to single pages; one more
+    leaves those as they are, so that the host need not look when all are.
     """
     length = (end - start).clamp_min(0)
     count = count.clamp_min(0).minimum(length)

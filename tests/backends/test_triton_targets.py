@@ -60,7 +60,9 @@ def calls(size: int, dtype: torch.dtype, tokens: int) -> Iterator[Call]:
         sparse = {"scale": 0.1, "method": method, "page": 16, "budget": 128, "sinks": 4, "window": 64, "rerank": 2}
         yield "sparse_attention", "in_place", (*own, pages), {**sparse, "channels": 8 if method == "lowbit" else 0}
     for bits in BITS:
-        codes = [empty(BATCH, GROUPS, *sizes, code_bytes(size, bits), dtype=torch.uint8) for sizes in ((16, 16), (HELD,))]
+        codes = [
+            empty(BATCH, GROUPS, *sizes, code_bytes(size, bits), dtype=torch.uint8) for sizes in ((16, 16), (HELD,))
+        ]
         pages, ranges, tail = heads(GROUPS, HELD // 16, 2 * size), heads(GROUPS, HELD, 2), heads(GROUPS, 16)
         states = (*codes, integers(BATCH, HELD), pages, ranges, tail, tail)
         coded = {"scale": 0.1, "bits": bits, "page": 16, "budget": 128, "sinks": 4, "window": 64, "rerank": 2}

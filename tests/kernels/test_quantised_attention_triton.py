@@ -1,4 +1,4 @@
-"""Kernels of ``memc::quantised_attention`` in Triton's interpreter against the reference in float64, states in place."""
+"""Kernels of ``memc::quantised_attention``, states in place, in Triton's interpreter against the float64 reference."""
 
 from __future__ import annotations
 
@@ -65,7 +65,9 @@ def assert_held(buffers: list[Tensor], state: list[Tensor], page: int) -> None:
     codes, value_codes, positions, pages, ranges, *tails = buffers
     for row, length in enumerate((positions.amax(1) + 1).tolist()):
         there = state[2][row].argsort()[(state[2][row] < 0).sum() :]
-        assert torch.equal(positions[row, :length], torch.arange(length)) and bool((positions[row, length:] == -1).all())
+        assert torch.equal(positions[row, :length], torch.arange(length)) and bool(
+            (positions[row, length:] == -1).all()
+        )
         assert len(there) == length and state[2][row].max() == length - 1
         assert torch.equal(value_codes[row, :, :length], state[1][row, :, there])
         assert torch.equal(ranges[row, :, :length].double(), state[4][row, :, there])
@@ -126,7 +128,9 @@ def test_bfloat16_is_as_near_as_it_can_be() -> None:
     buffers, _ = after_a_prompt(SHAPE, options)
     buffers = [x.bfloat16() if x.is_floating_point() else x for x in buffers]
     given = tokens(CALLS[0], SHAPE, torch.bfloat16)
-    wanted = torch.ops.memc.quantised_attention_(*in_double([*given, CALLS[0], *(x.clone() for x in buffers)]), **options)
+    wanted = torch.ops.memc.quantised_attention_(
+        *in_double([*given, CALLS[0], *(x.clone() for x in buffers)]), **options
+    )
     for found, right in zip(device.in_place(*given, CALLS[0], *buffers, **options), wanted, strict=True):
         assert_near(found, right)
 
@@ -155,7 +159,10 @@ def test_a_prompt_in_blocks_is_the_prompt_whole() -> None:
     positions = torch.tensor([[27, 28, -1, 29, 30]])
     for entries in (steps.BLOCK_ENTRIES, 60):
         buffers, _ = after_a_prompt(shape, RULE)
-        with patch.object(steps, "BLOCK_ENTRIES", entries), patch.object(device, "_attend", wraps=device._attend) as run:
+        with (
+            patch.object(steps, "BLOCK_ENTRIES", entries),
+            patch.object(device, "_attend", wraps=device._attend) as run,
+        ):
             found.append(device.in_place(*tokens(positions, shape, torch.float32), positions, *buffers, **RULE))
         assert run.call_count == (2 if entries == 60 else 1)
     for one, other in zip(*found, strict=True):

@@ -91,9 +91,9 @@ def test_states_in_place_equal_the_reference(method: str) -> None:
 @pytest.mark.usefixtures("cut_small")
 def test_a_fault_is_found(fault: str) -> None:
     right = getattr(device, fault)
-    with patch.object(device, fault, lambda *a: right(*a).flip(3) if fault == "_lists" else right(a[0] - 1, *a[1:])):
-        with pytest.raises(AssertionError):
-            check(**RULE)
+    wrong = {"_lists": lambda *a: right(*a).flip(3), "_taken": lambda listed, *rest: right(listed - 1, *rest)}[fault]
+    with patch.object(device, fault, wrong), pytest.raises(AssertionError):
+        check(**RULE)
 
 
 def test_no_more_tokens_score_than_choose() -> None:
