@@ -18,7 +18,7 @@ from memc.kernels.quantised_attention import reference
 from memc.kernels.softmax_device import refusal, unordered
 from memc.kernels.sparse_attention import steps
 from memc.kernels.sparse_attention.choose import Rule
-from memc.kernels.sparse_attention.steps import Asking, Constants, block_of, in_blocks
+from memc.kernels.sparse_attention.steps import Arguments, Asking, Constants, block_of, in_blocks
 
 
 def refuses(gpu: Gpu, *args: Any, **options: Any) -> str:
@@ -131,7 +131,7 @@ def _hold(held: Held, key_tail: Tensor, value_tail: Tensor) -> None:
     kind = str(held.key.dtype).removeprefix("torch.")
     default = Tile({"block_channels": 16 if page > 64 else 32}, 4, 1)
     cut = tile("quantised_attention.hold", f"{page}-{kind}", default, held.key.device)
-    arguments = {
+    arguments: Arguments = {
         "codes": held.codes,
         "value_codes": held.value_codes,
         "pages": held.pages,
@@ -157,7 +157,7 @@ def _hold(held: Held, key_tail: Tensor, value_tail: Tensor) -> None:
 
 def _ranked(held: Held, candidates: Tensor, rule: Rule) -> Tensor:
     """Return the scores ``[B,G,T,K]`` of candidates by q.k with k as it is read."""
-    given = {"codes": held.codes, "pages": held.pages, "count": held.pages.shape[2]}
+    given: Arguments = {"codes": held.codes, "pages": held.pages, "count": held.pages.shape[2]}
     cut = held.cut("rank", "block_tokens")
     return steps.rank("quantised_attention.rank", held, rule, candidates, given, held.coded, cut)
 
@@ -167,7 +167,7 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     """Return output and log-sum-exp over the own pages and the tokens at ``chosen [B,G,T,K]``, -1 for none."""
     value_size = held.value.shape[3]
-    given = {
+    given: Arguments = {
         "codes": held.codes,
         "pages": held.pages,
         "value_codes": held.value_codes,

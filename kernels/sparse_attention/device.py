@@ -18,7 +18,7 @@ from memc.kernels.launch import DeviceKernels, Gpu, Tile, power_of_two, precisio
 from memc.kernels.softmax_device import refusal, unordered
 from memc.kernels.sparse_attention import reference, steps
 from memc.kernels.sparse_attention.choose import Rule
-from memc.kernels.sparse_attention.steps import Asking, Constants, block_of, in_blocks, rule_of
+from memc.kernels.sparse_attention.steps import Arguments, Asking, Constants, block_of, in_blocks, rule_of
 
 
 def refuses(gpu: Gpu, *args: Any, **_: Any) -> str:
@@ -163,7 +163,12 @@ def describe(held: Held, rule: Rule) -> None:
 
 def ranked(held: Held, candidates: Tensor, rule: Rule) -> Tensor:
     """Return the scores ``[B,G,T,K]`` of candidates by q.k."""
-    given = {"key": held.key, "places": held.places, "held": held.key.shape[2], "length": held.places.shape[1]}
+    given: Arguments = {
+        "key": held.key,
+        "places": held.places,
+        "held": held.key.shape[2],
+        "length": held.places.shape[1],
+    }
     cut = held.cut("rank", "block_tokens")
     return steps.rank("sparse_attention.rank", held, rule, candidates, given, {}, cut)
 
@@ -174,7 +179,7 @@ def attend(
     """Return output and log-sum-exp over the tokens at the positions ``chosen [B,G,T,K]``, -1 for none."""
     places = held.places[:, None, None].expand(-1, *chosen.shape[1:3], -1).gather(3, chosen.clamp_min(0))
     places = places.masked_fill(chosen < 0, -1)
-    given = {"key": held.key, "value": held.value, "held": held.key.shape[2]}
+    given: Arguments = {"key": held.key, "value": held.value, "held": held.key.shape[2]}
     kind = precision(held.query.device, held.query.dtype)
     constants: Constants = {"scale": scale, "softcap": softcap, "precision": kind}
     cut = held.cut("attend", "block_keys")
