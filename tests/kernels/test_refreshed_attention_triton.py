@@ -23,7 +23,7 @@ from tests.kernels.triton_support import (
     poisoned,
 )
 
-SHAPE = Shape(batch=3, groups=2, per_group=2, tokens=0, key_size=12, value_size=20, seed=3)
+SHAPE = Shape(batch=3, groups=1, per_group=2, tokens=0, key_size=12, value_size=20, seed=3)
 RULE: dict[str, Any] = {"scale": 0.4, "method": "bounds", "page": 2, "budget": 8, "sinks": 1, "window": 3, "refresh": 3}
 SLOTS = 51
 
