@@ -10,12 +10,19 @@ import torch
 from memc.dialect import OpSpec
 from memc.dialect.in_place import IN_PLACE, outputs
 from memc.kernels.attention.slots import forward as attention
+from memc.kernels.attention.slots import write
 from memc.kernels.common import DEVICES
 from memc.kernels.launch import dispatch
 from memc.kernels.sparse_attention.slots import forward as sparse_attention
 
 REFERENCES: dict[str, Callable[..., Any]] = {"attention": attention, "sparse_attention": sparse_attention}
 """Ops whose state is laid out in another way in place than in the functional form."""
+
+PAGED: dict[str, tuple[str, ...]] = {
+    "quantised_attention": ("past_key", "past_pages"),
+    "refreshed_attention": ("past_pages",),
+}
+"""Ops that append tokens to their state, which have slots in place, by those of their states that have pages."""
 
 
 def _copied(spec: OpSpec) -> Callable[..., Any]:
@@ -31,6 +38,34 @@ def _copied(spec: OpSpec) -> Callable[..., Any]:
     return run
 
 
+def _appended(spec: OpSpec) -> Callable[..., Any]:
+    """Run the functional form on the slots and write what it appends to its own: slot p holds the token at p.
+
+    There is a slot more than a sequence may have tokens, for padding. The tokens of a row are of one sequence.
+    """
+
+    def run(*args: Any, **options: Any) -> Any:
+        results = spec.overload(*args, **options)
+        given = spec.bind(args, options)
+        tokens = []
+        for name, index in spec.states.items():
+            buffer, following = given[name], results[index]
+            if name in PAGED[spec.name]:
+                buffer.copy_(following[:, :, : buffer.shape[2]])
+            elif buffer.shape == following.shape:
+                buffer.copy_(following)
+            elif name != "past_positions":
+                tokens.append((following[:, :, buffer.shape[2] :], buffer))
+        write(given["positions"], tuple(tokens), given["past_positions"])
+        return outputs(spec, results)
+
+    return run
+
+
+def _reference(spec: OpSpec) -> Callable[..., Any]:
+    return REFERENCES.get(spec.name) or (_appended(spec) if spec.name in PAGED else _copied(spec))
+
+
 for _spec in IN_PLACE.values():
-    _run = dispatch(_spec.name, REFERENCES.get(_spec.name) or _copied(_spec), "in_place")
+    _run = dispatch(_spec.name, _reference(_spec), "in_place")
     torch.library.register_kernel(f"memc::{_spec.name}_", DEVICES, _run)

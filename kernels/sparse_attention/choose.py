@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from memc.dialect.selectors import SELECTORS
+from memc.dialect.sparse_attention import forced_pages
 from memc.kernels.sparse_attention.tree import reached
 
 
@@ -128,7 +129,9 @@ def found(scores: Tensor, at: Tensor, must: Tensor, rule: Rule) -> Tensor:
     end = (at[:, None, :, None] - rule.window + 1).clamp_min(0) // rule.page
     start = end.clamp_max(-(-rule.sinks // rule.page))
     count = rule.most - must.sum(-1, keepdim=True)
-    return reached(scores, start, end, count, rule.most)
+    # Longest is what few ranges are made of: of at least so many pages as are left when all that may be forced are.
+    least = max(1, rule.most - forced_pages(rule.page, rule.sinks, rule.window))
+    return reached(scores, start, end, count, rule.most, (-(-scores.shape[3] // least) - 1).bit_length())
 
 
 def ranks(query: Tensor, pages: Tensor, at: Tensor, rule: Rule) -> Tensor:
@@ -160,9 +163,14 @@ def needed(rank: Tensor, mass: float) -> Tensor:
     if mass == 1:
         return torch.ones_like(rank, dtype=torch.bool)
     ordered = rank.sort(dim=-1, descending=True, stable=True)
-    weight = ordered.values.masked_fill(ordered.values.isinf(), -torch.inf).softmax(-1).nan_to_num()
-    kept = (weight.cumsum(-1) - weight < mass) | (ordered.values == torch.inf)
+    kept = enough(ordered.values, mass)
     return torch.zeros_like(kept).scatter(-1, ordered.indices, kept)
+
+
+def enough(ordered: Tensor, mass: float) -> Tensor:
+    """Mark, as :func:`needed`, of ranks ``ordered [..., N]`` from the highest down."""
+    weight = ordered.masked_fill(ordered.isinf(), -torch.inf).softmax(-1).nan_to_num()
+    return (weight.cumsum(-1) - weight < mass) | (ordered == torch.inf)
 
 
 def chosen(query: Tensor, keys: Tensor, pages: Tensor, at: Tensor, rule: Rule) -> Tensor:

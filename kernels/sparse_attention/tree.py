@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 
-def reached(scores: Tensor, start: Tensor, end: Tensor, count: Tensor, most: int) -> Tensor:
+def reached(scores: Tensor, start: Tensor, end: Tensor, count: Tensor, most: int, rounds: int) -> Tensor:
     """Mark the pages ``[B,G,T,P]`` that a search among those from ``start`` to ``end`` finds, ``count`` of them.
 
     ``scores [B,G,T,P]`` are those of the pages, of which only representatives are looked at; the others are
     ``[B,1,T,1]`` each, and ``count`` is at most ``most``. The pages are cut into ``count`` ranges, as
     equal as can be (all pages, if they are no more). Each round halves every range, the first half the shorter one,
     scores the halves by the page in their middle and keeps the best ``count``, of equal ones those that come first;
-    HiP attention (Lee et al. 2024), algorithm 1.
+    HiP attention (Lee et al. 2024), algorithm 1. ``rounds`` are enough to halve any range to single pages; one more
+    leaves those as they are, so that the host need not look when all are.
     """
     length = (end - start).clamp_min(0)
     count = count.clamp_min(0).minimum(length)
@@ -25,7 +26,7 @@ def reached(scores: Tensor, start: Tensor, end: Tensor, count: Tensor, most: int
     pieces = count.clamp_min(1)
     left, right = (start + length * n // pieces for n in (number, number + 1))
     left, right = (torch.where(live, x, 0) for x in (left, right))
-    while int((right - left).max()) > 1:
+    for _ in range(rounds):
         left, right = _best_halves(scores, left, right, live)
     found = torch.zeros(*scores.shape[:3], scores.shape[3] + 1, dtype=torch.bool, device=scores.device)
     return found.scatter(3, torch.where(live, left, scores.shape[3]), value=True)[..., :-1]

@@ -14,7 +14,7 @@ from memc.kernels.softmax_triton import LOG2E, capped, extend, load_rows, log_su
 
 
 @triton.jit
-def _queries(query, t, tokens, scale: tl.constexpr, heads: tl.constexpr, groups: tl.constexpr, size: tl.constexpr,
+def load_queries(query, t, tokens, scale: tl.constexpr, heads: tl.constexpr, groups: tl.constexpr, size: tl.constexpr,
              block_rows: tl.constexpr, block_size: tl.constexpr):  # fmt: skip
     """Load a group's heads of token ``t`` of ``query [B,H,T,D]``, times the scale, in float32; 0 beyond them."""
     group, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -30,7 +30,7 @@ def _write_page(page_of, first, second, c, size: tl.constexpr, method: tl.conste
     """Write a description that has one or two values for each channel."""
     kind = page_of.dtype.element_ty
     tl.store(page_of + c, first.to(kind), mask=c < size)
-    if method != "hcam":
+    if method != "hcam" and method != "hip":
         tl.store(page_of + size + c, second.to(kind), mask=c < size)
 
 
@@ -66,6 +66,9 @@ def describe(
         elif method == "bounds":
             highest = tl.max(tl.where(inside, k, float("-inf")), 0)
             _write_page(pages, highest, tl.min(tl.where(inside, k, float("inf")), 0), c, size, method)
+        elif method == "hip":
+            centre = tl.sum(tl.where((i == page // 2)[:, None], k, 0.0), 0)
+            _write_page(pages, centre, centre, c, size, method)
         else:
             tl.static_assert(method == "moments" or method == "hcam")
             mean = tl.sum(k, 0) / page
@@ -93,9 +96,9 @@ def score_pages(
     at = p + tl.zeros([block_pages], tl.int32)
     seen = (at >= 0) & (n <= at // page) & (n < count)
     must = (n >= tl.maximum(at - window + 1, 0) // page) | (n * page < sinks) | (at < dense_below)
-    q, real = _queries(query, t, tokens, scale, heads, groups, size, block_rows, block_size)
+    q, real = load_queries(query, t, tokens, scale, heads, groups, size, block_rows, block_size)
     row = (batch * groups + group) * count
-    each: tl.constexpr = size if method == "hcam" else 2 * size
+    each: tl.constexpr = size if method == "hcam" or method == "hip" else 2 * size
     place = pages + (row + n)[:, None] * each + c[None, :]
     inside = seen[:, None] & (c < size)[None, :]
     one = tl.load(place, mask=inside, other=0.0).to(tl.float32)
@@ -104,7 +107,7 @@ def score_pages(
         two = tl.load(place + size, mask=inside, other=0.0).to(tl.float32)
         found = tl.dot(tl.minimum(q, 0.0), tl.trans(two), found, input_precision=precision)
     else:
-        tl.static_assert(method == "moments" or method == "hcam")
+        tl.static_assert(method == "moments" or method == "hcam" or method == "hip")
         found = tl.dot(q, tl.trans(one), input_precision=precision)
         if method == "moments":
             two = tl.load(place + size, mask=inside, other=0.0).to(tl.float32)
@@ -129,7 +132,7 @@ def score_tokens(
     group, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     t = tl.program_id(0) % tokens
     p = tl.load(positions + batch * tokens + t).to(tl.int32)
-    q, real = _queries(query, t, tokens, scale, heads, groups, size, block_rows, block_size)
+    q, real = load_queries(query, t, tokens, scale, heads, groups, size, block_rows, block_size)
     c = tl.arange(0, block_size)
     strength = tl.where(c < size, tl.sum(tl.abs(q), 0), -1.0)
     # A channel's place in the order: how many are stronger, of equals those at lower indices.
@@ -152,9 +155,9 @@ def score_tokens(
     tl.store(scores + row * count * page + j, best, mask=j < count * page)
 
 
-@triton.jit(do_not_specialize=["tokens", "held", "length", "listed"])
+@triton.jit(do_not_specialize=["held", "length", "tokens", "listed"])
 def rank(
-    scores, query, key, candidates, places, positions, tokens, held, length, listed,
+    scores, query, candidates, positions, key, places, held, length, tokens, listed,
     heads: tl.constexpr, groups: tl.constexpr, size: tl.constexpr, scale: tl.constexpr,
     sinks: tl.constexpr, window: tl.constexpr, dense_below: tl.constexpr, precision: tl.constexpr,
     block_rows: tl.constexpr, block_size: tl.constexpr, block_tokens: tl.constexpr,
@@ -166,7 +169,7 @@ def rank(
     group, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     t = tl.program_id(0) % tokens
     p = tl.load(positions + batch * tokens + t).to(tl.int32)
-    q, real = _queries(query, t, tokens, scale, heads, groups, size, block_rows, block_size)
+    q, real = load_queries(query, t, tokens, scale, heads, groups, size, block_rows, block_size)
     own = ((batch * groups + group) * tokens + t) * listed
     i = tl.program_id(0) // tokens * block_tokens + tl.arange(0, block_tokens)
     j = tl.load(candidates + own + i, mask=i < listed, other=-1)
@@ -180,9 +183,29 @@ def rank(
     tl.store(scores + own + i, best, mask=i < listed)
 
 
-@triton.jit(do_not_specialize=["tokens", "held", "listed", "share"])
+@triton.jit
+def begin_share(sink_logits, split, head, real, has_sink_logits: tl.constexpr, block_rows: tl.constexpr):
+    """Return highest score and sum of weights to begin a share with; the first one has the sink logits."""
+    top = tl.full([block_rows], float("-inf"), tl.float32)
+    total = tl.zeros([block_rows], tl.float32)
+    if has_sink_logits and split == 0:
+        r = tl.arange(0, block_rows)
+        top = tl.load(sink_logits + head + r, mask=real, other=0.0).to(tl.float32) * LOG2E
+        total += 1.0
+    return top, total
+
+
+@triton.jit
+def store_share(parts, part_lse, row, real, top, total, acc, value_size: tl.constexpr, block_value: tl.constexpr):
+    """Store a share's output and log-sum-exp, to base 2, in ``row [M]``."""
+    acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+    store_rows(parts, row, acc, real, value_size, block_value)
+    tl.store(part_lse + row, log_sum_exp(top, total), mask=real)
+
+
+@triton.jit(do_not_specialize=["held", "tokens", "listed", "share"])
 def attend(
-    parts, part_lse, query, key, value, chosen, sink_logits, tokens, held, listed, share,
+    parts, part_lse, query, chosen, sink_logits, key, value, held, tokens, listed, share,
     heads: tl.constexpr, groups: tl.constexpr, size: tl.constexpr, value_size: tl.constexpr,
     scale: tl.constexpr, softcap: tl.constexpr, has_sink_logits: tl.constexpr, precision: tl.constexpr,
     block_rows: tl.constexpr, block_size: tl.constexpr, block_value: tl.constexpr, block_keys: tl.constexpr,
@@ -198,12 +221,9 @@ def attend(
     row = batch * groups + group
     first = query + ((batch * heads + group * repeat) * tokens + t) * size
     q = load_rows(first, r * tokens, r < repeat, size, block_size)
-    top = tl.full([block_rows], float("-inf"), tl.float32)
-    total = tl.zeros([block_rows], tl.float32)
+    real = r < repeat
+    top, total = begin_share(sink_logits, split, group * repeat, real, has_sink_logits, block_rows)
     acc = tl.zeros([block_rows, block_value], tl.float32)
-    if has_sink_logits and split == 0:
-        top = tl.load(sink_logits + group * repeat + r, mask=r < repeat, other=0.0).to(tl.float32) * LOG2E
-        total += 1.0
     for start in range(split * share, tl.minimum(listed, (split + 1) * share), block_keys):
         i = start + tl.arange(0, block_keys)
         place = tl.load(chosen + (row * tokens + t) * listed + i, mask=i < listed, other=-1)
@@ -212,7 +232,5 @@ def attend(
         scores = capped(tl.dot(q, tl.trans(k), input_precision=precision), scale, softcap)
         scores = tl.where((place >= 0)[None, :], scores, float("-inf"))
         top, total, acc = extend(top, total, acc, scores, v, precision)
-    acc = acc / tl.where(total > 0, total, 1.0)[:, None]
     out = ((batch * tokens + t) * heads + group * repeat + r) * splits + split
-    store_rows(parts, out, acc, r < repeat, value_size, block_value)
-    tl.store(part_lse + out, log_sum_exp(top, total), mask=r < repeat)
+    store_share(parts, part_lse, out, real, top, total, acc, value_size, block_value)

@@ -6,6 +6,7 @@ hold the functional forms alone.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,8 @@ import torch
 from memc.dialect.attention import attention
 from memc.dialect.base import LIBRARY, OpSpec
 from memc.dialect.linear_memory import linear_memory
+from memc.dialect.quantised_attention import quantised_attention
+from memc.dialect.refreshed_attention import refreshed_attention
 from memc.dialect.sparse_attention import sparse_attention
 from memc.dialect.window_memory import window_memory
 
@@ -24,9 +27,9 @@ IN_PLACE: dict[torch._ops.OpOverload, OpSpec] = {}
 def _schema(spec: OpSpec) -> str:
     """Mark the states of a schema as written, and drop them from what it returns."""
     arguments = spec.schema.rpartition(" -> ")[0]
-    for letter, state in zip("abcd", spec.states, strict=False):
-        assert f"Tensor {state}" in arguments
-        arguments = arguments.replace(f"Tensor {state}", f"Tensor({letter}!) {state}")
+    for letter, state in zip("abcdefgh", spec.states, strict=False):
+        arguments, found = re.subn(rf"Tensor {state}\b", f"Tensor({letter}!) {state}", arguments)
+        assert found == 1
     count = len(spec.overload._schema.returns) - len(spec.states)
     return f"{arguments} -> {'Tensor' if count == 1 else '(' + ', '.join(['Tensor'] * count) + ')'}"
 
@@ -49,7 +52,7 @@ def in_place(spec: OpSpec) -> torch._ops.OpOverload | None:
     return next((overload for overload, functional in IN_PLACE.items() if functional is spec), None)
 
 
-for _spec in (attention, window_memory, linear_memory, sparse_attention):
+for _spec in (attention, window_memory, linear_memory, sparse_attention, refreshed_attention, quantised_attention):
     LIBRARY.define(f"{_spec.name}_{_schema(_spec)}", tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"memc::{_spec.name}_", _fake(_spec))
     IN_PLACE[getattr(torch.ops.memc, f"{_spec.name}_").default] = _spec

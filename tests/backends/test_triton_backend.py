@@ -267,19 +267,17 @@ def test_what_is_supported() -> None:
     backend = TritonBackend()
     found = {}
     made = {"llama": program(), "sparse": ops.sparse_attention(), "bits": ops.sparse_attention(bits=4)}
-    made |= {"compact": ops.compact_attention(), "refreshed": ops.sparse_attention(refresh=2)}
-    made |= {"tree": ops.sparse_attention(method="hip"), "mass": ops.sparse_attention(mass=0.5)}
+    made |= {"compact": ops.compact_attention(), "refreshed": ops.sparse_attention(refresh=2, mass=0.5)}
+    made |= {"tree": ops.sparse_attention(method="hip"), "wide": ops.sparse_attention(key=260)}
     for name, each in made.items():
         for node in each.module.graph.nodes:
             found[name, str(node.target)] = backend.supports(node, target)
     assert isinstance(found["llama", "memc.window_memory.default"], Yes)
-    assert found["sparse", "memc.sparse_attention.default"] == Yes("Triton kernels, state in place")
+    for name, op in (("sparse", "sparse"), ("tree", "sparse"), ("bits", "quantised"), ("refreshed", "refreshed")):
+        assert found[name, f"memc.{op}_attention.default"] == Yes("Triton kernels, state in place")
     for refused in (
-        found["bits", "memc.quantised_attention.default"],
         found["compact", "memc.compact_attention.default"],
-        found["refreshed", "memc.refreshed_attention.default"],
-        found["tree", "memc.sparse_attention.default"],
-        found["mass", "memc.sparse_attention.default"],
+        found["wide", "memc.sparse_attention.default"],
     ):
         assert isinstance(refused, No) and "--backend eager" in refused.reason
     assert backend.refuses_weights("int8", target) and not backend.refuses_weights("bf16", target)

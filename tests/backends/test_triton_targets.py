@@ -13,6 +13,7 @@ from torch import Tensor
 from memc.backends.triton.bundle import build
 from memc.backends.triton.variants import Variant, variant_of
 from memc.dialect import OPS
+from memc.dialect.quantised_attention import BITS, code_bytes
 from memc.dialect.sparse_attention import description
 from memc.kernels.launch import GPUS, Gpu, Notes, device_kernels, launching
 from memc.kernels.tiles import tiles_of
@@ -58,6 +59,14 @@ def calls(size: int, dtype: torch.dtype, tokens: int) -> Iterator[Call]:
         pages = empty(BATCH, GROUPS, HELD // 16, *description(method, 16, size), dtype=dtype)
         sparse = {"scale": 0.1, "method": method, "page": 16, "budget": 128, "sinks": 4, "window": 64, "rerank": 2}
         yield "sparse_attention", "in_place", (*own, pages), {**sparse, "channels": 8 if method == "lowbit" else 0}
+    for bits in BITS:
+        codes = [
+            empty(BATCH, GROUPS, *sizes, code_bytes(size, bits), dtype=torch.uint8) for sizes in ((16, 16), (HELD,))
+        ]
+        pages, ranges, tail = heads(GROUPS, HELD // 16, 2 * size), heads(GROUPS, HELD, 2), heads(GROUPS, 16)
+        states = (*codes, integers(BATCH, HELD), pages, ranges, tail, tail)
+        coded = {"scale": 0.1, "bits": bits, "page": 16, "budget": 128, "sinks": 4, "window": 64, "rerank": 2}
+        yield "quantised_attention", "in_place", (query, key, value, positions, *states), coded
     grads = query, heads(GROUPS, HELD + tokens), heads(GROUPS, HELD + tokens)
     yield "attention", "backward", (*grads, *own), {"scale": 0.1}
     memory = single(BATCH, GROUPS, size, size)

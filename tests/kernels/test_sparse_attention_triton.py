@@ -11,7 +11,7 @@ from torch import Tensor
 
 from memc.dialect.sparse_attention import description
 from memc.kernels.launch import GPUS, Notes, launching
-from memc.kernels.sparse_attention import device, reference, slots
+from memc.kernels.sparse_attention import device, reference, slots, steps
 from tests.kernels.cases import Shape, walk
 from tests.kernels.triton_support import (
     assert_near,
@@ -23,7 +23,7 @@ from tests.kernels.triton_support import (
 
 SHAPE = Shape(batch=3, groups=1, per_group=2, tokens=71, key_size=12, value_size=20, seed=3)
 RULE: dict[str, Any] = {"scale": 0.4, "page": 8, "budget": 32, "sinks": 2, "window": 5}
-METHODS = ("bounds", "moments", "hcam", "lowbit")
+METHODS = ("bounds", "moments", "hcam", "hip", "lowbit")
 
 
 def rule(method: str, **options: Any) -> dict[str, Any]:
@@ -127,8 +127,8 @@ def test_what_is_not_chosen_is_not_read(method: str) -> None:
 def test_a_choice_of_other_pages_is_found() -> None:
     fixed = rule("bounds")
     held = state(fixed)
-    right = device._scores
-    with patch.object(device, "_scores", lambda *a: -right(*a)), pytest.raises(AssertionError):
+    right = steps.scores
+    with patch.object(steps, "scores", lambda *a: -right(*a)), pytest.raises(AssertionError):
         check(token(SHAPE), held[2].amax(1, keepdim=True) + 1, held, None, **fixed)
 
 
@@ -212,10 +212,10 @@ def test_a_prompt_in_blocks_is_the_prompt_whole() -> None:
     shape = Shape(SHAPE.batch, SHAPE.groups, SHAPE.per_group, positions.shape[1], SHAPE.key_size, SHAPE.value_size, 5)
     tokens = [x.float() for x in shape.qkv(shape.generator())]
     found = []
-    for entries in (device.BLOCK_ENTRIES, 500):
+    for entries in (steps.BLOCK_ENTRIES, 500):
         with (
-            patch.object(device, "BLOCK_ENTRIES", entries),
-            patch.object(device, "_attend", wraps=device._attend) as run,
+            patch.object(steps, "BLOCK_ENTRIES", entries),
+            patch.object(device, "attend", wraps=device.attend) as run,
         ):
             found.append(device.in_place(*tokens, positions, *buffers(state(fixed), 101, 8), **fixed))
         assert run.call_count == (2 if entries == 500 else 1)
@@ -223,7 +223,10 @@ def test_a_prompt_in_blocks_is_the_prompt_whole() -> None:
         torch.testing.assert_close(one, other)  # keys may be shared among other numbers of programs
 
 
-def test_a_method_without_kernels_is_refused() -> None:
-    fixed = {**rule("bounds"), "method": "another"}
-    arguments = [*token(SHAPE), torch.zeros(3, 1), *state(rule("bounds"))]
-    assert "another" in device.refuses(GPUS["nvidia-sm90"], *arguments, **fixed)
+@pytest.mark.usefixtures("cut_small")
+def test_no_more_is_read_than_holds_the_mass() -> None:
+    fixed = rule("moments", mass=0.2, budget=48)
+    held = state(fixed)
+    check(token(SHAPE), torch.tensor([[71], [0], [-1]]), held, None, **fixed)
+    with pytest.raises(AssertionError), patch.object(steps, "enough", lambda ordered, mass: ordered > -torch.inf):
+        check(token(SHAPE), torch.tensor([[71], [0], [-1]]), held, None, **fixed)

@@ -17,7 +17,8 @@ from tests.kernels.oracles import tree_search
 def search(scores: torch.Tensor, start: int, end: int, count: int) -> list[int]:
     """Return the pages that one query finds by ``scores [P]``."""
     each = (torch.tensor(x).view(1, 1, 1, 1) for x in (start, end, count))
-    found = tree.reached(scores.view(1, 1, 1, -1), *each, most=count + 2)
+    rounds = (math.ceil((end - start) / max(1, count)) - 1).bit_length()
+    found = tree.reached(scores.view(1, 1, 1, -1), *each, most=count + 2, rounds=rounds)
     return [int(page) for page in found[0, 0, 0].nonzero()[:, 0]]
 
 

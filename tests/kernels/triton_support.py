@@ -63,7 +63,8 @@ def poisoned() -> Iterator[None]:
 
     def filled(self: Tensor, *sizes: Any, **options: Any) -> Tensor:
         made = empty(self, *sizes, **options)
-        return made.fill_(torch.nan) if made.is_floating_point() else made.fill_(-(2**30))
+        wrong = torch.nan if made.is_floating_point() else 255 if made.dtype == torch.uint8 else -(2**30)
+        return made.fill_(wrong)
 
     with patch.object(Tensor, "new_empty", filled):
         yield
