@@ -194,7 +194,8 @@ def forms_of(
             continue
         match supports(node, target):
             case No(reason):
-                raise MemcError("E601", f"{backend} cannot lower {node.target}: {reason}", where=source_of(node))
+                reason = f"{backend} cannot lower {node.target}: {reason}"
+                raise MemcError("E601", reason, source_of(node), "another --backend or --target")
             case Yes(how) if is_memc(node.target):
                 forms.setdefault(node.target.name().partition("::")[2], Counter())[how] += 1
     return {op: "; ".join(f"{how} (x{n})" for how, n in found.most_common()) for op, found in forms.items()}

@@ -28,6 +28,7 @@ from memc.errors import MemcError
 from memc.frontend import Captured, capture_source
 from memc.frontend.recast import recast
 from memc.pipeline import Pass
+from memc.prepare import forms_of
 from memc.program import Program
 from memc.raising import Raised, raise_program
 from memc.recipe import Train
@@ -86,12 +87,15 @@ def require_raised(raised: Raised) -> None:
 def make_plan(
     request: Request, steps: Steps, passes: list[Pass], captured: Captured, raised: Raised, training: bool
 ) -> ConvertDocument:
-    """Plan every pass on what the ones before leave, and predict what the result costs."""
+    """Plan every pass on what the ones before leave, and predict what the result costs.
+
+    Raises ``MemcError`` E601 where the backend could not lower it, before anything is rewritten or trained.
+    """
     train = request.recipe.train or Train()
     with steps.step("plan", "plan"):
         merges = training and train.onto == "original"
         planned, reports = plan_all(passes, raised.program, request.target, undecided=training, merges=merges)
-
+        forms_of(planned, request.target, request.backend.name, request.backend.supports)
         settings: dict[str, Any] = {"weights": request.weights, "threads": request.threads}
         sides = {"original": raised.program, "converted": planned}
         costs = [predict(program, request.target, request.contexts, **settings) for program in sides.values()]

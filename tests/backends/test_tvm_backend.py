@@ -17,6 +17,7 @@ import torch
 from tvm.script import tirx as T
 from tvm_support import build, lower
 
+from memc import api
 from memc.artifact import read_manifest
 from memc.backend import No, Yes
 from memc.backends.tvm import TvmBackend, convert, library
@@ -27,6 +28,7 @@ from memc.errors import Exit, MemcError
 from memc.plugins import load_plugin
 from memc.target import get_target
 from tests.backends.runs import compare
+from tests.core.tiny import tiny_program
 
 CPU = get_target("cpu")
 
@@ -192,6 +194,14 @@ def test_refusals_come_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(MemcError, match="compiles for CPUs"):
         lower(ops.norm(), tmp_path, target="nvidia-sm90")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_an_op_without_a_form_is_refused_while_planning(dry_run: bool, tmp_path: Path) -> None:
+    spec = "sparsify:method=bounds,bits=4,budget=6,page=2,sinks=1,window=2"
+    with pytest.raises(MemcError, match=r"E601 tvm cannot lower memc\.quantised_attention") as refused:
+        api.convert(tiny_program(), tmp_path / "out", passes=[spec], backend="tvm", dry_run=dry_run)
+    assert refused.value.next and not list(tmp_path.iterdir())
 
 
 def test_an_id_out_of_range_never_reaches_the_library(decoder: Path) -> None:
