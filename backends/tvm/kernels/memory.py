@@ -1,7 +1,9 @@
 """``memc::linear_memory``: a matrix per key-value head, decayed, written and read.
 
 Calls of few tokens, a step of decoding among them, go token by token; prompts go by chunks, with every kind of gate
-and both rules of update (:mod:`memc.backends.tvm.kernels.memory_chunk`).
+and both rules of update (:mod:`memc.backends.tvm.kernels.memory_chunk`). Chunks win by what steps lose: value channels
+beside whole vectors, and the way of the state through the caches. Where a state fits the nearest one and has neither,
+as of the delta rule with 128 by 64 channels, both take the same time.
 """
 
 from __future__ import annotations
