@@ -67,8 +67,11 @@ def ratio(after: float | None, before: float | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Render seconds."""
-    return "-" if seconds is None else f"{seconds:.1f} s"
+    """Render seconds, as minutes or hours where it is two of these or more."""
+    if seconds is None:
+        return "-"
+    unit, name = (3600, "h") if seconds >= 7200 else (60, "min") if seconds >= 120 else (1, "s")
+    return f"{seconds / unit:.1f} {name}"
 
 
 def layers(numbers: Iterable[int]) -> str:

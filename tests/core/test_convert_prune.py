@@ -206,6 +206,18 @@ def test_a_dry_run_needs_no_text(llama: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_the_time_of_converting_counts_what_is_looked_at_and_trained_on(llama: Path, tmp_path: Path) -> None:
+    text = str(write_text(tmp_path / "text.txt", 4000))
+
+    def seconds(sequences: int, **options: Any) -> float:
+        spec = f"prune:amount=0.2,unit=ffn,round=8,protect=none,sequences={sequences},length=32"
+        return convert(llama, tmp_path / "out", spec, dry_run=True, data=[text], **options).predicted.seconds or 0.0
+
+    least = seconds(1, tokens=0)
+    assert seconds(1001, tokens=0) - least == pytest.approx(4 / 5 * (seconds(1, tokens=32_000) - least))
+    assert seconds(1, tokens=32_000) > least
+
+
 def test_too_little_data_is_refused(llama: Path, tmp_path: Path) -> None:
     short = write_text(tmp_path / "short.txt", 70)
     with pytest.raises(MemcError, match="E207"):
