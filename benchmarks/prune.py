@@ -39,14 +39,12 @@ from memc.passes.prune import Prune, measure, scores
 from memc.passes.prune.allocate import allocate
 from memc.passes.prune.draft import Draft
 from memc.passes.prune.groups import Groups
-from memc.passes.prune.repeats import with_repeats
 from memc.passes.prune.rewrite import Cut, Pruner
 from memc.pipeline import Calibration
 from memc.program import Program
 from memc.raising import raise_program
 from memc.runtime.text import Text
 from memc.target import get_target
-from memc.verify.inputs import token_limit
 from memc.verify.relations import perplexity
 from memc.weights import materialize
 
@@ -96,8 +94,8 @@ VARIANTS = (
 class Bench:
     """The original, its calibration text and its test text."""
 
-    def __init__(self, texts: Path, work: Path, sequences: int, rows: int, repeats: float = 0.0) -> None:
-        """Read the model and the texts; ``repeats`` is the pass's option."""
+    def __init__(self, texts: Path, work: Path, sequences: int, rows: int) -> None:
+        """Read the model and the texts."""
         self.console = Console()
         work.mkdir(parents=True, exist_ok=True)
         captured = capture_source(model())
@@ -111,8 +109,7 @@ class Bench:
         first = TokenStream.of([np.asarray(jargon[: len(jargon) * 8 // 10])], "jargon")
         corpus = Corpus([*novels, first], [*(2.0 / len(NOVELS) for _ in NOVELS), 1.0], guard=0.0)
         tokens, positions = (torch.from_numpy(part) for part in corpus.sequences(LENGTH).batch(0, sequences))
-        text = Calibration(tokens, positions, "five novels and the Jargon File, two to one")
-        self.calibration = with_repeats(text, repeats, token_limit(self.original))
+        self.calibration = Calibration(tokens, positions, "five novels and the Jargon File, two to one")
         novel = read_tokens(texts / f"austen-{HELD_OUT}.txt", tokenizer).ids
         self.words = words_in(tokenizer, self.original.model.vocab_size or tokenizer.get_vocab_size())
         self.tests = {"Austen": _rows(novel, rows), "Jargon File": _rows(jargon[len(jargon) * 9 // 10 :], rows)}
@@ -291,13 +288,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, default=0, help="samples of each task of recall and depth")
     parser.add_argument("--only", action="append", choices=[one.name for one in VARIANTS], help="variant; repeatable")
     parser.add_argument("--amounts", type=float, nargs="*", default=AMOUNTS, help="shares of block parameters that go")
-    parser.add_argument("--repeats", type=float, default=0.0, help="the pass's option")
     parser.add_argument("--protect", default="ends", help="the pass's option")
     parser.add_argument("--results", type=Path, default=HERE / "results")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     start = time.perf_counter()
-    bench = Bench(options.texts, options.work, options.sequences, options.rows, options.repeats)
+    bench = Bench(options.texts, options.work, options.sequences, options.rows)
     variants = [one for one in VARIANTS if not options.only or one.name in options.only]
     drafts = bench.drafts(options.amounts, variants, options.protect)
     first = next(iter(drafts.values()))

@@ -16,14 +16,12 @@ from memc.passes.prune.allocate import allocate
 from memc.passes.prune.details import Done
 from memc.passes.prune.draft import REMOVED, Draft, Drafter, spaced
 from memc.passes.prune.removal import Removal
-from memc.passes.prune.repeats import with_repeats
 from memc.passes.prune.rewrite import Cut, Pruner
 from memc.pipeline import Calibration, Pass, PassReport, Plan, Site, option
 from memc.program import Program
 from memc.relation import Bounded, Exact, Relation
 from memc.sites import listed
 from memc.target import Target
-from memc.verify.inputs import token_limit
 
 OF_UNITS = ("obs", "wanda", "flap", "activation", "magnitude", "taylor", "2ssp", "analysis")
 OF_KEYS = ("think", "magnitude", "taylor")
@@ -64,13 +62,12 @@ class Prune(Pass):
     :mod:`memc.passes.prune.removal`. What is left keeps its weights. ``unit=auto,score=2ssp`` takes channels and then
     attention blocks, as 2SSP shares them out.
 
-    Calibration text is that of the conversion: its data, or text sampled from the original; ``repeats`` replaces a
-    share of it (:mod:`memc.passes.prune.repeats`). Without it, as in planning, as much is removed, evenly spaced.
-    Every block gives the same share, but for rounding: what one gives too little the next gives more, or with
-    ``alike`` none does, and the sum is less exact. Block parameters are the weights and biases of the projections
-    of attention and feed-forward blocks; ``of=layers`` counts those alone of layers that are not protected, so that
-    several such passes can give each layer an amount of its own; ``of=units`` counts key channels alone, of the
-    blocks that can lose any.
+    Calibration text is that of the conversion: its data, or text sampled from the original. Without it, as in planning,
+    as much is removed, evenly spaced. Every block gives the same share, but for rounding: what one gives too little the
+    next gives more, or with ``alike`` none does, and the sum is less exact. Block parameters are the
+    weights and biases of the projections of attention and feed-forward blocks; ``of=layers`` counts those alone of
+    layers that are not protected, so that several such passes can give each layer an amount of its own; ``of=units``
+    counts key channels alone, of the blocks that can lose any.
 
     With ``allocate=search`` each block gives what the model misses least by dynamic programming over the sizes that it
     can have, of channels and, with ``unit=auto``, key-value heads: :mod:`memc.passes.prune.curves` tells what each size
@@ -140,13 +137,6 @@ class Prune(Pass):
     )
     analysis: str = option(
         "none", "file of memc analyse whose kept units stay, or by whose scores units go with score=analysis"
-    )
-    repeats: float = option(
-        0.0,
-        "share of the calibration sequences that are random tokens, twice over, so that what looks up earlier tokens is"
-        " seen at work",
-        min=0,
-        max=1,
     )
     sequences: int = option(128, "most calibration sequences", unit="sequences", min=1)
     length: int = option(512, "tokens of a calibration sequence", unit="tokens", min=2)
@@ -226,7 +216,6 @@ class Prune(Pass):
         """
         if self.unit in REMOVED or self.allocate == "search":
             raise TypeError(f"unit={self.unit}, allocate={self.allocate} weigh layers against each other")
-        plan = self._repeating(program, plan)
         draft, wanted = self.draft(program), {site.layer for site in plan.sites}
         tasks = [task for task in draft.tasks if task.group.block.layer in wanted]
         cuts = dict[int, list[Cut]]()
@@ -247,7 +236,6 @@ class Prune(Pass):
 
     def apply(self, program: Program, plan: Plan) -> tuple[Program, PassReport]:
         """Choose what goes and remove it."""
-        plan = self._repeating(program, plan)
         draft, allocation = self.draft(program), None
         if plan.calibration is not None:
             measure.require_usable(plan.calibration, draft.tasks, refits=self.refit)
@@ -275,12 +263,6 @@ class Prune(Pass):
         roles = head_roles(program)
         kept = roles.best(share, [(block.layer, block.path) for block in blocks])
         return replace(self, protect_heads=sites.listed_groups(kept)), {"heads": roles.to_json(kept)}
-
-    def _repeating(self, program: Program, plan: Plan) -> Plan:
-        """Put sequences that come twice among those of the calibration text, where they are asked for."""
-        if plan.calibration is None:
-            return plan
-        return replace(plan, calibration=with_repeats(plan.calibration, self.repeats, token_limit(program)))
 
     def draft(self, program: Program) -> Draft:
         """Settle how much goes where; needs no weights."""

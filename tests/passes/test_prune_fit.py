@@ -16,7 +16,6 @@ from memc.passes.prune.eliminate import eliminate
 from memc.passes.prune.groups import Group, Groups, Kind
 from memc.passes.prune.moments import Moments
 from memc.passes.prune.refit import compensate, refit
-from memc.passes.prune.repeats import with_repeats
 from memc.passes.prune.rewrite import Cut, Pruner
 from memc.pipeline import Calibration
 from memc.program import Program, named_tensors
@@ -156,28 +155,6 @@ def test_without_new_biases_only_those_that_are_there_are_fitted(name: str, opti
     if options.get("refit", True):
         rough, _ = prune(program, calibration, unit="ffn", amount=0.2, score="wanda", refit=False)
         assert distance(program, result, calibration) < distance(program, rough, calibration)
-
-
-def test_what_comes_twice_is_put_among_the_text() -> None:
-    calibration = replace(text(12, 15), positions=torch.arange(12)[:, None] + torch.arange(15))
-    assert with_repeats(calibration, 0.01, 37) is calibration
-    found = with_repeats(calibration, 0.25, 37)
-    changed = (found.tokens != calibration.tokens).any(1).nonzero()[:, 0].tolist()
-    assert changed == [0, 4, 8] and "3 of 12 sequences" in found.origin
-    assert torch.equal(found.tokens[changed, :7], found.tokens[changed, 8:])
-    assert torch.equal(found.positions[changed], torch.arange(15).expand(3, 15))
-    left = [row for row in range(12) if row not in changed]
-    assert torch.equal(found.positions[left], calibration.positions[left])
-    assert torch.equal(with_repeats(calibration, 0.25, 37).tokens, found.tokens)
-
-
-def test_a_fit_sees_what_comes_twice() -> None:
-    program, calibration = tiny(), text(64)
-    asked, report = prune(program, calibration, unit="ffn", amount=0.2, repeats=0.5)
-    given, _ = prune(program, with_repeats(calibration, 0.5, 37), unit="ffn", amount=0.2)
-    tokens = tokens_of(2, 9)
-    assert torch.equal(asked.run(tokens), given.run(tokens))
-    assert "twice over" in report.details["total"]["calibration"]
 
 
 @torch.no_grad()
