@@ -81,6 +81,7 @@ class Variant:
 VARIANTS = (
     Variant("obs, refit", "obs", True),
     Variant("obs, refit, searched", "obs", True, Prune(allocate="search")),
+    Variant("channels, refit, searched", "obs", True, Prune(unit="ffn", allocate="search")),
     Variant("searched, no head protected", "obs", True, Prune(allocate="search", protect_heads="none")),
     Variant("heads", "obs", True, Prune(unit="heads"), HEADS),
     Variant("heads, none protected", "obs", True, Prune(unit="heads", protect_heads="none"), HEADS),
