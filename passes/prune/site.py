@@ -73,8 +73,7 @@ class Prune(Pass):
     can have, of channels and, with ``unit=auto``, key-value heads: :mod:`memc.passes.prune.curves` tells what each size
     is expected to lose. The result has no more parameters, FLOPs and bytes to read for a token (after ``length``) than
     a uniform spread, which is what planning without calibration text shows. What a block loses is measured on text,
-    which seldom asks for what stood earlier, so that with ``unit=auto`` heads go that recall would need; ``unit=ffn``
-    keeps it from them.
+    which seldom asks for what stood earlier: recall falls further than by a uniform share.
 
     What is lost can be recovered: a conversion with data trains adapters on the projections that are left.
 
