@@ -250,7 +250,6 @@ def page(document: dict[str, Any]) -> str:
         ]
         for row in sorted(document["rows"], key=lambda row: float(row["amount"]))
     ]
-    asked = ", ".join(f"{task} {value:.3f}" for task, value in document["recall"].items())
     head = [
         "asked",
         "variant",
@@ -272,10 +271,16 @@ def page(document: dict[str, Any]) -> str:
         " are in blocks. Ratios are to dense in the same run; FLOPs and bytes read are those of a token after"
         f" {LENGTH}.",
         grid(head, lines),
-        *([f"Recall in {RECALL} tokens, dense: {asked}."] if asked else []),
+        *recalled(document),
         f"{document['seconds']:.0f} s, peak memory {document['peak_rss_bytes'] / 2**30:.2f} GiB.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def recalled(document: dict[str, Any]) -> list[str]:
+    """Say what the original recalls, where that was asked."""
+    asked = ", ".join(f"{task} {value:.3f}" for task, value in document["recall"].items())
+    return [f"Recall in {RECALL} tokens, dense: {asked}."] if asked else []
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from cpu import facts as machine_facts
 from page import grid, save
-from prune import LENGTH, NOVELS, RECALL, Bench
+from prune import LENGTH, NOVELS, Bench, recalled
 
 from memc.conversion.training import make_trainer, training_data
 from memc.data import read_tokens
@@ -157,9 +157,9 @@ def page(document: dict[str, Any]) -> str:
         f" {settings['accumulate']} a step,"
         f" {settings['sampled']:.0%} of them sampled from the original. Tested on {test} tokens of each text, of which"
         " nothing was trained or calibrated on. Dense:"
-        f" {', '.join(f'{name} {value:.2f}' for name, value in dense.items())}. A gap is that in log perplexity."
-        + recalled(document),
+        f" {', '.join(f'{name} {value:.2f}' for name, value in dense.items())}. A gap is that in log perplexity.",
         grid([*head, *(f"{n}, KL" for n in names), *document["recall"]], lines),
+        *recalled(document),
         "Of an original that is not pruned the same training would learn nothing: its KL to itself is 0, and so is"
         " every gradient. What is closed here is no adaptation to the text.",
         "The guard's texts, held out of each text that is trained on; KL to the original, nats a token, at the start"
@@ -170,12 +170,6 @@ def page(document: dict[str, Any]) -> str:
         parts.append("Rates that were tried, on the last two of the guard's texts:")
         parts.append(grid(["peak rate", "tokens", "KL at the start", "KL at the end"], trials(document)))
     return "\n\n".join(parts) + "\n"
-
-
-def recalled(document: dict[str, Any]) -> str:
-    """Say what the original recalls, where that was asked."""
-    asked = ", ".join(f"{task} {value:.3f}" for task, value in document["recall"].items())
-    return f" Recall in {RECALL} tokens, {document['samples']} samples a depth, of the original: {asked}." * bool(asked)
 
 
 def texts(facts: dict[str, Any]) -> str:
@@ -240,11 +234,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     measured: dict[str, Any] = json.loads(known.read_text()) if known.is_file() else {}
 
     def measure(name: str, program: Program) -> dict[str, Any]:
-        if name not in measured:
+        key = f"{name}, {options.samples} samples"
+        if key not in measured:
             with bench.console.step(f"measure {name}"):
-                measured[name] = recovery.measure(program)
+                measured[key] = recovery.measure(program)
             known.write_text(json.dumps(measured) + "\n")
-        return dict(measured[name])
+        return dict(measured[key])
 
     whole = measure("dense", bench.original)
     document["dense"], document["recall"] = whole["perplexity"], whole["recall"]
