@@ -31,6 +31,7 @@ from memc.train.loop import (
     step_optimiser,
 )
 from memc.train.parallel import ALONE, Processes
+from memc.train.products import narrowed
 
 POINTS = 100
 GUARDS = 8
@@ -50,8 +51,9 @@ class Recovery:
     """What recovery trains and how. ``rates`` maps parameters (qualified name) to their peak learning rate.
 
     ``text`` weighs cross-entropy on the text against the KL. Without ``imitates`` it learns the text alone, and its
-    guard is the cross-entropy too; ``before`` is not run then. ``accumulate`` batches make one step. Every one of
-    ``processes`` trains on its share of each batch.
+    guard is the cross-entropy too; ``before`` is not run then. ``accumulate`` batches make one step. Products with
+    pretrained weights are of type ``products``, both programs'. Every one of ``processes`` trains on its share of each
+    batch.
     """
 
     before: Program
@@ -162,7 +164,8 @@ def recover(
     teacher = Teacher(recovery.before, [(logits_node(recovery.before).name,)], recovery.products)
     every = max(1, schedule.steps // GUARDS)
     with only(named, parameters), progress.step("recover", schedule.steps) as advance:
-        run = _Run(recovery, teacher, parameters, optimiser(groups), recovery.processes.wrap(recovery.after.module))
+        student = recovery.processes.wrap(narrowed(recovery.after, recovery.products, recovery.rates))
+        run = _Run(recovery, teacher, parameters, optimiser(groups), student)
         step = _restore(run, checkpoints)
         recovery.processes.wait()  # nobody reads a checkpoint any more that the leader may remove
         advance(step)

@@ -1,0 +1,74 @@
+"""What learns computes its products with pretrained weights in a narrow type, and everything else as it did."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch.fx import GraphModule, Node
+
+from memc.program import Program, get_tensor, set_tensor
+from memc.raising.feed_forward import LINEAR
+
+ROOT = "memc.products"
+
+
+def narrowed(program: Program, products: torch.dtype | None, trained: Collection[str]) -> GraphModule:
+    """Return a module that computes what a program does, its products with pretrained weights in type ``products``.
+
+    Forward and backward, which is what most of the time of a step goes into; the program's own module where
+    ``products`` is None. Sums, norms, attention and products with parameters that memc made, adapters among them, stay
+    in the types that they have. All parameters are those of the program: a weight that is ``trained`` is rounded in
+    every run, so that what is learned adds up in full, others are rounded here once.
+    """
+    if products is None:
+        return program.module
+    copy = program.copy()
+    narrow = _Narrow(copy, products, trained)
+    for node in list(copy.module.graph.nodes):
+        if node.target in LINEAR and node.meta["val"].dtype.itemsize > products.itemsize and narrow.pretrained(node):
+            narrow.product(node)
+    copy.module.graph.lint()
+    copy.module.recompile()
+    return copy.module
+
+
+class _Narrow:
+    """Rewrites products of a graph, whose factors are each rounded once. Tied weights are one."""
+
+    def __init__(self, program: Program, products: torch.dtype, trained: Collection[str]) -> None:
+        self._module, self._products = program.module, products
+        self._pretrained = {self._of(name) for name, origin in program.provenance.items() if origin.source}
+        self._trained = {self._of(name) for name in trained}
+        self._values: dict[Node, Node] = {}
+        self._weights: dict[int, str] = {}
+
+    def _of(self, name: str) -> int:
+        return id(get_tensor(self._module, name))
+
+    def pretrained(self, node: Node) -> bool:
+        """Tell whether a product is one with a weight that the model came with."""
+        held = [source for source in node.all_input_nodes if source.op == "get_attr"]
+        return any(self._of(str(source.target)) in self._pretrained for source in held)
+
+    def product(self, node: Node) -> None:
+        """Let a product take rounded factors, and give back the type that it had."""
+        graph = self._module.graph
+        for source in node.all_input_nodes:
+            if source not in self._values:
+                with graph.inserting_before(node):
+                    self._values[source] = self._rounded(source)
+            node.replace_input_with(source, self._values[source])
+        with graph.inserting_after(node):
+            wide = graph.call_function(torch.ops.aten.to.dtype, (node, node.meta["val"].dtype))
+        node.replace_all_uses_with(wide, delete_user_cb=lambda user: user is not wide)
+
+    def _rounded(self, source: Node) -> Node:
+        graph, name = self._module.graph, str(source.target)
+        if source.op != "get_attr" or self._of(name) in self._trained:
+            return graph.call_function(torch.ops.aten.to.dtype, (source, self._products))
+        key = self._of(name)
+        if key not in self._weights:
+            self._weights[key] = f"{ROOT}.{len(self._weights)}"
+            set_tensor(self._module, self._weights[key], get_tensor(self._module, name).detach().to(self._products))
+        return graph.get_attr(self._weights[key])
