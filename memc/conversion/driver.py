@@ -30,6 +30,7 @@ from memc.conversion.lowering import chooses_from, lower, verify_lowered
 from memc.conversion.pipeline import PassRun, Pipeline
 from memc.conversion.planning import capture_and_raise, make_plan, require_memory, write_plan
 from memc.conversion.quality import WINDOW, measure_quality
+from memc.conversion.raising import check_raising
 from memc.conversion.request import Request, Steps, source_name
 from memc.conversion.speed import (
     CONTEXTS,
@@ -61,7 +62,6 @@ from memc.program import Program, named_tensors, retie
 from memc.program_io import save_program
 from memc.progress import Progress, Silent
 from memc.raising import Raised
-from memc.relation import Close
 from memc.report.files import VerifyReport
 from memc.report.models import ConvertDocument, EvalDocument, Measured
 from memc.train.editing import has_side_copy
@@ -69,7 +69,6 @@ from memc.train.parallel import Processes, joined
 from memc.verify import (
     CheckResult,
     VerificationText,
-    check_relation,
     check_text,
     finite,
     noise_floor,
@@ -79,9 +78,6 @@ from memc.verify import (
     take,
 )
 from memc.weights import materialize
-
-RAISE_TOLERANCE = 1e-4
-"""Most that raising may change a logit, or ten times the noise floor where that is more."""
 
 
 def convert_model(request: Request, progress: Progress | None = None) -> ConvertDocument:
@@ -182,7 +178,8 @@ class _Conversion:
             text = keep_text(data.text, place) if trainer else verification_text(recipe, original, place, apart)
             floor = noise_floor(original, take(text, 2, 13))
         with self.steps.step("verify_raise", "verify what was raised"):
-            checks = [self._check_raising(original, text, floor)]
+            checks = [check_raising(_share(self.raw, original) or self._load(self.raw), original, text, floor)]
+            require_passed(checks)
         pipeline = Pipeline(
             self.passes,
             self.request.target,
@@ -224,14 +221,6 @@ class _Conversion:
 
     def _load(self, program: Program) -> Program:
         return materialize(program, self.captured.weights) if self.captured.weights is not None else program
-
-    def _check_raising(self, original: Program, text: VerificationText, floor: float) -> CheckResult:
-        relation = Close(max(RAISE_TOLERANCE, 10 * floor), tokens=min(33, text.tokens.numel()))
-        raw = _share(self.raw, original) or self._load(self.raw)
-        check = check_relation(raw, original, relation, text, floor=floor)
-        result = CheckResult("raised_logits", *_fields(check))
-        require_passed([result])
-        return result
 
     def _check_result(
         self, original: Program, program: Program, text: VerificationText, floor: float
@@ -381,10 +370,6 @@ def _share(raw: Program, original: Program) -> Program | None:
         return None
     retie(shared.module, values)
     return shared
-
-
-def _fields(check: CheckResult) -> tuple[float, float | None, float | None, bool, str]:
-    return check.value, check.budget, check.noise_floor, check.passed, check.detail
 
 
 def _promises_time(request: Request, passes: list[Pass], program: Program) -> bool:
