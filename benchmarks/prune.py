@@ -81,8 +81,7 @@ class Variant:
 VARIANTS = (
     Variant("obs, refit", "obs", True),
     Variant("obs, refit, searched", "obs", True, Prune(allocate="search")),
-    Variant("channels, refit, searched", "obs", True, Prune(unit="ffn", allocate="search")),
-    Variant("searched, no head protected", "obs", True, Prune(allocate="search", protect_heads="none")),
+    Variant("searched, no limit", "obs", True, Prune(allocate="search", most=100.0)),
     Variant("heads", "obs", True, Prune(unit="heads"), HEADS),
     Variant("heads, none protected", "obs", True, Prune(unit="heads", protect_heads="none"), HEADS),
     Variant("wanda", "wanda", False),
@@ -147,7 +146,8 @@ class Bench:
             keys = [key for key in found if key[1] == options]
             with self.console.step("search " + ", ".join(f"{amount:.0%}" for amount, _ in keys)):
                 spreads = [found[key].tasks for key in keys]
-                some = allocate(self.original, spreads, self.calibration, "obs", options.round, options.length)
+                sizes = options.round, options.length
+                some = allocate(self.original, spreads, self.calibration, "obs", *sizes, most=options.most)
             found |= {key: replace(found[key], tasks=one.tasks) for key, one in zip(keys, some, strict=True)}
         return found
 

@@ -40,13 +40,15 @@ def allocate(
     multiple: int,
     context: int,
     *,
+    most: float,
     biases: bool = True,
 ) -> list[Allocation]:
     """Search how much each group loses, of all the sizes that it can have, at the cost of a uniform spread at most.
 
-    For several uniform spreads over the same groups at once: the calibration sequences run once for all.
+    No group loses over ``most`` times the share that the uniform spread takes of its kind. For several uniform spreads
+    over the same groups at once: the calibration sequences run once for all.
     """
-    known = curves(program, spreads, calibration, score, multiple, biases=biases)
+    known = curves(program, spreads, calibration, score, multiple, most=most, biases=biases)
     units, costs = dict[str, Cost](), list[Cost]()
     for task in spreads[0]:
         key = _alike(task.group)

@@ -7,8 +7,9 @@ divergence grows with their square (its second-order term).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -46,6 +47,21 @@ class Curve:
         """Return what losing ``count`` units is expected to cost."""
         return self.price * self.errors[self.counts.index(count)]
 
+    def up_to(self, bound: float) -> Curve:
+        """Return the curve of the counts that are within a bound."""
+        some = sum(count <= bound for count in self.counts)
+        return replace(self, counts=self.counts[:some], errors=self.errors[:some])
+
+
+def limits(tasks: Sequence[Task], most: float) -> list[float]:
+    """Return how many units each group of a uniform spread may lose: ``most`` times the share that its kind loses."""
+    taken, there = Counter[str](), Counter[str]()
+    for task in tasks:
+        taken[task.group.kind] += task.count
+        there[task.group.kind] += task.group.units
+    shares = {kind: taken[kind] / there[kind] for kind in there}
+    return [max(task.count, most * shares[task.group.kind] * task.group.units) for task in tasks]
+
 
 def curves(
     program: Program,
@@ -54,29 +70,36 @@ def curves(
     score: str,
     multiple: int,
     *,
+    most: float,
     biases: bool = True,
 ) -> list[tuple[Curve, ...]]:
     """Measure the curve of each task's group on what calibration sequences show of the original.
 
     For several spreads over the same groups at once: their curves differ in the price, which is measured at the size
-    that the task of each has, or at the smallest cut where it cuts nothing.
+    that the task of each has, or at the smallest cut where it cuts nothing; and in their counts, which stay within
+    :func:`limits`.
     """
     groups = [task.group for task in spreads[0]]
     assert all([task.group.exit for task in tasks] == [group.exit for group in groups] for tasks in spreads)
     gates = scores.taylor(program, groups, calibration) if score == "taylor" else []
     found: dict[int, list[Curve]] = {}
+    bounded = [limits(tasks, most) for tasks in spreads]
     original = Stream(program, calibration)
     predictions = Predictions(program, original.fork(ROWS))
     for index in measure.in_order(spreads[0]):
-        group, ahead = groups[index], original.fork(ROWS)
+        group, within = groups[index], [bounds[index] for bounds in bounded]
+        counts = [count for count in legal(group, multiple) if count <= max(within)]
+        if counts == [0]:
+            found[index] = [Curve(group, (0,), (0.0,), 0.0) for _ in spreads]
+            continue
+        ahead = original.fork(ROWS)
         (moments,) = measure.moments_of(original, group, [], gram=True)
         weight, bias = measure.exit_weight(program, group.exit)
         elimination = Elimination(group, weight, measure.fit_moments(moments, bias, biases=biases))
         units = None
         if score != "obs":
             units = measure.unit_scores(group, weight, score, moments, gates[index] if gates else None)
-        counts = legal(group, multiple)
-        trials = [tasks[index].count or counts[min(1, len(counts) - 1)] for tasks in spreads]
+        trials = [tasks[index].count or counts[1] for tasks in spreads]
         errors, prices = list[float](), dict.fromkeys(trials, 0.0)
         for count in counts:
             _go_to(elimination, group, count, units)
@@ -84,7 +107,10 @@ def curves(
             if count in prices and elimination.error > 0:
                 changed = _changed(ahead.fork(), group, elimination, elimination.fit(bias))
                 prices[count] = predictions.kl(changed) / elimination.error
-        found[index] = [Curve(group, tuple(counts), tuple(errors), prices[trial]) for trial in trials]
+        found[index] = [
+            Curve(group, tuple(counts), tuple(errors), prices[trial]).up_to(bound)
+            for trial, bound in zip(trials, within, strict=True)
+        ]
     return [tuple(found[index][place] for index in range(len(groups))) for place in range(len(spreads))]
 
 

@@ -51,10 +51,7 @@ class Draft:
 
 @dataclass(kw_only=True)
 class Drafter:
-    """Makes the draft of one program, with a uniform spread; ``spec`` is the pass's spec string, for messages.
-
-    Where the pass ``searches`` for another spread, groups that a uniform one leaves alone are there too.
-    """
+    """Makes the draft of one program, with a uniform spread; ``spec`` is the pass's spec string, for messages."""
 
     program: Program
     spec: str
@@ -66,7 +63,6 @@ class Drafter:
     protect_heads: str
     alike: bool
     of: str
-    searches: bool
     analysis: str
 
     def __post_init__(self) -> None:
@@ -117,10 +113,13 @@ class Drafter:
         if self.unit == "heads":
             return self._checked([], self._each(AttentionBlock, self._heads), 0, wanted, total)
         heads = list[Task]()
-        if self.unit == "auto" and (self.amount >= HEADS_FROM or self.searches):
+        if self.unit == "auto" and self.amount >= HEADS_FROM:
             found = [group for group in self._each(AttentionBlock, self._heads) if group.kind == "kv_groups"]
-            share = HEADS_SHARE if self.amount >= HEADS_FROM else 0
-            heads = [Task(group, min(_some(share * group.units), legal(group, self.multiple)[-1])) for group in found]
+            some = (max(1, round(HEADS_SHARE * group.units)) for group in found)
+            heads = [
+                Task(group, min(count, legal(group, self.multiple)[-1]))
+                for group, count in zip(found, some, strict=True)
+            ]
         channels = self._each(FeedForwardBlock, self._channels)
         return self._checked(heads, channels, sum(task.cost for task in heads), wanted, total)
 
@@ -128,7 +127,7 @@ class Drafter:
     def takes_heads(self) -> bool:
         """Whether heads may go, in whatever unit."""
         return self.unit not in ("ffn", "ffn_blocks") and (
-            self.unit != "auto" or self.searches or self.score == "2ssp" or self.amount >= HEADS_FROM
+            self.unit != "auto" or self.score == "2ssp" or self.amount >= HEADS_FROM
         )
 
     @property
@@ -266,11 +265,6 @@ class Drafter:
         if block.layer in self._protected:
             raise BlockedError("protected", f"the option protect={self.protect} leaves this layer as it is")
         return find(block)
-
-
-def _some(count: float) -> int:
-    """Round a number of units, up to one where it is not none."""
-    return max(1, round(count)) if count else 0
 
 
 def spaced(items: Sequence[Removal], count: int) -> list[Removal]:

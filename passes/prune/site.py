@@ -70,10 +70,10 @@ class Prune(Pass):
     counts key channels alone, of the blocks that can lose any.
 
     With ``allocate=search`` each block gives what the model misses least by dynamic programming over the sizes that it
-    can have, of channels and, with ``unit=auto``, key-value heads: :mod:`memc.passes.prune.curves` tells what each size
-    is expected to lose. The result has no more parameters, FLOPs and bytes to read for a token (after ``length``) than
-    a uniform spread, which is what planning without calibration text shows. What a block loses is measured on text,
-    which seldom asks for what stood earlier: recall falls further than by a uniform share.
+    can have, up to ``most`` times the uniform share: :mod:`memc.passes.prune.curves` tells what each size is expected
+    to lose. The result has no more parameters, FLOPs and bytes to read for a token (after ``length``) than a uniform
+    spread, which is what planning without calibration text shows. What a block loses is measured on text, which seldom
+    asks for what stood earlier: the further blocks are from a uniform share, the more of recall is lost.
 
     What is lost can be recovered: a conversion with data trains adapters on the projections that are left.
 
@@ -129,6 +129,12 @@ class Prune(Pass):
     )
     allocate: str = option(
         "uniform", "each block gives the same share, or what a search finds best", choices=("uniform", "search")
+    )
+    most: float = option(
+        1.5,
+        "times the uniform share that a block gives at most with allocate=search: the higher, the less perplexity is"
+        " lost, and the more of recall",
+        min=1.0,
     )
     protect: str = option("ends", "layers that stay as they are: ends (first and last), none, or a list [0,28,29]")
     protect_heads: str = option(
@@ -242,7 +248,7 @@ class Prune(Pass):
             measure.require_usable(plan.calibration, draft.tasks, refits=self.refit)
             if self.allocate == "search" and self.amount:
                 given = (plan.calibration, self._score, self.round, self.length)
-                (allocation,) = allocate(program, [draft.tasks], *given, biases=self.bias)
+                (allocation,) = allocate(program, [draft.tasks], *given, most=self.most, biases=self.bias)
                 draft = replace(draft, tasks=allocation.tasks)
         cuts = self._cuts(program, draft, plan.calibration)
         removals, scores = self._removals(program, draft, plan.calibration, cuts)
@@ -281,7 +287,6 @@ class Prune(Pass):
             protect_heads=self.protect_heads,
             alike=self.alike,
             of=self._of,
-            searches=self.allocate == "search",
             analysis=self.analysis,
         )
 

@@ -16,7 +16,7 @@ from memc.errors import MemcError
 from memc.passes.prune import Prune
 from memc.passes.prune.allocate import Cost, search, unit_costs
 from memc.passes.prune.choice import Task, legal, lowest
-from memc.passes.prune.curves import ROWS, STRIDE, Curve, curves
+from memc.passes.prune.curves import ROWS, STRIDE, Curve, curves, limits
 from memc.passes.prune.eliminate import Elimination
 from memc.passes.prune.groups import Group
 from memc.passes.prune.measure import exit_weight, unit_scores
@@ -70,8 +70,8 @@ def test_errors_and_fits_are_those_of_least_squares(find: Any) -> None:
 @pytest.mark.parametrize("score", ["obs", "wanda"])
 def test_a_price_is_what_one_block_alone_does_to_the_predictions(score: str) -> None:
     program, calibration = tiny(), text(24)
-    tasks = [Task(feed_forward(program, 1), 8), Task(heads(program, 0), 0)]
-    (found,) = curves(program, [tasks], calibration, score, 4)
+    tasks = [Task(feed_forward(program, 1), 8), Task(heads(program, 0), 1)]
+    (found,) = curves(program, [tasks], calibration, score, 4, most=100.0)
     assert found[0].counts == tuple(legal(tasks[0].group, 4)) and found[1].counts == (0, 1)
     for curve, trial in zip(found, (8, 1), strict=True):
         group, (weight, bias) = curve.group, exit_weight(program, curve.group.exit)
@@ -87,11 +87,26 @@ def test_a_price_is_what_one_block_alone_does_to_the_predictions(score: str) -> 
         cut = Cut(group, tuple(sorted(elimination.removed)), biased=True, fit=elimination.fit(bias))
         pruned, tokens = Pruner(program).run([cut]), calibration.tokens[:ROWS]
         first, second = (one.run(tokens)[:, ::STRIDE].double().log_softmax(-1) for one in (program, pruned))
-        kl = float((first.exp() * (first - second)).sum(-1).mean())
+        kl = float((first.exp() * (first - second)).sum(-1).mean().detach())
         assert curve.nats(trial) == pytest.approx(kl, rel=1e-2) and kl > 1e-4
-    smaller = [Task(task.group, 4 if task.count else 0) for task in tasks]
-    both, (alone,) = (curves(program, spreads, calibration, score, 4) for spreads in ([tasks, smaller], [smaller]))
-    assert both == [found, alone] and alone[0].price != found[0].price, "beside another spread as alone"
+    smaller = [Task(tasks[0].group, 4), Task(tasks[1].group, 0)]
+    both, (alone,) = (
+        curves(program, spreads, calibration, score, 4, most=100.0) for spreads in ([tasks, smaller], [smaller])
+    )
+    assert both[0] == found and both[1][0] == alone[0] and alone[0].price != found[0].price, "as alone"
+    assert both[1][1].counts == alone[1].counts == (0,), "a kind that a uniform spread leaves alone is not searched"
+
+
+@pytest.mark.parametrize(("most", "counts"), [(1.0, (0, 4)), (1.5, (0, 4, 8)), (2.5, (0, 4, 8, 12))])
+def test_a_group_loses_no_more_than_so_many_times_its_share(most: float, counts: tuple[int, ...]) -> None:
+    program = tiny(layers=3)
+    tasks = [Task(feed_forward(program, layer), count) for layer, count in enumerate((4, 8, 4))]
+    assert limits(tasks, 1.0) == pytest.approx([16 / 3, 8, 16 / 3]), "the share of a kind, and what rounding gave"
+    (found,) = curves(program, [tasks], text(24), "wanda", 4, most=most)
+    assert found[0].counts == counts and len(found[0].errors) == len(counts)
+    wide, narrow = curves(program, [tasks, [replace(task, count=4) for task in tasks]], text(24), "wanda", 4, most=most)
+    assert tuple(curve.counts for curve in wide) == tuple(curve.counts for curve in found)
+    assert max(narrow[1].counts) <= most * 4, "each spread has limits of its own"
 
 
 def test_what_a_unit_saves_is_what_the_smaller_program_asks_less() -> None:
@@ -149,7 +164,7 @@ def test_the_block_that_matters_least_gives_most() -> None:
     program, calibration, tokens = unequal(), text(64), tokens_of(8, 16, seed=5)
     options = {"amount": 0.2, "unit": "ffn"}
     uniform, spread = prune(program, calibration, **options)
-    result, report = prune(program, calibration, allocate="search", **options)
+    result, report = prune(program, calibration, allocate="search", most=100.0, **options)
     left = [int(report.details[layer]["ffn_channels"].split()[-1]) for layer in "012"]
     assert left[0] == min(left) and len(set(left)) > 1
     assert result.parameter_count <= uniform.parameter_count
@@ -161,16 +176,19 @@ def test_the_block_that_matters_least_gives_most() -> None:
     assert "expected_kl" not in spread.details["total"]
 
 
-def test_a_search_may_take_heads_and_leaves_out_blocks_that_give_nothing() -> None:
-    program = tiny(layers=3).copy()
+def test_a_search_takes_heads_from_blocks_that_give_nothing() -> None:
+    program = tiny(layers=3, kv_heads=4).copy()
     for layer in (0, 2):
         name = f"model.layers.{layer}.attention.o.weight"
         set_tensor(program.module, name, program.module.get_parameter(name).detach() * 1e-3)
-    result, report = prune(program, text(64), allocate="search", amount=0.3)
-    assert [report.details[layer]["kv_groups"] for layer in "012"] == ["2 -> 1", "2 -> 2", "2 -> 1"]
-    assert report.details["total"]["removed_share"] >= 0.29
-    attention = {site.layer for site in report.sites if site.kind == "attention"}
-    assert attention == {0, 2} and [spec.shape[1] for spec in result.states[::3]] == [1, 2, 1]
+    options = {"amount": 0.35, "allocate": "search"}
+    result, report = prune(program, text(64), most=100.0, **options)
+    left = [spec.shape[1] for spec in result.states[::3]]
+    assert left == [1, 4, 1], "all that can go where nothing is lost, for channels that stay"
+    assert [report.details[layer]["kv_groups"] for layer in "012"] == [f"4 -> {count}" for count in left]
+    assert report.details["total"]["removed_share"] >= 0.34
+    _, limited = prune(program, text(64), most=1.0, **options)
+    assert [limited.details[layer]["kv_groups"] for layer in "012"] == ["4 -> 3"] * 3
 
 
 def test_a_plan_of_a_search_is_a_uniform_spread() -> None:
