@@ -13,6 +13,7 @@ from memc.backends.onnx.attend import Scores
 from memc.backends.onnx.capability import has_kernel
 from memc.backends.onnx.functions import Memory
 from memc.dialect import arguments, op_spec
+from memc.dialect.selectors import SELECTORS
 from memc.kernels.sparse_attention.choose import Rule
 from memc.prepare import shape, used_outputs
 
@@ -96,6 +97,8 @@ def form(node: Node) -> Yes | No:
                 " tokens on a held context"
             )
         case "sparse_attention" | "refreshed_attention":
+            if SELECTORS[a["method"]].grouped:
+                return No(f"method {a['method']} has no lowered form")
             reason = plain_reason(scores(node, a))
             product = "Attention-24" if reason is None else f"MatMul, Softmax ({reason})"
             below = f", {product} below {a['dense_below']} tokens" if a["dense_below"] else ""
