@@ -13,7 +13,6 @@ from memc.backends.onnx.attend import Scores
 from memc.backends.onnx.capability import has_kernel
 from memc.backends.onnx.functions import Memory
 from memc.dialect import arguments, op_spec
-from memc.dialect.selectors import SELECTORS
 from memc.kernels.sparse_attention.choose import Rule
 from memc.prepare import shape, used_outputs
 
@@ -97,8 +96,6 @@ def form(node: Node) -> Yes | No:
                 " tokens on a held context"
             )
         case "sparse_attention" | "refreshed_attention":
-            if SELECTORS[a["method"]].grouped:
-                return No(f"method {a['method']} has no lowered form")
             reason = plain_reason(scores(node, a))
             product = "Attention-24" if reason is None else f"MatMul, Softmax ({reason})"
             below = f", {product} below {a['dense_below']} tokens" if a["dense_below"] else ""
@@ -110,7 +107,8 @@ def form(node: Node) -> Yes | No:
             if spec.name == "refreshed_attention":
                 every = f", TopK every {a['refresh']} tokens"
                 return Yes(f"ScatterND in place (slot = position), GatherND and Scan{every}{below}")
-            many = ", masks where many choose" + (", as many as hold the mass" if a["mass"] < 1 else "")
+            many = ", a softmax of pages over one of tokens" if rule(a).grouped else ""
+            many += ", masks where many choose" + (", as many as hold the mass" if a["mass"] < 1 else "")
             return Yes(f"ScatterND in place (slot = position), TopK, GatherND and Scan{many}{below}")
         case "quantised_attention":
             return Yes(f"codes of {a['bits']} bits in place, TopK, GatherND and Scan, masks where many choose")

@@ -29,9 +29,9 @@ from memc.target import Target
 class Sparsify(Pass):
     """Let every token read at most ``budget`` earlier tokens, chosen anew for each token and key-value head.
 
-    Training-free, and nothing is forgotten: all keys and values stay in the growing state. Each site's
-    ``memc::attention`` becomes ``memc::sparse_attention``, which takes the first ``sinks`` tokens, the last ``window``,
-    and of the others those that score highest:
+    Training-free but for ``landmark``, and nothing is forgotten: all keys and values stay in the growing state. Each
+    site's ``memc::attention`` becomes ``memc::sparse_attention``, which takes the first ``sinks`` tokens, the last
+    ``window``, and of the others those that score highest:
 
     - ``method=lowbit``: by the few ``channels`` of every key in which the query is strongest (SparQ, Ribar et al.
       2024), read from a second copy of the keys that is laid out channel by channel; the state has half as much again;
@@ -39,7 +39,7 @@ class Sparsify(Pass):
     - ``method=moments``: page by page, by the mean and variance of each channel;
     - ``method=hcam``: page by page, by the mean of each channel (the summaries of HCAM, Lampinen et al. 2021);
     - ``method=hip``: page by page, by the key in the middle, of those pages alone that a search down a tree of ranges
-      comes by (HiP attention, Lee et al. 2024): it finds what resembles its neighbours.
+      comes by (HiP attention, Lee et al. 2024): it finds what resembles its neighbours;
     - ``method=landmark``: page by page, by the last key, and read through it (Landmark Attention, Mohtashami & Jaggi
       2023): another function than the original, which is to be trained, see below.
 
