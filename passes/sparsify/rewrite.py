@@ -241,14 +241,15 @@ class Sparsify(Pass):
         editor = Editor(program)
         blocks = sites.planned_blocks(editor.program, plan)
         details = {str(block.layer): self._rewrite(editor, block, split) for block, split in blocks}
+        changed = self.grouped and (self.retrieve == "all" or any(site.kept for site in plan.sites))
         report = PassReport(
             plan.spec,
             plan.sites,
             plan.rejections,
             plan.relations,
-            untrained=self.grouped,
+            untrained=changed,
             details=details,
-            adapts=self.grouped,
+            adapts=changed,
         )
         return editor.finish(), report
 

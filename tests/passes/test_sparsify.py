@@ -134,6 +134,8 @@ def test_landmarks_are_exact_up_to_the_first_page_behind_one(options: dict[str, 
     assert plan.relations[0] == Close(1e-4, tokens=exact), "whatever the budget"
     result, report = sparsify.apply(program, plan)
     assert report.untrained and report.trains and report.new_parameters == 0 and not sparsify.offers()
+    streams = replace(sparsify, retrieve="heads:[]")
+    assert not streams.apply(program, streams.plan(program, TARGET))[1].untrained, "no head reads through landmarks"
     tokens = tokens_of(2, 30)
     away = (result.run(tokens) - program.run(tokens)).abs().amax((0, 2))
     assert away[:exact].max() < 1e-5 < 1e-4 < away[exact]
