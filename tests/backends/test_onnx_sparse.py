@@ -129,6 +129,16 @@ def test_what_fills_the_buffers_to_the_last_slot_is_held(length: int, tmp_path: 
     assert state.current["past_key0"].dtype == np.uint8
 
 
+def test_landmarks_of_strong_logits_fill_the_buffers_to_the_last_slot(tmp_path: Path) -> None:
+    """Blocks pad the last page, of which the buffers have a part; keys are forty times as large as elsewhere."""
+    program = ops.sparse_attention(method="landmark", **{**OPTIONS, "budget": 16, "window": 2})
+    with torch.no_grad():
+        program.module.key_weight.mul_(40)  # type: ignore[union-attr, operator]
+    runner = build(program, tmp_path, context=34)
+    calls = [([span(0, 31), span(0, 9, left=22)], None), ([[31, 32, 33], [9, -1, -1]], None)]
+    assert compare(program, runner, calls) < 1e-3
+
+
 def of_equal_keys(**options: Any) -> Program:
     """Make every key the same, so that all scores are equal, and every value another."""
     program = ops.sparse_attention(**OPTIONS, **options)
