@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from memc.kernels.softmax_groups import Groups
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -41,11 +43,13 @@ def weights(
     sink_logits: Tensor | None,
     scale: float,
     softcap: float,
+    through: Groups | None = None,
 ) -> Weights:
     """Return softmax(softcap tanh(scale q.k / softcap) + bias) over the keys that ``mask`` lets through.
 
-    ``mask`` and ``bias`` are broadcast to ``[B,G,R,T,S]``. The log-sum-exp ``lse [B,G,R,T,1]`` includes the sink logits
-    ``[H]``. A row that reads nothing has weights 0, and lse 0 when it has no sink.
+    ``mask`` and ``bias`` are broadcast to ``[B,G,R,T,S]``; ``through`` are pages read through landmarks, of scores that
+    nothing is added to but the soft-cap. The log-sum-exp ``lse [B,G,R,T,1]`` includes the sink logits ``[H]``. A row
+    that reads nothing has weights 0, and lse 0 when it has no sink.
     """
     batch, heads, tokens, size = query.shape
     groups, held = key.shape[1], key.shape[2]
@@ -58,6 +62,8 @@ def weights(
         scores = capped * softcap
     if bias is not None:
         scores.add_(bias)
+    if through is not None:
+        through.join_(scores)
     if mask is not None:
         scores.masked_fill_(~mask, -torch.inf)
     top = scores.detach().amax(-1, keepdim=True)  # whatever it is, results are the same, and so are their gradients
@@ -85,10 +91,11 @@ def attend(
     sink_logits: Tensor | None,
     scale: float,
     softcap: float,
+    through: Groups | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the output ``[B,H,T,E]`` and the log-sum-exp ``[B,H,T]``."""
     batch, heads, tokens, _ = query.shape
-    w = weights(query, key, mask, bias, sink_logits, scale, softcap)
+    w = weights(query, key, mask, bias, sink_logits, scale, softcap, through)
     out = torch.matmul(w.p.flatten(2, 3), value)
     return out.view(batch, heads, tokens, value.shape[3]), w.lse.reshape(batch, heads, tokens)
 
@@ -104,11 +111,12 @@ def attend_backward(
     sink_logits: Tensor | None,
     scale: float,
     softcap: float,
+    through: Groups | None = None,
 ) -> Gradients:
     """Return the gradients of :func:`attend`, recomputing its weights (FlashAttention, Dao et al. 2022, appendix B)."""
     batch, heads, tokens, size = query.shape
     groups = key.shape[1]
-    w = weights(query, key, mask, bias, sink_logits, scale, softcap)
+    w = weights(query, key, mask, bias, sink_logits, scale, softcap, through)
     flat_query = query.reshape(batch, groups, -1, size)
     flat_grad = grad_out.reshape(batch, groups, -1, value.shape[3])
     grad_p = torch.matmul(flat_grad, value.mT).view_as(w.p)
@@ -117,6 +125,8 @@ def attend_backward(
     if grad_lse is not None:
         common = common + grad_lse.reshape(batch, groups, -1, tokens, 1)
     grad_scores = grad_p.add_(common).mul_(w.p)
+    if through is not None:
+        through.part_(grad_scores, w.p)
     raw = grad_scores if w.capped is None else grad_scores * (1 - w.capped.square())
     raw = raw.flatten(2, 3)
     return Gradients(

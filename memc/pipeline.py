@@ -14,7 +14,7 @@ from memc.options import Configurable, split_spec
 from memc.options import option as option  # what passes declare their options with
 from memc.plugins import load_plugin
 from memc.program import Program
-from memc.relation import Relation
+from memc.relation import Close, Relation
 from memc.target import Target
 
 
@@ -69,7 +69,9 @@ class PassReport:
     ``objectives`` tells how what was added is trained, one for each site; they are of the result's own nodes.
     ``learns`` names new parameters that learn the text itself, everything else frozen: there is nothing that they stand
     for and could imitate. ``recovers`` tells that the pass added nothing to train and took away what adapters on the
-    projections that are left can win back: the result is still made of blocks that raising finds.
+    projections that are left can win back: the result is still made of blocks that raising finds. ``adapts`` tells that
+    it added nothing to train and made another function of its blocks, to which adapters on their projections can fit
+    the model.
     """
 
     spec: str
@@ -82,11 +84,17 @@ class PassReport:
     objectives: tuple[BlockObjective, ...] = ()
     learns: tuple[str, ...] = ()
     recovers: bool = False
+    adapts: bool = False
 
     @property
     def trains(self) -> bool:
         """Whether there is anything to train."""
-        return bool(self.objectives or self.learns) or self.recovers
+        return bool(self.objectives or self.learns) or self.recovers or self.adapts
+
+    @property
+    def exact(self) -> int:
+        """Leading tokens of a sequence that are right by construction, untrained."""
+        return max((each.tokens or 0 for each in self.relations if isinstance(each, Close)), default=0)
 
 
 @dataclass(frozen=True)

@@ -61,15 +61,15 @@ def attend(s: Scores, key: str, value: str, query: str = "query") -> str:
     return "\n".join(lines)
 
 
-def weigh(s: Scores, per_head: tuple[int, ...]) -> str:
-    """Write the softmax of ``score0`` over its last axis: ``weight``, ``none`` and, as in :func:`attend`, ``log``.
+def weigh(s: Scores, per_head: tuple[int, ...], made: str = "weight") -> str:
+    """Write the softmax of ``score0`` over its last axis: ``made``, ``none`` and, as in :func:`attend`, ``log``.
 
     ``per_head`` is the shape that puts ``[H]`` along the heads of ``score0``.
     """
     lines: list[str] = []
     score = "score0"
     if s.softcap:
-        lines += [float_("cap", s.softcap), f"cap0 = Div({score}, cap)", "cap1 = Tanh(cap0)", "cap2 = Mul(cap1, cap)"]
+        lines.append(cap(s.softcap, score, "cap2"))
         score = "cap2"
     if s.slopes:
         lines += [
@@ -102,12 +102,22 @@ def weigh(s: Scores, per_head: tuple[int, ...]) -> str:
         lines += [
             f"log = ReduceLogSumExp({joined}, last)",
             f"relative = Sub({score}, log)",
-            "weight = Exp(relative)",
+            f"{made} = Exp(relative)",
             "none = Less(log, nothing)",
         ]
     else:
-        lines += [f"weight = Softmax({score})", f"top = ReduceMax({score}, last)", "none = Less(top, nothing)"]
+        lines += [f"{made} = Softmax({score})", f"top = ReduceMax({score}, last)", "none = Less(top, nothing)"]
     return "\n".join(lines)
+
+
+def cap(softcap: float, score: str, made: str) -> str:
+    """Write ``made``, the soft-capped ``score``."""
+    return f"""
+    {float_("cap", softcap)}
+    cap0 = Div({score}, cap)
+    cap1 = Tanh(cap0)
+    {made} = Mul(cap1, cap)
+    """
 
 
 def shape_of(heads: int, source: str, axis: int) -> str:

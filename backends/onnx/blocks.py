@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from memc.backends.onnx import listed, tree
+from memc.backends.onnx import landmarks, listed, tree
 from memc.backends.onnx.attend import Scores, weigh
 from memc.backends.onnx.functions import flat, float_, int_, ints
 from memc.backends.onnx.listed import FORCED, UNSEEN
@@ -23,7 +23,7 @@ FEW = 8
 BLOCK = 32
 """Tokens of a block."""
 
-REACH = {"lowbit": 8192, "bounds": 6144, "moments": 6144, "hcam": 6144, "hip": 6144}
+REACH = {"lowbit": 8192, "bounds": 6144, "moments": 6144, "hcam": 6144, "hip": 6144, "landmark": 4096}
 """Most held tokens that blocks read, by method; past it fetching what each token has chosen is faster."""
 
 HALVINGS = 40
@@ -88,15 +88,34 @@ def scan(s: Scores, c: Rule, made: Sequence[str], held: str) -> str:
 
 
 def held(c: Rule) -> str:
-    """Write what all blocks read: ``keys [B,G,D,L]``, ``values [B,G,L,E]``, ``slots [L]`` and the pages in use."""
-    return f"""
-    {int_("page", c.page)}
+    """Write what all blocks read: ``keys [B,G,D,L]``, ``values [B,G,L,E]``, ``slots [L]`` and the pages in use.
+
+    Where pages are read through landmarks, L is whole pages, the last one with zeros past the buffers.
+    """
+    whole = f"""
+    end1 = Mul(described, page)
+    end = Squeeze(end1)
+    {ints("before_pad", 0, 0, 0, 0, 0, 0)}
+    {ints("behind_pad", 0)}
+    used_keys = Slice(next_key, origin, end1, along)
+    used_values = Slice(next_value, origin, end1, along)
+    used_slots = Shape<start = 2, end = 3>(used_keys)
+    lacking = Sub(end1, used_slots)
+    page_pads = Concat<axis = 0>(before_pad, lacking, behind_pad)
+    held_keys = Pad(used_keys, page_pads)
+    values = Pad(used_values, page_pads)
+    """
+    part = """
     reached = ReduceMax<keepdims = 0>(positions)
     end = Add(reached, one)
     end1 = Reshape(end, ones)
     held_keys = Slice(next_key, origin, end1, along)
-    keys = Transpose<perm = [0, 1, 3, 2]>(held_keys)
     values = Slice(next_value, origin, end1, along)
+    """
+    return f"""
+    {int_("page", c.page)}
+    {whole if c.grouped else part}
+    keys = Transpose<perm = [0, 1, 3, 2]>(held_keys)
     slots = Range(zero, end, one)
     {"" if c.by_token else pages_in_use(c)}
     """
@@ -130,6 +149,12 @@ def _block(s: Scores, c: Rule) -> str:
     mask_dense = And(dense, seen_token)
     mask0 = Or(mask_sparse, mask_dense)
     """
+    per_head = (1, s.groups, size, 1, 1)
+    weighed = f"""
+    {_capped_behind() if s.softcap else _masked("score", "mask0", "score0")}
+    {weigh(replace(s, mask=bool(s.softcap)), per_head)}
+    """
+    grouped = landmarks.of_block(s, c, _masked("capped_score", "read", "masked_score"), per_head)
     return f"""
     {ints("grouped", 0, s.groups, -1, s.key_dim)}
     q_group = Reshape(q, grouped)
@@ -156,8 +181,7 @@ def _block(s: Scores, c: Rule) -> str:
     {_tokens(s, c) if c.by_token else _pages(s, c)}
     {again if c.rerank > 1 else "mask_sparse = Identity(candidate)"}
     {dense if c.own_page else "mask0 = Identity(mask_sparse)"}
-    {_masked(s)}
-    {weigh(replace(s, mask=bool(s.softcap)), (1, s.groups, size, 1, 1))}
+    {grouped if c.grouped else weighed}
     {ints("weight_rows", 0, s.groups, size * BLOCK, -1)}
     weights = Reshape(weight, weight_rows)
     sums = MatMul(weights, values)
@@ -180,23 +204,26 @@ def _seen(c: Rule) -> str:
     """
 
 
-def _masked(s: Scores) -> str:
-    """Write ``score0`` and, where soft-capping goes before it, ``mask``; adding is faster than Where."""
-    if s.softcap:
-        return f"""
-        {ints("mask_axis", 2)}
-        mask = Unsqueeze(mask0, mask_axis)
-        score0 = Identity(score)
-        """
+def _capped_behind() -> str:
+    """Write ``score0`` and ``mask`` where soft-capping goes before masking."""
+    return f"""
+    {ints("mask_axis", 2)}
+    mask = Unsqueeze(mask0, mask_axis)
+    score0 = Identity(score)
+    """
+
+
+def _masked(score: str, read: str, made: str) -> str:
+    """Write ``made``, the ``score`` of what is ``read`` and far less for the rest; adding is faster than Where."""
     return f"""
     {float_("one_float", 1.0)}
     {float_("far", FORCED)}
-    mask1 = Cast<to = 1>(mask0)
+    mask1 = Cast<to = 1>({read})
     behind0 = Sub(mask1, one_float)
     behind1 = Mul(behind0, far)
     {ints("mask_axis", 2)}
     behind = Unsqueeze(behind1, mask_axis)
-    score0 = Add(score, behind)
+    {made} = Add({score}, behind)
     """
 
 

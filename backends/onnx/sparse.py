@@ -174,10 +174,10 @@ def _describe(s: Scores, c: Rule) -> str:
             describe = "description = Transpose<perm = [0, 1, 2, 4, 3]>(by_page)"
         case "hcam":
             describe = "description = ReduceMean<keepdims = 0>(by_page, last_axis)"
-        case "hip":
+        case "hip" | "landmark":
             describe = f"""
-            {int_("centre_of_page", c.page // 2)}
-            description = Gather<axis = 3>(by_page, centre_of_page)
+            {int_("one_of_page", c.page // 2 if c.method == "hip" else c.page - 1)}
+            description = Gather<axis = 3>(by_page, one_of_page)
             """
         case _:
             describe = f"""

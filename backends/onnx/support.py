@@ -107,7 +107,8 @@ def form(node: Node) -> Yes | No:
             if spec.name == "refreshed_attention":
                 every = f", TopK every {a['refresh']} tokens"
                 return Yes(f"ScatterND in place (slot = position), GatherND and Scan{every}{below}")
-            many = ", masks where many choose" + (", as many as hold the mass" if a["mass"] < 1 else "")
+            many = ", a softmax of pages over one of tokens" if rule(a).grouped else ""
+            many += ", masks where many choose" + (", as many as hold the mass" if a["mass"] < 1 else "")
             return Yes(f"ScatterND in place (slot = position), TopK, GatherND and Scan{many}{below}")
         case "quantised_attention":
             return Yes(f"codes of {a['bits']} bits in place, TopK, GatherND and Scan, masks where many choose")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from memc.backends.onnx import blocks, listed, tree
+from memc.backends.onnx import blocks, landmarks, listed, tree
 from memc.backends.onnx.attend import Scores, weigh
 from memc.backends.onnx.functions import float_, int_, ints
 from memc.backends.onnx.listed import FAR, FORCED, UNSEEN
@@ -52,11 +52,15 @@ def start(s: Scores, c: Rule) -> str:
 
 def read(s: Scores, c: Rule) -> str:
     """Write the attention of one token to its ``candidates [B,G,M]``."""
-    return f"""
-    {_tokens(c)}
+    per_head = (1, s.groups, s.heads // s.groups, 1)
+    weighed = f"""
     score0 = Transpose<perm = [0, 1, 3, 2]>(scores)
     mask = Unsqueeze(live, along)
-    {weigh(s, (1, s.groups, s.heads // s.groups, 1))}
+    {weigh(s, per_head)}
+    """
+    return f"""
+    {_tokens(c)}
+    {landmarks.of_token(s, c, per_head) if c.grouped else weighed}
     value_index = Unsqueeze(chosen, last_axis)
     values = GatherND<batch_dims = 2>(next_value, value_index)
     sums = MatMul(weight, values)

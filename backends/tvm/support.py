@@ -50,6 +50,8 @@ def form(node: Node) -> Yes | No:
             return Yes(f"own function, {a['update']}, prompts by chunks, state in place")
         case "sparse_attention":
             a = arguments(node)
+            if SELECTORS[a["method"]].grouped:
+                return No(f"its function has one softmax over tokens, and none by pages as method {a['method']}")
             if SELECTORS[a["method"]].choice == "tree" or a["mass"] < 1:
                 what = f"a mass of {a['mass']:g}" if a["mass"] < 1 else f"method {a['method']}"
                 return No(f"its function takes what fills the budget of all that it has scored, and has no {what}")

@@ -13,7 +13,15 @@ from torch import Tensor
 from memc.kernels.common import accumulation_type, held_positions, segments
 from memc.kernels.refreshed_attention.choose import Choices
 from memc.kernels.sparse_attention.choose import Rule, narrowed
-from memc.kernels.sparse_attention.reference import Call, Reads, Sequence, attend_chosen, gradients, lay_out
+from memc.kernels.sparse_attention.reference import (
+    Call,
+    Reads,
+    Sequence,
+    attend_chosen,
+    gradients,
+    grouped,
+    lay_out,
+)
 
 
 @dataclass(frozen=True)
@@ -81,7 +89,8 @@ def forward(
         next_pages = torch.where(last.view(-1, *[1] * (pages.dim() - 1)), pages, next_pages)
         next_choice = torch.where(last[:, None, None], one.choices.last(one.sequence.mine), next_choice)
         mask = partial(one.readable, asking, positions, rule)
-        attend_chosen(out, lse, q, one.keys, one.values, one.sequence, mask, sink_logits, scale, softcap)
+        through = partial(grouped, positions, one.sequence, rule)
+        attend_chosen(out, lse, q, one.keys, one.values, one.sequence, mask, sink_logits, scale, softcap, through)
     return out, lse, call.key, call.value, held_positions(past_positions, positions), next_pages, next_choice
 
 
@@ -112,7 +121,13 @@ def backward(
     call = lay_out(key, value, positions, past_key, past_value, past_positions, rule.page)
     asking = query.to(accumulation_type(query)) * scale
     reads = (
-        Reads(one.sequence, one.keys, one.values, partial(one.readable, asking, positions, rule))
+        Reads(
+            one.sequence,
+            one.keys,
+            one.values,
+            partial(one.readable, asking, positions, rule),
+            partial(grouped, positions, one.sequence, rule),
+        )
         for one in sequences(call, asking, positions, past_pages, past_choice, rule)
     )
     grads, inputs = (grad_out, grad_lse, grad_next_key, grad_next_value), (query, key, value, past_key, past_value)

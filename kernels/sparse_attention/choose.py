@@ -12,6 +12,7 @@ from torch import Tensor
 
 from memc.dialect.selectors import SELECTORS
 from memc.dialect.sparse_attention import forced_pages
+from memc.kernels.softmax_groups import Groups
 from memc.kernels.sparse_attention.tree import reached
 
 
@@ -46,6 +47,11 @@ class Rule:
         return SELECTORS[self.method].choice == "tree"
 
     @property
+    def grouped(self) -> bool:
+        """Whether pages beside those of sinks and window are read through their landmarks."""
+        return SELECTORS[self.method].grouped
+
+    @property
     def unit(self) -> int:
         """Tokens of what is ranked: those of a page, or one."""
         return 1 if self.by_token else self.page
@@ -67,6 +73,8 @@ def describe(keys: Tensor, method: str) -> Tensor:
             return keys.mean(-2)
         case "centre":
             return keys[..., keys.shape[-2] // 2, :]
+        case "landmark":
+            return keys[..., -1, :]
         case _:
             mean = keys.mean(-2, keepdim=True)
             return torch.cat([mean[..., 0, :], (keys - mean).square().mean(-2)], -1)
@@ -122,6 +130,18 @@ def forced(at: Tensor, count: int, rule: Rule) -> tuple[Tensor, Tensor]:
     seen = number <= p // rule.page
     near = number >= (p - rule.window + 1).clamp_min(0) // rule.page
     return seen & (near | (number * rule.page < rule.sinks)), seen
+
+
+def groups(at: Tensor, count: int, rule: Rule) -> Groups | None:
+    """Return which of ``count`` pages queries at ``at [B,T]`` read through their landmarks, if they take them.
+
+    None where a method weighs tokens alone.
+    """
+    if not rule.grouped:
+        return None
+    must, seen = forced(at, count, rule)
+    through = seen & ~must & (at >= rule.dense_below)[:, None, :, None]
+    return Groups(through[:, :, None], rule.page)
 
 
 def found(scores: Tensor, at: Tensor, must: Tensor, rule: Rule) -> Tensor:

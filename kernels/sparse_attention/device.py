@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memc.dialect.selectors import SELECTORS
 from memc.kernels.attention.slots import write
 from memc.kernels.common import held_positions
 from memc.kernels.launch import DeviceKernels, Gpu, Tile, power_of_two, precision
@@ -21,8 +22,10 @@ from memc.kernels.sparse_attention.choose import Rule
 from memc.kernels.sparse_attention.steps import Arguments, Asking, Constants, block_of, in_blocks, rule_of
 
 
-def refuses(gpu: Gpu, *args: Any, **_: Any) -> str:
+def refuses(gpu: Gpu, *args: Any, method: str = "", **_: Any) -> str:
     """Return why the kernels do not take a call; "" where they do."""
+    if method and SELECTORS[method].grouped:
+        return f"the softmax of method {method}, which is grouped by pages"
     query, key, value, _positions, past_key, past_value, past_positions, past_pages, *rest = args
     reason = refusal(query, key, value, past_key, past_value, past_pages, *rest)
     return reason or unordered(past_key, past_value, past_positions, past_pages)

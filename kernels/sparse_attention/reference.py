@@ -14,7 +14,8 @@ from torch import Tensor
 
 from memc.kernels.common import accumulation_type, cast_like, held_positions, put, segments, take
 from memc.kernels.softmax import attend, attend_backward
-from memc.kernels.sparse_attention.choose import Rule, chosen, describe
+from memc.kernels.softmax_groups import Groups
+from memc.kernels.sparse_attention.choose import Rule, chosen, describe, groups
 
 # Most scores that one block of queries makes at once: 4 MB in float32.
 BLOCK_SCORES = 1 << 20
@@ -123,6 +124,16 @@ def readable(
     return (tokens & mine[:, None, :, None] & (sequence.place >= 0)[:, None, None])[:, :, None]
 
 
+def grouped(positions: Tensor, sequence: Sequence, rule: Rule, rows: slice) -> Groups | None:
+    """Return what a block of a call's queries reads through landmarks, of what it reads; None for nothing."""
+    at = torch.where(sequence.mine[:, rows], positions[:, rows], -1)
+    return groups(at, sequence.place.shape[1] // rule.page, rule)
+
+
+def ungrouped(rows: slice) -> None:
+    """Return that a block of queries reads nothing through landmarks."""
+
+
 def attend_chosen(
     out: Tensor,
     lse: Tensor,
@@ -134,13 +145,16 @@ def attend_chosen(
     sink_logits: Tensor | None,
     scale: float,
     softcap: float,
+    through: Callable[[slice], Groups | None] = ungrouped,
 ) -> None:
     """Write ``out [B,H,T,E]`` and ``lse [B,H,T]`` of a sequence's tokens, block by block; other tokens keep theirs.
 
-    ``mask`` gives what a block of queries reads of ``keys`` and ``values [B,G,L,.]``, which are by position.
+    ``mask`` gives what a block of queries reads of ``keys`` and ``values [B,G,L,.]``, which are by position, and
+    ``through`` what of that it reads through landmarks.
     """
     for rows in blocks(query.shape[1], sequence):
-        part, part_lse = attend(query[:, :, rows], keys, values, mask(rows), None, sink_logits, scale, softcap)
+        read = (query[:, :, rows], keys, values, mask(rows), None, sink_logits, scale, softcap)
+        part, part_lse = attend(*read, through(rows))
         mine = sequence.mine[:, None, rows]
         out[:, :, rows] = torch.where(mine[..., None], part.to(out.dtype), out[:, :, rows])
         lse[:, :, rows] = torch.where(mine, part_lse, lse[:, :, rows])
@@ -148,12 +162,16 @@ def attend_chosen(
 
 @dataclass(frozen=True)
 class Reads:
-    """Keys and values ``[B,G,L,.]`` of a sequence by position, and the mask of what a block of queries reads."""
+    """Keys and values ``[B,G,L,.]`` of a sequence by position, and the mask of what a block of queries reads.
+
+    ``through`` tells what of that is read through landmarks.
+    """
 
     sequence: Sequence
     keys: Tensor
     values: Tensor
     mask: Callable[[slice], Tensor]
+    through: Callable[[slice], Groups | None]
 
 
 def gradients(
@@ -179,7 +197,7 @@ def gradients(
             mine = one.sequence.mine[:, None, rows]
             outer, log = out[:, :, rows] * mine[..., None], lse[:, :, rows] * mine
             read = (q[:, :, rows], one.keys, one.values, one.mask(rows))
-            g = attend_backward(outer, log, *read, None, sink_logits, scale, softcap)
+            g = attend_backward(outer, log, *read, None, sink_logits, scale, softcap, one.through(rows))
             grad_q[:, :, rows] += g.query
             placed_k += g.key
             placed_v += g.value
@@ -234,7 +252,8 @@ def forward(
         mine = (current == number).view(-1, *[1] * (pages.dim() - 1))
         next_pages = torch.where(mine, pages.to(past_pages.dtype), next_pages)
         mask = partial(readable, q, keys, pages, positions, sequence, rule)
-        attend_chosen(out, lse, q, keys, values, sequence, mask, sink_logits, scale, softcap)
+        through = partial(grouped, positions, sequence, rule)
+        attend_chosen(out, lse, q, keys, values, sequence, mask, sink_logits, scale, softcap, through)
     return out, lse, call.key, call.value, held_positions(past_positions, positions), next_pages
 
 
@@ -272,7 +291,8 @@ def backward(
 
     def reads() -> Iterator[Reads]:
         for sequence, keys, values, pages in call.contents(past_pages, method, page, q.dtype):
-            yield Reads(sequence, keys, values, partial(readable, q, keys, pages, positions, sequence, rule))
+            mask = partial(readable, q, keys, pages, positions, sequence, rule)
+            yield Reads(sequence, keys, values, mask, partial(grouped, positions, sequence, rule))
 
     grads, inputs = (grad_out, grad_lse, grad_next_key, grad_next_value), (query, key, value, past_key, past_value)
     return gradients(grads, inputs, reads(), sink_logits, scale, softcap)

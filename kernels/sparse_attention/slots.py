@@ -11,7 +11,7 @@ from torch import Tensor
 from memc.kernels.attention.slots import write
 from memc.kernels.common import accumulation_type, take
 from memc.kernels.sparse_attention.choose import Rule
-from memc.kernels.sparse_attention.reference import Sequence, attend_chosen, describe_pages, readable
+from memc.kernels.sparse_attention.reference import Sequence, attend_chosen, describe_pages, grouped, readable
 
 
 def forward(
@@ -49,5 +49,6 @@ def forward(
     past_pages.copy_(pages)
     out, lse = query.new_zeros(*query.shape[:3], value.shape[3]), q.new_zeros(query.shape[:3])
     mask = partial(readable, q, keys, pages, positions, sequence, rule)
-    attend_chosen(out, lse, q, keys, values, sequence, mask, sink_logits, scale, softcap)
+    through = partial(grouped, positions, sequence, rule)
+    attend_chosen(out, lse, q, keys, values, sequence, mask, sink_logits, scale, softcap, through)
     return out, lse

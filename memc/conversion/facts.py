@@ -116,6 +116,8 @@ def _stages(report: PassReport, settings: Train) -> list[str]:
         return ["transfer", *(["recovery"] if settings.transfer < 1 else [])]
     if report.learns:
         return ["text"]
+    if report.adapts:
+        return ["recovery"]
     if not report.recovers:
         return []
     return ["recovery"] if settings.onto == "result" else ["adapters for the original"]

@@ -75,14 +75,16 @@ def require_shareable(recipe: Recipe, training: bool, processes: Processes) -> N
 def require_mergeable(recipe: Recipe, training: bool, planned: Sequence[PassFacts]) -> None:
     """Raise ``MemcError`` E203 where adapters are asked for ``onto`` the original and there is none, or no place there.
 
-    They are trained where a pass took something away, and what one adds is nothing that the original has.
+    They are trained where a pass took something away, and what one adds, or makes another function of, is nothing that
+    the original has.
     """
     settings = recipe.train or Train()
     if settings.onto != "original":
         return
-    where, adding = "train: onto", [facts.spec for facts in planned if {"transfer", "text"} & set(facts.trains)]
+    own = {"transfer": "adds parameters", "text": "adds parameters", "recovery": "is trained as another function"}
+    where, adding = "train: onto", [(facts.spec, own[x]) for facts in planned for x in facts.trains if x in own]
     if adding:
-        reason = f"{adding[0]} adds parameters, which the original has no place for"
+        reason = f"{adding[0][0]} {adding[0][1]}, which the original has no place for"
         raise MemcError("E203", reason, where, "onto: result, or leave that pass out")
     if not training or not settings.adapters:
         lacks = "adapters are 0" if not settings.adapters else "nothing is trained"

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 Segmenter = Literal["pages"]
-Descriptor = Literal["bounds", "moments", "mean", "centre", "channels", "attended", "representatives"]
+Descriptor = Literal["bounds", "moments", "mean", "centre", "landmark", "channels", "attended", "representatives"]
 Scorer = Literal["bound", "moments", "product", "channels"]
 Choice = Literal["pages", "tokens", "tree"]
 Positioner = Literal["true", "compact", "clipped"]
+Softmax = Literal["joint", "grouped"]
 
 
 @dataclass(frozen=True)
@@ -23,9 +24,9 @@ class Selector:
     - ``segmenter``: how the tokens of a sequence are cut into pieces that are described together; ``pages`` of equal
       length, the first one from position 0 on;
     - ``descriptor``: what is kept of a piece to rank it by: the ``bounds`` of each channel of its keys, the
-      ``moments`` or the ``mean`` of each, the key in the ``centre``, all ``channels`` once more, the keys as
-      ``attended`` to by what the piece itself is about, or the mean of the keys that are ``representatives`` of it to
-      the queries that followed;
+      ``moments`` or the ``mean`` of each, the key in the ``centre``, the last key as its ``landmark``, all ``channels``
+      once more, the keys as ``attended`` to by what the piece itself is about, or the mean of the keys that are
+      ``representatives`` of it to the queries that followed;
     - ``scorer``: what a query makes of a description: its least upper ``bound``, the estimate by ``moments``, the
       ``product``, or that over the query's strongest ``channels``;
     - ``choice``: what is taken in order of the scores, ``pages``, single ``tokens``, or the pages that a search down a
@@ -34,7 +35,8 @@ class Selector:
     - ``positioner``: where keys and query stand to one another when they are rotated: at their ``true`` positions; at
       ``compact`` ones, tokens that are not read left out of the count; or at true ones with every longer distance
       ``clipped`` to the window;
-    - ``softmax``: ``joint``, one over everything that is read;
+    - ``softmax``: ``joint``, one over everything that is read; or ``grouped``, one over the tokens of the forced set
+      and the landmarks of what else is taken, whose weights are spread by one within each piece;
     - ``tier``: ``all``, every key and value stays where it can be read.
     """
 
@@ -43,7 +45,7 @@ class Selector:
     choice: Choice = "pages"
     positioner: Positioner = "true"
     segmenter: Segmenter = "pages"
-    softmax: Literal["joint"] = "joint"
+    softmax: Softmax = "joint"
     tier: Literal["all"] = "all"
 
     @property
@@ -51,12 +53,18 @@ class Selector:
         """Whether no distance that is read is longer than what is read, however long the sequence."""
         return self.positioner != "true"
 
+    @property
+    def grouped(self) -> bool:
+        """Whether what is taken is weighed as no softmax over tokens weighs it: another function, to be trained."""
+        return self.softmax == "grouped"
+
 
 SELECTORS: dict[str, Selector] = {
     "bounds": Selector("bounds", "bound"),
     "moments": Selector("moments", "moments"),
     "hcam": Selector("mean", "product"),
     "hip": Selector("centre", "product", choice="tree"),
+    "landmark": Selector("landmark", "product", softmax="grouped"),
     "lowbit": Selector("channels", "channels", choice="tokens"),
     "longheads": Selector("attended", "product", positioner="compact"),
     "infllm": Selector("representatives", "product", positioner="clipped"),

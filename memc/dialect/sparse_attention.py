@@ -21,7 +21,7 @@ def description(method: str, page: int, channels: int) -> tuple[int, ...]:
     match SELECTORS[method].descriptor:
         case "channels":
             return channels, page
-        case "mean" | "centre":
+        case "mean" | "centre" | "landmark":
             return (channels,)
         case _:
             return (2 * channels,)
@@ -117,12 +117,14 @@ def sparse_attention(
       a search comes by are scored: those between sinks and window are cut into as many ranges as are still to be taken,
       each is halved, the half is scored by the page in its middle, and as many of the best as there were go on, until
       all are single pages (HiP attention, Lee et al. 2024);
+    - ``landmark``: the last key, the landmark of the page; the score is q.k with it, and the softmax is grouped, see
+      below (Mohtashami & Jaggi 2023);
     - ``lowbit``: the keys themselves once more, channel by channel ``[D, page]``, of which a query reads the
       ``channels`` in which the sum of its magnitudes over the heads that share a key-value head is highest; the score
       of a token is q.k over these (SparQ, Ribar et al. 2024).
 
-    The first two describe ``[2D]``, ``hcam`` and ``hip`` ``[D]``. A query at position p < ``dense_below`` reads all
-    earlier tokens. Any other
+    The first two describe ``[2D]``, ``hcam``, ``hip`` and ``landmark`` ``[D]``. A query at position p < ``dense_below``
+    reads all earlier tokens. Any other
 
     1. takes the ``rerank budget / page`` pages of the highest scores (the highest over the heads that share a key-value
        head), among which are always those of the first ``sinks`` tokens and of the last ``window``, p itself included;
@@ -136,6 +138,11 @@ def sparse_attention(
        always the sinks and the window.
 
     Of equal scores the lower index goes first. With ``mass`` 1, up to position ``budget`` - 1, that is every token.
+    With ``landmark`` one softmax weighs the tokens of the pages of sinks and window, and the landmarks of the other
+    pages taken; each of these spreads the weight of its landmark over its other tokens by a softmax of their own. The
+    landmark's value is read with the pages of sinks and window alone. A page has at least 2 tokens, and ``rerank`` is
+    1. Only where there are no other pages, or below ``dense_below``, is that the softmax of ``memc::attention``.
+
     Soft-cap and sink logits join the softmax over the chosen tokens and choose nothing; there are no slopes, since a
     page has no one distance. Each sequence is held from position 0 on, and its positions rise by one from token to
     token. Returns
@@ -154,6 +161,8 @@ def sparse_attention(
     check(method != "lowbit" or 1 <= channels <= key.shape[3], "lowbit reads at least 1 channel and at most all")
     check(0 < mass <= 1, "mass is above 0 and at most 1")
     check(mass == 1 or method != "hip", "hip scores too few pages to tell what share of the mass they hold")
+    check(not SELECTORS[method].grouped or page > 1, "a landmark stands for at least one other token of its page")
+    check(not SELECTORS[method].grouped or rerank == 1, "a page that is read through its landmark is read whole")
     check(page >= 1 and sinks >= 0 and window >= 1 and rerank >= 1, "page, window and rerank are at least 1, sinks 0")
     check(budget % page == 0, "the budget is whole pages")
     check(forced_pages(page, sinks, window) * page <= budget, "sinks and window fit the budget")

@@ -99,13 +99,12 @@ class Trainer:
         """
         if applied[2].learns:
             return self._taught(pass_, applied, folder)
-        if not applied[2].objectives:
-            return self._recovered(pass_, before, applied, folder)
         plan, after, report = applied
-        exact = min(objective.exact for objective in report.objectives)
-        if exact >= self.settings.length:
-            reason = f"sequences of {self.settings.length} tokens teach nothing, the first {exact} are exact as it is"
-            raise MemcError("E203", reason, pass_.spec, f"train: {{length: {4 * exact}}} in a recipe")
+        if report.adapts:
+            self._require_longer(pass_, report.exact)
+        if not report.objectives:
+            return self._recovered(pass_, before, applied, folder)
+        self._require_longer(pass_, min(objective.exact for objective in report.objectives))
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
         transfer = self._transfer(before, after, report, folder)
@@ -128,8 +127,14 @@ class Trainer:
         settled = replace(report, untrained=False, relations=pass_.trained_relations(plan))
         return Rewritten(pass_, plan, after, settled, transferred, facts)
 
+    def _require_longer(self, pass_: Pass, exact: int) -> None:
+        """Raise ``MemcError`` E203 where sequences have nothing to teach behind their first ``exact`` tokens."""
+        if exact >= self.settings.length:
+            reason = f"sequences of {self.settings.length} tokens teach nothing, the first {exact} are exact as it is"
+            raise MemcError("E203", reason, pass_.spec, f"train: {{length: {4 * exact}}} in a recipe")
+
     def _recovered(self, pass_: Pass, before: Program, applied: Applied, folder: Path | None) -> Rewritten:
-        """Win back through recovery alone what a pass took away, or merge what was learned without it."""
+        """Win back through recovery alone what a pass took away or changed, or merge what was learned without it."""
         plan, after, report = applied
         done = Rewritten(pass_, plan, after, report, after, None)
         if not self.only_recovery_steps:
@@ -141,7 +146,8 @@ class Trainer:
         self.processes.align(value.data for value in after.module.parameters() if id(value) not in shared)
         program, recovery = self._recover(before, after, report, folder)
         facts = TrainingFacts(tokens=self.tokens, device=name_of(self.device), recovery=recovery)
-        return replace(done, program=program, facts=facts)
+        settled = replace(report, untrained=report.untrained and not recovery.best_step)
+        return replace(done, program=program, report=settled, facts=facts)
 
     def _taught(self, pass_: Pass, applied: Applied, folder: Path | None) -> Rewritten:
         """Teach what a pass added the text, everything else frozen. What was transferred is the program as it was.
@@ -276,7 +282,8 @@ class Trainer:
         if settings.adapters:
             # Blocks are found in the program before: what was rewritten is no block any more, its projections are.
             # What was only made smaller is still one, and feed-forward blocks too have something to win back.
-            projections = attention_projections(before) if report.objectives else block_projections(after)
+            rewritten = bool(report.objectives) or report.adapts
+            projections = attention_projections(before) if rewritten else block_projections(after)
             trained, adapters = add_adapters(after, projections, settings.adapters, ADAPTER_SCALE, self.seed)
             others = [name for adapter in adapters for name in (adapter.down, adapter.up)]
         else:

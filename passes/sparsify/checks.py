@@ -48,6 +48,16 @@ def check_mass(mass: float, *, method: str, bits: int) -> None:
         raise MemcError("E203", message, f"sparsify:bits={bits},mass={mass:g}", "leave 'mass' or 'bits' out")
 
 
+def check_landmarks(method: str, *, page: int, rerank: int) -> None:
+    """Raise ``MemcError`` E203 for options that do not go with pages that are read through their landmarks."""
+    if rerank > 1:
+        message = f"{method} spreads a weight over whole pages, whose tokens are not ranked one by one"
+        raise MemcError("E203", message, f"sparsify:method={method},rerank={rerank}", "leave 'rerank' out")
+    if page == 1:
+        message = "the last token of a page stands for the others, of which a page of 1 has none"
+        raise MemcError("E203", message, f"sparsify:method={method},page=1", "leave 'page' out, or write page=16")
+
+
 def check_budget(budget: int, *, page: int, sinks: int, window: int, least: int) -> None:
     """Raise ``MemcError`` E203 for a budget that is not whole pages, or under the ``least`` for sinks and window."""
     where = f"sparsify:budget={budget},page={page},sinks={sinks},window={window}"

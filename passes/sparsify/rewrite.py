@@ -29,9 +29,9 @@ from memc.target import Target
 class Sparsify(Pass):
     """Let every token read at most ``budget`` earlier tokens, chosen anew for each token and key-value head.
 
-    Training-free, and nothing is forgotten: all keys and values stay in the growing state. Each site's
-    ``memc::attention`` becomes ``memc::sparse_attention``, which takes the first ``sinks`` tokens, the last ``window``,
-    and of the others those that score highest:
+    Training-free but for ``landmark``, and nothing is forgotten: all keys and values stay in the growing state. Each
+    site's ``memc::attention`` becomes ``memc::sparse_attention``, which takes the first ``sinks`` tokens, the last
+    ``window``, and of the others those that score highest:
 
     - ``method=lowbit``: by the few ``channels`` of every key in which the query is strongest (SparQ, Ribar et al.
       2024), read from a second copy of the keys that is laid out channel by channel; the state has half as much again;
@@ -39,7 +39,9 @@ class Sparsify(Pass):
     - ``method=moments``: page by page, by the mean and variance of each channel;
     - ``method=hcam``: page by page, by the mean of each channel (the summaries of HCAM, Lampinen et al. 2021);
     - ``method=hip``: page by page, by the key in the middle, of those pages alone that a search down a tree of ranges
-      comes by (HiP attention, Lee et al. 2024): it finds what resembles its neighbours.
+      comes by (HiP attention, Lee et al. 2024): it finds what resembles its neighbours;
+    - ``method=landmark``: page by page, by the last key, and read through it (Landmark Attention, Mohtashami & Jaggi
+      2023): another function than the original, which is to be trained, see below.
 
     With ``mass`` under 1 a token takes of these no more than needed for this share of the sum of the exponentials of
     all their scores (top-p, as Twilight, Lin et al. 2025): ``budget`` is then the most, and what is predicted.
@@ -63,6 +65,17 @@ class Sparsify(Pass):
     Soft-cap and sink logits stay; what is done to queries and keys before the attention (QK-norm, and rotary but for
     these two) is as it was.
 
+    ``method=landmark`` weighs the tokens of the pages of sinks and window, and of each other page taken its landmark,
+    by one softmax; the weight of a landmark is spread over the other tokens of its page by a softmax within it. So
+    every page weighs what its last token is worth to the query, whatever the page holds, and that token's own value is
+    not read from afar. No budget makes that the original attention, and a pretrained model has not learned to end its
+    pages with what they are about. The report therefore says ``untrained`` until a conversion with data has trained it:
+    there are no new parameters that a transfer could fit layer by layer, so that adapters on the projections of the
+    attention recover the original's predictions, from all of the tokens. The paper inserts a token of its own for every
+    landmark and trains the whole model, here the last token of a page stands where that would; sinks and window read as
+    they were are ours (``sinks=0,window=1`` is the paper's, but that the last token of a page reads itself), since a
+    model whose first tokens are its sinks loses them otherwise.
+
     What is read for a token at context N, in keys or values of one head of size D: ``channels`` / D N (``lowbit``),
     N / ``page`` (``hcam``), at most 2 log2 N keys for each page that is taken (``hip``) or 2 N / ``page`` to choose by,
     ``rerank`` ``budget`` keys, ``budget`` values, in place of 2 N; with ``refresh`` n, an n-th of what is chosen by, on
@@ -78,8 +91,9 @@ class Sparsify(Pass):
     (KIVI, Liu et al. 2024). Tokens read their own page as it is. With 4 bits and pages of 64 the state has a sixth of
     float32's bytes, a third of bfloat16's.
 
-    Identity setting: ``budget`` or ``dense_below`` at least as long as the context, and ``stream_window`` where heads
-    stream, ``page`` where ``bits`` are given, and ``window`` with ``infllm``. Prompts of at most the longer of the
+    Identity setting: ``budget`` or ``dense_below`` at least as long as the context (``dense_below`` with
+    ``landmark``), and ``stream_window`` where heads stream, ``page`` where ``bits`` are given, and ``window`` with
+    ``infllm``. Prompts of at most the longer of the
     first two, and no longer than the others, give the original logits by construction; beyond, the perplexity ratio is
     measured and nothing is promised.
 
@@ -106,7 +120,8 @@ class Sparsify(Pass):
     budget: int = option(512, "most tokens that a token reads, sinks and window among them", unit="tokens", min=1)
     page: int = option(
         0,
-        "keys described together; divides the budget; 0 for 16, or for up to 64 with lowbit, bits, longheads or infllm",
+        "keys described together; divides the budget; 0 for 16, or for up to 64 with landmark, lowbit, bits, longheads"
+        " or infllm",
         unit="tokens",
         min=0,
     )
@@ -114,8 +129,8 @@ class Sparsify(Pass):
     window: int = option(48, "most recent tokens that a token reads, itself included", unit="tokens", min=1)
     rerank: int = option(
         0,
-        "budgets' worth of pages whose tokens are ranked one by one; 1 for none; 0 for 2, or for 1 with longheads and"
-        " infllm, which read pages whole",
+        "budgets' worth of pages whose tokens are ranked one by one; 1 for none; 0 for 2, or for 1 with landmark,"
+        " longheads and infllm, which read pages whole",
         unit="",
         min=0,
     )
@@ -149,6 +164,8 @@ class Sparsify(Pass):
         sizes = {"page": page, "window": self.window}
         if self.extends:
             checks.check_extending(self.method, rerank=self.rerank, retrieve=self.retrieve, **sizes)
+        if self.grouped:
+            checks.check_landmarks(self.method, page=page, rerank=self.rerank)
         checks.check_budget(self.budget, sinks=self.sinks, least=self._least(page), **sizes)
 
     @property
@@ -157,9 +174,14 @@ class Sparsify(Pass):
         return SELECTORS[self.method].extends
 
     @property
+    def grouped(self) -> bool:
+        """Whether what the method computes is another function than the original, whatever it reads."""
+        return SELECTORS[self.method].grouped
+
+    @property
     def page_size(self) -> int:
         """Tokens of a page; longer ones keep a channel of ``lowbit`` in fewer pieces, and bounds in fewer bytes."""
-        if self.page or not (self.bits or self.extends or self.method == "lowbit"):
+        if self.page or not (self.bits or self.extends or self.method in ("landmark", "lowbit")):
             return self.page or 16
         longest = self.window if self.method == "infllm" else 64
         fitting = (page for page in (64, 32) if self.budget % page == 0 and self._least(page) <= self.budget)
@@ -167,14 +189,16 @@ class Sparsify(Pass):
 
     @property
     def reads_all_to(self) -> int:
-        """Tokens of a sequence up to which everything is read."""
-        return max(self.budget, self.dense_below)
+        """Tokens of a sequence up to which everything is read as it was."""
+        return self.dense_below if self.grouped else max(self.budget, self.dense_below)
 
     @property
     def exact_to(self) -> int:
         """Tokens of a sequence up to which heads that retrieve read everything as it was."""
         if self.method == "infllm":
             return min(self.reads_all_to, self.window + 1)
+        if self.grouped:  # up to the first token that a whole page lies before, between the sinks' pages and the window
+            return max(self.reads_all_to, (-(-self.sinks // self.page_size) + 1) * self.page_size + self.window - 1)
         return min(self.reads_all_to, self.page_size) if self.bits else self.reads_all_to
 
     def resolve(self, program: Program, target: Target) -> tuple[Sparsify, dict[str, Any]]:
@@ -187,7 +211,9 @@ class Sparsify(Pass):
         return replace(self, retrieve=sites.listed_groups(kept)), {"heads": roles.to_json(kept)}
 
     def offers(self) -> tuple[Sparsify, ...]:
-        """Offer two budgets, from where on the larger one pays."""
+        """Offer two budgets, from where on the larger one pays; none of a method that has to be trained."""
+        if self.grouped:
+            return ()
         return tuple(replace(self, budget=budget, dense_below=512) for budget in (256, 512))
 
     def only(self, layers: Collection[int], present: Collection[int]) -> Sparsify:
@@ -215,7 +241,16 @@ class Sparsify(Pass):
         editor = Editor(program)
         blocks = sites.planned_blocks(editor.program, plan)
         details = {str(block.layer): self._rewrite(editor, block, split) for block, split in blocks}
-        report = PassReport(plan.spec, plan.sites, plan.rejections, plan.relations, details=details)
+        changed = self.grouped and (self.retrieve == "all" or any(site.kept for site in plan.sites))
+        report = PassReport(
+            plan.spec,
+            plan.sites,
+            plan.rejections,
+            plan.relations,
+            untrained=changed,
+            details=details,
+            adapts=changed,
+        )
         return editor.finish(), report
 
     def _open(self, program: Program) -> list[AttentionBlock]:
@@ -232,7 +267,8 @@ class Sparsify(Pass):
         """Return how the heads that retrieve choose, with what follows from other options and the model left open."""
         names = ("method", "channels", "budget", "sinks", "window", "bits", "refresh", "mass")
         options = {name: getattr(self, name) for name in names}
-        return options | {"page": self.page_size, "dense_below": self.reads_all_to, "rerank": self.rerank or 2}
+        rerank = self.rerank or (1 if self.grouped else 2)
+        return options | {"page": self.page_size, "dense_below": self.reads_all_to, "rerank": rerank}
 
     def _refuse(self, program: Program, block: AttentionBlock) -> sites.Refusal | None:
         refusal = _refuse(program, block)

@@ -545,6 +545,10 @@ CASES: dict[str, Callable[[], Program]] = {
     "sparse, by a tree, refreshed": lambda: sparse_attention(
         method="hip", budget=15, page=3, refresh=2, rerank=2, window=3, dense_below=5, groups=3
     ),
+    "sparse, by landmarks": lambda: sparse_attention(method="landmark", budget=10, layers=2),
+    "sparse, by landmarks, every option": lambda: sparse_attention(
+        method="landmark", page=3, budget=9, window=1, mass=0.8, softcap=2.0, sink_logits=True, lse=True, groups=3
+    ),
     "sparse, few bits": lambda: sparse_attention(bits=4, layers=2, rerank=2),
     "sparse, few bits, one stage": lambda: sparse_attention(bits=8, page=3, budget=9, window=4, dense_below=6),
     "sparse, few bits, every option": lambda: sparse_attention(
@@ -577,6 +581,6 @@ CASES: dict[str, Callable[[], Program]] = {
 ASIDE = ("by a tree", "by mass", "refreshed", "few bits")
 """Words of the sparse cases that share most of their kernels with the others."""
 
-_NOT_IN_PLACE = ("compact", "clipped")
+_NOT_IN_PLACE = ("compact", "clipped", "landmarks")
 ON_GPUS = tuple(case for case in CASES if not any(word in case for word in _NOT_IN_PLACE))
 """Those of ops that have kernels in place."""

@@ -23,11 +23,16 @@ from memc.program import Program
 from memc.verify import VerificationText
 
 OPTIONS: dict[str, Any] = {"page": 4, "budget": 24, "sinks": 2, "window": 9}
-FORMS = [(method, form) for method in METHODS for form in ("blocks", "tokens")]
+FORMS = [
+    (method, form, rerank)
+    for method in METHODS
+    for form in ("blocks", "tokens")
+    for rerank in (1, 2)
+    if rerank == 1 or method != "landmark"
+]
 
 
-@pytest.mark.parametrize("rerank", [1, 2])
-@pytest.mark.parametrize(("method", "form"), FORMS)
+@pytest.mark.parametrize(("method", "form", "rerank"), FORMS)
 def test_long_calls_equal_the_reference(
     method: str, rerank: int, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -59,7 +64,8 @@ def test_long_calls_by_mass_equal_the_reference(
 
 
 @pytest.mark.parametrize(
-    ("method", "rerank", "refresh"), [("bounds", 1, 1), ("bounds", 2, 9), ("lowbit", 2, 4), ("hip", 1, 4)]
+    ("method", "rerank", "refresh"),
+    [("bounds", 1, 1), ("bounds", 2, 9), ("lowbit", 2, 4), ("hip", 1, 4), ("landmark", 1, 4)],
 )
 def test_long_calls_that_share_choices_equal_the_reference(
     method: str, rerank: int, refresh: int, tmp_path: Path
@@ -123,6 +129,16 @@ def test_what_fills_the_buffers_to_the_last_slot_is_held(length: int, tmp_path: 
     assert state.current["past_key0"].dtype == np.uint8
 
 
+def test_landmarks_of_strong_logits_fill_the_buffers_to_the_last_slot(tmp_path: Path) -> None:
+    """Blocks pad the last page, of which the buffers have a part; keys are forty times as large as elsewhere."""
+    program = ops.sparse_attention(method="landmark", **{**OPTIONS, "budget": 16, "window": 2})
+    with torch.no_grad():
+        program.module.key_weight.mul_(40)  # type: ignore[union-attr, operator]
+    runner = build(program, tmp_path, context=34)
+    calls = [([span(0, 31), span(0, 9, left=22)], None), ([[31, 32, 33], [9, -1, -1]], None)]
+    assert compare(program, runner, calls) < 1e-3
+
+
 def of_equal_keys(**options: Any) -> Program:
     """Make every key the same, so that all scores are equal, and every value another."""
     program = ops.sparse_attention(**OPTIONS, **options)
@@ -131,8 +147,13 @@ def of_equal_keys(**options: Any) -> Program:
     return program
 
 
-@pytest.mark.parametrize(("method", "form"), [*FORMS, ("few bits", "blocks"), ("few bits", "tokens")])
-@pytest.mark.parametrize("rerank", [1, 2])
+@pytest.mark.parametrize(
+    ("method", "form", "rerank"),
+    [
+        *(form for form in FORMS if form[0] != "landmark"),
+        *(("few bits", form, rerank) for form in ("blocks", "tokens") for rerank in (1, 2)),
+    ],
+)
 def test_equal_scores_choose_equally(
     rerank: int, method: str, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

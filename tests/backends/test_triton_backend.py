@@ -269,6 +269,7 @@ def test_what_is_supported() -> None:
     made = {"llama": program(), "sparse": ops.sparse_attention(), "bits": ops.sparse_attention(bits=4)}
     made |= {"compact": ops.compact_attention(), "refreshed": ops.sparse_attention(refresh=2, mass=0.5)}
     made |= {"tree": ops.sparse_attention(method="hip"), "wide": ops.sparse_attention(key=260)}
+    made["landmarks"] = ops.sparse_attention(method="landmark")
     for name, each in made.items():
         for node in each.module.graph.nodes:
             found[name, str(node.target)] = backend.supports(node, target)
@@ -278,6 +279,7 @@ def test_what_is_supported() -> None:
     for refused in (
         found["compact", "memc.compact_attention.default"],
         found["wide", "memc.sparse_attention.default"],
+        found["landmarks", "memc.sparse_attention.default"],
     ):
         assert isinstance(refused, No) and "--backend eager" in refused.reason
     assert backend.refuses_weights("int8", target) and not backend.refuses_weights("bf16", target)

@@ -30,7 +30,9 @@ QUICK = (
 )
 """Cases that together go through every function; the others differ in their options."""
 
-LACKING = tuple(f"sparse, {what}" for what in ("few", "compact", "clipped", "refreshed", "by a tree", "by mass"))
+LACKING = tuple(
+    f"sparse, {what}" for what in ("few", "compact", "clipped", "refreshed", "by a tree", "by mass", "by landmarks")
+)
 """How those begin that the backend refuses."""
 
 CASES = [

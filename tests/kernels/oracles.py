@@ -135,8 +135,8 @@ def linear_memory(
 
 def page_score(query: Tensor, keys: Tensor, method: str) -> float:
     """Return the score of one page of ``keys [page, D]``, channel by channel."""
-    if method == "hip":
-        return float(query @ keys[len(keys) // 2])
+    if method in ("hip", "landmark"):
+        return float(query @ keys[len(keys) // 2 if method == "hip" else -1])
     total = 0.0
     for channel, q in enumerate(query.tolist()):
         column = keys[:, channel].tolist()
@@ -180,6 +180,40 @@ def sparse_choice(
     tokens = taken if by_token else [j for n in taken for j in range(n * o["page"], (n + 1) * o["page"]) if j <= p]
     ranked = [(math.inf if j in must else max(float(q @ seen[j]) for q in scaled), j) for j in tokens]
     return sorted(best(ranked, o["budget"]))
+
+
+def grouped_row(
+    query: Tensor, read: list[Token], head: int, group: int, p: int, o: Mapping[str, Any]
+) -> tuple[Tensor, float]:
+    """Return one head's output and log-sum-exp by the grouped softmax of landmark attention (2305.16300, section 3.1).
+
+    Tokens of the pages of sinks and window are one group with the landmarks of the other pages; each of those pages is
+    a group of its own, of its other tokens.
+    """
+    page, pages = o["page"], {token.position // o["page"] for token in read}
+    near = {j // page for j in range(p + 1) if j < o["sinks"] or p - j < o["window"] or p < o.get("dense_below", 0)}
+    by_page = {n: [x for x in read if x.position // page == n] for n in sorted(pages)}
+
+    def softmax(tokens: list[Token], sinks: list[float]) -> tuple[list[float], float]:
+        scores = [float(query @ token.key[group]) * o["scale"] for token in tokens]
+        if cap := o.get("softcap", 0.0):
+            scores = [cap * math.tanh(score / cap) for score in scores]
+        lse = float(torch.logsumexp(torch.tensor(scores + sinks, dtype=torch.float64), 0))
+        return [math.exp(score - lse) for score in scores], lse
+
+    first = [x for n, tokens in by_page.items() for x in (tokens if n in near else tokens[-1:])]
+    sinks = [] if o.get("sink_logits") is None else [float(o["sink_logits"][head])]
+    weights, lse = softmax(first, sinks)
+    out = torch.zeros_like(first[0].value[group])
+    for token, weight in zip(first, weights, strict=True):
+        number = token.position // page
+        if number in near:
+            out += weight * token.value[group]
+            continue
+        assert token.position % page == page - 1 and len(by_page[number]) == page, "a page is read whole or not at all"
+        for other, share in zip(by_page[number][:-1], softmax(by_page[number][:-1], [])[0], strict=True):
+            out += weight * share * other.value[group]
+    return out, lse
 
 
 def holding(scored: list[tuple[float, int]], mass: float) -> set[int]:
@@ -286,7 +320,8 @@ def sparse_attention(query: Tensor, key: Tensor, value: Tensor, positions: Tenso
                 chosen = set(sparse_choice(query[b, mine, t].double(), found, p, group, o, kept))
                 read = [x for x in found if x.position in chosen]
                 for h in mine:
-                    row = softmax_row(query[b, h, t].double(), read, h, group, p, o)
+                    weigh = grouped_row if o.get("method") == "landmark" else softmax_row
+                    row = weigh(query[b, h, t].double(), read, h, group, p, o)
                     result.out[b, h, t], result.lse[b, h, t] = row
         result.held.append(own)
     return result

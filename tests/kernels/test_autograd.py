@@ -46,13 +46,13 @@ def softmax_case(op: str, held: list[list[int]], bias: bool, **options: Any) -> 
 
 def sparse_case(held: int, bias: bool, **options: Any) -> Callable[[], Case]:
     def make() -> Case:
-        past = torch.arange(held).expand(B, held).contiguous()
-        described = description(options["method"], 2, D)
+        past, page = torch.arange(held).expand(B, held).contiguous(), options.get("page", 2)
+        described = description(options["method"], page, D)
         positions = torch.stack([torch.arange(held, held + T), torch.tensor([held, -1, 0, 1, 2, 3, 4])])
-        state = (real(B, G, held, D), real(B, G, held, E), past, real(B, G, -(-held // 2), *described))
+        state = (real(B, G, held, D), real(B, G, held, E), past, real(B, G, -(-held // page), *described))
         extra = (real(H),) if bias else ()
         args = (real(B, H, T, D), real(B, G, T, D), real(B, G, T, E), positions, *state, *extra)
-        return Case("sparse_attention", args, {"scale": 0.4, "page": 2, "sinks": 1, "window": 1, **options})
+        return Case("sparse_attention", args, {"scale": 0.4, "page": page, "sinks": 1, "window": 1, **options})
 
     return make
 
@@ -130,7 +130,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "sparse": sparse_case(5, True, method="bounds", budget=4, softcap=2.0),
     "sparse-again": sparse_case(5, False, method="moments", budget=4, rerank=2, dense_below=3),
     "sparse-channels": sparse_case(5, True, method="lowbit", channels=2, budget=4, rerank=2),
-    "sparse-means": sparse_case(5, False, method="hcam", budget=4),
+    "sparse-landmarks": sparse_case(5, True, method="landmark", page=3, budget=9, softcap=2.0),
     "sparse-empty": sparse_case(0, False, method="moments", budget=4),
     "refreshed": refreshed_case(5, True, method="bounds", budget=6, softcap=2.0),
     "refreshed-again": refreshed_case(5, False, method="lowbit", channels=2, budget=6, rerank=2, dense_below=3),

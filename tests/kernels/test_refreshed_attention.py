@@ -16,7 +16,7 @@ from memc.dialect.sparse_attention import METHODS, description
 from memc.kernels.refreshed_attention.choose import Choices
 from tests.kernels import oracles
 from tests.kernels.cases import F64, Shape, cut, shapes
-from tests.kernels.test_sparse_attention import make, sized
+from tests.kernels.test_sparse_attention import JOINT, fitting, make, sized
 from tests.kernels.test_sparse_attention import run as run_sparse
 
 OP = torch.ops.memc.refreshed_attention
@@ -59,6 +59,11 @@ def described(fixed: dict[str, Any], size: int) -> tuple[int, ...]:
     return description(fixed["method"], fixed["page"], size)
 
 
+def with_refresh(sizes: tuple[int, int, int, int, int], extra: dict[str, Any]) -> dict[str, Any]:
+    """Return sizes and options that go together."""
+    return {"refresh": sizes[4], **fitting(sizes[:4], extra)}
+
+
 def of(sizes: tuple[int, int, int, int, int]) -> dict[str, int]:
     return {**sized(sizes[:4]), "refresh": sizes[4]}
 
@@ -68,7 +73,7 @@ def test_refreshed_attention_equals_oracle_however_it_is_cut(
     shape: Shape, extra: dict[str, Any], sizes: tuple[int, int, int, int, int], sink_logits: bool
 ) -> None:
     call, generator = make(shape, sink_logits)
-    fixed = {"scale": 0.7, **of(sizes), **extra}
+    fixed = with_refresh(sizes, extra)
     fixed["channels"] = min(fixed["channels"], shape.key_size)
     expected = oracles.sparse_attention(**call, **fixed)
     whole = run(call, [slice(None)], **fixed)
@@ -84,7 +89,7 @@ def test_one_token_at_a_time_equals_one_call(
     shape: Shape, extra: dict[str, Any], sizes: tuple[int, int, int, int, int]
 ) -> None:
     call, _ = make(shape, True)
-    fixed = {"scale": 0.7, **of(sizes), **extra}
+    fixed = with_refresh(sizes, extra)
     single = run(call, [slice(t, t + 1) for t in range(shape.tokens)], **fixed)
     for one, other in zip(run(call, [slice(None)], **fixed), single, strict=True):
         torch.testing.assert_close(one, other)
@@ -96,7 +101,7 @@ def test_a_choice_for_one_token_is_sparse_attention(
     shape: Shape, extra: dict[str, Any], sizes: tuple[int, int, int, int, int]
 ) -> None:
     call, _ = make(shape, True)
-    fixed = {"scale": 0.7, **sized(sizes[:4]), **extra}
+    fixed = fitting(sizes[:4], extra)
     each, sparse = run(call, [slice(None)], **fixed, refresh=1), run_sparse(call, [slice(None)], **fixed)
     for one, other in zip(each[:-1], sparse, strict=True):
         torch.testing.assert_close(one, other)
@@ -106,7 +111,7 @@ def test_a_choice_for_one_token_is_sparse_attention(
 @given(shapes(20), options)
 def test_a_batch_of_mixed_lengths_equals_one_at_a_time(shape: Shape, extra: dict[str, Any]) -> None:
     call, _ = make(shape, True, restart=0.0)
-    fixed = {"scale": 0.5, **of((2, 8, 1, 3, 3)), **extra}
+    fixed = with_refresh((2, 8, 1, 3, 3), extra)
     together = run(call, [slice(None)], **fixed)
     for b in range(shape.batch):
         kept = call["positions"][b] >= 0
@@ -119,7 +124,7 @@ def test_a_batch_of_mixed_lengths_equals_one_at_a_time(shape: Shape, extra: dict
         assert not together[0][b, :, ~kept].any()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", JOINT)
 @pytest.mark.parametrize("rerank", [1, 4])
 def test_a_budget_that_holds_everything_is_dense(method: str, rerank: int) -> None:
     shape = Shape(batch=2, groups=2, per_group=3, tokens=75, key_size=16, value_size=16, seed=5)

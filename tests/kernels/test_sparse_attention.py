@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import memc.kernels  # noqa: F401
+from memc.dialect.selectors import SELECTORS
 from memc.dialect.sparse_attention import METHODS, description
+from memc.kernels.softmax_groups import Groups
 from memc.kernels.sparse_attention.choose import (
     Rule,
     best_of_group,
@@ -27,6 +29,7 @@ from tests.kernels import oracles
 from tests.kernels.cases import F64, Shape, cut, shapes, walk
 
 OP = torch.ops.memc.sparse_attention
+JOINT = [method for method in METHODS if not SELECTORS[method].grouped]
 
 # page, budget, sinks, window
 SIZES = st.sampled_from([(1, 3, 1, 2), (2, 6, 1, 2), (3, 9, 2, 1), (3, 12, 0, 4), (4, 8, 0, 2), (4, 64, 3, 5)])
@@ -40,6 +43,13 @@ options = st.fixed_dictionaries(
         "mass": st.sampled_from([1.0, 0.55]),
     }
 ).map(lambda o: {**o, "mass": 1.0} if o["method"] == "hip" else o)
+
+
+def fitting(sizes: tuple[int, int, int, int], extra: dict[str, Any]) -> dict[str, Any]:
+    """Return sizes and options that go together: pages with landmarks are read whole, and have two tokens."""
+    if extra["method"] == "landmark":
+        return {"scale": 0.7, **sized(sizes if sizes[0] > 1 else (2, 6, 1, 2)), **extra, "rerank": 1}
+    return {"scale": 0.7, **sized(sizes), **extra}
 
 
 def run(call: dict[str, Any], parts: list[slice], **fixed: Any) -> list[Tensor]:
@@ -78,7 +88,7 @@ def test_sparse_attention_equals_oracle(
     shape: Shape, extra: dict[str, Any], sizes: tuple[int, int, int, int], sink_logits: bool
 ) -> None:
     call, generator = make(shape, sink_logits)
-    fixed = {"scale": 0.7, **sized(sizes), **extra}
+    fixed = fitting(sizes, extra)
     fixed["channels"] = min(fixed["channels"], shape.key_size)
     expected = oracles.sparse_attention(**call, **fixed)
     whole = run(call, [slice(None)], **fixed)
@@ -101,7 +111,7 @@ def test_one_token_at_a_time_equals_one_call(
     shape: Shape, extra: dict[str, Any], sizes: tuple[int, int, int, int]
 ) -> None:
     call, _ = make(shape, True)
-    fixed = {"scale": 0.7, **sized(sizes), **extra}
+    fixed = fitting(sizes, extra)
     single = run(call, [slice(t, t + 1) for t in range(shape.tokens)], **fixed)
     for one, other in zip(run(call, [slice(None)], **fixed), single, strict=True):
         torch.testing.assert_close(one, other)
@@ -110,7 +120,7 @@ def test_one_token_at_a_time_equals_one_call(
 @given(shapes(20), options)
 def test_a_batch_of_mixed_lengths_equals_one_at_a_time(shape: Shape, extra: dict[str, Any]) -> None:
     call, _ = make(shape, True, restart=0.0)
-    fixed = {"scale": 0.5, **sized((2, 6, 1, 2)), **extra}
+    fixed = fitting((2, 6, 1, 2), extra)
     together = run(call, [slice(None)], **fixed)[0]
     for b in range(shape.batch):
         kept = call["positions"][b] >= 0
@@ -121,7 +131,7 @@ def test_a_batch_of_mixed_lengths_equals_one_at_a_time(shape: Shape, extra: dict
         assert not together[b, :, ~kept].any()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", JOINT)
 @pytest.mark.parametrize("size", [64, 80, 96, 128])
 @pytest.mark.parametrize("rerank", [1, 4])
 def test_a_budget_that_holds_everything_is_dense(method: str, size: int, rerank: int) -> None:
@@ -159,7 +169,7 @@ def test_choices_are_causal_within_the_budget_and_hold_what_is_forced(
     extra = {**extra, "dense_below": 0}
     extra.pop("softcap")
     extra["channels"] = min(extra["channels"], shape.key_size)
-    rule = Rule(scale=0.7, **sized(sizes), **extra)
+    rule = Rule(**fitting(sizes, extra))
     q, k, _ = shape.qkv(shape.generator())
     pages = -(-shape.tokens // rule.page)
     keys = torch.nn.functional.pad(k, (0, 0, 0, pages * rule.page - shape.tokens))
@@ -175,6 +185,58 @@ def test_choices_are_causal_within_the_budget_and_hold_what_is_forced(
     assert bool((count[:, :, full] == full + 1).all())
 
 
+@given(shapes(40), st.sampled_from([0.0, 1.5]), st.booleans())
+def test_landmarks_of_no_pages_are_dense_and_of_any_are_not(shape: Shape, softcap: float, sink_logits: bool) -> None:
+    call, _ = make(shape, sink_logits, restart=0.0, padding=0.0)
+    fixed: dict[str, Any] = {"scale": 0.7, "method": "landmark", "softcap": softcap, **sized((4, 64, 3, 5))}
+    dense = torch.ops.memc.attention(
+        *(call[x] for x in ("query", "key", "value", "positions")),
+        call["key"][:, :, :0], call["value"][:, :, :0], call["positions"][:, :0], None, call["sink_logits"],
+        scale=0.7, softcap=softcap,
+    )  # fmt: skip
+    out, lse = run(call, [slice(None)], **fixed)[:2]
+    # The page of the sinks, and those that a window of 5 may lie on.
+    torch.testing.assert_close(out[:, :, :12], dense[0][:, :, :12])
+    below = run(call, [slice(None)], **fixed, dense_below=40)
+    torch.testing.assert_close(below[0], dense[0])
+    if shape.tokens > 12 and shape.key_size > 1:
+        assert (lse[:, :, 12:] - below[1][:, :, 12:]).abs().max() > 1e-6, "though the budget holds all"
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32])
+def test_landmarks_of_strong_logits(dtype: torch.dtype) -> None:
+    """Scores of hundreds, of which no softmax within a page survives as an exponential that is not shifted."""
+    shape = Shape(batch=2, groups=2, per_group=2, tokens=40, key_size=8, value_size=3, seed=4)
+    call, _ = make(shape, True, dtype, restart=0.0)
+    fixed: dict[str, Any] = {"scale": 40.0, "method": "landmark", **sized((4, 16, 1, 2))}
+    expected = oracles.sparse_attention(**call, **fixed)
+    out, lse = run(call, [slice(0, 17), slice(17, 40)], **fixed)[:2]
+    assert float(lse.max()) > 200
+    near = {F64: 1e-9, torch.float32: 1e-3}[dtype]
+    torch.testing.assert_close(out.double(), expected.out, atol=near, rtol=near)
+    torch.testing.assert_close(lse.double(), expected.lse, atol=near, rtol=near)
+
+
+@pytest.mark.parametrize("fault", ["with its own value", "by the mean of the page", "without its softmax"])
+def test_the_oracle_sees_a_fault_of_the_grouped_softmax(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def join(self: Groups, scores: Tensor) -> None:
+        pages = scores.unflatten(-1, (-1, self.page))
+        rest = pages if fault == "with its own value" else pages[..., :-1]
+        within = rest.mean(-1) if fault == "by the mean of the page" else rest.logsumexp(-1)
+        shift = (pages[..., -1] - within).masked_fill(~self.through | (fault == "without its softmax"), 0)
+        pages.add_(shift[..., None])
+        if fault != "with its own value":
+            pages[..., -1].masked_fill_(self.through, -torch.inf)
+
+    shape = Shape(batch=2, groups=2, per_group=2, tokens=40, key_size=4, value_size=3, seed=7)
+    call, _ = make(shape, False, padding=0.0, restart=0.0)
+    fixed: dict[str, Any] = {"scale": 0.7, "method": "landmark", **sized((4, 16, 1, 2))}
+    expected = oracles.sparse_attention(**call, **fixed)
+    monkeypatch.setattr(Groups, "join_", join)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(run(call, [slice(None)], **fixed)[0], expected.out)
+
+
 def test_equal_scores_are_taken_by_the_lower_index() -> None:
     rank = torch.tensor([1.0, 3.0, 2.0, 2.0, 2.0, -torch.inf])
     assert first(rank, 3).tolist() == [False, True, True, True, False, False]
@@ -182,7 +244,7 @@ def test_equal_scores_are_taken_by_the_lower_index() -> None:
     assert first(rank, 9).all()
 
 
-@pytest.mark.parametrize("method", ["bounds", "moments", "hcam", "lowbit"])
+@pytest.mark.parametrize("method", ["bounds", "moments", "hcam", "landmark", "lowbit"])
 def test_as_few_are_taken_as_hold_the_mass(method: str) -> None:
     shape = Shape(batch=2, groups=2, per_group=2, tokens=96, key_size=6, value_size=3, seed=11)
     q, k, _ = shape.qkv(shape.generator())
@@ -237,7 +299,7 @@ def test_half_types_are_as_near_as_they_can_be(dtype: torch.dtype) -> None:
 
 
 FAULTS = [{"budget": 4}, {"window": 2}, {"sinks": 0}, {"rerank": 3}, {"method": "moments"}, {"method": "hcam"}]
-FAULTS += [{"method": "lowbit"}, {"method": "hip"}, {"mass": 0.5}]
+FAULTS += [{"method": "lowbit"}, {"method": "hip"}, {"method": "landmark"}, {"mass": 0.5}]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -260,6 +322,8 @@ def test_the_oracle_sees_a_fault(fault: dict[str, Any]) -> None:
         ({"method": "x"}, "one of bounds"),
         ({"mass": 0.0}, "above 0"),
         ({"mass": 0.5, "method": "hip"}, "too few pages"),
+        ({"method": "landmark", "page": 1}, "at least one other token"),
+        ({"method": "landmark", "rerank": 2}, "read whole"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(wrong: dict[str, Any], reason: str) -> None:

@@ -175,7 +175,7 @@ def test_specs_round_trip(spec: str) -> None:
         ("window:sinks=-1", "at least 0"),
         ("window:window=many", "takes int"),
         ("window:windows=4", "did you mean 'window'"),
-        ("sparsify:method=mean", "one of bounds, moments, hcam, hip"),
+        ("sparsify:method=mean", "one of bounds, moments, hcam, hip, landmark, lowbit"),
         ("sparsify:rerank=-1", "at least 0"),
         ("sparsify:budget=100", "not whole pages of 16.* Next: write sparsify:budget=112"),
         ("sparsify:budget=40", "not whole pages of 16.* Next: write sparsify:budget=80"),

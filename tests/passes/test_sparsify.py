@@ -117,6 +117,30 @@ def test_few_bits_equal_a_softmax_over_what_the_oracle_rounds_and_chooses(varian
     assert (result - naive_run(program, oracle_softmax(**options), tokens)).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_landmarks_equal_a_softmax_by_groups(variant: str) -> None:
+    program, tokens = tiny(**VARIANTS[variant]), tokens_of(2, 30)
+    options = {**SMALL, "method": "landmark", "mass": 0.9}
+    result = rewrite(program, **options).run(tokens)
+    torch.testing.assert_close(result, naive_run(program, oracle_softmax(**options), tokens), atol=1e-5, rtol=0)
+    options["method"] = "hcam"
+    assert (result - naive_run(program, oracle_softmax(**options), tokens)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("options", "exact"), [({}, 9), ({"dense_below": 20}, 20), ({"sinks": 0, "window": 1}, 3)])
+def test_landmarks_are_exact_up_to_the_first_page_behind_one(options: dict[str, Any], exact: int) -> None:
+    sparsify = Sparsify(**{**SMALL, "method": "landmark", "budget": 60, **options})
+    plan = sparsify.plan(program := tiny(layers=1), TARGET)
+    assert plan.relations[0] == Close(1e-4, tokens=exact), "whatever the budget"
+    result, report = sparsify.apply(program, plan)
+    assert report.untrained and report.trains and report.new_parameters == 0 and not sparsify.offers()
+    streams = replace(sparsify, retrieve="heads:[]")
+    assert not streams.apply(program, streams.plan(program, TARGET))[1].untrained, "no head reads through landmarks"
+    tokens = tokens_of(2, 30)
+    away = (result.run(tokens) - program.run(tokens)).abs().amax((0, 2))
+    assert away[:exact].max() < 1e-5 < 1e-4 < away[exact]
+
+
 @pytest.mark.parametrize("bits", BITS)
 def test_few_bits_are_exact_within_a_page(bits: int) -> None:
     sparsify = Sparsify(method="bounds", bits=bits, budget=60, page=20, window=4)
@@ -225,6 +249,9 @@ def test_a_shared_choice_is_state_and_survives_the_disk(tmp_path: Path) -> None:
         ({"mass": 0.5, "method": "hip"}, "too few pages"),
         ({"mass": 0.5, "method": "infllm", "rerank": 0}, "count what it reads"),
         ({"mass": 0.5, "method": "bounds", "bits": 4}, "as many are taken as the budget"),
+        ({"method": "landmark", "rerank": 2}, "whole pages.*leave 'rerank' out"),
+        ({"method": "landmark", "page": 1}, "a page of 1 has none"),
+        ({"method": "landmark", "bits": 4}, "bits go with method=bounds"),
     ],
 )
 def test_choices_that_cannot_be_made_are_refused(options: dict[str, Any], reason: str) -> None:

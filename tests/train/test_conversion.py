@@ -18,7 +18,7 @@ import torch
 
 from memc import api
 from memc.artifact import read_manifest
-from memc.conversion.training import training_data, trains
+from memc.conversion.training import require_mergeable, training_data, trains
 from memc.errors import MemcError
 from memc.progress import Silent
 from memc.recipe import Recipe, Train
@@ -282,3 +282,19 @@ def test_a_memory_learns_the_text_in_a_conversion(llama: Path, tmp_path: Path) -
     assert (ratio.metric, kl.metric) == ("perplexity_ratio", "kl_mean") and ratio.value != 1 and kl.value > 0
     plain = convert(llama, tmp_path / "plain", spec, data=[], tokens=None)
     assert plain.untrained and plain.verified
+
+
+def test_what_is_another_function_is_untrained_until_it_is_trained(llama: Path, tmp_path: Path) -> None:
+    spec = "sparsify:method=landmark,budget=12,page=3,sinks=1,window=1,dense_below=0"
+    planned = convert(llama, tmp_path / "out", spec, dry_run=True)
+    assert planned.untrained and [facts.trains for facts in planned.passes] == [["recovery"]]
+    onto = Recipe(recipe=1, train=Train(onto="original"))
+    with pytest.raises(MemcError, match="is trained as another function, which the original has no place for"):
+        require_mergeable(onto, True, planned.passes)
+    assert any(caveat.startswith(f"untrained: {spec} is another function") for caveat in planned.caveats)
+    document = convert(llama, tmp_path / "out", spec, train={"sampled": 0, "adapter_rate": 5e-3, "accumulate": 1})
+    report, training = training_of(tmp_path / "out", "sparsify")
+    assert document.verified and not document.untrained and not document.caveats and training.transfer is None
+    assert training.recovery is not None and training.recovery.best_step > 0
+    close, ratio = report.relations
+    assert (close.tokens, close.passed) == (6, True) and ratio.value is not None

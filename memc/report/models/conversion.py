@@ -112,8 +112,8 @@ class ConvertDocument(Document):
 
     ``original`` is the prediction for the unrewritten program on the same target; ``curves`` have both sides,
     ``original`` and ``converted``, at many contexts. ``untrained`` is true when a pass made parameters that nothing has
-    trained. ``fit`` tells how limits were kept, where they chose the passes. ``command`` makes the same again,
-    ``next`` lists commands to type.
+    trained, or another function that the model has not been trained for. ``fit`` tells how limits were kept, where they
+    chose the passes. ``command`` makes the same again, ``next`` lists commands to type.
     """
 
     schema_: Literal["memc.convert/1"] = Field(default="memc.convert/1", alias="schema")
@@ -149,7 +149,13 @@ class ConvertDocument(Document):
         ran = any(check.name.startswith("lowered") for check in self.checks)
         unrun = self.verified and not self.dry_run and not ran
         found = ["what was lowered has not been run: this machine is no such hardware"] if unrun else []
-        return [*found, *(["untrained: new parameters have not been trained"] if self.untrained else [])]
+        if self.untrained:
+            functions = [item.spec for item in self.passes if item.untrained and not item.new_parameters]
+            what = (
+                f"{functions[0]} is another function, for which the model has" if functions else "new parameters have"
+            )
+            found.append(f"untrained: {what} not been trained")
+        return found
 
 
 class LowerDocument(Document):
