@@ -24,7 +24,7 @@ QUICK = {"gated delta": ("pieces",), "llama, window": ("pieces", "padding"), "ll
 
 
 @pytest.mark.conformance
-@pytest.mark.parametrize("case", ops.ON_GPUS)
+@pytest.mark.parametrize("case", ops.CASES)
 def test_op_in_place_equals_reference(case: str) -> None:
     program = ops.CASES[case]()
     runner = interpret(program)

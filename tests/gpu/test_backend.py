@@ -25,7 +25,7 @@ def _exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["graphs", "torch.compile"])
-@pytest.mark.parametrize("case", ops.ON_GPUS)
+@pytest.mark.parametrize("case", ops.CASES)
 def test_op_on_the_gpu_equals_reference(
     case: str, compiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -100,7 +100,8 @@ def check(shape: Shape = SHAPE, inv_freq: Tensor = INV_FREQ, strength: float = 1
             out, lse = device.in_place(*given, positions, *buffers, inv_freq, sink_logits, **options)
         wanted = reference.forward(*in_double([*given, positions, *state, inv_freq, sink_logits]), **options)
         state = list(wanted[2:])
-        assert_near(out, wanted[0])
+        # Scores that are larger have errors that are larger, and they are in the exponent.
+        assert_near(out, wanted[0], atol=1e-6 * (strength - 1))
         assert_near(lse, wanted[1])
         assert (out[(positions < 0)[:, None].expand(out.shape[:3])] == 0).all()
         assert_held(buffers, state)
@@ -117,27 +118,23 @@ def test_states_in_place_equal_the_reference(method: str, options: dict[str, Any
 @pytest.mark.usefixtures("cut_small")
 def test_groups_of_large_heads_of_odd_sizes_and_pages_of_one_token(method: str) -> None:
     """Several blocks of channels, of those that are rotated and of the rest, and scores so strong that one key wins."""
-    size = 53 if method == "longheads" else 37
-    shape = Shape(
-        batch=1, groups=2, per_group=3, tokens=0, key_size=37 if method == "infllm" else size, value_size=size, seed=3
-    )
+    shape = Shape(1, 2, 3, 0, key_size=53, value_size=53 if method == "longheads" else 20, seed=3)
     fixed = rule(method, page=1, budget=8, window=3)
-    check(shape, 100.0 ** (-torch.arange(9) / 9), strength=20.0, **fixed)
+    check(shape, 100.0 ** (-torch.arange(17) / 17), strength=20.0, **fixed)
 
 
 @pytest.mark.parametrize("method", RULES)
 @pytest.mark.usefixtures("cut_small")
 def test_a_sequence_from_its_start_in_pieces_equals_the_oracle(method: str) -> None:
-    shape, sink_logits = Shape(2, 2, 2, 27, 6, 6, seed=4), torch.tensor([0.3, -1.0, 0.5, 0.0])
+    shape, sink_logits = Shape(2, 1, 2, 19, 6, 6, seed=4), torch.tensor([0.3, -1.0])
     query, key, value = shape.qkv(shape.generator(), torch.float32)
-    positions = torch.arange(27).repeat(2, 1)
-    positions[1] = torch.tensor([-1, *range(11), -1, -1, *range(11, 24)])
-    fixed = rule(method, page=3, budget=12, window=4, interleaved=False, scaling=1.1)
+    positions = torch.stack([torch.arange(19), torch.tensor([-1, *range(7), -1, -1, *range(7, 16)])])
+    fixed = rule(method, page=2, budget=10, window=4, interleaved=False, scaling=1.1)
     call = {"query": query, "key": key, "value": value, "positions": positions}
     expected = oracles.compact_attention(**call, inv_freq=INV_FREQ[:2], sink_logits=sink_logits, **fixed)
-    held = [x.float() if x.is_floating_point() else x for x in empty(shape, 28, 3, torch.float32)]
+    held = empty(shape, 20, 2, torch.float32)
     found = []
-    for part in (slice(0, 10), slice(10, 26), slice(26, 27)):
+    for part in (slice(0, 7), slice(7, 18), slice(18, 19)):
         given = (x[:, :, part] for x in (query, key, value))
         with poisoned():
             found.append(device.in_place(*given, positions[:, part], *held, INV_FREQ[:2], sink_logits, **fixed))
