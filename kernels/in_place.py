@@ -19,6 +19,7 @@ REFERENCES: dict[str, Callable[..., Any]] = {"attention": attention, "sparse_att
 """Ops whose state is laid out in another way in place than in the functional form."""
 
 PAGED: dict[str, tuple[str, ...]] = {
+    "compact_attention": ("past_pages",),
     "quantised_attention": ("past_key", "past_pages"),
     "refreshed_attention": ("past_pages",),
 }

@@ -113,7 +113,7 @@ def lay_down(
     """Write a call into buffers, where slot p holds the token at position p, and return what is held then."""
     write(positions, ((key, past_key), (value, past_value)), past_positions)
     if query.shape[2] > 1:
-        past_pages.masked_fill_(_starts(positions, past_pages), 0)
+        past_pages.masked_fill_(steps.starts(positions, past_pages), 0)
     # The token at position p lies in slot p: what is held there is its own place.
     places = past_positions.to(torch.int32)
     return Held(query.contiguous(), positions.contiguous(), past_pages, past_key, past_value, places)
@@ -133,13 +133,8 @@ def choose(held: Held, rule: Rule) -> Tensor:
 def _pages(past: Tensor, positions: Tensor, count: int) -> Tensor:
     """Return the descriptions held, with room for ``count`` pages; none where the token starts a sequence."""
     room = past.new_zeros(*past.shape[:2], count, *past.shape[3:])
-    room[:, :, : past.shape[2]] = past.masked_fill(_starts(positions, past), 0)
+    room[:, :, : past.shape[2]] = past.masked_fill(steps.starts(positions, past), 0)
     return room
-
-
-def _starts(positions: Tensor, pages: Tensor) -> Tensor:
-    """Return, of the shape of ``pages`` with 1 for all but the rows, in which of them a sequence starts."""
-    return (positions == 0).any(1).view(-1, *[1] * (pages.dim() - 1))
 
 
 def describe(held: Held, rule: Rule) -> None:

@@ -175,13 +175,17 @@ def attend(
     given: Arguments,
     constants: Constants,
     cut: Tile,
+    *,
+    unit: int = 1,
+    kind: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return output ``[B,H,T,E]`` and log-sum-exp ``[B,H,T]`` over what is ``chosen [B,G,T,K]``.
+    """Return output ``[B,H,T,E]`` and log-sum-exp ``[B,H,T]`` over what is ``chosen [B,G,T,K]``, ``unit`` tokens each.
 
-    The programs of ``kernel`` have a share of K each, which are joined; it takes ``given`` after the tensors here.
+    The programs of ``kernel`` have a share of them each, which are joined; it takes ``given`` after the tensors here.
+    The output is of the query's type, or of ``kind``.
     """
     query, (batch, groups, tokens, listed) = asking.query, chosen.shape
-    heads = query.shape[1]
+    heads, listed = query.shape[1], listed * unit
     programs, share = splits(listed, batch * groups * tokens, cut.sizes["block_keys"], query.device)
     parts = query.new_empty(batch * tokens, heads, programs, value_size, dtype=torch.float32)
     part_lse = query.new_empty(batch * tokens, heads, programs, dtype=torch.float32)
@@ -204,7 +208,7 @@ def attend(
         **constants,
     }
     run(kernel, (programs * tokens, groups, batch), arguments, fixed, cut)
-    out = query.new_empty(batch * tokens, heads, 1, value_size)
+    out = query.new_empty(batch * tokens, heads, 1, value_size, dtype=kind)
     lse = query.new_empty(batch * tokens, heads, 1, dtype=torch.float32)
     merge(out, lse, parts, part_lse, asking.positions)
     return (
@@ -239,6 +243,11 @@ def places_of(positions: Tensor, length: int) -> Tensor:
     # Tokens that are nobody's are put one place too far, which is then cut off.
     room = index.new_full((positions.shape[0], length + 1), -1)
     return room.scatter(1, torch.where(positions >= 0, positions, length), index)[:, :length].contiguous()
+
+
+def starts(positions: Tensor, pages: Tensor) -> Tensor:
+    """Return, of the shape of ``pages`` with 1 for all but the rows, in which of them a sequence starts."""
+    return (positions == 0).any(1).view(-1, *[1] * (pages.dim() - 1))
 
 
 def run(kernel: str, grid: tuple[int, int, int], arguments: Arguments, constants: Constants, cut: Tile) -> None:

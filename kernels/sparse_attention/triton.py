@@ -34,6 +34,15 @@ def _write_page(page_of, first, second, c, size: tl.constexpr, method: tl.conste
         tl.store(page_of + size + c, second.to(kind), mask=c < size)
 
 
+@triton.jit
+def clear(pages, numbers, block_described: tl.constexpr):
+    """Set ``pages``, so many ``numbers``, to 0 before any thread of the program goes on."""
+    for start in range(0, numbers, block_described):
+        d = start + tl.arange(0, block_described)
+        tl.store(pages + d, tl.zeros([block_described], pages.dtype.element_ty), mask=d < numbers)
+    tl.debug_barrier()
+
+
 @triton.jit(do_not_specialize=["tokens", "held", "length", "count"])
 def describe(
     pages, key, places, positions, tokens, held, length, count,
@@ -50,10 +59,7 @@ def describe(
     pages += (batch * groups + group) * count * described
     kind = pages.dtype.element_ty
     if tokens == 1 and p == 0:
-        for start in range(0, count * described, block_described):
-            d = start + tl.arange(0, block_described)
-            tl.store(pages + d, tl.zeros([block_described], kind), mask=d < count * described)
-        tl.debug_barrier()
+        clear(pages, count * described, block_described)
     if (p + 1) % page == 0 and p >= 0:
         n = p // page
         i, c = tl.arange(0, block_page), tl.arange(0, block_size)
@@ -107,7 +113,9 @@ def score_pages(
         two = tl.load(place + size, mask=inside, other=0.0).to(tl.float32)
         found = tl.dot(tl.minimum(q, 0.0), tl.trans(two), found, input_precision=precision)
     else:
-        tl.static_assert(method == "moments" or method == "hcam" or method == "hip")
+        tl.static_assert(
+            method == "moments" or method == "hcam" or method == "hip" or method == "longheads" or method == "infllm"
+        )
         found = tl.dot(q, tl.trans(one), input_precision=precision)
         if method == "moments":
             two = tl.load(place + size, mask=inside, other=0.0).to(tl.float32)

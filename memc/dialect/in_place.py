@@ -14,6 +14,7 @@ import torch
 
 from memc.dialect.attention import attention
 from memc.dialect.base import LIBRARY, OpSpec
+from memc.dialect.compact_attention import compact_attention
 from memc.dialect.linear_memory import linear_memory
 from memc.dialect.quantised_attention import quantised_attention
 from memc.dialect.refreshed_attention import refreshed_attention
@@ -52,7 +53,15 @@ def in_place(spec: OpSpec) -> torch._ops.OpOverload | None:
     return next((overload for overload, functional in IN_PLACE.items() if functional is spec), None)
 
 
-for _spec in (attention, window_memory, linear_memory, sparse_attention, refreshed_attention, quantised_attention):
+for _spec in (
+    attention,
+    window_memory,
+    linear_memory,
+    sparse_attention,
+    refreshed_attention,
+    quantised_attention,
+    compact_attention,
+):
     LIBRARY.define(f"{_spec.name}_{_schema(_spec)}", tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"memc::{_spec.name}_", _fake(_spec))
     IN_PLACE[getattr(torch.ops.memc, f"{_spec.name}_").default] = _spec

@@ -274,13 +274,11 @@ def test_what_is_supported() -> None:
         for node in each.module.graph.nodes:
             found[name, str(node.target)] = backend.supports(node, target)
     assert isinstance(found["llama", "memc.window_memory.default"], Yes)
-    for name, op in (("sparse", "sparse"), ("tree", "sparse"), ("bits", "quantised"), ("refreshed", "refreshed")):
+    chosen = {"sparse": "sparse", "tree": "sparse", "bits": "quantised", "refreshed": "refreshed", "compact": "compact"}
+    for name, op in chosen.items():
         assert found[name, f"memc.{op}_attention.default"] == Yes("Triton kernels, state in place")
-    for refused in (
-        found["compact", "memc.compact_attention.default"],
-        found["wide", "memc.sparse_attention.default"],
-        found["landmarks", "memc.sparse_attention.default"],
-    ):
+    for name in ("wide", "landmarks"):
+        refused = found[name, "memc.sparse_attention.default"]
         assert isinstance(refused, No) and "--backend eager" in refused.reason
     assert backend.refuses_weights("int8", target) and not backend.refuses_weights("bf16", target)
     assert "compiles for" in str(backend.refuses_weights("fp32", get_target("x86-64-v3")))

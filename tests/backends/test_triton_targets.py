@@ -59,6 +59,11 @@ def calls(size: int, dtype: torch.dtype, tokens: int) -> Iterator[Call]:
         pages = empty(BATCH, GROUPS, HELD // 16, *description(method, 16, size), dtype=dtype)
         sparse = {"scale": 0.1, "method": method, "page": 16, "budget": 128, "sinks": 4, "window": 64, "rerank": 2}
         yield "sparse_attention", "in_place", (*own, pages), {**sparse, "channels": 8 if method == "lowbit" else 0}
+    # Each target has one of the two: they differ in how pages are described and where keys are rotated to.
+    compact = {"method": "longheads", "window": 64} if size == 64 else {"method": "infllm", "window": 128}
+    compact = {"scale": 0.1, **compact, "page": 64, "budget": 256, "sinks": 4}
+    rotated = single(BATCH, GROUPS, HELD // 64, 2 * size), single(size // 2)
+    yield "compact_attention", "in_place", (*own, *rotated), compact
     for bits in BITS:
         codes = [
             empty(BATCH, GROUPS, *sizes, code_bytes(size, bits), dtype=torch.uint8) for sizes in ((16, 16), (HELD,))
