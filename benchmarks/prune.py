@@ -81,7 +81,7 @@ class Variant:
 VARIANTS = (
     Variant("obs, refit", "obs", True),
     Variant("obs, refit, searched", "obs", True, Prune(allocate="search")),
-    Variant("searched, no limit", "obs", True, Prune(allocate="search", most=100.0)),
+    Variant("searched, no limit", "obs", True, Prune(allocate="search", most=0.0)),
     Variant("heads", "obs", True, Prune(unit="heads"), HEADS),
     Variant("heads, none protected", "obs", True, Prune(unit="heads", protect_heads="none"), HEADS),
     Variant("wanda", "wanda", False),

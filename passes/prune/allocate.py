@@ -45,8 +45,8 @@ def allocate(
 ) -> list[Allocation]:
     """Search how much each group loses, of all the sizes that it can have, at the cost of a uniform spread at most.
 
-    No group loses over ``most`` times the share that the uniform spread takes of its kind. For several uniform spreads
-    over the same groups at once: the calibration sequences run once for all.
+    No group loses over ``most`` times the share that the uniform spread takes of its kind; 0 stands for no limit. For
+    several uniform spreads over the same groups at once: the calibration sequences run once for all.
     """
     known = curves(program, spreads, calibration, score, multiple, most=most, biases=biases)
     units, costs = dict[str, Cost](), list[Cost]()

@@ -54,7 +54,12 @@ class Curve:
 
 
 def limits(tasks: Sequence[Task], most: float) -> list[float]:
-    """Return how many units each group of a uniform spread may lose: ``most`` times the share that its kind loses."""
+    """Return how many units each group of a uniform spread may lose: ``most`` times the share that its kind loses.
+
+    Any number with ``most`` 0.
+    """
+    if not most:
+        return [float(task.group.units) for task in tasks]
     taken, there = Counter[str](), Counter[str]()
     for task in tasks:
         taken[task.group.kind] += task.count

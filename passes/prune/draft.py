@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -51,7 +52,10 @@ class Draft:
 
 @dataclass(kw_only=True)
 class Drafter:
-    """Makes the draft of one program, with a uniform spread; ``spec`` is the pass's spec string, for messages."""
+    """Makes the draft of one program, with a uniform spread; ``spec`` is the pass's spec string, for messages.
+
+    Where the shares are ``free``, settled later without limits, groups that a uniform spread leaves alone are there.
+    """
 
     program: Program
     spec: str
@@ -63,6 +67,7 @@ class Drafter:
     protect_heads: str
     alike: bool
     of: str
+    free: bool
     analysis: str
 
     def __post_init__(self) -> None:
@@ -113,13 +118,10 @@ class Drafter:
         if self.unit == "heads":
             return self._checked([], self._each(AttentionBlock, self._heads), 0, wanted, total)
         heads = list[Task]()
-        if self.unit == "auto" and self.amount >= HEADS_FROM:
+        if self.unit == "auto" and (self.amount >= HEADS_FROM or self.free):
             found = [group for group in self._each(AttentionBlock, self._heads) if group.kind == "kv_groups"]
-            some = (max(1, round(HEADS_SHARE * group.units)) for group in found)
-            heads = [
-                Task(group, min(count, legal(group, self.multiple)[-1]))
-                for group, count in zip(found, some, strict=True)
-            ]
+            share = HEADS_SHARE if self.amount >= HEADS_FROM else 0
+            heads = [Task(group, min(_some(share * group.units), legal(group, self.multiple)[-1])) for group in found]
         channels = self._each(FeedForwardBlock, self._channels)
         return self._checked(heads, channels, sum(task.cost for task in heads), wanted, total)
 
@@ -127,7 +129,7 @@ class Drafter:
     def takes_heads(self) -> bool:
         """Whether heads may go, in whatever unit."""
         return self.unit not in ("ffn", "ffn_blocks") and (
-            self.unit != "auto" or self.score == "2ssp" or self.amount >= HEADS_FROM
+            self.unit != "auto" or self.free or self.score == "2ssp" or self.amount >= HEADS_FROM
         )
 
     @property
@@ -173,7 +175,8 @@ class Drafter:
         if self.amount and groups and (wanted > can or all(len(legal(group, self.multiple)) == 1 for group in groups)):
             what = "key channels" if self.of == "units" else "block parameters"
             reason = f"amount={self.amount} leaves no legal shape: at most {can / total:.3f} of {what} can go"
-            hint = f"amount={can / total:.2f} or less, a smaller round, protect=none, or another unit"
+            fitting = math.floor(100 * can / total) / 100
+            hint = f"amount={fitting:.2f} or less, a smaller round, protect=none, or another unit"
             raise MemcError("E203", reason, self.spec, hint)
 
     def _layers(self) -> list[Removal]:
@@ -265,6 +268,11 @@ class Drafter:
         if block.layer in self._protected:
             raise BlockedError("protected", f"the option protect={self.protect} leaves this layer as it is")
         return find(block)
+
+
+def _some(count: float) -> int:
+    """Round a number of units, up to one where it is not none."""
+    return max(1, round(count)) if count else 0
 
 
 def spaced(items: Sequence[Removal], count: int) -> list[Removal]:

@@ -73,7 +73,8 @@ class Prune(Pass):
     can have, up to ``most`` times the uniform share: :mod:`memc.passes.prune.curves` tells what each size is expected
     to lose. The result has no more parameters, FLOPs and bytes to read for a token (after ``length``) than a uniform
     spread, which is what planning without calibration text shows. What a block loses is measured on text, which seldom
-    asks for what stood earlier: the further blocks are from a uniform share, the more of recall is lost.
+    asks for what stood earlier: the further blocks are from a uniform share, the more of recall is lost, most of all
+    where key-value heads go, which with ``unit=auto`` and less than a third to remove is with ``most=0`` alone.
 
     What is lost can be recovered: a conversion with data trains adapters on the projections that are left.
 
@@ -132,9 +133,9 @@ class Prune(Pass):
     )
     most: float = option(
         1.5,
-        "times the uniform share that a block gives at most with allocate=search: the higher, the less perplexity is"
-        " lost, and the more of recall",
-        min=1.0,
+        "times the uniform share that a block gives at most with allocate=search, 1 or more; 0 for no limit, and"
+        " key-value heads with unit=auto: less perplexity is lost, and more of recall",
+        min=0.0,
     )
     protect: str = option("ends", "layers that stay as they are: ends (first and last), none, or a list [0,28,29]")
     protect_heads: str = option(
@@ -179,7 +180,9 @@ class Prune(Pass):
             raise MemcError("E203", reason, self.spec, "unit=auto does both of its stages")
 
     def _require_searchable(self) -> None:
-        """Refuse what a search has no curves for."""
+        """Refuse what a search has no curves for, and a limit under what a uniform spread takes."""
+        if 0 < self.most < 1:
+            raise MemcError("E203", "under its uniform share no block can give", self.spec, "most=1 or more, or most=0")
         for name, value, clashes in (
             ("unit", self.unit, self.unit in (*REMOVED, "key_channels")),
             ("score", self.score, self.score == "2ssp"),
@@ -287,6 +290,7 @@ class Prune(Pass):
             protect_heads=self.protect_heads,
             alike=self.alike,
             of=self._of,
+            free=self.allocate == "search" and not self.most,
             analysis=self.analysis,
         )
 
