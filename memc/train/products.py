@@ -7,7 +7,7 @@ from collections.abc import Collection
 import torch
 from torch.fx import GraphModule, Node
 
-from memc.program import Program, get_tensor, set_tensor
+from memc.program import Program, get_tensor, named_tensors, set_tensor
 from memc.raising.feed_forward import LINEAR
 
 ROOT = "memc.products"
@@ -38,8 +38,10 @@ class _Narrow:
 
     def __init__(self, program: Program, products: torch.dtype, trained: Collection[str]) -> None:
         self._module, self._products = program.module, products
-        self._pretrained = {self._of(name) for name, origin in program.provenance.items() if origin.source}
-        self._trained = {self._of(name) for name in trained}
+        held = dict(named_tensors(program.module))  # what the graph reads
+        sources = (name for name, origin in program.provenance.items() if origin.source)
+        self._pretrained = {id(held[name]) for name in sources if name in held}
+        self._trained = {id(held[name]) for name in trained if name in held}
         self._values: dict[Node, Node] = {}
         self._weights: dict[int, str] = {}
 

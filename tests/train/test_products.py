@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Interpreter, Node
 
-from memc.program import Program, get_tensor
+from memc.program import Program, Provenance, get_tensor
 from memc.raising.feed_forward import LINEAR
 from memc.train.adapters import ROOT as ADAPTERS
 from memc.train.adapters import add_adapters, block_projections
@@ -72,6 +72,12 @@ def test_gradients_reach_what_learns_and_are_near(trained: bool) -> None:
     for expected, found in zip(*grads, strict=True):
         assert found.dtype == torch.float32
         assert (found - expected).norm() < 5e-2 * expected.norm() + 1e-6
+
+
+def test_weights_that_nothing_reads_any_more_do_no_harm() -> None:
+    program, names = adapted(False)
+    program.provenance["model.layers.9.mlp.up.weight"] = Provenance("model.layers.9.mlp.up.weight")
+    run(program, narrowed(program, torch.bfloat16, [*names, "gone"]))
 
 
 def test_without_a_type_nothing_is_done() -> None:
