@@ -15,6 +15,7 @@ from memc.objective import BlockObjective, Values
 from memc.plugins import load_kernels
 from memc.program import Program, StateSpec, get_tensor
 from memc.raising.feed_forward import LINEAR
+from memc.train.products import Rounded
 
 
 @dataclass(frozen=True)
@@ -112,11 +113,12 @@ class Teacher:
     program: Program
     wanted: Sequence[Sequence[str]]
     products: torch.dtype | None = None
-    _weights: dict[str, Tensor] = field(default_factory=dict)
+    rounded: Rounded | None = field(init=False)
 
     def __post_init__(self) -> None:
         """Find what has to be run."""
         load_kernels()
+        self.rounded = Rounded(self.products) if self.products is not None else None
         nodes = {node.name: node for node in self.program.module.graph.nodes}
         needed = leading_to([nodes[name] for names in self.wanted for name in names])
         self._order = [node for node in self.program.module.graph.nodes if node in needed]
@@ -167,9 +169,5 @@ class Teacher:
 
     def _narrow(self, node: Node, values: Mapping[Node, Any]) -> Any:
         """Return a product's factor in the type of products; weights are converted once."""
-        assert self.products is not None
-        if node.op != "get_attr":
-            return values[node].to(self.products)
-        if node.name not in self._weights:
-            self._weights[node.name] = values[node].to(self.products)
-        return self._weights[node.name]
+        assert self.rounded is not None
+        return self.rounded(values[node]) if node.op == "get_attr" else values[node].to(self.rounded.kind)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from memc.program import Program, get_tensor, named_tensors, set_tensor
@@ -13,20 +15,35 @@ from memc.raising.feed_forward import LINEAR
 ROOT = "memc.products"
 
 
-def narrowed(program: Program, products: torch.dtype | None, trained: Collection[str]) -> GraphModule:
-    """Return a module that computes what a program does, its products with pretrained weights in type ``products``.
+@dataclass(frozen=True)
+class Rounded:
+    """Weights in the type of products, rounded once for all programs that read the same one."""
+
+    kind: torch.dtype
+    _held: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        """Return a weight in that type; it must not change any more."""
+        if id(weight) not in self._held:
+            self._held[id(weight)] = weight, weight.detach().to(self.kind)
+        return self._held[id(weight)][1]
+
+
+def narrowed(program: Program, rounded: Rounded | None, trained: Collection[str]) -> GraphModule:
+    """Return a module that computes what a program does, its products with pretrained weights in the ``rounded`` type.
 
     Forward and backward, which is what most of the time of a step goes into; the program's own module where
-    ``products`` is None. Sums, norms, attention and products with parameters that memc made, adapters among them, stay
+    ``rounded`` is None. Sums, norms, attention and products with parameters that memc made, adapters among them, stay
     in the types that they have. All parameters are those of the program: a weight that is ``trained`` is rounded in
     every run, so that what is learned adds up in full, others are rounded here once.
     """
-    if products is None:
+    if rounded is None:
         return program.module
     copy = program.copy()
-    narrow = _Narrow(copy, products, trained)
+    narrow = _Narrow(copy, rounded, trained)
     for node in list(copy.module.graph.nodes):
-        if node.target in LINEAR and node.meta["val"].dtype.itemsize > products.itemsize and narrow.pretrained(node):
+        wide = node.target in LINEAR and node.meta["val"].dtype.itemsize > rounded.kind.itemsize
+        if wide and narrow.pretrained(node):
             narrow.product(node)
     copy.module.graph.lint()
     copy.module.recompile()
@@ -36,8 +53,8 @@ def narrowed(program: Program, products: torch.dtype | None, trained: Collection
 class _Narrow:
     """Rewrites products of a graph, whose factors are each rounded once. Tied weights are one."""
 
-    def __init__(self, program: Program, products: torch.dtype, trained: Collection[str]) -> None:
-        self._module, self._products = program.module, products
+    def __init__(self, program: Program, rounded: Rounded, trained: Collection[str]) -> None:
+        self._module, self._rounded_weight = program.module, rounded
         held = dict(named_tensors(program.module))  # what the graph reads
         sources = (name for name, origin in program.provenance.items() if origin.source)
         self._pretrained = {id(held[name]) for name in sources if name in held}
@@ -68,9 +85,9 @@ class _Narrow:
     def _rounded(self, source: Node) -> Node:
         graph, name = self._module.graph, str(source.target)
         if source.op != "get_attr" or self._of(name) in self._trained:
-            return graph.call_function(torch.ops.aten.to.dtype, (source, self._products))
+            return graph.call_function(torch.ops.aten.to.dtype, (source, self._rounded_weight.kind))
         key = self._of(name)
         if key not in self._weights:
             self._weights[key] = f"{ROOT}.{len(self._weights)}"
-            set_tensor(self._module, self._weights[key], get_tensor(self._module, name).detach().to(self._products))
+            set_tensor(self._module, self._weights[key], self._rounded_weight(get_tensor(self._module, name)))
         return graph.get_attr(self._weights[key])

@@ -164,7 +164,7 @@ def recover(
     teacher = Teacher(recovery.before, [(logits_node(recovery.before).name,)], recovery.products)
     every = max(1, schedule.steps // GUARDS)
     with only(named, parameters), progress.step("recover", schedule.steps) as advance:
-        student = recovery.processes.wrap(narrowed(recovery.after, recovery.products, recovery.rates))
+        student = recovery.processes.wrap(narrowed(recovery.after, teacher.rounded, recovery.rates))
         run = _Run(recovery, teacher, parameters, optimiser(groups), student)
         step = _restore(run, checkpoints)
         recovery.processes.wait()  # nobody reads a checkpoint any more that the leader may remove

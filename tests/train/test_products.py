@@ -13,7 +13,7 @@ from memc.program import Program, Provenance, get_tensor
 from memc.raising.feed_forward import LINEAR
 from memc.train.adapters import ROOT as ADAPTERS
 from memc.train.adapters import add_adapters, block_projections
-from memc.train.products import narrowed
+from memc.train.products import Rounded, narrowed
 from tests.passes.tiny_program import tiny
 from tests.train.tiny_training import packed
 
@@ -36,7 +36,7 @@ def run(program: Program, module: nn.Module) -> Tensor:
     return found
 
 
-class Rounded(Interpreter):
+class Oracle(Interpreter):
     """Rounds the factors of products with the weights that the model came with."""
 
     def run_node(self, n: Node) -> Any:
@@ -49,9 +49,9 @@ class Rounded(Interpreter):
 @pytest.mark.parametrize("trained", [False, True])
 def test_products_are_narrow_and_nothing_else_is(trained: bool) -> None:
     program, names = adapted(trained)
-    module = narrowed(program, torch.bfloat16, names)
+    module = narrowed(program, Rounded(torch.bfloat16), names)
     found, exact = run(program, module), run(program, program.module)
-    expected = Rounded(program.module).run(
+    expected = Oracle(program.module).run(
         TOKENS, POSITIONS, *program.new_state(len(TOKENS), TOKENS.device), enable_io_processing=False
     )[0]
     assert torch.equal(found, expected)
@@ -62,7 +62,7 @@ def test_products_are_narrow_and_nothing_else_is(trained: bool) -> None:
 def test_gradients_reach_what_learns_and_are_near(trained: bool) -> None:
     program, names = adapted(trained)
     grads = []
-    for module in (program.module, narrowed(program, torch.bfloat16, names)):
+    for module in (program.module, narrowed(program, Rounded(torch.bfloat16), names)):
         parameters = [get_tensor(program.module, name) for name in names]
         assert {id(p) for p in parameters} <= {id(p) for p in module.parameters()}, "those of the program"
         run(program, module).square().mean().backward()
@@ -77,7 +77,15 @@ def test_gradients_reach_what_learns_and_are_near(trained: bool) -> None:
 def test_weights_that_nothing_reads_any_more_do_no_harm() -> None:
     program, names = adapted(False)
     program.provenance["model.layers.9.mlp.up.weight"] = Provenance("model.layers.9.mlp.up.weight")
-    run(program, narrowed(program, torch.bfloat16, [*names, "gone"]))
+    run(program, narrowed(program, Rounded(torch.bfloat16), [*names, "gone"]))
+
+
+def test_programs_that_share_a_weight_share_it_rounded() -> None:
+    program, names = adapted(False)
+    rounded = Rounded(torch.bfloat16)
+    first, second = (dict(narrowed(each, rounded, names).named_buffers()) for each in (program, program.copy()))
+    assert {id(value) for value in first.values()} == {id(value) for value in second.values()}
+    assert sum(value.dtype == torch.bfloat16 for value in first.values()) > 10
 
 
 def test_without_a_type_nothing_is_done() -> None:
@@ -90,5 +98,5 @@ def test_a_model_that_is_narrow_already_is_left_alone() -> None:
     for node in program.module.graph.nodes:
         if node.target in LINEAR:
             node.meta["val"] = node.meta["val"].bfloat16()
-    module = narrowed(program, torch.bfloat16, ())
+    module = narrowed(program, Rounded(torch.bfloat16), ())
     assert [node.target for node in module.graph.nodes] == [node.target for node in program.module.graph.nodes]
