@@ -82,9 +82,18 @@ LAYER = Shape(hidden=1024, inner=4096, layers=1, heads=16, kv_heads=4)
 """Layers of weights."""
 LONG = Shape(hidden=192, inner=128, layers=4, heads=6, kv_heads=2)
 """Attention to a long context: three query heads a key-value head, as SmolLM2 has."""
-WINDOWED, LINEAR = "window:window=64", "linearize:window=64,keep=none"
-"""Passes that leave a window alone, and beside it the op that is measured in prompts."""
-SCAN = "linear_memory"
+WINDOWED = "window:window=64"
+"""The pass that leaves a window alone, which the ops that are measured in prompts are timed against."""
+IN_PROMPTS = {
+    "linear_memory": "linearize:window=64,keep=none",
+    "sparse_attention": "sparsify:dense_below=0",
+    "quantised_attention": "sparsify:method=bounds,bits=4,dense_below=0",
+    "refreshed_attention": "sparsify:refresh=8,dense_below=0",
+    "compact_attention": "sparsify:method=longheads,dense_below=0",
+}
+"""Ops that are measured in prompts, and the passes that make them."""
+CHOICE = 1792
+"""Tokens held before the piece of a prompt that chooses what it reads; the op reads nothing new of a shorter one."""
 
 
 @dataclass(frozen=True)
@@ -105,12 +114,16 @@ class Probe:
         token, place = np.array([[1]]), np.array([[context]])
         return self._timed(lambda: self.runner.run(token, place, state, np.zeros(1, np.int64)), STEPS)
 
-    def prompt_seconds(self, length: int) -> float:
-        """Return the time of a prompt, whose last logits alone are computed."""
+    def prompt_seconds(self, length: int, held: int = 0) -> float:
+        """Return the time of a prompt's last ``length`` tokens after those ``held``, whose states are random.
+
+        The logits of the last one alone are computed.
+        """
         tokens = np.ones((1, length), np.int64)
-        places = np.arange(length, dtype=np.int64)[None]
-        last = np.array([length - 1])
-        return self._timed(lambda: self.runner.run(tokens, places, self.runner.new_state(1, length), last), PROMPTS)
+        places = np.arange(held, held + length, dtype=np.int64)[None]
+        last, runner = np.array([length - 1]), self.runner
+        seen = runner.restore(random_states(runner.manifest, held), held + length) if held else None
+        return self._timed(lambda: runner.run(tokens, places, seen or runner.new_state(1, length), last), PROMPTS)
 
     def _timed(self, call: Callable[[], object], times: int) -> float:
         clock = time.process_time if self.threads == 1 else time.perf_counter
@@ -131,8 +144,8 @@ def calibrate(*, threads: int | None = None, scale: Scale | None = None, progres
 
     Rates are those of the target's backend at the work that it does when decoding, not what the hardware could do at
     best: of weights read, of growing states read by attention, of matrix products, by type of weights and, where they
-    are quantised, of a token and of a prompt, of linear memories in prompts, and seconds of a launch with what goes
-    with it. As in the file of that
+    are quantised, of a token and of a prompt, of linear memories and of choosing attention in prompts, and seconds of a
+    launch with what goes with it. As in the file of that
     target they are per core. Takes a minute or two; raises ``MemcError`` E602 without the backend, E501 or E502 where
     memory or disk do not suffice.
     """
@@ -151,8 +164,8 @@ def calibrate(*, threads: int | None = None, scale: Scale | None = None, progres
             state_rate = _state_rate(place / "long", target, used, sizes.state_bytes)
         layers = max(2, round(sizes.weight_bytes / 4 / LAYER.weights))
         wide = Shape(LAYER.hidden, LAYER.inner, layers, LAYER.heads, LAYER.kv_heads)
-        with watched.step("linear memories"):
-            scan = _scan_rate(place / "scan", target, used)
+        with watched.step("ops of prompts"):
+            own = _own_rates(place / "own", target, used)
         flops, prompts = {}, {}
         with watched.step("weights"):
             probe = _probe(wide, place / "fp32", target, used, context=2 * PROMPT)
@@ -171,7 +184,7 @@ def calibrate(*, threads: int | None = None, scale: Scale | None = None, progres
             "disk_bandwidth": disk,
             "flops": {name: rate / used for name, rate in flops.items()},
             "prompt_flops": {name: rate / used for name, rate in prompts.items()},
-            "prompt_ops": {SCAN: scan / used},
+            "prompt_ops": {name: rate / used for name, rate in own.items()},
             "launch_overhead": launch,
         }
     )
@@ -206,17 +219,22 @@ def _state_rate(place: Path, target: Target, threads: int, size: int) -> float:
     return (probe.work(context).state_bytes_read - probe.work(1).state_bytes_read) / max(seconds, 1e-9)
 
 
-def _scan_rate(place: Path, target: Target, threads: int) -> float:
-    """Return the operations per second of linear memories in a prompt, by what they, with gates, add to windows."""
-    dense = _probe(LONG, place, target, threads, 2 * PROMPT)
-    seconds, programs = [], []
-    for spec in (WINDOWED, LINEAR):
+def _own_rates(place: Path, target: Target, threads: int) -> dict[str, float]:
+    """Return the operations per second of ops in prompts, by what they and what makes their inputs add to windows."""
+    dense = _probe(LONG, place, target, threads, CHOICE + PROMPT)
+
+    def probe(name: str, spec: str) -> Probe:
         pass_ = parse_spec(spec)
         program, _ = pass_.apply(dense.program, pass_.plan(dense.program, target))
-        probe = _lowered(program, place / pass_.name, target, threads, 2 * PROMPT, "fp32")
-        seconds.append(probe.prompt_seconds(PROMPT))
-        programs.append(program)
-    return PROMPT * op_flops(programs[1], SCAN, PROMPT) / max(seconds[1] - seconds[0], 1e-9)
+        return _lowered(program, place / name, target, threads, CHOICE + PROMPT, "fp32")
+
+    found, window = {}, probe("window", WINDOWED)
+    for name, spec in IN_PROMPTS.items():
+        rewritten, held = probe(name, spec), 0 if name == "linear_memory" else CHOICE
+        seconds = rewritten.prompt_seconds(PROMPT, held) - window.prompt_seconds(PROMPT, held)
+        flops = PROMPT * op_flops(rewritten.program, name, held + PROMPT, prompt=True)
+        found[name] = flops / max(seconds, 1e-9)
+    return found
 
 
 def _beyond(seconds: float, probe: Probe, launch: float) -> float:

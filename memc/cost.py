@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from memc import machine
-from memc.dialect import op_spec
+from memc.dialect import OpSpec, op_spec
 from memc.program import Program, get_tensor
 from memc.report.facts import CONTEXTS
 from memc.report.models import ByContext, Predicted
@@ -113,7 +113,8 @@ def prefill_ms(
 
     A piece takes the slower of computing, each of its tokens at the context where it ends, and of reading the weights
     and the state once, and its launches; the logits of its last token alone are computed. Ops that the target has a
-    rate of their own for (``prompt_ops``) take what they take besides. Nothing without rates.
+    rate of their own for (``prompt_ops``) take what they take besides, those that choose what they read from where they
+    do. Nothing without rates.
     """
     peak = _peak(target, weights, prompt=True)
     if not peak or not lengths:
@@ -128,19 +129,21 @@ def prefill_ms(
         dict(zip(ends, np.interp(ends, knots, [getattr(asked[knot], name) for knot in knots]), strict=True))
         for name in ("flops", "state_bytes_read")
     )
-    own = {name: [op_flops(program, name, knot) for knot in knots] for name in target.prompt_ops}
-    slow = {name: dict(zip(ends, np.interp(ends, knots, found), strict=True)) for name, found in own.items()}
+    slow = {
+        name: np.stack([np.interp(ends, knots, flops) for flops in _apart(program, name, knots)], 1)
+        for name in target.prompt_ops
+    }
     cores = (threads or machine.cores()) if target.name == "cpu" else 1
     one = asked[knots[0]]
     for length in lengths:
         seconds = 0.0
         for end in [*range(CHUNK, length, CHUNK), length]:
             tokens = end - (end - 1) // CHUNK * CHUNK
-            apart = {name: tokens * float(values[end]) for name, values in slow.items()}
-            work = tokens * (float(flops[end]) - logits) + logits - sum(apart.values())
+            apart = {name: tokens * values[ends.index(end)] for name, values in slow.items()}
+            work = tokens * (float(flops[end]) - logits) + logits - sum(float(counted) for counted, _ in apart.values())
             piece = replace(one, flops=work, state_bytes_read=float(state[end]))
             seconds += _seconds_of(piece, target, peak, threads)
-            seconds += sum(count / target.prompt_ops[name] for name, count in apart.items()) / cores
+            seconds += sum(float(done) / target.prompt_ops[name] for name, (_, done) in apart.items()) / cores
         found[length] = 1e3 * seconds
     return found
 
@@ -280,15 +283,37 @@ def work(program: Program, context: int) -> Work:
     return Work(flops, state, kernels)
 
 
-def op_flops(program: Program, name: str, context: int) -> float:
-    """Return the operations of one token that a dialect op does at a context, over all its nodes."""
-    flops = 0.0
+def op_flops(program: Program, name: str, context: int, *, prompt: bool = False) -> float:
+    """Return the operations of one token, of a ``prompt`` or single, that a dialect op does at a context, all nodes."""
+    calls = _calls(program, name)
+    return sum(
+        spec.prompt_flops(values, context) if prompt else spec.cost(values, context).flops for spec, values in calls
+    )
+
+
+def _calls(program: Program, name: str) -> list[tuple[OpSpec, dict[str, Any]]]:
+    """Return the arguments of every node of a dialect op, by name."""
+    found = []
     for node in program.module.graph.nodes:
         spec = op_spec(node.target) if node.op == "call_function" else None
         if spec is not None and spec.name == name:
-            values = spec.bind(_values(node.args), {key: _value(value) for key, value in node.kwargs.items()})
-            flops += spec.cost(values, context).flops
-    return flops
+            given = {key: _value(value) for key, value in node.kwargs.items()}
+            found.append((spec, spec.bind(_values(node.args), given)))
+    return found
+
+
+def _apart(program: Program, name: str, contexts: Sequence[int]) -> tuple[list[float], list[float]]:
+    """Return what a dialect op counts for at each context, and what it does there for a token of a prompt.
+
+    Where an op that chooses still reads everything, both are 0: it is attention like any other there.
+    """
+    counted, done = [0.0] * len(contexts), [0.0] * len(contexts)
+    for spec, values in _calls(program, name):
+        for index, context in enumerate(contexts):
+            if spec.reads_all_to is None or context > spec.reads_all_to(values):
+                counted[index] += spec.cost(values, context).flops
+                done[index] += spec.prompt_flops(values, context)
+    return counted, done
 
 
 def _product_flops(node: Node) -> float:

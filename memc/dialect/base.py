@@ -11,6 +11,9 @@ from torch import Tensor
 
 LIBRARY = torch.library.Library("memc", "DEF")
 
+FETCHED = 8192
+"""Held tokens past which what every token of a prompt chose is fetched for it, faster than reading all for all."""
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -46,6 +49,17 @@ class OpSpec:
         """The callable that appears as a graph node's target."""
         overload: torch._ops.OpOverload = getattr(torch.ops.memc, self.name).default
         return overload
+
+    def prompt_flops(self, values: Mapping[str, Any], context: int) -> float:
+        """Return the operations of one token of a prompt, by arguments as ``cost`` takes them.
+
+        Where the tokens of a prompt choose what they read, each for itself, they are faster if all read everything and
+        leave out the rest than if each fetches its own, as a single token does.
+        """
+        reach = self.reads_all_to(values) if self.reads_all_to is not None else context
+        if context <= reach:
+            return self.cost(values, context).flops
+        return self.cost(values, reach).flops * max(reach, min(context, FETCHED)) / reach
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Name the arguments of a call, defaults filled in."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from memc.cost import WEIGHT_BYTES, op_flops, predict
+from memc.dialect.base import FETCHED
 from memc.pipeline import parse_spec
 from memc.program import Program
 from memc.runtime.session import CHUNK
@@ -127,6 +128,22 @@ def test_an_op_of_a_rate_of_its_own_takes_what_it_takes_besides(program: Program
     assert slow.decode_ms == all_alike.decode_ms
     halved = predict(program, apart, lengths, threads=2)
     assert halved.prefill_ms[200] == pytest.approx(slow.prefill_ms[200] / 2)
+
+
+def test_a_prompt_that_chooses_reads_everything_to_choose_from(program: Program) -> None:
+    rewrite = parse_spec("sparsify:method=bounds,page=4,budget=16,sinks=1,window=4,rerank=1,dense_below=256")
+    sparse, _ = rewrite.apply(program, rewrite.plan(program, get_target("cpu")))
+    name, heads = "sparse_attention", CONFIG.layers * CONFIG.heads
+    dense = [4 * heads * CONFIG.head_dim * context for context in (256, 512, FETCHED, 4 * FETCHED)]
+    found = [op_flops(sparse, name, context, prompt=True) for context in (256, 512, FETCHED, 4 * FETCHED)]
+    assert found[:3] == pytest.approx(dense[:3]) and found[3] == found[2], "past that each fetches its own"
+    assert op_flops(sparse, name, 512) < found[1] / 3, "a single token reads what it has chosen"
+    rates = {"memory_bandwidth": 1e30, "launch_overhead": 0.0, "flops": {"fp32": 1e9}, "prompt_ops": {name: 1e8}}
+    target = get_target("cpu").model_copy(update=rates)
+    mine, original = (predict(one, target, (256, 512), threads=1).prefill_ms for one in (sparse, program))
+    assert mine[256] == pytest.approx(original[256]), "below that it is attention like any other"
+    less = op_flops(program, "attention", 512) / 1e9
+    assert mine[512] - original[512] == pytest.approx(1e3 * 256 * (found[1] / 1e8 - less))
 
 
 def test_without_rates_no_prompt_is_predicted(program: Program) -> None:
