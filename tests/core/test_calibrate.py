@@ -35,6 +35,7 @@ def own_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("NARROW", "LAYER", "LONG"):
         monkeypatch.setattr(c, name, c.Shape(hidden=64, inner=64, layers=1, heads=2, kv_heads=1))
+    monkeypatch.setattr(c, "CHOICE", 512)
 
 
 def check_rates(after: Target, before: Target) -> None:
