@@ -93,7 +93,7 @@ IN_PROMPTS = {
 }
 """Ops that are measured in prompts, and the passes that make them."""
 CHOICE = 1792
-"""Tokens held before the piece of a prompt that chooses what it reads; the op reads nothing new of a shorter one."""
+"""Tokens held before the piece of a prompt that is timed where it chooses: more than any budget of these passes."""
 
 
 @dataclass(frozen=True)
@@ -229,9 +229,10 @@ def _own_rates(place: Path, target: Target, threads: int) -> dict[str, float]:
         return _lowered(program, place / name, target, threads, CHOICE + PROMPT, "fp32")
 
     found, window = {}, probe("window", WINDOWED)
+    beside = {held: window.prompt_seconds(PROMPT, held) for held in (0, CHOICE)}
     for name, spec in IN_PROMPTS.items():
         rewritten, held = probe(name, spec), 0 if name == "linear_memory" else CHOICE
-        seconds = rewritten.prompt_seconds(PROMPT, held) - window.prompt_seconds(PROMPT, held)
+        seconds = rewritten.prompt_seconds(PROMPT, held) - beside[held]
         flops = PROMPT * op_flops(rewritten.program, name, held + PROMPT, prompt=True)
         found[name] = flops / max(seconds, 1e-9)
     return found

@@ -130,8 +130,8 @@ def prefill_ms(
         for name in ("flops", "state_bytes_read")
     )
     slow = {
-        name: np.stack([np.interp(ends, knots, flops) for flops in _apart(program, name, knots)], 1)
-        for name in target.prompt_ops
+        name: dict(zip(ends, np.stack([np.interp(ends, knots, each) for each in apart], 1), strict=True))
+        for name, apart in ((name, _apart(program, name, knots)) for name in target.prompt_ops)
     }
     cores = (threads or machine.cores()) if target.name == "cpu" else 1
     one = asked[knots[0]]
@@ -139,11 +139,11 @@ def prefill_ms(
         seconds = 0.0
         for end in [*range(CHUNK, length, CHUNK), length]:
             tokens = end - (end - 1) // CHUNK * CHUNK
-            apart = {name: tokens * values[ends.index(end)] for name, values in slow.items()}
-            work = tokens * (float(flops[end]) - logits) + logits - sum(float(counted) for counted, _ in apart.values())
+            apart = {name: values[end] for name, values in slow.items()}
+            work = tokens * (float(flops[end]) - sum(float(counted) for counted, _ in apart.values()) - logits) + logits
             piece = replace(one, flops=work, state_bytes_read=float(state[end]))
             seconds += _seconds_of(piece, target, peak, threads)
-            seconds += sum(float(done) / target.prompt_ops[name] for name, (_, done) in apart.items()) / cores
+            seconds += tokens * sum(float(done) / target.prompt_ops[name] for name, (_, done) in apart.items()) / cores
         found[length] = 1e3 * seconds
     return found
 
