@@ -31,7 +31,7 @@ from memc.raising.feed_forward import linear_input
 from memc.relation import Bounded, Exact
 from memc.verify import split_invariance, well_formed
 from tests.core.test_families import EXPECTED, raised
-from tests.passes.test_memory_bank import EVERY, half, run
+from tests.passes.test_memory_bank import EVERY, recast, run
 from tests.passes.tiny_program import TARGET, tiny, tokens_of
 
 load_kernels()
@@ -79,7 +79,7 @@ def test_every_bit_stays_when_a_memory_comes(name: str, kind: str) -> None:
         assert {rejection.code for rejection in MemoryBank(**KINDS[kind]).plan(program, TARGET).rejections} == {"moe"}
         return
     check_equal(program, kind)
-    check_equal(half(program), kind)
+    check_equal(recast(program, torch.bfloat16), kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
