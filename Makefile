@@ -31,6 +31,7 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy memc
 	$(BIN)/lint-imports
+	$(BIN)/python -m pytest --collect-only -q > /dev/null
 
 conformance: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --durations 15 --durations-min 10 -m conformance
