@@ -19,6 +19,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from memc.dialect.base import Arguments
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 """Types that the kernels take; they sum in float32."""
 
@@ -132,7 +134,7 @@ class Notes:
 class DeviceKernels:
     """The host code of an op: ``forward`` and ``backward`` take what its reference takes and return the same.
 
-    ``refuses(gpu, *arguments)`` returns why the kernels do not take a call, in a few words, or "" where they do. It
+    ``refuses(gpu, arguments)`` returns why the kernels do not take a call, in a few words, or "" where they do. It
     looks at shapes, types and options alone.
     """
 
@@ -227,27 +229,20 @@ def device_of(call: Launch) -> torch.device:
 
 
 def dispatch(
-    op: str,
-    reference: Callable[..., Any],
-    form: Literal["forward", "backward", "in_place"] = "forward",
-    gradients: int = 0,
+    op: str, reference: Callable[..., Any], form: Literal["forward", "backward", "in_place"] = "forward"
 ) -> Callable[..., Any]:
     """Return what runs a form of ``memc::op``: its kernels where there is a launcher and they take the call.
 
-    Else it is ``reference``; without a launcher, as on a CPU, that is one look at a list. A backward pass begins with
-    ``gradients`` arguments that the op itself does not have.
+    Else it is ``reference``; without a launcher, as on a CPU, that is one look at a list.
     """
 
-    def run(*args: Any, **options: Any) -> Any:
-        tensor = next(x for x in args if isinstance(x, Tensor))
-        launcher = launcher_of(tensor.device)
+    def run(args: Arguments, *gradients: Tensor) -> Any:
+        launcher = launcher_of(args.device)
         kernels = device_kernels(op) if launcher is not None else None
         own = None if kernels is None else getattr(kernels, form)
-        if launcher is None or kernels is None or own is None:
-            return reference(*args, **options)
-        if kernels.refuses(launcher.gpu, *args[gradients:], **options):
-            return reference(*args, **options)
-        return own(*args, **options)
+        if launcher is None or kernels is None or own is None or kernels.refuses(launcher.gpu, args):
+            return reference(args, *gradients)
+        return own(args, *gradients)
 
     return run
 

@@ -58,8 +58,7 @@ def supports(node: Node, target: Target) -> Yes | No:
     kernels = device_kernels(spec.name)
     if kernels is None:
         return Yes("torch on the GPU")
-    arguments, options = on_nothing(node)
-    if reason := kernels.refuses(GPUS[target.name], *arguments, **options):
+    if reason := kernels.refuses(GPUS[target.name], on_nothing(spec, node)):
         return No(f"{reason}; --backend eager runs it in torch")
     return Yes("Triton kernels" + (", state in place" if spec.states else ""))
 

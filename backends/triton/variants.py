@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,9 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from torch.fx import GraphModule, Node
-from torch.fx.node import map_aggregate
 
-from memc.dialect import op_spec
+from memc.dialect import OpSpec, op_spec
+from memc.dialect.base import Arguments
 from memc.dialect.in_place import IN_PLACE
 from memc.kernels.launch import Gpu, Launch, Notes, device_kernels, launching
 from memc.kernels.tiles import Asked
@@ -89,41 +89,40 @@ def variants(program: Program, module: GraphModule, gpu: Gpu, tiles: Asked) -> d
     found: dict[str, Needed] = {}
     asked: set[str] = set()
     for node in module.graph.nodes:
-        name = op_name(node)
-        if name is None or device_kernels(name) is None:
+        spec = spec_of(node)
+        if spec is None or device_kernels(spec.name) is None:
             continue
         for sizes in _sizes():
             values = {symbol: sizes[name] for symbol, name in symbols.items() if name in sizes}
-            arguments, options = on_nothing(node, values)
-            question = repr((node.target, _described(arguments), options))
+            arguments = on_nothing(spec, node, values)
+            question = repr((node.target, *_described(arguments)))
             if question in asked:
                 continue
             asked.add(question)
-            for launch in noted(node, gpu, tiles, arguments, options):
+            for launch in noted(node, gpu, tiles, arguments):
                 needed = Needed(variant_of(launch), (launch.kernel, tiles.last.get(launch.kernel, "")))
                 found.setdefault(needed.variant.key, needed)
     return found
 
 
-def op_name(node: Node) -> str | None:
+def spec_of(node: Node) -> OpSpec | None:
     """Return the dialect op of a node, in place or not, None for any other node."""
     if node.op != "call_function":
         return None
-    spec = op_spec(node.target) or IN_PLACE.get(node.target)  # type: ignore[call-overload]
-    return None if spec is None else str(spec.name)
+    return op_spec(node.target) or IN_PLACE.get(node.target)  # type: ignore[call-overload]
 
 
-def noted(node: Node, gpu: Gpu, tiles: Asked, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> list[Launch]:
+def noted(node: Node, gpu: Gpu, tiles: Asked, arguments: Arguments) -> list[Launch]:
     """Return what a node's host code launches for arguments on the device ``meta``; nothing where it refuses them."""
-    name = op_name(node)
-    kernels = device_kernels(name) if name is not None else None
-    if kernels is None or kernels.refuses(gpu, *arguments, **options):
+    spec = spec_of(node)
+    kernels = device_kernels(spec.name) if spec is not None else None
+    if kernels is None or kernels.refuses(gpu, arguments):
         return []
     # An op that has nothing for it in place runs its functional form, and the next state is copied.
     own = kernels.in_place if node.target in IN_PLACE and kernels.in_place else kernels.forward
     notes = Notes(gpu, tiles)
     with launching(notes):
-        own(*arguments, **options)
+        own(arguments)
     return notes.launches
 
 
@@ -146,8 +145,8 @@ def _symbols(program: Program) -> dict[Any, str]:
     }
 
 
-def on_nothing(node: Node, values: Mapping[Any, int] | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return a node's arguments as ``meta`` tensors of their recorded types.
+def on_nothing(spec: OpSpec, node: Node, values: Mapping[Any, int] | None = None) -> Arguments:
+    """Return the arguments of an op's node as ``meta`` tensors of their recorded types.
 
     ``values`` gives the symbols of sizes values; None: those that they were recorded with.
     """
@@ -159,14 +158,13 @@ def on_nothing(node: Node, values: Mapping[Any, int] | None = None) -> tuple[tup
         sizes = [size if isinstance(size, int) else _value(size, values) for size in value.shape]
         return torch.empty(sizes, dtype=value.dtype, device="meta")
 
-    arguments: Any = map_aggregate(node.args, change)
-    options: Any = map_aggregate(dict(node.kwargs), change)
-    return arguments, options
+    return spec.arguments(*map(change, node.args), **{name: change(value) for name, value in node.kwargs.items()})
 
 
 def _value(size: torch.SymInt, values: Mapping[Any, int] | None) -> int:
     return int(size.node.expr.subs(values)) if values is not None else int(size.node.hint)
 
 
-def _described(arguments: Iterable[Any]) -> list[Any]:
-    return [(tuple(x.shape), x.dtype) if isinstance(x, Tensor) else x for x in arguments]
+def _described(arguments: Arguments) -> tuple[Any, ...]:
+    tensors, options = arguments.unpack()
+    return *(None if x is None else (tuple(x.shape), x.dtype) for x in tensors), options

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from memc.kernels.attention.reference import BLOCK_SCORES, Rule, readable
+from memc.dialect.attention import Attention
+from memc.kernels.attention.reference import BLOCK_SCORES, readable
 from memc.kernels.common import accumulation_type
 from memc.kernels.softmax import alibi, attend
 
@@ -29,37 +30,22 @@ def write(
     past_positions.scatter_(1, slot, positions)
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    positions: Tensor,
-    past_key: Tensor,
-    past_value: Tensor,
-    past_positions: Tensor,
-    slopes: Tensor | None = None,
-    sink_logits: Tensor | None = None,
-    *,
-    scale: float,
-    window: int = 0,
-    chunk: int = 0,
-    prefix: int = 0,
-    softcap: float = 0.0,
-) -> Tensor:
+def forward(args: Attention) -> Tensor:
     """Run ``memc::attention`` on buffers ``past_key [B,G,S,D]``, ``past_value [B,G,S,E]``, ``past_positions [B,S]``.
 
     S is one more than the most tokens of a sequence; the last slot takes the padding. The tokens of a row are of one
     sequence, which starts with the call's first token that is no padding or goes on.
     """
-    write(positions, ((key, past_key), (value, past_value)), past_positions)
-    rule, kind = Rule(scale, window, chunk, prefix, softcap), accumulation_type(query)
-    q, k, v = query.to(kind), past_key.to(kind), past_value.to(kind)
-    out = query.new_empty(*query.shape[:3], value.shape[3])
-    size = max(1, BLOCK_SCORES // max(1, query.shape[0] * query.shape[1] * k.shape[2]))
-    same = torch.ones(1, 1, 1, dtype=torch.bool, device=query.device)
-    for start in range(0, query.shape[2], size):
+    write(args.positions, ((args.key, args.past_key), (args.value, args.past_value)), args.past_positions)
+    kind = accumulation_type(args.query)
+    q, k, v = args.query.to(kind), args.past_key.to(kind), args.past_value.to(kind)
+    out = args.query.new_empty(*args.query.shape[:3], args.value.shape[3])
+    size = max(1, BLOCK_SCORES // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
+    same = torch.ones(1, 1, 1, dtype=torch.bool, device=q.device)
+    for start in range(0, q.shape[2], size):
         rows = slice(start, start + size)
-        mask = readable(positions[:, rows], past_positions, same, rule)[:, None, None]
-        bias = alibi(slopes, past_positions[:, None, :] - positions[:, rows, None], key.shape[1])
-        out[:, :, rows], _ = attend(q[:, :, rows], k, v, mask, bias, sink_logits, scale, softcap)
+        at = args.positions[:, rows]
+        mask = readable(at, args.past_positions, same, args)[:, None, None]
+        bias = alibi(args.slopes, args.past_positions[:, None, :] - at[:, :, None], k.shape[1])
+        out[:, :, rows], _ = attend(q[:, :, rows], k, v, mask, bias, args.sink_logits, args.scale, args.softcap)
     return out

@@ -3,38 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from memc.dialect.bank_ffn import BankFeedForward
 from memc.kernels.launch import FLOATS, DeviceKernels, Gpu, Launch, Tile, launch, precision, tile
 
 
-def refuses(gpu: Gpu, *args: Any, **options: Any) -> str:
+def refuses(gpu: Gpu, args: BankFeedForward) -> str:
     """Return why the kernels do not take a call; "" where they do."""
-    tensors = [x for x in args if isinstance(x, Tensor)]
-    other = next((x.dtype for x in tensors if x.dtype not in FLOATS), None)
+    other = next((x.dtype for x in (args.x, args.block) if x.dtype not in FLOATS), None)
     if other is not None:
         return f"{other} values"
-    return "" if all(x.numel() for x in tensors) else "a call without tokens"
+    return "" if args.x.numel() and args.block.numel() else "a call without tokens"
 
 
-def forward(x: Tensor, block: Tensor, activation: str) -> Tensor:
+def forward(args: BankFeedForward) -> Tensor:
     """Run ``memc::bank_ffn``; arguments and results as its dialect page has them."""
-    x, block = x.contiguous(), block.contiguous()
+    x, block = args.x.contiguous(), args.block.contiguous()
     rows = x.new_empty(x.shape[0], 1, x.shape[1], block.shape[2], dtype=_between(x))
-    _rows("hidden", rows, {"x": x, "block": block}, activation)
+    _rows("hidden", rows, {"x": x, "block": block}, args.activation)
     return _spread(rows, x, block, first=2)
 
 
-def backward(grad_out: Tensor, x: Tensor, block: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+def backward(args: BankFeedForward, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     """Return the gradients of ``x`` and ``block``."""
-    x, block, grad = x.contiguous(), block.contiguous(), grad_out.contiguous()
+    x, block, grad = args.x.contiguous(), args.block.contiguous(), grad_out.contiguous()
     (batch, tokens, width), units = x.shape, block.shape[2]
     # Of the gate, of the up projection, and what the down projection has read.
     rows = x.new_empty(batch, 3, tokens, units, dtype=_between(x))
-    _rows("hidden_gradient", rows, {"grad": grad, "x": x, "block": block}, activation)
+    _rows("hidden_gradient", rows, {"grad": grad, "x": x, "block": block}, args.activation)
     grad_block = block.new_empty(block.shape)
     cut = _cut("block_gradient", x)
     grid = (-(-width // cut.sizes["block_width"]), -(-units // cut.sizes["block_units"]), 3 * batch)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from memc.dialect.bank_ffn import BankFeedForward
 from memc.kernels.bank_ffn.activations import SLOPES, VALUES
-from memc.kernels.common import accumulation_type, cast_like
+from memc.kernels.common import accumulation_type
 
 
 def _widened(x: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
@@ -20,22 +21,21 @@ def _projected(x: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
     return gate, up
 
 
-def forward(x: Tensor, block: Tensor, activation: str) -> Tensor:
+def forward(args: BankFeedForward) -> Tensor:
     """Run ``memc::bank_ffn``; arguments and results as its dialect page has them."""
-    wide, weights = _widened(x, block)
+    wide, weights = _widened(args.x, args.block)
     gate, up = _projected(wide, weights)
-    return ((VALUES[activation](gate) * up) @ weights[:, 2]).to(x.dtype).contiguous()
+    return ((VALUES[args.activation](gate) * up) @ weights[:, 2]).to(args.x.dtype).contiguous()
 
 
-def backward(grad: Tensor, x: Tensor, block: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+def backward(args: BankFeedForward, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Return the gradients of ``x`` and ``block``."""
-    wide, weights = _widened(x, block)
+    wide, weights = _widened(args.x, args.block)
     gate, up = _projected(wide, weights)
-    active = VALUES[activation](gate)
+    active = VALUES[args.activation](gate)
     grad = grad.to(wide.dtype)
     grad_hidden = grad @ weights[:, 2].transpose(1, 2)
-    grad_gate, grad_up = grad_hidden * up * SLOPES[activation](gate), grad_hidden * active
+    grad_gate, grad_up = grad_hidden * up * SLOPES[args.activation](gate), grad_hidden * active
     grad_x = grad_gate @ weights[:, 0] + grad_up @ weights[:, 1]
     pairs = ((grad_gate, wide), (grad_up, wide), (active * up, grad))
-    grad_block = torch.stack([rows.transpose(1, 2) @ columns for rows, columns in pairs], 1)
-    return cast_like(grad_x, x), cast_like(grad_block, block)
+    return grad_x, torch.stack([rows.transpose(1, 2) @ columns for rows, columns in pairs], 1)

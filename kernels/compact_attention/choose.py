@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from memc.dialect.compact_attention import REPRESENTATIVES
+from memc.dialect.rotary import Rotary
 from memc.dialect.selectors import SELECTORS
 from memc.kernels.rotary.reference import forward as rotate
 from memc.kernels.softmax import attend, weights
@@ -25,9 +26,13 @@ class Angles:
     interleaved: bool
     scaling: float
 
+    def rotary(self, x: Tensor, positions: Tensor) -> Rotary:
+        """Return how ``x [B,H,T,D]`` is rotated by ``positions [B,T]``."""
+        return Rotary(x, positions, self.inv_freq, interleaved=self.interleaved, scaling=self.scaling)
+
     def turn(self, x: Tensor, positions: Tensor) -> Tensor:
         """Rotate ``x [B,H,T,D]`` by ``positions [B,T]``."""
-        return rotate(x, positions, self.inv_freq, interleaved=self.interleaved, scaling=self.scaling)
+        return rotate(self.rotary(x, positions))
 
 
 @dataclass(frozen=True)

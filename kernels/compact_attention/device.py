@@ -6,12 +6,11 @@ States in place alone: the functional form runs the reference, since it moves a 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from memc.dialect.compact_attention import REPRESENTATIVES
+from memc.dialect.compact_attention import REPRESENTATIVES, CompactAttention
 from memc.dialect.selectors import SELECTORS
 from memc.kernels.attention.slots import write
 from memc.kernels.compact_attention import reference
@@ -23,11 +22,11 @@ from memc.kernels.sparse_attention.choose import Rule
 from memc.kernels.sparse_attention.steps import Arguments, Asking, Constants, block_of, in_blocks
 
 
-def refuses(gpu: Gpu, *args: Any, **_: Any) -> str:
+def refuses(gpu: Gpu, args: CompactAttention) -> str:
     """Return why the kernels do not take a call; "" where they do."""
-    query, key, value, _positions, past_key, past_value, past_positions, past_pages, *rest = args
-    reason = refusal(query, key, value, past_key, past_value, past_pages, *rest)
-    return reason or unordered(past_key, past_value, past_positions, past_pages)
+    past = (args.past_key, args.past_value, args.past_pages)
+    reason = refusal(args.query, args.key, args.value, *past, args.inv_freq, args.sink_logits)
+    return reason or unordered(*past, args.past_positions)
 
 
 @dataclass(frozen=True)
@@ -47,32 +46,17 @@ class Held(Asking):
         return steps.cut_for(f"compact_attention.{kernel}", name, size, self.key.dtype, self.key.device, most=most)
 
 
-def in_place(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    positions: Tensor,
-    past_key: Tensor,
-    past_value: Tensor,
-    past_positions: Tensor,
-    past_pages: Tensor,
-    inv_freq: Tensor,
-    sink_logits: Tensor | None = None,
-    *,
-    interleaved: bool = False,
-    scaling: float = 1.0,
-    **options: Any,
-) -> tuple[Tensor, Tensor]:
+def in_place(args: CompactAttention) -> tuple[Tensor, Tensor]:
     """Run ``memc::compact_attention_`` on buffers, where slot p holds the token at position p."""
-    rule, softcap = steps.rule_of(**options)
-    write(positions, ((key, past_key), (value, past_value)), past_positions)
-    if query.shape[2] > 1:
-        past_pages.masked_fill_(steps.starts(positions, past_pages), 0)
-    angles = Angles(inv_freq.contiguous(), interleaved, scaling)
-    held = Held(query.contiguous(), positions.contiguous(), past_pages, past_key, past_value, angles)
-    _gather(held, _brought(held, rule, softcap), rule)
+    rule, angles = Rule.of(args), Angles(args.inv_freq.contiguous(), args.interleaved, args.scaling)
+    write(args.positions, ((args.key, args.past_key), (args.value, args.past_value)), args.past_positions)
+    if args.query.shape[2] > 1:
+        args.past_pages.masked_fill_(steps.starts(args.positions, args.past_pages), 0)
+    query, positions = args.query.contiguous(), args.positions.contiguous()
+    held = Held(query, positions, args.past_pages, args.past_key, args.past_value, angles)
+    _gather(held, _brought(held, rule, args.softcap), rule)
     _describe(held, rule)
-    return in_blocks(held, rule, lambda part: _attend(part, _chosen(part, rule), sink_logits, rule, softcap))
+    return in_blocks(held, rule, lambda part: _attend(part, _chosen(part, rule), args.sink_logits, rule, args.softcap))
 
 
 def _brought(held: Held, rule: Rule, softcap: float) -> Tensor:

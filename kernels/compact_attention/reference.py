@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from memc.kernels.common import accumulation_type, cast_like, held_positions, put, segments, take
+from memc.dialect.compact_attention import CompactAttention
+from memc.dialect.sparse_attention import pages_of
+from memc.kernels.common import accumulation_type, held_positions, put, segments, take
 from memc.kernels.compact_attention.choose import Angles, Reads, described, follows, gathered, read
 from memc.kernels.rotary.reference import backward as rotate_back
 from memc.kernels.softmax import attend, attend_backward
@@ -35,12 +36,20 @@ class Call:
     softcap: float
 
     @classmethod
-    def of(
-        cls, query: Tensor, key: Tensor, value: Tensor, positions: Tensor, past: Tensor, pages: Tensor, *rest: Any
-    ) -> Call:
-        """Bring query, keys, values and pages to the accumulation type."""
-        kind = accumulation_type(query)
-        return cls(query.to(kind), key.to(kind), value.to(kind), positions, past, pages.to(kind), *rest)
+    def of(cls, args: CompactAttention) -> Call:
+        """Append a call to what is held, and bring query, keys, values and pages to the accumulation type."""
+        kind = accumulation_type(args.query)
+        return cls(
+            args.query.to(kind),
+            torch.cat([args.past_key, args.key], 2).to(kind),
+            torch.cat([args.past_value, args.value], 2).to(kind),
+            args.positions,
+            args.past_positions,
+            args.past_pages.to(kind),
+            Rule.of(args),
+            Angles(args.inv_freq, args.interleaved, args.scaling),
+            args.softcap,
+        )
 
     def contents(self) -> Iterator[tuple[Sequence, Tensor, Tensor, Tensor]]:
         """Yield each sequence with its keys and values by position, and ``[B,G,N,2D]`` of its pages."""
@@ -128,11 +137,10 @@ class Block:
         """Return the gradients ``[B,H,T,D]``, ``[B,G,T,L,D]`` and that of ``inv_freq``, of those of :meth:`turned`."""
         groups, tokens = self.value.shape[1], self.query.shape[2]
         batch = self.value.shape[0] // tokens
-        options: dict[str, Any] = {"interleaved": angles.interleaved, "scaling": angles.scaling}
         grad = _columns(query[:, :, 0], batch).flatten(0, 1)[:, None]
-        grad_q, of_query = rotate_back(grad, self.query, self.query_at, angles.inv_freq, **options)
+        grad_q, of_query = rotate_back(angles.rotary(self.query, self.query_at), grad)
         grad = _columns(key, batch).flatten(0, 2)[:, None]
-        grad_k, of_key = rotate_back(grad, self.key, self.key_at, angles.inv_freq, **options)
+        grad_k, of_key = rotate_back(angles.rotary(self.key, self.key_at), grad)
         assert of_query is not None and of_key is not None
         return (
             grad_q[:, 0].unflatten(0, (batch, -1)),
@@ -157,113 +165,54 @@ def _columns(x: Tensor, batch: int) -> Tensor:
     return x.view(batch, -1, *x.shape[1:]).transpose(1, 2)
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    positions: Tensor,
-    past_key: Tensor,
-    past_value: Tensor,
-    past_positions: Tensor,
-    past_pages: Tensor,
-    inv_freq: Tensor,
-    sink_logits: Tensor | None = None,
-    *,
-    scale: float,
-    method: str,
-    page: int,
-    budget: int,
-    sinks: int,
-    window: int,
-    dense_below: int = 0,
-    softcap: float = 0.0,
-    interleaved: bool = False,
-    scaling: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def forward(args: CompactAttention) -> tuple[Tensor, ...]:
     """Run ``memc::compact_attention``; arguments and results as its dialect page has them."""
-    rule = Rule(scale, method, page, budget, sinks, window, 1, dense_below)
-    angles = Angles(inv_freq, interleaved, scaling)
-    all_keys, all_values = torch.cat([past_key, key], 2), torch.cat([past_value, value], 2)
-    call = Call.of(query, all_keys, all_values, positions, past_positions, past_pages, rule, angles, softcap)
-    batch, size = len(query), value.shape[3]
-    out, lse = query.new_zeros(*query.shape[:3], size), call.query.new_zeros(query.shape[:3])
-    count = -(-all_keys.shape[2] // page)
-    next_pages = call.past_pages.new_zeros(*key.shape[:2], count, past_pages.shape[3])
-    current = segments(positions)[:, -1]
+    call, batch = Call.of(args), len(args.query)
+    out = args.query.new_zeros(*args.query.shape[:3], args.value.shape[3])
+    lse = call.query.new_zeros(args.query.shape[:3])
+    count = pages_of(call.key.shape[2], args.page)
+    next_pages = call.past_pages.new_zeros(*args.key.shape[:2], count, args.past_pages.shape[3])
+    current = segments(args.positions)[:, -1]
     for number, (sequence, keys, values, pages) in enumerate(call.contents()):
         next_pages = torch.where((current == number)[:, None, None, None], pages, next_pages)
         for rows, reads, mine in call.blocks(sequence, pages):
-            q, k, v, live = call.gather(rows, keys, values, reads).turned(angles)
-            part, log = (_columns(x[:, :, 0], batch) for x in attend(q, k, v, live, None, sink_logits, scale, softcap))
+            read = (*call.gather(rows, keys, values, reads).turned(call.angles), None, args.sink_logits)
+            part, log = (_columns(x[:, :, 0], batch) for x in attend(*read, args.scale, args.softcap))
             mine = mine[:, None]
             out[:, :, rows] = torch.where(mine[..., None], part.to(out.dtype), out[:, :, rows])
             lse[:, :, rows] = torch.where(mine, log, lse[:, :, rows])
-    return out, lse, all_keys, all_values, held_positions(past_positions, positions), next_pages
+    held = torch.cat([args.past_key, args.key], 2), torch.cat([args.past_value, args.value], 2)
+    return out, lse, *held, held_positions(args.past_positions, args.positions), next_pages
 
 
 def backward(
-    grad_out: Tensor,
-    grad_lse: Tensor,
-    grad_next_key: Tensor,
-    grad_next_value: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    positions: Tensor,
-    past_key: Tensor,
-    past_value: Tensor,
-    past_positions: Tensor,
-    past_pages: Tensor,
-    inv_freq: Tensor,
-    sink_logits: Tensor | None = None,
-    *,
-    scale: float,
-    method: str,
-    page: int,
-    budget: int,
-    sinks: int,
-    window: int,
-    dense_below: int = 0,
-    softcap: float = 0.0,
-    interleaved: bool = False,
-    scaling: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    args: CompactAttention, out: Tensor, lse: Tensor, next_key: Tensor, next_value: Tensor
+) -> tuple[Tensor | None, ...]:
     """Return the gradients of query, key, value, past_key, past_value, inv_freq and sink_logits for what is read."""
-    rule = Rule(scale, method, page, budget, sinks, window, 1, dense_below)
-    angles = Angles(inv_freq, interleaved, scaling)
-    all_keys, all_values = torch.cat([past_key, key], 2), torch.cat([past_value, value], 2)
-    call = Call.of(query, all_keys, all_values, positions, past_positions, past_pages, rule, angles, softcap)
-    past, size = past_key.shape[2], all_keys.shape[2]
-    kind = call.query.dtype
-    grad, grad_q = grad_out.to(kind), torch.zeros_like(call.query)
-    grad_k, grad_v = grad_next_key.to(kind, copy=True), grad_next_value.to(kind, copy=True)
-    grad_freq, grad_sinks = torch.zeros_like(inv_freq), call.query.new_zeros(query.shape[1])
+    call = Call.of(args)
+    past, size, kind = args.past_key.shape[2], call.key.shape[2], call.query.dtype
+    grad, row_grad, grad_q = out.to(kind), lse.to(kind), torch.zeros_like(call.query)
+    grad_k, grad_v = next_key.to(kind, copy=True), next_value.to(kind, copy=True)
+    grad_freq, grad_sinks = torch.zeros_like(args.inv_freq), call.query.new_zeros(args.query.shape[1])
     for sequence, keys, values, pages in call.contents():
         placed_k, placed_v = torch.zeros_like(keys), torch.zeros_like(values)
         for rows, reads, mine in call.blocks(sequence, pages):
             block, own = call.gather(rows, keys, values, reads), mine[:, None]
-            q, k, v, live = block.turned(angles)
             outer = _rows(grad[:, :, rows] * own[..., None])[:, :, None]
-            log = _rows(grad_lse[:, :, rows].to(kind) * own)[:, :, None]
-            g = attend_backward(outer, log, q, k, v, live, None, sink_logits, scale, softcap)
-            of_query, of_key, of_freq = block.back(g.query, g.key, angles)
+            log = _rows(row_grad[:, :, rows] * own)[:, :, None]
+            read = (*block.turned(call.angles), None, args.sink_logits)
+            g = attend_backward(outer, log, *read, args.scale, args.softcap)
+            of_query, of_key, of_freq = block.back(g.query, g.key, call.angles)
             grad_q[:, :, rows] += of_query
             _scatter(placed_k, reads.tokens, of_key)
-            _scatter(placed_v, reads.tokens, _columns(g.value, len(query)))
+            _scatter(placed_v, reads.tokens, _columns(g.value, len(args.query)))
             grad_freq += of_freq
             if g.sink_logits is not None:
                 grad_sinks += g.sink_logits
         grad_k += put(placed_k, sequence.place, size)
         grad_v += put(placed_v, sequence.place, size)
-    return (
-        cast_like(grad_q, query),
-        cast_like(grad_k[:, :, past:], key),
-        cast_like(grad_v[:, :, past:], value),
-        cast_like(grad_k[:, :, :past], past_key),
-        cast_like(grad_v[:, :, :past], past_value),
-        grad_freq,
-        cast_like(grad_sinks, sink_logits),
-    )
+    held = grad_k[:, :, :past], grad_v[:, :, :past]
+    return grad_q, grad_k[:, :, past:], grad_v[:, :, past:], *held, grad_freq, grad_sinks
 
 
 def _scatter(placed: Tensor, tokens: Tensor, gradient: Tensor) -> None:

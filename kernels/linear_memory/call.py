@@ -8,6 +8,7 @@ from dataclasses import KW_ONLY, dataclass
 import torch
 from torch import Tensor
 
+from memc.dialect.linear_memory import LinearMemory
 from memc.kernels.launch import Gpu, Launch, Tile, gpu_of, launch, power_of_two, precision, tile
 
 # Tokens to a chunk, and to a block of its scores: few where each channel has a gate, since the blocks on the diagonal
@@ -129,19 +130,11 @@ class Call:
         return self.key.new_empty(shape, dtype=dtype)
 
 
-def prepare(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    log_decay: Tensor,
-    positions: Tensor,
-    state: Tensor,
-    beta: Tensor | None,
-) -> Call:
+def prepare(args: LinearMemory) -> Call:
     """Make the arguments contiguous."""
-    strength = key if beta is None else beta
-    given = [x.contiguous() for x in (query, key, value, log_decay, positions, state, strength)]
-    return Call(*given, delta=beta is not None)
+    strength = args.key if args.beta is None else args.beta
+    given = (args.query, args.key, args.value, args.log_decay, args.positions, args.state, strength)
+    return Call(*(x.contiguous() for x in given), delta=args.beta is not None)
 
 
 def sweep(call: Call) -> Tile:

@@ -6,11 +6,10 @@ to chunk, and then everything else is done for all chunks at once.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from memc.dialect.linear_memory import LinearMemory
 from memc.kernels.launch import FLOATS, DeviceKernels, Gpu, Tile
 from memc.kernels.linear_memory.call import Call, block, power, prepare
 from memc.kernels.linear_memory.gradient import backward
@@ -22,20 +21,20 @@ SHORT = 8
 WIDEST = 256
 
 
-def refuses(gpu: Gpu, *args: Any, update: str = "gated") -> str:
+def refuses(gpu: Gpu, args: LinearMemory) -> str:
     """Return why the kernels do not take a call, "" where they do."""
-    query, key, value, log_decay, _, state, beta = [*args, None][:7]
-    if {query.dtype, key.dtype, value.dtype} != {query.dtype} or query.dtype not in FLOATS:
+    kind, size = args.key.dtype, max(args.key.shape[3], args.value.shape[3])
+    if {args.query.dtype, args.value.dtype} != {kind} or kind not in FLOATS:
         return "query, key and value are not of one type among float32, bfloat16 and float16"
-    if any(x is not None and x.dtype not in FLOATS for x in (log_decay, beta)):
+    if any(x is not None and x.dtype not in FLOATS for x in (args.log_decay, args.beta)):
         return "log_decay or beta is not float32, bfloat16 or float16"
-    if state.dtype != torch.float32:
+    if args.state.dtype != torch.float32:
         return "the state is not float32"
-    if max(key.shape[3], value.shape[3]) > WIDEST:
+    if size > WIDEST:
         return f"more than {WIDEST} channels to a head"
-    if beta is not None and log_decay.shape[3] > 64 and key.dtype == torch.float32:
+    if args.beta is not None and args.log_decay.shape[3] > 64 and kind == torch.float32:
         return "the delta rule with gates per channel, in float32, of more than 64 channels"
-    return "" if key.numel() and value.numel() else "no tokens"
+    return "" if args.key.numel() and args.value.numel() else "no tokens"
 
 
 def step(call: Call, last: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,30 +65,20 @@ def step(call: Call, last: Tensor) -> tuple[Tensor, Tensor]:
     return out, last
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    log_decay: Tensor,
-    positions: Tensor,
-    state: Tensor,
-    beta: Tensor | None = None,
-    *,
-    update: str = "gated",
-) -> tuple[Tensor, Tensor]:
+def forward(args: LinearMemory) -> tuple[Tensor, Tensor]:
     """Run ``memc::linear_memory``; arguments and results as its dialect page has them."""
-    call = prepare(query, key, value, log_decay, positions, state, beta)
+    call = prepare(args)
     if call.tokens <= SHORT:
-        return step(call, state.new_empty(state.shape))
+        return step(call, args.state.new_empty(args.state.shape))
     sums = gates(call)
     inverted = inverse(call, system(call, sums), by_row=False) if call.delta else call.key
     met, added, last = states(call, sums, inverted, call.key.dtype)
-    values = value.shape[3]
-    out = call.empty(*query.shape[:3], values, dtype=query.dtype)
+    values = args.value.shape[3]
+    out = call.empty(*args.query.shape[:3], values, dtype=args.query.dtype)
     cut = call.tile("outputs", block(call))
     call.run(
         "outputs",
-        (call.blocks * query.shape[0] * query.shape[1], -(-values // cut.sizes["BV"])),
+        (call.blocks * args.query.shape[0] * args.query.shape[1], -(-values // cut.sizes["BV"])),
         {
             "query": call.query,
             "key": call.key,
@@ -106,23 +95,13 @@ def forward(
     return out, last
 
 
-def in_place(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    log_decay: Tensor,
-    positions: Tensor,
-    state: Tensor,
-    beta: Tensor | None = None,
-    *,
-    update: str = "gated",
-) -> Tensor:
+def in_place(args: LinearMemory) -> Tensor:
     """Run ``memc::linear_memory_``: the next state is written over ``state``."""
-    call = prepare(query, key, value, log_decay, positions, state, beta)
-    if call.tokens <= SHORT and call.state is state:
-        return step(call, state)[0]
-    out, last = forward(query, key, value, log_decay, positions, state, beta, update=update)
-    state.copy_(last)
+    call = prepare(args)
+    if call.tokens <= SHORT and call.state is args.state:
+        return step(call, args.state)[0]
+    out, last = forward(args)
+    args.state.copy_(last)
     return out
 
 

@@ -7,41 +7,30 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from memc.dialect.linear_memory import LinearMemory
 from memc.kernels.launch import Tile
 from memc.kernels.linear_memory.call import Call, block, gradient_block, power, prepare, sweep
 from memc.kernels.linear_memory.stages import gates, inverse, states, system
 
 
-def backward(
-    grad_out: Tensor,
-    grad_state: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    log_decay: Tensor,
-    positions: Tensor,
-    state: Tensor,
-    beta: Tensor | None = None,
-    *,
-    update: str = "gated",
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def backward(args: LinearMemory, grad_out: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
     """Return the gradients of query, key, value, log_decay, state and beta."""
-    call = prepare(query, key, value, log_decay, positions, state, beta)
-    grad_out, grad_state = grad_out.to(query.dtype).contiguous(), grad_state.contiguous()
+    call = prepare(args)
+    grad_out, grad_state = grad_out.to(args.query.dtype).contiguous(), grad_state.contiguous()
     sums = gates(call)
     overlap = system(call, sums) if call.delta else call.key
     inverted = inverse(call, overlap, by_row=False) if call.delta else call.key
     met, added, _ = states(call, sums, inverted, torch.float32)
-    if beta is None:
+    if args.beta is None:
         grads, _, grad_first = states_back(call, sums, call.key, grad_out, call.value, grad_state)
-        grad_value, grad_beta = grad_values(call, sums, grad_out, grads, value.dtype), torch.empty(0)
+        grad_value, grad_beta = grad_values(call, sums, grad_out, grads, args.value.dtype), None
     else:
         pulled = grad_values(call, sums, grad_out, None, torch.float32)
         inverted = inverse(call, overlap, by_row=True)
         grads, right, grad_first = states_back(call, sums, inverted, grad_out, pulled, grad_state)
-        strength = beta.masked_fill((positions < 0)[:, None], 0)
-        grad_value = (right * strength[..., None]).to(value.dtype)
-        grad_beta = (right * added).sum(-1).to(beta.dtype)
+        strength = args.beta.masked_fill((args.positions < 0)[:, None], 0)
+        grad_value = (right * strength[..., None]).to(args.value.dtype)
+        grad_beta = (right * added).sum(-1).to(args.beta.dtype)
     grad_query, grad_key, grad_log_decay = grad_keys(call, sums, met, added, grads, grad_out, -grad_value)
     return grad_query, grad_key, grad_value, grad_log_decay, grad_first, grad_beta
 

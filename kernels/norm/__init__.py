@@ -1,25 +1,10 @@
-"""Registration of ``memc::norm`` and of its gradient."""
+"""Registration of ``memc::norm`` and of its gradient, which is torch code that tracing may look into."""
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import Tensor
-from torch.library import register_autograd
-
-import memc.dialect  # noqa: F401 - defines the op
-from memc.kernels.common import register_forward
+from memc.dialect.norm import norm
 from memc.kernels.norm.reference import backward, forward
+from memc.kernels.registration import register, register_gradients
 
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-    ctx.options = keyword_only_inputs
-
-
-def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return backward(grad, *ctx.saved_tensors, **ctx.options)
-
-
-register_forward("norm", forward)
-register_autograd("memc::norm", _autograd, setup_context=_setup)
+register(norm, forward)
+register_gradients(norm, backward)

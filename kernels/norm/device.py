@@ -4,24 +4,23 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from memc.dialect.norm import Norm
 from memc.kernels.launch import FLOATS, DeviceKernels, Gpu, Launch, Tile, launch, power_of_two, tile
 
 LARGEST = 32_768
 """Most channels that a program holds at once."""
 
 
-def refuses(gpu: Gpu, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, **_: float | bool) -> str:
+def refuses(gpu: Gpu, args: Norm) -> str:
     """Take rows of float types that a program can hold."""
-    if any(t.dtype not in FLOATS for t in (x, weight, bias) if t is not None):
+    if any(x.dtype not in FLOATS for x in (args.x, args.weight, args.bias) if x is not None):
         return f"types other than {', '.join(str(kind)[6:] for kind in FLOATS)}"
-    return "" if x.shape[-1] <= LARGEST else f"rows of more than {LARGEST} channels"
+    return "" if args.x.shape[-1] <= LARGEST else f"rows of more than {LARGEST} channels"
 
 
-def forward(
-    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float, center: bool = False
-) -> Tensor:
+def forward(args: Norm) -> Tensor:
     """Run ``memc::norm``; arguments and results as its dialect page has them."""
-    x = x.contiguous()
+    x = args.x.contiguous()
     out, size = x.new_empty(x.shape), x.shape[-1]
     rows = x.numel() // size
     if rows == 0:
@@ -34,17 +33,17 @@ def forward(
             (-(-rows // cut.sizes["rows"]), 1, 1),
             {
                 "x": x,
-                "weight": x if weight is None else weight.contiguous(),
-                "bias": x if bias is None else bias.contiguous(),
+                "weight": x if args.weight is None else args.weight.contiguous(),
+                "bias": x if args.bias is None else args.bias.contiguous(),
                 "out": out,
                 "rows": rows,
             },
             {
                 "size": size,
-                "eps": eps,
-                "center": center,
-                "weighted": weight is not None,
-                "biased": bias is not None,
+                "eps": args.eps,
+                "center": args.center,
+                "weighted": args.weight is not None,
+                "biased": args.bias is not None,
                 "block_rows": cut.sizes["rows"],
                 "block_size": block,
             },

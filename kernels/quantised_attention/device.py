@@ -6,12 +6,11 @@ States in place alone: the functional form runs the reference, since it moves a 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from memc.dialect.quantised_attention import code_bytes
+from memc.dialect.quantised_attention import QuantisedAttention, code_bytes
 from memc.kernels.attention.slots import write
 from memc.kernels.launch import DeviceKernels, Gpu, Tile, power_of_two, precision, tile
 from memc.kernels.quantised_attention import reference
@@ -21,12 +20,11 @@ from memc.kernels.sparse_attention.choose import Rule
 from memc.kernels.sparse_attention.steps import Arguments, Asking, Constants, block_of, in_blocks
 
 
-def refuses(gpu: Gpu, *args: Any, **options: Any) -> str:
+def refuses(gpu: Gpu, args: QuantisedAttention) -> str:
     """Return why the kernels do not take a call; "" where they do."""
-    query, key, value, _positions, past_key, past_value, past_positions, *held, sinks = (*args, None)[:12]
-    pages, ranges, key_tail, value_tail = held
-    reason = refusal(query, key, value, pages, ranges, key_tail, value_tail, sinks)
-    return reason or unordered(past_key, past_value, past_positions, *held)
+    held = (args.past_pages, args.past_ranges, args.past_key_tail, args.past_value_tail)
+    reason = refusal(args.query, args.key, args.value, *held, args.sink_logits)
+    return reason or unordered(args.past_key, args.past_value, args.past_positions, *held)
 
 
 @dataclass(frozen=True)
@@ -74,45 +72,29 @@ class Held(Asking):
         return steps.cut_for(f"quantised_attention.{kernel}", name, size, self.key.dtype, self.key.device, most=32)
 
 
-def in_place(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    positions: Tensor,
-    past_key: Tensor,
-    past_value: Tensor,
-    past_positions: Tensor,
-    past_pages: Tensor,
-    past_ranges: Tensor,
-    past_key_tail: Tensor,
-    past_value_tail: Tensor,
-    sink_logits: Tensor | None = None,
-    *,
-    bits: int,
-    **options: Any,
-) -> tuple[Tensor, Tensor]:
+def in_place(args: QuantisedAttention) -> tuple[Tensor, Tensor]:
     """Run ``memc::quantised_attention_`` on buffers, where slot p holds the value at position p."""
-    rule, softcap = steps.rule_of(method="bounds", own_page=True, **options)
-    length = past_pages.shape[2] * rule.page
+    rule = Rule.of(args, method="bounds", own_page=True)
+    exact = torch.cat([_in_tail(args.past_positions, args.positions, rule.page), args.positions], 1)
     held = Held(
-        query.contiguous(),
-        positions.contiguous(),
-        past_pages,
-        past_key,
-        past_value,
-        past_ranges,
-        torch.cat([past_key_tail, key], 2),
-        torch.cat([past_value_tail, value], 2),
-        steps.places_of(torch.cat([_in_tail(past_positions, positions, rule.page), positions], 1), length),
-        bits,
+        args.query.contiguous(),
+        args.positions.contiguous(),
+        args.past_pages,
+        args.past_key,
+        args.past_value,
+        args.past_ranges,
+        torch.cat([args.past_key_tail, args.key], 2),
+        torch.cat([args.past_value_tail, args.value], 2),
+        steps.places_of(exact, args.past_pages.shape[2] * rule.page),
+        args.bits,
     )
-    write(positions, (), past_positions)
-    _hold(held, past_key_tail, past_value_tail)
+    write(args.positions, (), args.past_positions)
+    _hold(held, args.past_key_tail, args.past_value_tail)
 
     def attend(part: Held) -> tuple[Tensor, Tensor]:
         chosen = steps.choose(part, rule, lambda candidates: _ranked(part, candidates, rule))
         own = chosen // rule.page == (part.positions // rule.page)[:, None, :, None]
-        return _attend(part, chosen.masked_fill(own, -1), sink_logits, rule.scale, softcap)
+        return _attend(part, chosen.masked_fill(own, -1), args)
 
     return in_blocks(held, rule, attend)
 
@@ -162,9 +144,7 @@ def _ranked(held: Held, candidates: Tensor, rule: Rule) -> Tensor:
     return steps.rank("quantised_attention.rank", held, rule, candidates, given, held.coded, cut)
 
 
-def _attend(
-    held: Held, chosen: Tensor, sink_logits: Tensor | None, scale: float, softcap: float
-) -> tuple[Tensor, Tensor]:
+def _attend(held: Held, chosen: Tensor, args: QuantisedAttention) -> tuple[Tensor, Tensor]:
     """Return output and log-sum-exp over the own pages and the tokens at ``chosen [B,G,T,K]``, -1 for none."""
     value_size = held.value.shape[3]
     given: Arguments = {
@@ -178,13 +158,13 @@ def _attend(
     constants: Constants = {
         **held.coded,
         "value_bytes": code_bytes(value_size, held.bits),
-        "scale": scale,
-        "softcap": softcap,
+        "scale": args.scale,
+        "softcap": args.softcap,
         # What codes are read as has more digits than a half.
         "precision": precision(held.query.device, torch.float32),
     }
     cut = held.cut("attend", "block_keys")
-    return steps.attend("quantised_attention.attend", held, chosen, value_size, sink_logits, given, constants, cut)
+    return steps.attend("quantised_attention.attend", held, chosen, value_size, args.sink_logits, given, constants, cut)
 
 
 KERNELS = DeviceKernels(reference.forward, refuses, in_place=in_place)

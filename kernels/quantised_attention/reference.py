@@ -12,24 +12,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from memc.kernels.common import accumulation_type, cast_like, held_positions, put, segments, take
+from memc.dialect.quantised_attention import QuantisedAttention
+from memc.dialect.sparse_attention import pages_of
+from memc.kernels.common import accumulation_type, held_positions, put, segments, take
 from memc.kernels.quantised_attention.codes import decode, encode
 from memc.kernels.softmax import attend_backward
 from memc.kernels.sparse_attention.choose import Rule, chosen
 from memc.kernels.sparse_attention.reference import Sequence, attend_chosen, blocks, describe_pages, find_sequences
-
-
-@dataclass(frozen=True)
-class State:
-    """What is held, as the op's arguments."""
-
-    key: Tensor
-    value: Tensor
-    positions: Tensor
-    pages: Tensor
-    ranges: Tensor
-    key_tail: Tensor
-    value_tail: Tensor
 
 
 @dataclass(frozen=True)
@@ -64,7 +53,7 @@ class Contents:
 
 
 @dataclass(frozen=True)
-class Call:
+class Appended:
     """Keys and values of a call behind those of the tails, its values' codes and ranges behind those held."""
 
     key: Tensor
@@ -73,33 +62,35 @@ class Call:
     ranges: Tensor
     found: tuple[tuple[Sequence, Sequence], ...]
 
-    @staticmethod
-    def of(key: Tensor, value: Tensor, positions: Tensor, state: State, bits: int, page: int) -> Call:
+    @classmethod
+    def of(cls, args: QuantisedAttention) -> Appended:
         """Append a call to the state and find the tokens of each of its sequences."""
-        length = -(-(state.positions.shape[1] + positions.shape[1]) // page) * page
-        everything = find_sequences(positions, state.positions, length)
+        page = args.page
+        length = pages_of(args.past_positions.shape[1] + args.positions.shape[1], page) * page
+        everything = find_sequences(args.positions, args.past_positions, length)
         held = everything[0].held[:, None]
-        slot = torch.arange(page, device=positions.device)
+        slot = torch.arange(page, device=args.positions.device)
         in_tail = torch.where(slot < held % page, held // page * page + slot, -1)
-        exact = find_sequences(positions, in_tail, length)
-        fresh = torch.stack([value.amax(-1), value.amin(-1)], -1)
-        kind = accumulation_type(value)
-        codes = encode(value.to(kind), *_ends(fresh.to(kind)), bits)
-        return Call(
-            torch.cat([state.key_tail, key], 2),
-            torch.cat([state.value_tail, value], 2),
-            torch.cat([state.value, codes], 2),
-            torch.cat([state.ranges, fresh], 2),
+        exact = find_sequences(args.positions, in_tail, length)
+        fresh = torch.stack([args.value.amax(-1), args.value.amin(-1)], -1)
+        kind = accumulation_type(args.value)
+        codes = encode(args.value.to(kind), *_ends(fresh.to(kind)), args.bits)
+        return cls(
+            torch.cat([args.past_key_tail, args.key], 2),
+            torch.cat([args.past_value_tail, args.value], 2),
+            torch.cat([args.past_value, codes], 2),
+            torch.cat([args.past_ranges, fresh], 2),
             tuple(zip(everything, exact, strict=True)),
         )
 
-    def contents(self, state: State, bits: int, page: int) -> Iterator[Contents]:
+    def contents(self, args: QuantisedAttention) -> Iterator[Contents]:
         """Yield what each sequence holds, in the type of accumulation."""
+        bits, page = args.bits, args.page
         kind, size = accumulation_type(self.key), self.key.shape[3]
         value_of_code = decode(self.codes, *_ends(self.ranges.to(kind)), bits, self.value.shape[3])
         for number, (sequence, exact) in enumerate(self.found):
             keys, values = (take(x, exact.place).to(kind) for x in (self.key, self.value))
-            past_pages, past_codes = state.pages, state.key
+            past_pages, past_codes = args.past_pages, args.past_key
             if number:
                 past_pages, past_codes = past_pages[:, :, :0], past_codes[:, :, :0]
             pages = describe_pages(keys, past_pages, sequence, "bounds", page)
@@ -142,105 +133,45 @@ def _ends(ranges: Tensor) -> tuple[Tensor, Tensor]:
     return ranges[..., :1], ranges[..., 1:]
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    positions: Tensor,
-    past_key: Tensor,
-    past_value: Tensor,
-    past_positions: Tensor,
-    past_pages: Tensor,
-    past_ranges: Tensor,
-    past_key_tail: Tensor,
-    past_value_tail: Tensor,
-    sink_logits: Tensor | None = None,
-    *,
-    scale: float,
-    bits: int,
-    page: int,
-    budget: int,
-    sinks: int,
-    window: int,
-    rerank: int = 1,
-    dense_below: int = 0,
-    softcap: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def forward(args: QuantisedAttention) -> tuple[Tensor, ...]:
     """Run ``memc::quantised_attention``; arguments and results as its dialect page has them."""
-    rule = Rule(scale, "bounds", page, budget, sinks, window, rerank, dense_below, own_page=True)
-    state = State(past_key, past_value, past_positions, past_pages, past_ranges, past_key_tail, past_value_tail)
-    call = Call.of(key, value, positions, state, bits, page)
-    q = query.to(accumulation_type(query))
-    out, lse = query.new_zeros(*query.shape[:3], value.shape[3]), q.new_zeros(query.shape[:3])
-    current = segments(positions)[:, -1]
+    rule, call = Rule.of(args, method="bounds", own_page=True), Appended.of(args)
+    q = args.query.to(accumulation_type(args.query))
+    out, lse = args.query.new_zeros(*q.shape[:3], args.value.shape[3]), q.new_zeros(q.shape[:3])
+    current = segments(args.positions)[:, -1]
     next_key, next_pages = torch.empty(0), torch.empty(0)
-    for number, contents in enumerate(call.contents(state, bits, page)):
+    for number, contents in enumerate(call.contents(args)):
         last = (current == number)[:, None, None, None]
-        pages = contents.pages.to(past_pages.dtype)
+        pages = contents.pages.to(args.past_pages.dtype)
         next_pages = torch.where(last, pages, next_pages if number else torch.zeros_like(pages))
         next_key = torch.where(last[..., None], contents.codes, next_key if number else 0 * contents.codes)
-        mask = partial(contents.readable, q, positions, rule)
-        attend_chosen(out, lse, q, contents.keys, contents.values, contents.sequence, mask, sink_logits, scale, softcap)
-    tail = call.next_tail(positions, page)
-    held = held_positions(past_positions, positions)
+        mask = partial(contents.readable, q, args.positions, rule)
+        read = (contents.keys, contents.values, contents.sequence, mask)
+        attend_chosen(out, lse, q, *read, args.sink_logits, args.scale, args.softcap)
+    tail = call.next_tail(args.positions, args.page)
+    held = held_positions(args.past_positions, args.positions)
     tails = (take(call.key, tail), take(call.value, tail))
     return out, lse, next_key, call.codes, held, next_pages, call.ranges, *tails
 
 
 def backward(
-    grad_out: Tensor,
-    grad_lse: Tensor,
-    grad_key_tail: Tensor,
-    grad_value_tail: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    positions: Tensor,
-    past_key: Tensor,
-    past_value: Tensor,
-    past_positions: Tensor,
-    past_pages: Tensor,
-    past_ranges: Tensor,
-    past_key_tail: Tensor,
-    past_value_tail: Tensor,
-    sink_logits: Tensor | None = None,
-    *,
-    scale: float,
-    bits: int,
-    page: int,
-    budget: int,
-    sinks: int,
-    window: int,
-    rerank: int = 1,
-    dense_below: int = 0,
-    softcap: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    args: QuantisedAttention, out: Tensor, lse: Tensor, key_tail: Tensor, value_tail: Tensor
+) -> tuple[Tensor | None, ...]:
     """Return the gradients of query, key, value, both tails and sink_logits, straight through the rounding."""
-    rule = Rule(scale, "bounds", page, budget, sinks, window, rerank, dense_below, own_page=True)
-    state = State(past_key, past_value, past_positions, past_pages, past_ranges, past_key_tail, past_value_tail)
-    call = Call.of(key, value, positions, state, bits, page)
-    kind, size = accumulation_type(query), call.key.shape[2]
-    q, grad = query.to(kind), grad_out.to(kind)
+    rule, call = Rule.of(args, method="bounds", own_page=True), Appended.of(args)
+    kind, page, size = accumulation_type(args.query), args.page, call.key.shape[2]
+    q, grad, row_grad = (x.to(kind) for x in (args.query, out, lse))
     grad_q, grad_sinks = torch.zeros_like(q), q.new_zeros(q.shape[1])
-    tail = call.next_tail(positions, page)
-    grad_k, grad_v = put(grad_key_tail.to(kind), tail, size), put(grad_value_tail.to(kind), tail, size)
-    for contents in call.contents(state, bits, page):
+    tail = call.next_tail(args.positions, page)
+    grad_k, grad_v = (put(x.to(kind), tail, size) for x in (key_tail, value_tail))
+    for contents in call.contents(args):
         placed_k, placed_v = torch.zeros_like(contents.keys), torch.zeros_like(contents.values)
-        for rows in blocks(query.shape[1], contents.sequence):
-            mask = contents.readable(q, positions, rule, rows)
+        for rows in blocks(q.shape[1], contents.sequence):
+            mask = contents.readable(q, args.positions, rule, rows)
             mine = contents.sequence.mine[:, None, rows]
-            g = attend_backward(
-                grad[:, :, rows] * mine[..., None],
-                grad_lse[:, :, rows].to(kind) * mine,
-                q[:, :, rows],
-                contents.keys,
-                contents.values,
-                mask,
-                None,
-                sink_logits,
-                scale,
-                softcap,
-            )
+            outer, log = grad[:, :, rows] * mine[..., None], row_grad[:, :, rows] * mine
+            read = (q[:, :, rows], contents.keys, contents.values, mask, None)
+            g = attend_backward(outer, log, *read, args.sink_logits, args.scale, args.softcap)
             grad_q[:, :, rows] += g.query
             placed_k += g.key
             placed_v += g.value
@@ -249,11 +180,4 @@ def backward(
         # Rounding is passed straight through: what is read of a token goes to the token, however it was read.
         grad_k += put(sum(placed_k.split(contents.length, 2)), contents.exact_place, size)
         grad_v += put(sum(placed_v.split(contents.length, 2)), contents.exact_place, size)
-    return (
-        cast_like(grad_q, query),
-        cast_like(grad_k[:, :, page:], key),
-        cast_like(grad_v[:, :, page:], value),
-        cast_like(grad_k[:, :, :page], past_key_tail),
-        cast_like(grad_v[:, :, :page], past_value_tail),
-        cast_like(grad_sinks, sink_logits),
-    )
+    return grad_q, grad_k[:, :, page:], grad_v[:, :, page:], grad_k[:, :, :page], grad_v[:, :, :page], grad_sinks

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import memc.dialect  # noqa: F401 - defines the op
+from memc.dialect.refreshed_attention import refreshed_attention
 from memc.kernels.refreshed_attention.reference import backward, forward
-from memc.kernels.sparse_attention.registration import OPTIONS, register
+from memc.kernels.registration import register
 
-register("refreshed_attention", forward, backward, states=("Tensor past_choice",), options=f"{OPTIONS}, int refresh")
+register(refreshed_attention, forward, backward)

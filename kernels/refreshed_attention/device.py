@@ -7,11 +7,11 @@ entries of a list.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from memc.dialect.refreshed_attention import RefreshedAttention
 from memc.dialect.sparse_attention import pages_of
 from memc.kernels.launch import DeviceKernels, Gpu
 from memc.kernels.refreshed_attention import reference
@@ -22,34 +22,17 @@ from memc.kernels.sparse_attention.choose import Rule
 from memc.kernels.sparse_attention.device import Held
 
 
-def refuses(gpu: Gpu, *args: Any, **options: Any) -> str:
+def refuses(gpu: Gpu, args: RefreshedAttention) -> str:
     """Return why the kernels do not take a call; "" where they do."""
-    return sparse.refuses(gpu, *args[:8], *args[9:], **options) or unordered(args[8])
+    return sparse.refuses(gpu, args) or unordered(args.past_choice)
 
 
-def in_place(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    positions: Tensor,
-    past_key: Tensor,
-    past_value: Tensor,
-    past_positions: Tensor,
-    past_pages: Tensor,
-    past_choice: Tensor,
-    sink_logits: Tensor | None = None,
-    **options: Any,
-) -> tuple[Tensor, Tensor]:
+def in_place(args: RefreshedAttention) -> tuple[Tensor, Tensor]:
     """Run ``memc::refreshed_attention_`` on buffers, where slot p holds the token at position p."""
-    rule, softcap = steps.rule_of(**options)
-    held = sparse.lay_down(query, key, value, positions, past_key, past_value, past_positions, past_pages)
-    past_choice.masked_fill_((positions == 0).any(1)[:, None, None], -1)
+    rule, held = Rule.of(args), sparse.lay_down(args)
+    args.past_choice.masked_fill_((args.positions == 0).any(1)[:, None, None], -1)
     sparse.describe(held, rule)
-
-    def attend(part: Held) -> tuple[Tensor, Tensor]:
-        return sparse.attend(part, choose(part, past_choice, rule), sink_logits, rule.scale, softcap)
-
-    return steps.in_blocks(held, rule, attend)
+    return steps.in_blocks(held, rule, lambda part: sparse.attend(part, choose(part, args.past_choice, rule), args))
 
 
 def choose(held: Held, past: Tensor, rule: Rule) -> Tensor:

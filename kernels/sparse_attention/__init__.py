@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import memc.dialect  # noqa: F401 - defines the op
+from memc.dialect.sparse_attention import sparse_attention
+from memc.kernels.registration import register
 from memc.kernels.sparse_attention.reference import backward, forward
-from memc.kernels.sparse_attention.registration import register
 
-register("sparse_attention", forward, backward)
+register(sparse_attention, forward, backward)

@@ -5,11 +5,13 @@ Sizes: B batch, H heads, G key-value heads, T queries, P pages, L = P page token
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from memc.dialect.base import Arguments
 from memc.dialect.selectors import SELECTORS
 from memc.dialect.sparse_attention import forced_pages
 from memc.kernels.softmax_groups import Groups
@@ -29,12 +31,18 @@ class Rule:
     budget: int
     sinks: int
     window: int
-    rerank: int
-    dense_below: int
+    rerank: int = 1
+    dense_below: int = 0
     channels: int = 0
     own_page: bool = False
     refresh: int = 1
     mass: float = 1.0
+
+    @classmethod
+    def of(cls, args: Arguments, **others: Any) -> Rule:
+        """Return the rule of a call, and of ``others`` that are no options of its op."""
+        given = {f.name: getattr(args, f.name) for f in fields(cls) if hasattr(args, f.name)}
+        return cls(**given, **others)
 
     @property
     def by_token(self) -> bool:

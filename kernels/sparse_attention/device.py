@@ -7,28 +7,29 @@ for themselves.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from memc.dialect.refreshed_attention import Choosing
 from memc.dialect.selectors import SELECTORS
+from memc.dialect.sparse_attention import SparseAttention, pages_of
 from memc.kernels.attention.slots import write
 from memc.kernels.common import held_positions
 from memc.kernels.launch import DeviceKernels, Gpu, Tile, power_of_two, precision
 from memc.kernels.softmax_device import refusal, unordered
 from memc.kernels.sparse_attention import reference, steps
 from memc.kernels.sparse_attention.choose import Rule
-from memc.kernels.sparse_attention.steps import Arguments, Asking, Constants, block_of, in_blocks, rule_of
+from memc.kernels.sparse_attention.steps import Arguments, Asking, Constants, block_of, in_blocks
 
 
-def refuses(gpu: Gpu, *args: Any, method: str = "", **_: Any) -> str:
+def refuses(gpu: Gpu, args: Choosing) -> str:
     """Return why the kernels do not take a call; "" where they do."""
-    if method and SELECTORS[method].grouped:
-        return f"the softmax of method {method}, which is grouped by pages"
-    query, key, value, _positions, past_key, past_value, past_positions, past_pages, *rest = args
-    reason = refusal(query, key, value, past_key, past_value, past_pages, *rest)
-    return reason or unordered(past_key, past_value, past_positions, past_pages)
+    if SELECTORS[args.method].grouped:
+        return f"the softmax of method {args.method}, which is grouped by pages"
+    past = (args.past_key, args.past_value, args.past_pages)
+    reason = refusal(args.query, args.key, args.value, *past, args.sink_logits)
+    return reason or unordered(*past, args.past_positions)
 
 
 @dataclass(frozen=True)
@@ -48,81 +49,48 @@ class Held(Asking):
         return steps.cut_for(f"sparse_attention.{kernel}", name, size, self.key.dtype, self.key.device)
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    positions: Tensor,
-    past_key: Tensor,
-    past_value: Tensor,
-    past_positions: Tensor,
-    past_pages: Tensor,
-    sink_logits: Tensor | None = None,
-    **options: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def forward(args: SparseAttention) -> tuple[Tensor, ...]:
     """Run ``memc::sparse_attention``; arguments and results as its dialect page has them.
 
     More than one token at a time, which may be of several sequences, are left to the reference.
     """
-    if query.shape[2] > 1:
-        past = past_key, past_value, past_positions, past_pages
-        return reference.forward(query, key, value, positions, *past, sink_logits, **options)
-    rule, softcap = rule_of(**options)
-    next_positions = held_positions(past_positions, positions)
-    count = -(-next_positions.shape[1] // rule.page)
+    if args.query.shape[2] > 1:
+        return reference.forward(args)
+    next_positions = held_positions(args.past_positions, args.positions)
+    count = pages_of(next_positions.shape[1], args.page)
     held = Held(
-        query.contiguous(),
-        positions.contiguous(),
-        _pages(past_pages, positions, count),
-        torch.cat([past_key, key], 2),
-        torch.cat([past_value, value], 2),
-        steps.places_of(next_positions, count * rule.page),
+        args.query.contiguous(),
+        args.positions.contiguous(),
+        _pages(args.past_pages, args.positions, count),
+        torch.cat([args.past_key, args.key], 2),
+        torch.cat([args.past_value, args.value], 2),
+        steps.places_of(next_positions, count * args.page),
     )
-    out, lse = _run(held, rule, sink_logits, softcap)
+    out, lse = _run(held, args)
     return out, lse, held.key, held.value, next_positions, held.pages
 
 
-def in_place(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    positions: Tensor,
-    past_key: Tensor,
-    past_value: Tensor,
-    past_positions: Tensor,
-    past_pages: Tensor,
-    sink_logits: Tensor | None = None,
-    **options: Any,
-) -> tuple[Tensor, Tensor]:
+def in_place(args: SparseAttention) -> tuple[Tensor, Tensor]:
     """Run ``memc::sparse_attention_`` on buffers, as :func:`memc.kernels.sparse_attention.slots.forward` does."""
-    rule, softcap = rule_of(**options)
-    held = lay_down(query, key, value, positions, past_key, past_value, past_positions, past_pages)
-    return _run(held, rule, sink_logits, softcap)
+    return _run(lay_down(args), args)
 
 
-def lay_down(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    positions: Tensor,
-    past_key: Tensor,
-    past_value: Tensor,
-    past_positions: Tensor,
-    past_pages: Tensor,
-) -> Held:
+def lay_down(args: Choosing) -> Held:
     """Write a call into buffers, where slot p holds the token at position p, and return what is held then."""
-    write(positions, ((key, past_key), (value, past_value)), past_positions)
-    if query.shape[2] > 1:
-        past_pages.masked_fill_(steps.starts(positions, past_pages), 0)
+    write(args.positions, ((args.key, args.past_key), (args.value, args.past_value)), args.past_positions)
+    if args.query.shape[2] > 1:
+        args.past_pages.masked_fill_(steps.starts(args.positions, args.past_pages), 0)
     # The token at position p lies in slot p: what is held there is its own place.
-    places = past_positions.to(torch.int32)
-    return Held(query.contiguous(), positions.contiguous(), past_pages, past_key, past_value, places)
+    places = args.past_positions.to(torch.int32)
+    query, positions = args.query.contiguous(), args.positions.contiguous()
+    return Held(query, positions, args.past_pages, args.past_key, args.past_value, places)
 
 
-def _run(held: Held, rule: Rule, sink_logits: Tensor | None, softcap: float) -> tuple[Tensor, Tensor]:
+def _run(held: Held, args: SparseAttention) -> tuple[Tensor, Tensor]:
     """Return the output ``[B,H,T,E]`` and the log-sum-exp ``[B,H,T]`` of tokens that are in what is held."""
+    rule = Rule.of(args)
     describe(held, rule)
-    return in_blocks(held, rule, lambda part: attend(part, choose(part, rule), sink_logits, rule.scale, softcap))
+    return in_blocks(held, rule, lambda part: attend(part, choose(part, rule), args))
 
 
 def choose(held: Held, rule: Rule) -> Tensor:
@@ -171,19 +139,15 @@ def ranked(held: Held, candidates: Tensor, rule: Rule) -> Tensor:
     return steps.rank("sparse_attention.rank", held, rule, candidates, given, {}, cut)
 
 
-def attend(
-    held: Held, chosen: Tensor, sink_logits: Tensor | None, scale: float, softcap: float
-) -> tuple[Tensor, Tensor]:
+def attend(held: Held, chosen: Tensor, args: Choosing) -> tuple[Tensor, Tensor]:
     """Return output and log-sum-exp over the tokens at the positions ``chosen [B,G,T,K]``, -1 for none."""
     places = held.places[:, None, None].expand(-1, *chosen.shape[1:3], -1).gather(3, chosen.clamp_min(0))
     places = places.masked_fill(chosen < 0, -1)
     given: Arguments = {"key": held.key, "value": held.value, "held": held.key.shape[2]}
     kind = precision(held.query.device, held.query.dtype)
-    constants: Constants = {"scale": scale, "softcap": softcap, "precision": kind}
-    cut = held.cut("attend", "block_keys")
-    return steps.attend(
-        "sparse_attention.attend", held, places, held.value.shape[3], sink_logits, given, constants, cut
-    )
+    constants: Constants = {"scale": args.scale, "softcap": args.softcap, "precision": kind}
+    cut, size = held.cut("attend", "block_keys"), held.value.shape[3]
+    return steps.attend("sparse_attention.attend", held, places, size, args.sink_logits, given, constants, cut)
 
 
 KERNELS = DeviceKernels(forward, refuses, in_place=in_place)

@@ -12,7 +12,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from memc.kernels.common import accumulation_type, cast_like, held_positions, put, segments, take
+from memc.dialect.refreshed_attention import Choosing
+from memc.dialect.sparse_attention import SparseAttention, pages_of
+from memc.kernels.common import accumulation_type, held_positions, put, segments, take
 from memc.kernels.softmax import attend, attend_backward
 from memc.kernels.softmax_groups import Groups
 from memc.kernels.sparse_attention.choose import Rule, chosen, describe, groups
@@ -36,36 +38,26 @@ class Sequence:
 
 
 @dataclass(frozen=True)
-class Call:
+class Appended:
     """What forward and backward start from: keys and values with the call appended, and its sequences."""
 
     key: Tensor
     value: Tensor
     sequences: tuple[Sequence, ...]
 
-    def contents(
-        self, past_pages: Tensor, method: str, page: int, kind: torch.dtype
-    ) -> Iterator[tuple[Sequence, Tensor, Tensor, Tensor]]:
+    @classmethod
+    def of(cls, args: Choosing) -> Appended:
+        """Append the call to the state and find the place of each token of each sequence."""
+        length = pages_of(args.past_positions.shape[1] + args.positions.shape[1], args.page) * args.page
+        sequences = find_sequences(args.positions, args.past_positions, length)
+        return cls(torch.cat([args.past_key, args.key], 2), torch.cat([args.past_value, args.value], 2), sequences)
+
+    def contents(self, args: Choosing, kind: torch.dtype) -> Iterator[tuple[Sequence, Tensor, Tensor, Tensor]]:
         """Yield each sequence with its keys and values by position, and the descriptions of its pages."""
         for number, sequence in enumerate(self.sequences):
             keys, values = (take(x, sequence.place).to(kind) for x in (self.key, self.value))
-            past = past_pages if number == 0 else past_pages[:, :, :0]
-            yield sequence, keys, values, describe_pages(keys, past, sequence, method, page)
-
-
-def lay_out(
-    key: Tensor,
-    value: Tensor,
-    positions: Tensor,
-    past_key: Tensor,
-    past_value: Tensor,
-    past_positions: Tensor,
-    page: int,
-) -> Call:
-    """Append the call to the state and find the place of each token of each sequence."""
-    length = -(-(past_positions.shape[1] + positions.shape[1]) // page) * page
-    sequences = find_sequences(positions, past_positions, length)
-    return Call(torch.cat([past_key, key], 2), torch.cat([past_value, value], 2), sequences)
+            past = args.past_pages if number == 0 else args.past_pages[:, :, :0]
+            yield sequence, keys, values, describe_pages(keys, past, sequence, args.method, args.page)
 
 
 def find_sequences(positions: Tensor, past_positions: Tensor, length: int) -> tuple[Sequence, ...]:
@@ -175,20 +167,14 @@ class Reads:
 
 
 def gradients(
-    grads: tuple[Tensor, Tensor, Tensor, Tensor],
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
-    reads: Iterable[Reads],
-    sink_logits: Tensor | None,
-    scale: float,
-    softcap: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of query, key, value, past key, past value (``inputs``) and sink logits for what is read.
+    args: Choosing, grads: tuple[Tensor, Tensor, Tensor, Tensor], reads: Iterable[Reads]
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of query, key, value, past key, past value and sink logits for what is read.
 
     ``grads`` are those of output, log-sum-exp, next keys and next values.
     """
-    query, key, value, past_key, past_value = inputs
-    kind, past = accumulation_type(query), past_key.shape[2]
-    q, (out, lse, next_key, next_value) = query.to(kind), (grad.to(kind) for grad in grads)
+    kind, past, sink_logits = accumulation_type(args.query), args.past_key.shape[2], args.sink_logits
+    q, (out, lse, next_key, next_value) = args.query.to(kind), (grad.to(kind) for grad in grads)
     grad_q, grad_sinks = torch.zeros_like(q), q.new_zeros(q.shape[1])
     grad_k, grad_v = next_key.clone(), next_value.clone()
     for one in reads:
@@ -196,8 +182,8 @@ def gradients(
         for rows in blocks(q.shape[1], one.sequence):
             mine = one.sequence.mine[:, None, rows]
             outer, log = out[:, :, rows] * mine[..., None], lse[:, :, rows] * mine
-            read = (q[:, :, rows], one.keys, one.values, one.mask(rows))
-            g = attend_backward(outer, log, *read, None, sink_logits, scale, softcap, one.through(rows))
+            read = (q[:, :, rows], one.keys, one.values, one.mask(rows), None, sink_logits, args.scale, args.softcap)
+            g = attend_backward(outer, log, *read, one.through(rows))
             grad_q[:, :, rows] += g.query
             placed_k += g.key
             placed_v += g.value
@@ -205,94 +191,35 @@ def gradients(
                 grad_sinks += g.sink_logits
         grad_k += put(placed_k, one.sequence.place, grad_k.shape[2])
         grad_v += put(placed_v, one.sequence.place, grad_v.shape[2])
-    return (
-        cast_like(grad_q, query),
-        cast_like(grad_k[:, :, past:], key),
-        cast_like(grad_v[:, :, past:], value),
-        cast_like(grad_k[:, :, :past], past_key),
-        cast_like(grad_v[:, :, :past], past_value),
-        cast_like(grad_sinks, sink_logits),
-    )
+    return grad_q, grad_k[:, :, past:], grad_v[:, :, past:], grad_k[:, :, :past], grad_v[:, :, :past], grad_sinks
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    positions: Tensor,
-    past_key: Tensor,
-    past_value: Tensor,
-    past_positions: Tensor,
-    past_pages: Tensor,
-    sink_logits: Tensor | None = None,
-    *,
-    scale: float,
-    method: str,
-    page: int,
-    budget: int,
-    sinks: int,
-    window: int,
-    rerank: int = 1,
-    dense_below: int = 0,
-    softcap: float = 0.0,
-    channels: int = 0,
-    mass: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def forward(args: SparseAttention) -> tuple[Tensor, ...]:
     """Run ``memc::sparse_attention``; arguments and results as its dialect page has them."""
-    rule = Rule(scale, method, page, budget, sinks, window, rerank, dense_below, channels, mass=mass)
-    call = lay_out(key, value, positions, past_key, past_value, past_positions, page)
-    kind = accumulation_type(query)
-    q = query.to(kind)
-    out, lse = query.new_zeros(*query.shape[:3], value.shape[3]), q.new_zeros(query.shape[:3])
-    count = -(-call.key.shape[2] // page)
-    sizes = past_pages.shape[3:]
-    next_pages = torch.zeros(*key.shape[:2], count, *sizes, dtype=past_pages.dtype, device=key.device)
-    current = segments(positions)[:, -1]
-    for number, (sequence, keys, values, pages) in enumerate(call.contents(past_pages, method, page, kind)):
+    rule, call, past = Rule.of(args), Appended.of(args), args.past_pages
+    q = args.query.to(accumulation_type(args.query))
+    out, lse = args.query.new_zeros(*q.shape[:3], args.value.shape[3]), q.new_zeros(q.shape[:3])
+    count = pages_of(call.key.shape[2], args.page)
+    next_pages = past.new_zeros(*args.key.shape[:2], count, *past.shape[3:])
+    current = segments(args.positions)[:, -1]
+    for number, (sequence, keys, values, pages) in enumerate(call.contents(args, q.dtype)):
         mine = (current == number).view(-1, *[1] * (pages.dim() - 1))
-        next_pages = torch.where(mine, pages.to(past_pages.dtype), next_pages)
-        mask = partial(readable, q, keys, pages, positions, sequence, rule)
-        through = partial(grouped, positions, sequence, rule)
-        attend_chosen(out, lse, q, keys, values, sequence, mask, sink_logits, scale, softcap, through)
-    return out, lse, call.key, call.value, held_positions(past_positions, positions), next_pages
+        next_pages = torch.where(mine, pages.to(past.dtype), next_pages)
+        mask = partial(readable, q, keys, pages, args.positions, sequence, rule)
+        through = partial(grouped, args.positions, sequence, rule)
+        attend_chosen(out, lse, q, keys, values, sequence, mask, args.sink_logits, args.scale, args.softcap, through)
+    return out, lse, call.key, call.value, held_positions(args.past_positions, args.positions), next_pages
 
 
 def backward(
-    grad_out: Tensor,
-    grad_lse: Tensor,
-    grad_next_key: Tensor,
-    grad_next_value: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    positions: Tensor,
-    past_key: Tensor,
-    past_value: Tensor,
-    past_positions: Tensor,
-    past_pages: Tensor,
-    sink_logits: Tensor | None = None,
-    *,
-    scale: float,
-    method: str,
-    page: int,
-    budget: int,
-    sinks: int,
-    window: int,
-    rerank: int = 1,
-    dense_below: int = 0,
-    softcap: float = 0.0,
-    channels: int = 0,
-    mass: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    args: SparseAttention, out: Tensor, lse: Tensor, next_key: Tensor, next_value: Tensor
+) -> tuple[Tensor | None, ...]:
     """Return the gradients of query, key, value, past_key, past_value and sink_logits for the tokens chosen."""
-    rule = Rule(scale, method, page, budget, sinks, window, rerank, dense_below, channels, mass=mass)
-    call = lay_out(key, value, positions, past_key, past_value, past_positions, page)
-    q = query.to(accumulation_type(query))
+    rule, q = Rule.of(args), args.query.to(accumulation_type(args.query))
 
     def reads() -> Iterator[Reads]:
-        for sequence, keys, values, pages in call.contents(past_pages, method, page, q.dtype):
-            mask = partial(readable, q, keys, pages, positions, sequence, rule)
-            yield Reads(sequence, keys, values, mask, partial(grouped, positions, sequence, rule))
+        for sequence, keys, values, pages in Appended.of(args).contents(args, q.dtype):
+            mask = partial(readable, q, keys, pages, args.positions, sequence, rule)
+            yield Reads(sequence, keys, values, mask, partial(grouped, args.positions, sequence, rule))
 
-    grads, inputs = (grad_out, grad_lse, grad_next_key, grad_next_value), (query, key, value, past_key, past_value)
-    return gradients(grads, inputs, reads(), sink_logits, scale, softcap)
+    return gradients(args, (out, lse, next_key, next_value), reads())

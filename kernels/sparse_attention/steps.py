@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -258,10 +258,3 @@ def run(kernel: str, grid: tuple[int, int, int], arguments: Arguments, constants
 def block_of(size: int) -> int:
     """Return the size of a block that holds ``size``, and that matrices may be multiplied by."""
     return max(16, power_of_two(size))
-
-
-def rule_of(
-    *, scale: float, softcap: float = 0.0, rerank: int = 1, dense_below: int = 0, **options: Any
-) -> tuple[Rule, float]:
-    """Return how tokens are chosen, and the soft-cap, which chooses nothing."""
-    return Rule(scale=scale, rerank=rerank, dense_below=dense_below, **options), softcap

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from memc.kernels.common import cast_like, put, segments, take
+from memc.dialect.window_memory import WindowMemory
+from memc.kernels.common import put, segments, take
 from memc.kernels.launch import DeviceKernels, Gpu
 from memc.kernels.softmax_device import (
     Held,
@@ -21,110 +20,80 @@ from memc.kernels.softmax_device import (
 from memc.kernels.window_memory.layout import Layout, lay_out
 
 
-def refuses(gpu: Gpu, *args: Any, **options: Any) -> str:
+def refuses(gpu: Gpu, args: WindowMemory) -> str:
     """Return why the kernels do not take a call; "" where they do."""
-    query, key, value, _positions, past_key, past_value, _past, *rest = args
-    return refusal(query, key, value, past_key, past_value, *rest)
+    past = (args.past_key, args.past_value)
+    return refusal(args.query, args.key, args.value, *past, args.slopes, args.sink_logits)
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    positions: Tensor,
-    past_key: Tensor,
-    past_value: Tensor,
-    past_positions: Tensor,
-    slopes: Tensor | None = None,
-    sink_logits: Tensor | None = None,
-    *,
-    scale: float,
-    window: int,
-    sinks: int = 0,
-    softcap: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def forward(args: WindowMemory) -> tuple[Tensor, ...]:
     """Run ``memc::window_memory``; arguments and results as its dialect page has them."""
-    rule = Rule(scale, softcap, window, sinks=sinks)
-    if query.shape[2] == 1:
-        token, past = State(key, value, positions), State(past_key, past_value, past_positions)
-        step = attend_once(query, token, past, slopes, sink_logits, rule, ring=True)
+    rule = _rule(args)
+    if args.query.shape[2] == 1:
+        token = State(args.key, args.value, args.positions)
+        past = State(args.past_key, args.past_value, args.past_positions)
+        step = attend_once(args.query, token, past, args.slopes, args.sink_logits, rule, ring=True)
         gone, after = step.left, step.following
         return step.out, step.lse, gone.key, gone.value, gone.positions, after.key, after.value, after.positions
-    layout = lay_out(positions, past_positions, window, sinks, padded=True)
-    keys, left = _keys(layout, key, value, positions, past_key, past_value)
-    out, lse = attend(query, keys, slopes, sink_logits, rule)
-    everything = torch.cat([past_positions, layout.positions], 1)
+    layout, keys, left = _lay_out(args)
+    out, lse = attend(args.query, keys, args.slopes, args.sink_logits, rule)
+    everything = torch.cat([args.past_positions, layout.positions], 1)
     next_positions = everything.gather(1, layout.ring.clamp_min(0)).masked_fill(layout.ring < 0, -1)
     return (
         out,
         lse,
         take(keys.key, left),
         take(keys.value, left),
-        torch.where(left >= 0, positions - window, -1),
+        torch.where(left >= 0, args.positions - args.window, -1),
         take(keys.key, layout.ring),
         take(keys.value, layout.ring),
         next_positions,
     )
 
 
-def backward(
-    grad_out: Tensor,
-    grad_lse: Tensor,
-    grad_left_key: Tensor,
-    grad_left_value: Tensor,
-    grad_next_key: Tensor,
-    grad_next_value: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    positions: Tensor,
-    past_key: Tensor,
-    past_value: Tensor,
-    past_positions: Tensor,
-    slopes: Tensor | None = None,
-    sink_logits: Tensor | None = None,
-    *,
-    scale: float,
-    window: int,
-    sinks: int = 0,
-    softcap: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of query, key, value, past_key, past_value, slopes and sink_logits."""
-    rule, slots = Rule(scale, softcap, window, sinks=sinks), window + sinks
-    layout = lay_out(positions, past_positions, window, sinks, padded=True)
-    keys, left = _keys(layout, key, value, positions, past_key, past_value)
-    size = slots + key.shape[2]
+def backward(args: WindowMemory, out: Tensor, lse: Tensor, *copies: Tensor) -> tuple[Tensor | None, ...]:
+    """Return the gradients of query, key, value, past_key, past_value, slopes and sink_logits.
+
+    ``copies`` are those of keys and values that left, and of the next ones.
+    """
+    layout, keys, left = _lay_out(args)
+    slots = args.window + args.sinks
+    size = slots + args.key.shape[2]
     # Tokens that left and slots of the next state are copies: their gradients go to where they were copied from.
     copied_key, copied_value = (
         put(gone.float(), left, size) + put(kept.float(), layout.ring, size)
-        for gone, kept in ((grad_left_key, grad_next_key), (grad_left_value, grad_next_value))
+        for gone, kept in zip(copies[:2], copies[2:], strict=True)
     )
-    g = attend_backward(grad_out, grad_lse, copied_key, copied_value, query, keys, slopes, sink_logits, rule)
+    read = (args.query, keys, args.slopes, args.sink_logits, _rule(args))
+    g = attend_backward(out, lse, copied_key, copied_value, *read)
     return (
         g.query,
-        cast_like(layout.restore(g.key[:, :, slots:]), key),
-        cast_like(layout.restore(g.value[:, :, slots:]), value),
-        cast_like(g.key[:, :, :slots], past_key),
-        cast_like(g.value[:, :, :slots], past_value),
-        cast_like(g.slopes, slopes),
-        cast_like(g.sink_logits, sink_logits),
+        layout.restore(g.key[:, :, slots:]),
+        layout.restore(g.value[:, :, slots:]),
+        g.key[:, :, :slots],
+        g.value[:, :, :slots],
+        g.slopes,
+        g.sink_logits,
     )
 
 
-def _keys(
-    layout: Layout, key: Tensor, value: Tensor, positions: Tensor, past_key: Tensor, past_value: Tensor
-) -> tuple[Held, Tensor]:
+def _rule(args: WindowMemory) -> Rule:
+    return Rule(args.scale, args.softcap, args.window, sinks=args.sinks)
+
+
+def _lay_out(args: WindowMemory) -> tuple[Layout, Held, Tensor]:
     """Return slots and call, its padding moved behind its tokens, and which of them leaves with each token."""
+    layout = lay_out(args.positions, args.past_positions, args.window, args.sinks, padded=True)
     past = layout.past_positions.to(torch.int32)
     held = Held(
-        torch.cat([past_key, layout.arrange(key)], 2),
-        torch.cat([past_value, layout.arrange(value)], 2),
+        torch.cat([args.past_key, layout.arrange(args.key)], 2),
+        torch.cat([args.past_value, layout.arrange(args.value)], 2),
         torch.cat([past, layout.positions.to(torch.int32)], 1),
         torch.cat([torch.zeros_like(past), layout.segments.to(torch.int32)], 1),
-        positions.to(torch.int32),
-        segments(positions).to(torch.int32),
+        args.positions.to(torch.int32),
+        segments(args.positions).to(torch.int32),
     )
-    return held, layout.restore_rows(layout.left)
+    return layout, held, layout.restore_rows(layout.left)
 
 
 KERNELS = DeviceKernels(forward, refuses, backward)

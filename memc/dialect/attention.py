@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from memc.dialect.base import Cost, check_heads, define
+from memc.dialect.base import Arguments, Cost, appended, check_heads, define
 
 
 def _cost(a: Mapping[str, Any], context: int) -> Cost:
@@ -18,32 +18,34 @@ def _cost(a: Mapping[str, Any], context: int) -> Cost:
     return Cost(flops, float(held * key.shape[1] * (key.shape[3] + value.shape[3]) * key.dtype.itemsize))
 
 
-@define(
-    "attention",
-    "(Tensor query, Tensor key, Tensor value, Tensor positions,"
-    " Tensor past_key, Tensor past_value, Tensor past_positions,"
-    " Tensor? slopes=None, Tensor? sink_logits=None, *, float scale, int window=0, int chunk=0, int prefix=0,"
-    " float softcap=0.0) -> (Tensor, Tensor, Tensor, Tensor)",
-    states={"past_key": 1, "past_value": 2, "past_positions": 3},
-    cost=_cost,
-)
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    positions: Tensor,
-    past_key: Tensor,
-    past_value: Tensor,
-    past_positions: Tensor,
-    slopes: Tensor | None = None,
-    sink_logits: Tensor | None = None,
-    *,
-    scale: float,
-    window: int = 0,
-    chunk: int = 0,
-    prefix: int = 0,
-    softcap: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@dataclass(frozen=True)
+class CausalAttention(Arguments):
+    """New tokens and those that are held, which most attentions begin with; see :class:`Attention`."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    positions: Tensor
+    past_key: Tensor
+    past_value: Tensor
+    past_positions: Tensor
+
+    def out(self) -> Tensor:
+        """Return an uninitialised output ``[B,H,T,E]``."""
+        check_heads(self.query, self.key, self.value)
+        return self.query.new_empty(*self.query.shape[:3], self.value.shape[3])
+
+    def appended(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return an uninitialised state: keys, values and positions with the new tokens behind those held."""
+        return (
+            appended(self.past_key, self.key),
+            appended(self.past_value, self.value),
+            self.positions.new_empty(self.positions.shape[0], self.past_positions.shape[1] + self.positions.shape[1]),
+        )
+
+
+@dataclass(frozen=True)
+class Attention(CausalAttention):
     """Attend causally to the held and the new tokens of each sequence.
 
     ``query [B,H,T,D]``, ``key [B,G,T,D]``, ``value [B,G,T,E]``, ``positions [B,T]`` int64; the state is
@@ -58,12 +60,27 @@ def attention(
     softcap > 0, then + ``slopes [H]`` (j - p) (ALiBi, Press et al. 2022). ``sink_logits [H]`` join the denominator
     without a value. A ``prefix`` must arrive in one call, since earlier tokens read later ones.
     """
-    check_heads(query, key, value)
-    batch, heads, tokens, _ = query.shape
-    held = past_key.shape[2] + tokens
-    return (
-        query.new_empty(batch, heads, tokens, value.shape[3]),
-        torch.empty(batch, key.shape[1], held, key.shape[3], dtype=key.dtype, device=key.device),
-        torch.empty(batch, value.shape[1], held, value.shape[3], dtype=value.dtype, device=value.device),
-        positions.new_empty(batch, held),
-    )
+
+    slopes: Tensor | None = None
+    sink_logits: Tensor | None = None
+    _: KW_ONLY
+    scale: float
+    window: int = 0
+    chunk: int = 0
+    prefix: int = 0
+    softcap: float = 0.0
+
+    def outputs(self) -> tuple[Tensor, ...]:
+        """Return uninitialised tensors of the shapes and types of the results."""
+        return (self.out(), *self.appended())
+
+
+attention = define(
+    "attention",
+    Attention,
+    returns=("out", "next_key", "next_value", "next_positions"),
+    states=("past_key", "past_value", "past_positions"),
+    grads_from=("out", "next_key", "next_value"),
+    grads_to=("query", "key", "value", "past_key", "past_value", "slopes", "sink_logits"),
+    cost=_cost,
+)

@@ -1,9 +1,9 @@
-"""What every dialect op declares beside its schema: states, split rule, cost."""
+"""What every dialect op declares: its arguments, from which its schema follows, states, gradients, split rule, cost."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 import torch
@@ -24,10 +24,39 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class Arguments:
+    """The arguments of one call of an op, which a subclass for each op declares: its tensors, then its options.
+
+    Tensors (``Tensor`` or ``Tensor | None``) are positional, options (``float``, ``int``, ``bool`` or ``str``) by
+    keyword alone. What the op means is said there too.
+    """
+
+    def outputs(self) -> Tensor | tuple[Tensor, ...]:
+        """Return uninitialised tensors of the shapes and types that the op returns: its fake kernel.
+
+        Raises ``RuntimeError`` where arguments do not fit together.
+        """
+        raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        first: Tensor = getattr(self, fields(self)[0].name)
+        return first.device
+
+    def unpack(self) -> tuple[tuple[Tensor | None, ...], dict[str, Any]]:
+        """Return tensors and options as a call of the op takes them."""
+        given = {option: [f.name for f in fields(self) if f.kw_only == option] for option in (False, True)}
+        return tuple(getattr(self, name) for name in given[False]), {name: getattr(self, name) for name in given[True]}
+
+
+@dataclass(frozen=True)
 class OpSpec:
     """One row of the dialect table.
 
-    ``states`` pairs each state argument with the index of the output that carries its next value.
+    ``arguments`` are those of a call, ``returns`` the names of what it returns. ``states`` pairs each state argument
+    with the index of the output that carries its next value. ``grads_from`` names the outputs that gradients come
+    from, ``grads_to`` the tensors that get one.
     ``split_invariant``: any way to cut a sequence into calls gives the same outputs; otherwise ``depends_on`` says on
     what the result depends.
     ``reads_all_to`` takes the arguments by name and tells from how many tokens of a sequence on the op chooses what it
@@ -36,8 +65,11 @@ class OpSpec:
     """
 
     name: str
-    schema: str
+    arguments: type[Arguments]
+    returns: tuple[str, ...]
     states: Mapping[str, int]
+    grads_from: tuple[str, ...]
+    grads_to: tuple[str, ...]
     split_invariant: bool
     mixes_tokens: bool
     cost: Callable[[Mapping[str, Any], int], Cost]
@@ -49,6 +81,38 @@ class OpSpec:
         """The callable that appears as a graph node's target."""
         overload: torch._ops.OpOverload = getattr(torch.ops.memc, self.name).default
         return overload
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """The names of the arguments that are tensors, in the order of a call."""
+        return tuple(f.name for f in fields(self.arguments) if not f.kw_only)
+
+    def schema(self, leading: Sequence[str] = (), returns: int | None = None, written: Sequence[str] = ()) -> str:
+        """Write the arguments and results of the op as torch has them.
+
+        ``leading`` are names of tensors that come first, ``returns`` how many tensors are returned where it is not
+        all, and ``written`` the arguments that are changed in place.
+        """
+        aliases = dict(zip(written, "abcdefgh", strict=False))
+        tensors, options = [f"Tensor {name}" for name in leading], list[str]()
+        for f in fields(self.arguments):
+            kind = f"Tensor({aliases[f.name]}!)" if f.name in aliases else _SCHEMA_TYPES[str(f.type)]
+            default = "" if f.default is MISSING else f"={f.default!r}"
+            (options if f.kw_only else tensors).append(f"{kind} {f.name}{default}")
+        count = len(self.returns) if returns is None else returns
+        results = "Tensor" if count == 1 else f"({', '.join(['Tensor'] * count)})"
+        return f"({', '.join([*tensors, *(['*', *options] if options else [])])}) -> {results}"
+
+    def taking(self, run: Callable[..., Any], gradients: int = 0) -> Callable[..., Any]:
+        """Return ``run``, which takes :class:`Arguments`, as a function of the op's own arguments.
+
+        That many ``gradients`` come before them, and for ``run`` behind.
+        """
+
+        def unpacked(*args: Any, **options: Any) -> Any:
+            return run(self.arguments(*args[gradients:], **options), *args[:gradients])
+
+        return unpacked
 
     def prompt_flops(self, values: Mapping[str, Any], context: int) -> float:
         """Return the operations of one token of a prompt, by arguments as ``cost`` takes them.
@@ -74,25 +138,48 @@ class OpSpec:
         return bound
 
 
+_SCHEMA_TYPES = {
+    "Tensor": "Tensor",
+    "Tensor | None": "Tensor?",
+    "float": "float",
+    "int": "int",
+    "bool": "bool",
+    "str": "str",
+}
+
+
 def define(
     name: str,
-    schema: str,
+    arguments: type[Arguments],
     *,
-    states: Mapping[str, int] | None = None,
+    returns: tuple[str, ...] = ("out",),
+    states: tuple[str, ...] = (),
+    grads_from: tuple[str, ...] = ("out",),
+    grads_to: tuple[str, ...],
     split_invariant: bool = True,
     mixes_tokens: bool = True,
     cost: Callable[[Mapping[str, Any], int], Cost],
     depends_on: str = "",
     reads_all_to: Callable[[Mapping[str, Any]], int] | None = None,
-) -> Callable[[Callable[..., Any]], OpSpec]:
-    """Define ``memc::name`` and take the decorated function as its fake kernel."""
-
-    def decorate(fake: Callable[..., Any]) -> OpSpec:
-        LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.register_fake(f"memc::{name}", fake)
-        return OpSpec(name, schema, dict(states or {}), split_invariant, mixes_tokens, cost, depends_on, reads_all_to)
-
-    return decorate
+) -> OpSpec:
+    """Define ``memc::name``; the state ``past_x`` goes on in what is returned as ``next_x``."""
+    following = {state: returns.index(f"next_{state.removeprefix('past_')}") for state in states}
+    spec = OpSpec(
+        name,
+        arguments,
+        returns,
+        following,
+        grads_from,
+        grads_to,
+        split_invariant,
+        mixes_tokens,
+        cost,
+        depends_on,
+        reads_all_to,
+    )
+    LIBRARY.define(f"{name}{spec.schema()}", tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"memc::{name}", spec.taking(arguments.outputs))
+    return spec
 
 
 def check(condition: bool, message: str) -> None:
@@ -106,3 +193,14 @@ def check_heads(query: Tensor, key: Tensor, value: Tensor) -> None:
     check(query.shape[1] % key.shape[1] == 0, "the number of heads is a multiple of the number of key-value heads")
     check(key.shape[1] == value.shape[1], "key and value have the same number of heads")
     check(query.shape[3] == key.shape[3], "query and key have the same head size")
+
+
+def appended(held: Tensor, new: Tensor) -> Tensor:
+    """Return an uninitialised state: ``held [B,G,S,D]`` with ``new [B,G,T,D]`` behind it, contiguous."""
+    return torch.empty(*new.shape[:2], held.shape[2] + new.shape[2], new.shape[3], dtype=new.dtype, device=new.device)
+
+
+def log_sum_exp(query: Tensor) -> Tensor:
+    """Return an uninitialised ``[B,H,T]`` in float32, or in float64 when the query is."""
+    kind = torch.promote_types(query.dtype, torch.float32)
+    return torch.empty(query.shape[:3], dtype=kind, device=query.device)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from memc.dialect.base import Cost, check, check_heads, define
+from memc.dialect.attention import CausalAttention
+from memc.dialect.base import Cost, check, define, log_sum_exp
 from memc.dialect.selectors import methods
-from memc.dialect.sparse_attention import forced_pages, pages_of
+from memc.dialect.sparse_attention import GRADS_FROM, RETURNS, STATES, check_pages, pages_of
 
 METHODS = methods(extending=True)
 """Methods whose distances stay within what a token reads, so that sequences may get longer than those trained on."""
@@ -38,40 +39,8 @@ def _cost(a: Mapping[str, Any], context: int) -> Cost:
     return Cost(flops, (channels * key.dtype.itemsize + state) * key.shape[1])
 
 
-@define(
-    "compact_attention",
-    "(Tensor query, Tensor key, Tensor value, Tensor positions,"
-    " Tensor past_key, Tensor past_value, Tensor past_positions, Tensor past_pages, Tensor inv_freq,"
-    " Tensor? sink_logits=None, *, float scale, str method, int page, int budget, int sinks, int window,"
-    " int dense_below=0, float softcap=0.0, bool interleaved=False, float scaling=1.0)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    states={"past_key": 2, "past_value": 3, "past_positions": 4, "past_pages": 5},
-    cost=_cost,
-    reads_all_to=lambda a: max(int(a["budget"]), int(a["dense_below"])),
-)
-def compact_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    positions: Tensor,
-    past_key: Tensor,
-    past_value: Tensor,
-    past_positions: Tensor,
-    past_pages: Tensor,
-    inv_freq: Tensor,
-    sink_logits: Tensor | None = None,
-    *,
-    scale: float,
-    method: str,
-    page: int,
-    budget: int,
-    sinks: int,
-    window: int,
-    dense_below: int = 0,
-    softcap: float = 0.0,
-    interleaved: bool = False,
-    scaling: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+@dataclass(frozen=True)
+class CompactAttention(CausalAttention):
     """Attend causally to the tokens of ``budget / page`` pages, rotated by where they stand among these.
 
     Arguments as in ``memc::sparse_attention``, but that query and key are not rotated yet, and neither are the keys
@@ -97,23 +66,42 @@ def compact_attention(
 
     Returns output, log-sum-exp and states as ``memc::sparse_attention``, keys not rotated. Choosing has no gradient.
     """
-    check_heads(query, key, value)
-    check(method in METHODS, f"method is one of {', '.join(METHODS)}")
-    check(page >= 1 and sinks >= 0 and window >= 1, "page and window are at least 1, sinks 0")
-    check(method != "infllm" or window >= page, "infllm needs a window of a page at least")
-    check(method != "longheads" or key.shape[3] == value.shape[3], "longheads needs keys and values of one size")
-    check(budget % page == 0, "the budget is whole pages")
-    check(forced_pages(page, sinks, window) * page <= budget, "sinks and window fit the budget")
-    check(2 * inv_freq.shape[0] <= key.shape[3], "no more channels are rotated than there are")
-    batch, heads, tokens, size = query.shape
-    groups, value_size = value.shape[1], value.shape[3]
-    held = past_key.shape[2] + tokens
-    sums = torch.promote_types(query.dtype, torch.float32)
-    return (
-        query.new_empty(batch, heads, tokens, value_size),
-        torch.empty(batch, heads, tokens, dtype=sums, device=query.device),
-        key.new_empty(batch, groups, held, size),
-        value.new_empty(batch, groups, held, value_size),
-        positions.new_empty(batch, held),
-        torch.empty(batch, groups, pages_of(held, page), 2 * size, dtype=sums, device=query.device),
-    )
+
+    past_pages: Tensor
+    inv_freq: Tensor
+    sink_logits: Tensor | None = None
+    _: KW_ONLY
+    scale: float
+    method: str
+    page: int
+    budget: int
+    sinks: int
+    window: int
+    dense_below: int = 0
+    softcap: float = 0.0
+    interleaved: bool = False
+    scaling: float = 1.0
+
+    def outputs(self) -> tuple[Tensor, ...]:
+        """Return uninitialised tensors of the shapes and types of the results."""
+        out, (_, _, tokens, size) = self.out(), self.key.shape
+        check(self.method in METHODS, f"method is one of {', '.join(METHODS)}")
+        check_pages(self.page, self.budget, self.sinks, self.window)
+        check(self.method != "infllm" or self.window >= self.page, "infllm needs a window of a page at least")
+        same = size == self.value.shape[3]
+        check(self.method != "longheads" or same, "longheads needs keys and values of one size")
+        check(2 * self.inv_freq.shape[0] <= size, "no more channels are rotated than there are")
+        lse, count = log_sum_exp(self.query), pages_of(self.past_key.shape[2] + tokens, self.page)
+        return out, lse, *self.appended(), lse.new_empty(*self.key.shape[:2], count, 2 * size)
+
+
+compact_attention = define(
+    "compact_attention",
+    CompactAttention,
+    returns=RETURNS,
+    states=STATES,
+    grads_from=GRADS_FROM,
+    grads_to=("query", "key", "value", "past_key", "past_value", "inv_freq", "sink_logits"),
+    cost=_cost,
+    reads_all_to=lambda a: max(int(a["budget"]), int(a["dense_below"])),
+)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from torch import Tensor
 
-from memc.dialect.base import Cost, check_heads, define
+from memc.dialect.base import Arguments, Cost, check_heads, define
 
 
 def _cost(a: Mapping[str, Any], context: int) -> Cost:
@@ -19,26 +20,8 @@ def _cost(a: Mapping[str, Any], context: int) -> Cost:
     return Cost(flops, float(context * key.shape[1] * (key.shape[3] + value.shape[3]) * key.dtype.itemsize))
 
 
-@define(
-    "full_attention",
-    "(Tensor query, Tensor key, Tensor value,"
-    " Tensor? key_positions=None, Tensor? bias=None, Tensor? sink_logits=None, *,"
-    " float scale, float softcap=0.0) -> Tensor",
-    split_invariant=False,
-    depends_on="tokens that come later",
-    cost=_cost,
-)
-def full_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_positions: Tensor | None = None,
-    bias: Tensor | None = None,
-    sink_logits: Tensor | None = None,
-    *,
-    scale: float,
-    softcap: float = 0.0,
-) -> Tensor:
+@dataclass(frozen=True)
+class FullAttention(Arguments):
     """Attend to every key.
 
     ``query [B,H,T,D]``, ``key [B,G,S,D]``, ``value [B,G,S,E]`` -> ``[B,H,T,E]``. Keys at ``key_positions [B,S]`` -1 are
@@ -46,5 +29,28 @@ def full_attention(
     ``softcap``; -inf masks. A row with nothing to read gives 0. ``sink_logits [H]`` join the denominator without a
     value.
     """
-    check_heads(query, key, value)
-    return query.new_empty(query.shape[0], query.shape[1], query.shape[2], value.shape[3])
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    key_positions: Tensor | None = None
+    bias: Tensor | None = None
+    sink_logits: Tensor | None = None
+    _: KW_ONLY
+    scale: float
+    softcap: float = 0.0
+
+    def outputs(self) -> Tensor:
+        """Return uninitialised tensors of the shapes and types of the results."""
+        check_heads(self.query, self.key, self.value)
+        return self.query.new_empty(*self.query.shape[:3], self.value.shape[3])
+
+
+full_attention = define(
+    "full_attention",
+    FullAttention,
+    grads_to=("query", "key", "value", "bias", "sink_logits"),
+    split_invariant=False,
+    depends_on="tokens that come later",
+    cost=_cost,
+)

@@ -6,7 +6,6 @@ hold the functional forms alone.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -23,16 +22,6 @@ from memc.dialect.window_memory import window_memory
 
 IN_PLACE: dict[torch._ops.OpOverload, OpSpec] = {}
 """The functional op of each form that writes in place."""
-
-
-def _schema(spec: OpSpec) -> str:
-    """Mark the states of a schema as written, and drop them from what it returns."""
-    arguments = spec.schema.rpartition(" -> ")[0]
-    for letter, state in zip("abcdefgh", spec.states, strict=False):
-        arguments, found = re.subn(rf"Tensor {state}\b", f"Tensor({letter}!) {state}", arguments)
-        assert found == 1
-    count = len(spec.overload._schema.returns) - len(spec.states)
-    return f"{arguments} -> {'Tensor' if count == 1 else '(' + ', '.join(['Tensor'] * count) + ')'}"
 
 
 def _fake(spec: OpSpec) -> Callable[..., Any]:
@@ -62,6 +51,7 @@ for _spec in (
     quantised_attention,
     compact_attention,
 ):
-    LIBRARY.define(f"{_spec.name}_{_schema(_spec)}", tags=(torch.Tag.pt2_compliant_tag,))
+    _schema = _spec.schema(returns=len(_spec.returns) - len(_spec.states), written=tuple(_spec.states))
+    LIBRARY.define(f"{_spec.name}_{_schema}", tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"memc::{_spec.name}_", _fake(_spec))
     IN_PLACE[getattr(torch.ops.memc, f"{_spec.name}_").default] = _spec

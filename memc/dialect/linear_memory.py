@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from memc.dialect.base import Cost, check, check_heads, define
+from memc.dialect.base import Arguments, Cost, check, check_heads, define
 
 
 def _cost(a: Mapping[str, Any], context: int) -> Cost:
@@ -18,24 +18,8 @@ def _cost(a: Mapping[str, Any], context: int) -> Cost:
     return Cost(flops, 2.0 * key.shape[1] * cell * a["state"].dtype.itemsize)
 
 
-@define(
-    "linear_memory",
-    "(Tensor query, Tensor key, Tensor value, Tensor log_decay, Tensor positions, Tensor state, Tensor? beta=None, *,"
-    " str update='gated') -> (Tensor, Tensor)",
-    states={"state": 1},
-    cost=_cost,
-)
-def linear_memory(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    log_decay: Tensor,
-    positions: Tensor,
-    state: Tensor,
-    beta: Tensor | None = None,
-    *,
-    update: str = "gated",
-) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class LinearMemory(Arguments):
     """Decay, write and read a matrix memory per key-value head.
 
     ``query [B,H,T,K]``, ``key [B,G,T,K]``, ``value [B,G,T,V]`` (features already mapped), ``log_decay [B,G,T,K]`` or
@@ -49,10 +33,34 @@ def linear_memory(
     The output reads the state after this token's write. Position -1 reads nothing (output 0), writes nothing, decays
     nothing; position 0 clears the state before its own write.
     """
-    check_heads(query, key, value)
-    check(update in ("gated", "gated_delta"), "update is gated or gated_delta")
-    check(log_decay.shape[3] in (1, key.shape[3]), "log_decay has one value per key channel or one per head")
-    check((beta is not None) == (update == "gated_delta"), "beta goes with gated_delta")
-    batch, heads, tokens, _ = query.shape
-    out = query.new_empty(batch, heads, tokens, value.shape[3])
-    return out, torch.empty(state.shape, dtype=state.dtype, device=state.device)
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    log_decay: Tensor
+    positions: Tensor
+    state: Tensor
+    beta: Tensor | None = None
+    _: KW_ONLY
+    update: str = "gated"
+
+    def outputs(self) -> tuple[Tensor, Tensor]:
+        """Return uninitialised tensors of the shapes and types of the results."""
+        check_heads(self.query, self.key, self.value)
+        check(self.update in ("gated", "gated_delta"), "update is gated or gated_delta")
+        gates = self.log_decay.shape[3] in (1, self.key.shape[3])
+        check(gates, "log_decay has one value per key channel or one per head")
+        check((self.beta is not None) == (self.update == "gated_delta"), "beta goes with gated_delta")
+        out = self.query.new_empty(*self.query.shape[:3], self.value.shape[3])
+        return out, self.state.new_empty(self.state.shape)
+
+
+linear_memory = define(
+    "linear_memory",
+    LinearMemory,
+    returns=("out", "next_state"),
+    states=("state",),
+    grads_from=("out", "next_state"),
+    grads_to=("query", "key", "value", "log_decay", "state", "beta"),
+    cost=_cost,
+)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from memc.dialect.base import Cost, define
+from memc.dialect.base import Arguments, Cost, define
 
 
 def _cost(a: Mapping[str, Any], context: int) -> Cost:
@@ -16,17 +16,29 @@ def _cost(a: Mapping[str, Any], context: int) -> Cost:
     return Cost(5.0 * x.shape[-1], 0.0)
 
 
-@define(
-    "norm",
-    "(Tensor x, Tensor? weight=None, Tensor? bias=None, *, float eps, bool center=False) -> Tensor",
-    mixes_tokens=False,
-    cost=_cost,
-)
-def norm(
-    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float, center: bool = False
-) -> Tensor:
+@dataclass(frozen=True)
+class Norm(Arguments):
     """Normalise ``x [..., D]``: (x - mean) / sqrt(variance + eps) when ``center``, else x / sqrt(mean(x^2) + eps).
 
     Then times ``weight [D]`` plus ``bias [D]``. Computed in float32; the result has the type of ``x``.
     """
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+    x: Tensor
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    _: KW_ONLY
+    eps: float
+    center: bool = False
+
+    def outputs(self) -> Tensor:
+        """Return uninitialised tensors of the shapes and types of the results."""
+        return self.x.new_empty(self.x.shape)
+
+
+norm = define(
+    "norm",
+    Norm,
+    grads_to=("x", "weight", "bias"),
+    mixes_tokens=False,
+    cost=_cost,
+)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from memc.dialect.base import Cost, check, check_heads, define
-from memc.dialect.sparse_attention import forced_pages, pages_of
+from memc.dialect.attention import CausalAttention
+from memc.dialect.base import Cost, check, define, log_sum_exp
+from memc.dialect.sparse_attention import check_pages, pages_of
 
 BITS = (8, 4)
 """Bits that a channel of a key or value may be held in."""
@@ -34,49 +36,8 @@ def _cost(a: Mapping[str, Any], context: int) -> Cost:
     return Cost(2.0 * query.shape[1] * channels, float(bytes_ * key.shape[1]))
 
 
-@define(
-    "quantised_attention",
-    "(Tensor query, Tensor key, Tensor value, Tensor positions,"
-    " Tensor past_key, Tensor past_value, Tensor past_positions, Tensor past_pages, Tensor past_ranges,"
-    " Tensor past_key_tail, Tensor past_value_tail, Tensor? sink_logits=None, *,"
-    " float scale, int bits, int page, int budget, int sinks, int window, int rerank=1, int dense_below=0,"
-    " float softcap=0.0) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    states={
-        "past_key": 2,
-        "past_value": 3,
-        "past_positions": 4,
-        "past_pages": 5,
-        "past_ranges": 6,
-        "past_key_tail": 7,
-        "past_value_tail": 8,
-    },
-    cost=_cost,
-    reads_all_to=lambda a: max(int(a["budget"]), int(a["dense_below"])),
-)
-def quantised_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    positions: Tensor,
-    past_key: Tensor,
-    past_value: Tensor,
-    past_positions: Tensor,
-    past_pages: Tensor,
-    past_ranges: Tensor,
-    past_key_tail: Tensor,
-    past_value_tail: Tensor,
-    sink_logits: Tensor | None = None,
-    *,
-    scale: float,
-    bits: int,
-    page: int,
-    budget: int,
-    sinks: int,
-    window: int,
-    rerank: int = 1,
-    dense_below: int = 0,
-    softcap: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+@dataclass(frozen=True)
+class QuantisedAttention(CausalAttention):
     """Attend causally to at most ``budget`` tokens whose keys and values are held in ``bits`` (8 or 4) bits a channel.
 
     Arguments not named here as in ``memc::sparse_attention`` with the method ``bounds``. Keys are rounded channel by
@@ -100,27 +61,65 @@ def quantised_attention(
     Choosing has no gradient. Rounding has that of the identity (straight through, Bengio et al. 2013), towards the
     keys and values of this call and of the tails; codes and ranges have none.
     """
-    check_heads(query, key, value)
-    check(bits in BITS, f"bits is one of {', '.join(map(str, BITS))}")
-    check(page >= 1 and sinks >= 0 and window >= 1 and rerank >= 1, "page, window and rerank are at least 1, sinks 0")
-    check(budget % page == 0, "the budget is whole pages")
-    check(forced_pages(page, sinks, window) * page <= budget, "sinks and window fit the budget")
-    batch, heads, tokens, size = query.shape
-    groups, value_size = value.shape[1], value.shape[3]
-    held = past_positions.shape[1] + tokens
-    pages = pages_of(held, page)
 
-    def codes(*sizes: int) -> Tensor:
-        return torch.empty(batch, groups, *sizes, dtype=torch.uint8, device=query.device)
+    past_pages: Tensor
+    past_ranges: Tensor
+    past_key_tail: Tensor
+    past_value_tail: Tensor
+    sink_logits: Tensor | None = None
+    _: KW_ONLY
+    scale: float
+    bits: int
+    page: int
+    budget: int
+    sinks: int
+    window: int
+    rerank: int = 1
+    dense_below: int = 0
+    softcap: float = 0.0
 
-    return (
-        query.new_empty(batch, heads, tokens, value_size),
-        torch.empty(batch, heads, tokens, dtype=torch.promote_types(query.dtype, torch.float32), device=query.device),
-        codes(pages, page, code_bytes(size, bits)),
-        codes(held, code_bytes(value_size, bits)),
-        positions.new_empty(batch, held),
-        key.new_empty(batch, groups, pages, 2 * size),
-        value.new_empty(batch, groups, held, 2),
-        key.new_empty(batch, groups, page, size),
-        value.new_empty(batch, groups, page, value_size),
-    )
+    def outputs(self) -> tuple[Tensor, ...]:
+        """Return uninitialised tensors of the shapes and types of the results."""
+        out, (batch, groups, tokens, size), value_size = self.out(), self.key.shape, self.value.shape[3]
+        check(self.bits in BITS, f"bits is one of {', '.join(map(str, BITS))}")
+        check(self.rerank >= 1, "rerank is at least 1")
+        check_pages(self.page, self.budget, self.sinks, self.window)
+        held = self.past_positions.shape[1] + tokens
+        pages = pages_of(held, self.page)
+
+        def codes(*sizes: int) -> Tensor:
+            return torch.empty(batch, groups, *sizes, dtype=torch.uint8, device=self.query.device)
+
+        return (
+            out,
+            log_sum_exp(self.query),
+            codes(pages, self.page, code_bytes(size, self.bits)),
+            codes(held, code_bytes(value_size, self.bits)),
+            self.positions.new_empty(batch, held),
+            self.key.new_empty(batch, groups, pages, 2 * size),
+            self.value.new_empty(batch, groups, held, 2),
+            self.key.new_empty(batch, groups, self.page, size),
+            self.value.new_empty(batch, groups, self.page, value_size),
+        )
+
+
+STATES = (
+    "past_key",
+    "past_value",
+    "past_positions",
+    "past_pages",
+    "past_ranges",
+    "past_key_tail",
+    "past_value_tail",
+)
+
+quantised_attention = define(
+    "quantised_attention",
+    QuantisedAttention,
+    returns=("out", "lse", *(f"next_{state.removeprefix('past_')}" for state in STATES)),
+    states=STATES,
+    grads_from=("out", "lse", "next_key_tail", "next_value_tail"),
+    grads_to=("query", "key", "value", "past_key_tail", "past_value_tail", "sink_logits"),
+    cost=_cost,
+    reads_all_to=lambda a: max(int(a["budget"]), int(a["dense_below"])),
+)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from memc.dialect.base import Cost, check, define
+from memc.dialect.base import Arguments, Cost, check, define
 
 
 def _cost(a: Mapping[str, Any], context: int) -> Cost:
@@ -16,21 +16,33 @@ def _cost(a: Mapping[str, Any], context: int) -> Cost:
     return Cost(6.0 * x.shape[1] * x.shape[3], 0.0)
 
 
-@define(
-    "rotary",
-    "(Tensor x, Tensor positions, Tensor inv_freq, *, bool interleaved=False, float scaling=1.0) -> Tensor",
-    mixes_tokens=False,
-    cost=_cost,
-)
-def rotary(
-    x: Tensor, positions: Tensor, inv_freq: Tensor, *, interleaved: bool = False, scaling: float = 1.0
-) -> Tensor:
+@dataclass(frozen=True)
+class Rotary(Arguments):
     """Rotate pairs of channels by an angle that grows with the position (RoFormer, Su et al. 2021, eq. 34).
 
     ``x [B,H,T,D]``, ``positions [B,T]``, ``inv_freq [R/2]`` radians per token with R <= D; channels from R on pass
     through. Pair i is channels (i, i + R/2), or (2i, 2i + 1) when ``interleaved``. ``scaling`` multiplies cosine and
     sine (YaRN's attention factor). Angles are computed in float32 and the result has the type of ``x``.
     """
-    check(x.dim() == 4, "x is [batch, heads, tokens, channels]")
-    check(2 * inv_freq.shape[0] <= x.shape[3], "no more channels are rotated than there are")
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+    x: Tensor
+    positions: Tensor
+    inv_freq: Tensor
+    _: KW_ONLY
+    interleaved: bool = False
+    scaling: float = 1.0
+
+    def outputs(self) -> Tensor:
+        """Return uninitialised tensors of the shapes and types of the results."""
+        check(self.x.dim() == 4, "x is [batch, heads, tokens, channels]")
+        check(2 * self.inv_freq.shape[0] <= self.x.shape[3], "no more channels are rotated than there are")
+        return self.x.new_empty(self.x.shape)
+
+
+rotary = define(
+    "rotary",
+    Rotary,
+    grads_to=("x", "inv_freq"),
+    mixes_tokens=False,
+    cost=_cost,
+)

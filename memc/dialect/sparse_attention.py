@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from memc.dialect.base import Cost, check, check_heads, define
+from memc.dialect.attention import CausalAttention
+from memc.dialect.base import Cost, check, define, log_sum_exp
 from memc.dialect.selectors import SELECTORS, methods
 
 METHODS = methods(extending=False)
@@ -35,6 +36,13 @@ def pages_of(tokens: Any, page: int) -> Any:
 def forced_pages(page: int, sinks: int, window: int) -> int:
     """Return the most pages that the sink tokens and the window lie on."""
     return int(pages_of(sinks, page) + pages_of(window - 1, page) + 1)
+
+
+def check_pages(page: int, budget: int, sinks: int, window: int) -> None:
+    """Check that a budget is whole pages, and that what is always taken fits it."""
+    check(page >= 1 and sinks >= 0 and window >= 1, "page and window are at least 1, sinks 0")
+    check(budget % page == 0, "the budget is whole pages")
+    check(forced_pages(page, sinks, window) * page <= budget, "sinks and window fit the budget")
 
 
 _FORCED = ("page", "sinks", "window")
@@ -68,39 +76,52 @@ def cost(a: Mapping[str, Any], context: int) -> Cost:
     return Cost(2.0 * query.shape[1] * channels, float(channels * key.shape[1] * key.dtype.itemsize))
 
 
-@define(
-    "sparse_attention",
-    "(Tensor query, Tensor key, Tensor value, Tensor positions,"
-    " Tensor past_key, Tensor past_value, Tensor past_positions, Tensor past_pages, Tensor? sink_logits=None, *,"
-    " float scale, str method, int page, int budget, int sinks, int window, int rerank=1, int dense_below=0,"
-    " float softcap=0.0, int channels=0, float mass=1.0) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    states={"past_key": 2, "past_value": 3, "past_positions": 4, "past_pages": 5},
-    cost=cost,
-    reads_all_to=lambda a: max(int(a["budget"]), int(a["dense_below"])),
-)
-def sparse_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    positions: Tensor,
-    past_key: Tensor,
-    past_value: Tensor,
-    past_positions: Tensor,
-    past_pages: Tensor,
-    sink_logits: Tensor | None = None,
-    *,
-    scale: float,
-    method: str,
-    page: int,
-    budget: int,
-    sinks: int,
-    window: int,
-    rerank: int = 1,
-    dense_below: int = 0,
-    softcap: float = 0.0,
-    channels: int = 0,
-    mass: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+RETURNS = ("out", "lse", "next_key", "next_value", "next_positions", "next_pages")
+STATES = ("past_key", "past_value", "past_positions", "past_pages")
+GRADS_FROM = ("out", "lse", "next_key", "next_value")
+GRADS_TO = ("query", "key", "value", "past_key", "past_value", "sink_logits")
+
+
+@dataclass(frozen=True)
+class ChoosingAttention(CausalAttention):
+    """What the attentions that choose by descriptions of pages begin with; see :class:`SparseAttention`."""
+
+    past_pages: Tensor
+    _: KW_ONLY
+    scale: float
+    method: str
+    page: int
+    budget: int
+    sinks: int
+    window: int
+    rerank: int = 1
+    dense_below: int = 0
+    softcap: float = 0.0
+    channels: int = 0
+    mass: float = 1.0
+
+    def outputs(self) -> tuple[Tensor, ...]:
+        """Return uninitialised tensors of the shapes and types of the results."""
+        out, size = self.out(), self.key.shape[3]
+        check(self.method in METHODS, f"method is one of {', '.join(METHODS)}")
+        grouped = SELECTORS[self.method].grouped
+        check(self.method != "lowbit" or 1 <= self.channels <= size, "lowbit reads at least 1 channel and at most all")
+        check(0 < self.mass <= 1, "mass is above 0 and at most 1")
+        check(
+            self.mass == 1 or self.method != "hip", "hip scores too few pages to tell what share of the mass they hold"
+        )
+        check(not grouped or self.page > 1, "a landmark stands for at least one other token of its page")
+        check(not grouped or self.rerank == 1, "a page that is read through its landmark is read whole")
+        check(self.rerank >= 1, "rerank is at least 1")
+        check_pages(self.page, self.budget, self.sinks, self.window)
+        held = self.past_key.shape[2] + self.key.shape[2]
+        described = description(self.method, self.page, size)
+        pages = self.key.new_empty(*self.key.shape[:2], pages_of(held, self.page), *described)
+        return out, log_sum_exp(self.query), *self.appended(), pages
+
+
+@dataclass(frozen=True)
+class SparseAttention(ChoosingAttention):
     """Attend causally to at most ``budget`` tokens, chosen for each query token and each key-value head.
 
     Arguments as in ``memc::attention``, and ``past_pages [B,G,ceil(S/page),...]``: one description of each page, that
@@ -156,24 +177,17 @@ def sparse_attention(
     for each pair of a query and a page, or of a query and a candidate token, and stays in a block of queries this way.
     Choosing has no gradient, and neither have the descriptions.
     """
-    check_heads(query, key, value)
-    check(method in METHODS, f"method is one of {', '.join(METHODS)}")
-    check(method != "lowbit" or 1 <= channels <= key.shape[3], "lowbit reads at least 1 channel and at most all")
-    check(0 < mass <= 1, "mass is above 0 and at most 1")
-    check(mass == 1 or method != "hip", "hip scores too few pages to tell what share of the mass they hold")
-    check(not SELECTORS[method].grouped or page > 1, "a landmark stands for at least one other token of its page")
-    check(not SELECTORS[method].grouped or rerank == 1, "a page that is read through its landmark is read whole")
-    check(page >= 1 and sinks >= 0 and window >= 1 and rerank >= 1, "page, window and rerank are at least 1, sinks 0")
-    check(budget % page == 0, "the budget is whole pages")
-    check(forced_pages(page, sinks, window) * page <= budget, "sinks and window fit the budget")
-    batch, heads, tokens, _ = query.shape
-    held = past_key.shape[2] + tokens
-    described, sizes = pages_of(held, page), description(method, page, key.shape[3])
-    return (
-        query.new_empty(batch, heads, tokens, value.shape[3]),
-        torch.empty(batch, heads, tokens, dtype=torch.promote_types(query.dtype, torch.float32), device=query.device),
-        torch.empty(batch, key.shape[1], held, key.shape[3], dtype=key.dtype, device=key.device),
-        torch.empty(batch, value.shape[1], held, value.shape[3], dtype=value.dtype, device=value.device),
-        positions.new_empty(batch, held),
-        torch.empty(batch, key.shape[1], described, *sizes, dtype=key.dtype, device=key.device),
-    )
+
+    sink_logits: Tensor | None = None
+
+
+sparse_attention = define(
+    "sparse_attention",
+    SparseAttention,
+    returns=RETURNS,
+    states=STATES,
+    grads_from=GRADS_FROM,
+    grads_to=GRADS_TO,
+    cost=cost,
+    reads_all_to=lambda a: max(int(a["budget"]), int(a["dense_below"])),
+)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from memc.dialect.base import Cost, check, check_heads, define
+from memc.dialect.attention import CausalAttention
+from memc.dialect.base import Cost, check, define, log_sum_exp
 
 
 def _cost(a: Mapping[str, Any], context: int) -> Cost:
@@ -19,31 +20,8 @@ def _cost(a: Mapping[str, Any], context: int) -> Cost:
     return Cost(flops, float(slots * key.shape[1] * (key.shape[3] + value.shape[3]) * key.dtype.itemsize))
 
 
-@define(
-    "window_memory",
-    "(Tensor query, Tensor key, Tensor value, Tensor positions,"
-    " Tensor past_key, Tensor past_value, Tensor past_positions,"
-    " Tensor? slopes=None, Tensor? sink_logits=None, *, float scale, int window, int sinks=0, float softcap=0.0)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    states={"past_key": 5, "past_value": 6, "past_positions": 7},
-    cost=_cost,
-)
-def window_memory(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    positions: Tensor,
-    past_key: Tensor,
-    past_value: Tensor,
-    past_positions: Tensor,
-    slopes: Tensor | None = None,
-    sink_logits: Tensor | None = None,
-    *,
-    scale: float,
-    window: int,
-    sinks: int = 0,
-    softcap: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+@dataclass(frozen=True)
+class WindowMemory(CausalAttention):
     """Attend to the last ``window`` tokens and the first ``sinks`` tokens (StreamingLLM, Xiao et al. 2024).
 
     Arguments as in ``memc::attention``; the state holds N = ``sinks + window`` slots: ``past_key [B,G,N,D]``,
@@ -59,17 +37,31 @@ def window_memory(
        is none) and position ``[B,T]``: p - ``window`` when that is at least ``sinks``, else -1,
     5. to 7. the next state.
     """
-    check_heads(query, key, value)
-    check(window >= 1 and sinks >= 0, "window is at least 1 and sinks at least 0")
-    check(past_key.shape[2] == window + sinks, "the state has one slot for each sink and each token of the window")
-    batch, heads, tokens, _ = query.shape
-    return (
-        query.new_empty(batch, heads, tokens, value.shape[3]),
-        torch.empty(batch, heads, tokens, dtype=torch.promote_types(query.dtype, torch.float32), device=query.device),
-        torch.empty(key.shape, dtype=key.dtype, device=key.device),
-        torch.empty(value.shape, dtype=value.dtype, device=value.device),
-        torch.empty(positions.shape, dtype=positions.dtype, device=positions.device),
-        torch.empty(past_key.shape, dtype=past_key.dtype, device=past_key.device),
-        torch.empty(past_value.shape, dtype=past_value.dtype, device=past_value.device),
-        torch.empty(past_positions.shape, dtype=past_positions.dtype, device=past_positions.device),
-    )
+
+    slopes: Tensor | None = None
+    sink_logits: Tensor | None = None
+    _: KW_ONLY
+    scale: float
+    window: int
+    sinks: int = 0
+    softcap: float = 0.0
+
+    def outputs(self) -> tuple[Tensor, ...]:
+        """Return uninitialised tensors of the shapes and types of the results."""
+        out, slots = self.out(), self.past_key.shape[2]
+        check(self.window >= 1 and self.sinks >= 0, "window is at least 1 and sinks at least 0")
+        check(slots == self.window + self.sinks, "the state has one slot for each sink and each token of the window")
+        left = (self.key, self.value, self.positions)
+        held = (self.past_key, self.past_value, self.past_positions)
+        return out, log_sum_exp(self.query), *(x.new_empty(x.shape) for x in (*left, *held))
+
+
+window_memory = define(
+    "window_memory",
+    WindowMemory,
+    returns=("out", "lse", "left_key", "left_value", "left_positions", "next_key", "next_value", "next_positions"),
+    states=("past_key", "past_value", "past_positions"),
+    grads_from=("out", "lse", "left_key", "left_value", "next_key", "next_value"),
+    grads_to=("query", "key", "value", "past_key", "past_value", "slopes", "sink_logits"),
+    cost=_cost,
+)

@@ -22,7 +22,7 @@ def insert_fetched(editor: Editor, block: FeedForwardBlock, units: int) -> Inser
     fetched = editor.add_fetched(name, ("B", 3, units, block.width))
 
     def read(t: Values) -> Tensor:
-        made: Tensor = torch.ops.memc.bank_ffn.default(t["x"], t["block"], activation)
+        made: Tensor = torch.ops.memc.bank_ffn.default(t["x"], t["block"], activation=activation)
         return made
 
     add_beside(editor, block, read, {"block": fetched}, ("bank", activation))

@@ -2,171 +2,27 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch._subclasses import FakeTensorMode
-from torch.fx import Graph, GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.fx import Node
 
-import memc.dialect  # noqa: F401  defines the ops
-from memc.artifact import held
+from memc.dialect import OPS, OpSpec
 from memc.dialect.bank_ffn import ACTIVATIONS
-from memc.dialect.quantised_attention import code_bytes
 from memc.dialect.refreshed_attention import most_chosen
-from memc.dialect.sparse_attention import description
-from memc.infer import infer
-from memc.passes.memory_bank import MemoryBank
-from memc.program import InputSpec, ModelInfo, OutputSpec, Program, StateSpec, set_tensor
-from memc.target import get_target
-
-VOCAB = 37
-aten = torch.ops.aten
-
-
-class Builder:
-    """Builds a program node by node: parameters from one generator, states as they are asked for."""
-
-    def __init__(self, seed: int = 0, dtype: torch.dtype = torch.float32, vocab: int = VOCAB) -> None:
-        self.graph = Graph()
-        self.root = torch.nn.Module()
-        self.random = torch.Generator().manual_seed(seed)
-        self.dtype = dtype
-        self.vocab = vocab
-        self.states: list[StateSpec] = []
-        self.fetched: list[InputSpec] = []
-        self.next: list[Node] = []
-        self.tokens = self.graph.placeholder("tokens")
-        self.positions = self.graph.placeholder("positions")
-        self._last_input = self.positions
-        self._names: dict[str, int] = {}
-
-    def parameter(self, name: str, *shape: int, scale: float | None = None) -> Node:
-        if not hasattr(self.root, name):
-            scale = (shape[-1] ** -0.5) if scale is None else scale
-            value = (torch.randn(*shape, generator=self.random) * scale).to(self.dtype)
-            self.root.register_parameter(name, torch.nn.Parameter(value))
-        return self.graph.get_attr(name)
-
-    def constant(self, name: str, value: Tensor) -> Node:
-        self.root.register_buffer(name, value)
-        return self.graph.get_attr(name)
-
-    def state(self, name: str, *shape: int | str, dtype: torch.dtype | None = None, init: float = 0.0) -> Node:
-        grows = next((axis for axis, size in enumerate(shape) if str(size).startswith("S")), None)
-        self.states.append(StateSpec(name, dtype or self.dtype, shape, init, grows))
-        with self.graph.inserting_after(self._last_input):
-            self._last_input = self.graph.placeholder(name)
-        return self._last_input
-
-    def fetch(self, name: str, *shape: int | str) -> Node:
-        """An input of each sequence's own; before any state."""
-        self.fetched.append(InputSpec(name, "fetched", torch.float32, shape))
-        with self.graph.inserting_after(self._last_input):
-            self._last_input = self.graph.placeholder(name)
-        return self._last_input
-
-    def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
-        return self.graph.call_function(target, args, kwargs)
-
-    def item(self, node: Node, index: int) -> Node:
-        return self.graph.call_function(operator.getitem, (node, index))
-
-    def linear(self, x: Node, name: str, out: int, into: int, bias: bool = False) -> Node:
-        weight = self.parameter(f"{name}_weight", out, into)
-        if bias:
-            return self.call(aten.linear.default, x, weight, self.parameter(f"{name}_bias", out, scale=0.3))
-        return self.call(aten.linear.default, x, weight)
-
-    def heads(self, x: Node, name: str, heads: int, dim: int, into: int) -> Node:
-        """``[B,T,into]`` to ``[B,heads,T,dim]``."""
-        flat = self.linear(x, name, heads * dim, into)
-        split = self.call(aten.unflatten.int, flat, -1, [heads, dim])
-        return self.call(aten.transpose.int, split, 1, 2)
-
-    def merge(self, x: Node) -> Node:
-        """``[B,H,T,D]`` to ``[B,T,H*D]``."""
-        return self.call(aten.flatten.using_ints, self.call(aten.transpose.int, x, 1, 2), 2, 3)
-
-    def embed(self, dim: int) -> Node:
-        return self.call(aten.embedding.default, self.parameter("embedding", self.vocab, dim, scale=1.0), self.tokens)
-
-    def finish(self, logits: Node) -> Program:
-        self.graph.output((logits, *self.next))
-        module = GraphModule(self.root, self.graph)
-        program = Program(
-            module,
-            (
-                InputSpec("tokens", "tokens", torch.int64, ("B", "T")),
-                InputSpec("positions", "positions", torch.int64, ("B", "T")),
-                *self.fetched,
-            ),
-            (OutputSpec("logits", self.dtype, ("B", "T", self.vocab)),),
-            tuple(self.states),
-            ModelInfo("test", "", "test", self.vocab),
-            raised=True,
-        )
-        record_shapes(program)
-        return program
-
-
-def record_shapes(program: Program) -> None:
-    """Record every node's fake value in ``meta["val"]``."""
-    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    sizes = {"B": 3, "T": 5}
-    with mode:
-        fakes = [
-            torch.zeros([sizes[n] if n in sizes else held(n, 7) for n in spec.shape], dtype=spec.dtype)  # type: ignore[index]
-            for spec in (*program.inputs, *program.states)
-        ]
-    FakeTensorProp(program.module, mode).propagate_dont_convert_inputs(*fakes)
-
-
-def ring(b: Builder, tag: str, groups: int, slots: int, key: int, value: int) -> list[Node]:
-    """The states of ``window_memory``."""
-    return [
-        b.state(f"past_key{tag}", "B", groups, slots, key),
-        b.state(f"past_value{tag}", "B", groups, slots, value),
-        b.state(f"past_positions{tag}", "B", slots, dtype=torch.int64, init=-1),
-    ]
-
-
-def growing(b: Builder, tag: str, groups: int, key: int, value: int) -> list[Node]:
-    """The states of ``attention``."""
-    return [
-        b.state(f"past_key{tag}", "B", groups, "S", key),
-        b.state(f"past_value{tag}", "B", groups, "S", value),
-        b.state(f"past_positions{tag}", "B", "S", dtype=torch.int64, init=-1),
-    ]
-
-
-def paged(b: Builder, tag: str, groups: int, key: int, value: int, page: int, method: str) -> list[Node]:
-    """The states of ``sparse_attention``."""
-    sizes = description(method, page, key)
-    return [*growing(b, tag, groups, key, value), b.state(f"past_pages{tag}", "B", groups, f"S/{page}", *sizes)]
-
-
-def coded(b: Builder, tag: str, groups: int, key: int, value: int, page: int, bits: int) -> list[Node]:
-    """The states of ``quantised_attention``."""
-    u8 = torch.uint8
-    return [
-        b.state(f"past_key{tag}", "B", groups, f"S/{page}", page, code_bytes(key, bits), dtype=u8),
-        b.state(f"past_value{tag}", "B", groups, "S", code_bytes(value, bits), dtype=u8),
-        b.state(f"past_positions{tag}", "B", "S", dtype=torch.int64, init=-1),
-        b.state(f"past_pages{tag}", "B", groups, f"S/{page}", 2 * key),
-        b.state(f"past_ranges{tag}", "B", groups, "S", 2),
-        b.state(f"past_key_tail{tag}", "B", groups, page, key),
-        b.state(f"past_value_tail{tag}", "B", groups, page, value),
-    ]
+from memc.program import Program
+from tests.backends.builder import VOCAB, Builder, aten, coded, growing, paged, ring
+from tests.backends.model_programs import llama, memory
 
 
 def _start(b: Builder, heads: int, groups: int, key: int, value: int, width: int) -> tuple[Node, list[Node]]:
     x = b.embed(width)
-    return x, [
+    return x, _heads(b, x, heads, groups, key, value, width)
+
+
+def _heads(b: Builder, x: Node, heads: int, groups: int, key: int, value: int, width: int) -> list[Node]:
+    return [
         b.heads(x, "query", heads, key, width),
         b.heads(x, "key", groups, key, width),
         b.heads(x, "value", groups, value, width),
@@ -180,6 +36,35 @@ def _extras(b: Builder, heads: int, slopes: bool, sink_logits: bool) -> list[Nod
     ]
 
 
+def _layers(
+    b: Builder,
+    sizes: tuple[int, int, int, int],
+    layers: int,
+    op: OpSpec,
+    states: Callable[[str], list[Node]],
+    *,
+    rest: Callable[[str], list[Node | None]],
+    lse: bool = False,
+    **options: Any,
+) -> Program:
+    """Tokens to query, key and value, the op with its states and the ``rest`` of its tensors, logits.
+
+    ``sizes`` are heads, groups, and channels of a key and a value. A layer reads the log-sum-exp where asked.
+    """
+    heads, groups, key, value = sizes
+    x, qkv = _start(b, heads, groups, key, value, 24)
+    for layer in map(str, range(layers)):
+        held, others = states(layer), rest(layer)
+        out = b.call(op.overload, *qkv, b.positions, *held, *others, scale=0.7, **options)
+        b.next += [b.item(out, index) for index in op.states.values()]
+        x = b.linear(b.merge(b.item(out, 0)), "out", 24, heads * value)
+        if lse:
+            per_token = b.call(aten.transpose.int, b.item(out, 1), 1, 2)
+            x = b.call(aten.add.Tensor, x, b.linear(per_token, "lse", 24, heads))
+        qkv = _heads(b, x, heads, groups, key, value, 24)
+    return b.finish(b.linear(x, "logits", VOCAB, 24, bias=True))
+
+
 def attention(
     heads: int = 6,
     groups: int = 2,
@@ -191,20 +76,17 @@ def attention(
     layers: int = 1,
     **options: Any,
 ) -> Program:
-    """Tokens to query, key and value, ``memc::attention``, logits."""
+    """Layers of ``memc::attention``."""
     b = Builder()
-    x, qkv = _start(b, heads, groups, key, value, 24)
-    for layer in range(layers):
-        states = growing(b, str(layer), groups, key, value)
-        extras = _extras(b, heads, slopes, sink_logits)
-        out = b.call(torch.ops.memc.attention.default, *qkv, b.positions, *states, *extras, scale=0.7, **options)
-        b.next += [b.item(out, i) for i in (1, 2, 3)]
-        x = b.linear(b.merge(b.item(out, 0)), "out", 24, heads * value)
-        qkv = [
-            b.heads(x, name, n, d, 24)
-            for name, n, d in zip(("query", "key", "value"), (heads, groups, groups), (key, key, value), strict=True)
-        ]
-    return b.finish(b.linear(x, "logits", VOCAB, 24, bias=True))
+    return _layers(
+        b,
+        (heads, groups, key, value),
+        layers,
+        OPS["attention"],
+        lambda tag: growing(b, tag, groups, key, value),
+        rest=lambda _: _extras(b, heads, slopes, sink_logits),
+        **options,
+    )
 
 
 def window_memory(
@@ -262,36 +144,35 @@ def sparse_attention(
     refresh: int = 0,
     **options: Any,
 ) -> Program:
-    """Tokens to query, key and value, the op, logits that read the log-sum-exp where asked.
+    """Layers of ``memc::sparse_attention``; ``quantised_attention`` with ``bits``, ``refreshed_`` with ``refresh``."""
+    b, op = Builder(), "quantised" if bits else "refreshed" if refresh else "sparse"
+    chosen: dict[str, Any] = {"bits": bits} if bits else {"method": method}
+    chosen |= {"refresh": refresh} if refresh else {}
 
-    The op is ``memc::sparse_attention``, with ``bits`` ``memc::quantised_attention``, with ``refresh``
-    ``memc::refreshed_attention``.
-    """
-    b = Builder()
-    x, qkv = _start(b, heads, groups, key, value, 24)
-    sizes = {"page": page, "budget": budget, "sinks": sinks, "window": window, **options}
-    sizes |= {"bits": bits} if bits else {"method": method}
-    sizes |= {"refresh": refresh} if refresh else {}
-    for layer in range(layers):
+    def states(tag: str) -> list[Node]:
         if bits:
-            op, states = torch.ops.memc.quantised_attention, coded(b, str(layer), groups, key, value, page, bits)
-        else:
-            op, states = torch.ops.memc.sparse_attention, paged(b, str(layer), groups, key, value, page, method)
+            return coded(b, tag, groups, key, value, page, bits)
+        held = paged(b, tag, groups, key, value, page, method)
         if refresh:
-            op, most = torch.ops.memc.refreshed_attention, most_chosen(method, page, budget, options.get("rerank", 1))
-            states.append(b.state(f"past_choice{layer}", "B", groups, most, dtype=torch.int64, init=-1))
-        extra = [b.parameter("sink", heads, scale=1.0) if sink_logits else None]
-        out = b.call(op.default, *qkv, b.positions, *states, *extra, scale=0.7, **sizes)
-        b.next += [b.item(out, 2 + i) for i in range(len(states))]
-        x = b.linear(b.merge(b.item(out, 0)), "out", 24, heads * value)
-        if lse:
-            per_token = b.call(aten.transpose.int, b.item(out, 1), 1, 2)
-            x = b.call(aten.add.Tensor, x, b.linear(per_token, "lse", 24, heads))
-        qkv = [
-            b.heads(x, name, n, d, 24)
-            for name, n, d in zip(("query", "key", "value"), (heads, groups, groups), (key, key, value), strict=True)
-        ]
-    return b.finish(b.linear(x, "logits", VOCAB, 24, bias=True))
+            most = most_chosen(method, page, budget, options.get("rerank", 1))
+            held.append(b.state(f"past_choice{tag}", "B", groups, most, dtype=torch.int64, init=-1))
+        return held
+
+    return _layers(
+        b,
+        (heads, groups, key, value),
+        layers,
+        OPS[f"{op}_attention"],
+        states,
+        rest=lambda _: _extras(b, heads, False, sink_logits)[1:],
+        lse=lse,
+        page=page,
+        budget=budget,
+        sinks=sinks,
+        window=window,
+        **chosen,
+        **options,
+    )
 
 
 def compact_attention(
@@ -311,27 +192,19 @@ def compact_attention(
     layers: int = 1,
     **options: Any,
 ) -> Program:
-    """Tokens to query, key and value, ``memc::compact_attention``, logits that read the log-sum-exp where asked."""
+    """Layers of ``memc::compact_attention``."""
     b, value = Builder(), value or size
-    x, qkv = _start(b, heads, groups, size, value, 24)
-    sizes = {"method": method, "page": page, "budget": budget, "sinks": sinks, "window": window, **options}
-    for layer in range(layers):
-        states = growing(b, str(layer), groups, size, value)
-        states.append(b.state(f"past_pages{layer}", "B", groups, f"S/{page}", 2 * size))
-        inv_freq = b.constant(f"inv_freq{layer}", 100.0 ** -(torch.arange(rotated // 2) * 2.0 / rotated))
-        extra = [b.parameter("sink", heads, scale=1.0) if sink_logits else None]
-        op = torch.ops.memc.compact_attention.default
-        out = b.call(op, *qkv, b.positions, *states, inv_freq, *extra, scale=0.7, **sizes)
-        b.next += [b.item(out, 2 + i) for i in range(len(states))]
-        x = b.linear(b.merge(b.item(out, 0)), "out", 24, heads * value)
-        if lse:
-            per_token = b.call(aten.transpose.int, b.item(out, 1), 1, 2)
-            x = b.call(aten.add.Tensor, x, b.linear(per_token, "lse", 24, heads))
-        qkv = [
-            b.heads(x, name, n, d, 24)
-            for name, n, d in zip(("query", "key", "value"), (heads, groups, groups), (size, size, value), strict=True)
-        ]
-    return b.finish(b.linear(x, "logits", VOCAB, 24, bias=True))
+    frequencies = 100.0 ** -(torch.arange(rotated // 2) * 2.0 / rotated)
+
+    def states(tag: str) -> list[Node]:
+        return [*growing(b, tag, groups, size, value), b.state(f"past_pages{tag}", "B", groups, f"S/{page}", 2 * size)]
+
+    def rest(tag: str) -> list[Node | None]:
+        return [b.constant(f"inv_freq{tag}", frequencies.clone()), *_extras(b, heads, False, sink_logits)[1:]]
+
+    options |= {"method": method, "page": page, "budget": budget, "sinks": sinks, "window": window}
+    sizes = (heads, groups, size, value)
+    return _layers(b, sizes, layers, OPS["compact_attention"], states, rest=rest, lse=lse, **options)
 
 
 def linear_memory(
@@ -417,7 +290,8 @@ def bank_ffn(*activations: str, units: int = 6) -> Program:
     blocks = [b.fetch(f"bank_{layer}", "B", 3, units, 24) for layer in range(len(activations))]
     x = total = b.embed(24)
     for activation, block in zip(activations, blocks, strict=True):
-        total = b.call(aten.add.Tensor, total, b.call(torch.ops.memc.bank_ffn.default, x, block, activation))
+        made = b.call(torch.ops.memc.bank_ffn.default, x, block, activation=activation)
+        total = b.call(aten.add.Tensor, total, made)
     return b.finish(b.linear(total, "logits", VOCAB, 24))
 
 
@@ -437,63 +311,6 @@ def full_attention(
         masks[2] = b.parameter("sink", 6, scale=1.0)
     out = b.call(torch.ops.memc.full_attention.default, *qkv, *masks, scale=0.7, softcap=softcap)
     return b.finish(b.linear(b.merge(out), "logits", VOCAB, 60))
-
-
-def llama(
-    mixer: str = "window_memory",
-    *,
-    layers: int = 2,
-    width: int = 24,
-    heads: int = 6,
-    groups: int = 2,
-    head: int = 8,
-    hidden: int = 40,
-    window: int = 5,
-    sinks: int = 2,
-    softcap: float = 0.0,
-    dtype: torch.dtype = torch.float32,
-    vocab: int = VOCAB,
-) -> Program:
-    """A llama-like decoder with tied embeddings: norm, rotary attention of the kind ``mixer``, gated feed-forward."""
-    b = Builder(dtype=dtype, vocab=vocab)
-    x = b.embed(width)
-    inv_freq = b.constant("inv_freq", 100.0 ** -(torch.arange(head // 2) * 2.0 / head))
-    for i in range(layers):
-        h = b.call(torch.ops.memc.norm.default, x, b.parameter(f"norm{i}", width, scale=1.0), eps=1e-5)
-        q, k, v = (b.heads(h, f"{n}{i}", c, head, width) for n, c in (("q", heads), ("k", groups), ("v", groups)))
-        q, k = (b.call(torch.ops.memc.rotary.default, y, b.positions, inv_freq) for y in (q, k))
-        if mixer == "window_memory":
-            states = ring(b, str(i), groups, window + sinks, head, head)
-            options: dict[str, Any] = {"window": window, "sinks": sinks}
-        else:
-            states, options = growing(b, str(i), groups, head, head), {}
-        op = getattr(torch.ops.memc, mixer).default
-        out = b.call(op, q, k, v, b.positions, *states, scale=head**-0.5, **options)
-        b.next += [b.item(out, j) for j in ((5, 6, 7) if mixer == "window_memory" else (1, 2, 3))]
-        x = b.call(aten.add.Tensor, x, b.linear(b.merge(b.item(out, 0)), f"o{i}", width, heads * head))
-        h = b.call(torch.ops.memc.norm.default, x, b.parameter(f"post{i}", width, scale=1.0), eps=1e-5)
-        gate = b.call(aten.silu.default, b.linear(h, f"gate{i}", hidden, width))
-        up = b.call(aten.mul.Tensor, gate, b.linear(h, f"up{i}", hidden, width))
-        x = b.call(aten.add.Tensor, x, b.linear(up, f"down{i}", width, hidden))
-    x = b.call(torch.ops.memc.norm.default, x, b.parameter("final", width, scale=1.0), eps=1e-5)
-    logits = b.call(aten.linear.default, x, b.parameter("embedding", vocab, width))
-    if softcap:
-        logits = b.call(aten.mul.Tensor, b.call(aten.tanh.default, b.call(aten.div.Tensor, logits, softcap)), softcap)
-    return b.finish(logits)
-
-
-def memory(kind: str, **options: Any) -> Program:
-    """A llama-like decoder with a memory of a kind in every layer, its values drawn where they come as zeros."""
-    program = llama("attention")
-    infer(program)
-    pass_ = MemoryBank(kind=kind, **{"layers": "all", **options})
-    result, _ = pass_.apply(program, pass_.plan(program, get_target("cpu")))
-    random = torch.Generator().manual_seed(1)
-    for name, value in list(result.module.named_parameters()):
-        if name.startswith("memc.") and not value.any():
-            drawn = torch.randn(value.shape, generator=random)
-            set_tensor(result.module, name, drawn.abs() if name.endswith("threshold") else 0.5 * drawn)
-    return result
 
 
 CASES: dict[str, Callable[[], Program]] = {

@@ -82,8 +82,8 @@ def calls(size: int, dtype: torch.dtype, tokens: int) -> Iterator[Call]:
             yield "linear_memory", "forward", given, {"update": update}
             yield "linear_memory", "backward", (query, memory, *given), {"update": update}
     x, block = empty(BATCH, tokens, 8 * size, dtype=dtype), empty(BATCH, 3, 64, 8 * size, dtype=dtype)
-    yield "bank_ffn", "forward", (x, block, "silu"), {}
-    yield "bank_ffn", "backward", (x, x, block, "silu"), {}
+    yield "bank_ffn", "forward", (x, block), {"activation": "silu"}
+    yield "bank_ffn", "backward", (x, x, block), {"activation": "silu"}
     yield "norm", "forward", (x, empty(8 * size, dtype=dtype)), {"eps": 1e-5}
     yield "rotary", "forward", (query, positions, single(size // 2)), {}
 
@@ -102,8 +102,9 @@ def needed(gpu: Gpu, size: int, dtype: torch.dtype, *, backward: bool) -> list[V
             if run is None or (form == "backward") != backward:
                 continue
             notes = Notes(gpu, tiles_of(gpu.name))
+            grads = len(OPS[op].grads_from) if form == "backward" else 0
             with launching(notes):
-                run(*arguments, **options)
+                OPS[op].taking(run, grads)(*arguments, **options)
             assert notes.launches, (op, form)
             found.update({variant_of(launch).key: variant_of(launch) for launch in notes.launches})
     return list(found.values())

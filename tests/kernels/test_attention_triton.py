@@ -9,10 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from memc.kernels.attention import device, reference, slots
+from memc.dialect.attention import attention
+from memc.kernels.attention import device as device_code
+from memc.kernels.attention import reference as reference_code
+from memc.kernels.attention import slots as slots_code
 from memc.kernels.launch import GPUS, Notes, launching
 from tests.kernels.cases import Shape, walk
 from tests.kernels.triton_support import (
+    Code,
     assert_near,
     autograd_of,
     cut_small,  # noqa: F401 - a fixture
@@ -20,6 +24,10 @@ from tests.kernels.triton_support import (
     interpreted,  # noqa: F401 - a fixture
     poisoned,
 )
+
+device = Code(attention, device_code)
+reference = Code(attention, reference_code)
+slots = Code(attention, slots_code)
 
 SHAPE = Shape(batch=2, groups=1, per_group=2, tokens=37, key_size=20, value_size=16, seed=3)
 CAUSAL: dict[str, Any] = {"scale": 0.4}
@@ -205,8 +213,8 @@ def test_what_is_launched_depends_on_no_length(tokens: int) -> None:
 def test_calls_that_the_kernels_do_not_take() -> None:
     gpu = GPUS["nvidia-sm80"]
     assert not device.refuses(gpu, *on_meta(SHAPE, 5), **CAUSAL)
-    assert "float64" in device.refuses(gpu, *in_double(on_meta(SHAPE, 5)))
-    assert "channels" in device.refuses(gpu, *on_meta(Shape(1, 1, 1, 2, 320, 8, 1), 5))
-    assert "heads" in device.refuses(gpu, *on_meta(Shape(1, 1, 71, 2, 8, 8, 1), 5))
+    assert "float64" in device.refuses(gpu, *in_double(on_meta(SHAPE, 5)), **CAUSAL)
+    assert "channels" in device.refuses(gpu, *on_meta(Shape(1, 1, 1, 2, 320, 8, 1), 5), **CAUSAL)
+    assert "heads" in device.refuses(gpu, *on_meta(Shape(1, 1, 71, 2, 8, 8, 1), 5), **CAUSAL)
     empty = [x[:, :, :0] if x is not None and x.dim() == 4 else x for x in on_meta(SHAPE, 5)]
-    assert "without tokens" in device.refuses(gpu, *empty)
+    assert "without tokens" in device.refuses(gpu, *empty, **CAUSAL)

@@ -155,7 +155,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "linear-one-token": memory_case(1, "gated", 1),
     "norm": lambda: Case("norm", (real(2, 3, 5), real(5), real(5)), {"eps": 1e-3}),
     "norm-center": lambda: Case("norm", (real(2, 3, 5), real(5)), {"eps": 1e-3, "center": True}),
-    "bank": lambda: Case("bank_ffn", (real(B, T, D), real(B, 3, E, D), "silu")),
+    "bank": lambda: Case("bank_ffn", (real(B, T, D), real(B, 3, E, D)), {"activation": "silu"}),
     "rotary": lambda: Case("rotary", (real(B, H, T, 7), POSITIONS, real(2)), {"scaling": 1.3}),
     "rotary-interleaved": lambda: Case("rotary", (real(B, H, T, 4), POSITIONS, real(2)), {"interleaved": True}),
 }

@@ -33,7 +33,7 @@ def drawn(batch: int = 2, tokens: int = 3, units: int = 5, width: int = 4) -> tu
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_it_equals_the_oracle_for_every_activation(activation: str) -> None:
     x, block = drawn()
-    torch.testing.assert_close(OP(x, block, activation), oracle(x, block, activation))
+    torch.testing.assert_close(OP(x, block, activation=activation), oracle(x, block, activation))
 
 
 def test_the_activations_are_those_that_raising_names() -> None:
@@ -55,7 +55,7 @@ def test_the_slopes_are_the_derivatives(activation: str) -> None:
 def test_the_gradients_of_every_activation() -> None:
     for activation in ACTIVATIONS:
         leaves = [value.requires_grad_() for value in drawn()]
-        grads = torch.autograd.grad(OP(*leaves, activation).square().sum(), leaves)
+        grads = torch.autograd.grad(OP(*leaves, activation=activation).square().sum(), leaves)
         expected = torch.autograd.grad(oracle(*leaves, activation).square().sum(), leaves)
         for mine, theirs in zip(grads, expected, strict=True):
             torch.testing.assert_close(mine, theirs)
@@ -68,28 +68,28 @@ def test_a_zero_block_gives_zero_and_leaves_what_it_is_added_to(kind: torch.dtyp
     block = block.float()
     block[:, zeros] = 0
     x = (100 * x).to(kind)
-    made = OP(x, block, "silu")
+    made = OP(x, block, activation="silu")
     assert made.dtype == kind
     assert not made.any()
     assert torch.equal(x + made, x)
     block[1, :, 7] = 1
-    assert not torch.equal(x + OP(x, block, "silu"), x), "a block that is not zero must show"
+    assert not torch.equal(x + OP(x, block, activation="silu"), x), "a block that is not zero must show"
 
 
 def test_rows_of_a_batch_have_blocks_of_their_own() -> None:
     x, block = drawn(batch=3)
-    whole = OP(x, block, "gelu")
+    whole = OP(x, block, activation="gelu")
     for row in range(3):
-        alone = OP(x[row : row + 1], block[row : row + 1], "gelu")
+        alone = OP(x[row : row + 1], block[row : row + 1], activation="gelu")
         torch.testing.assert_close(alone, whole[row : row + 1])
-    assert not torch.allclose(OP(x, block.flip(0), "gelu"), whole)
+    assert not torch.allclose(OP(x, block.flip(0), activation="gelu"), whole)
 
 
 def test_blocks_of_levels_are_one_block() -> None:
     x, block = drawn(units=7)
     parts = block.split([4, 2, 1], 2)
-    total = sum((OP(x, part.contiguous(), "silu") for part in parts), torch.zeros_like(x))
-    torch.testing.assert_close(OP(x, block, "silu"), total)
+    total = sum((OP(x, part.contiguous(), activation="silu") for part in parts), torch.zeros_like(x))
+    torch.testing.assert_close(OP(x, block, activation="silu"), total)
 
 
 @pytest.mark.parametrize(
@@ -103,4 +103,6 @@ def test_blocks_of_levels_are_one_block() -> None:
 )
 def test_arguments_that_do_not_fit_are_refused(shape: tuple[int, ...], activation: str, said: str) -> None:
     with pytest.raises(RuntimeError, match=said):
-        torch.ops.memc.bank_ffn(torch.empty(2, 3, 4, device="meta"), torch.empty(shape, device="meta"), activation)
+        torch.ops.memc.bank_ffn(
+            torch.empty(2, 3, 4, device="meta"), torch.empty(shape, device="meta"), activation=activation
+        )

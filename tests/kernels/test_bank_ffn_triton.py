@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from memc.dialect.bank_ffn import ACTIVATIONS
-from memc.kernels.bank_ffn import device, reference
+from memc.dialect.bank_ffn import ACTIVATIONS, bank_ffn
+from memc.kernels.bank_ffn import device as device_code
+from memc.kernels.bank_ffn import reference as reference_code
 from memc.kernels.launch import GPUS
 from tests.kernels.triton_support import (
+    Code,
     assert_near,
     autograd_of,
     cut_small,  # noqa: F401 - a fixture
@@ -19,6 +21,9 @@ from tests.kernels.triton_support import (
     interpreted,  # noqa: F401 - a fixture
     poisoned,
 )
+
+device = Code(bank_ffn, device_code)
+reference = Code(bank_ffn, reference_code)
 
 
 def drawn(batch: int = 2, tokens: int = 21, units: int = 19, width: int = 37) -> tuple[Tensor, Tensor]:
@@ -28,10 +33,10 @@ def drawn(batch: int = 2, tokens: int = 21, units: int = 19, width: int = 37) ->
 def check(x: Tensor, block: Tensor, activation: str) -> None:
     grad = torch.randn(x.shape).to(x.dtype)
     with poisoned():
-        out = device.forward(x, block, activation)
-        grads = device.backward(grad, x, block, activation)
-    assert_near(out, reference.forward(*in_double((x, block)), activation))
-    expected = autograd_of(lambda *a: (reference.forward(*a, activation),), (x, block), [grad])
+        out = device.forward(x, block, activation=activation)
+        grads = device.backward(grad, x, block, activation=activation)
+    assert_near(out, reference.forward(*in_double((x, block)), activation=activation))
+    expected = autograd_of(lambda *a: (reference.forward(*a, activation=activation),), (x, block), [grad])
     for found, wanted in zip(grads, expected, strict=True):
         assert_near(found, wanted)
 
@@ -56,9 +61,10 @@ def test_every_activation(activation: str) -> None:
 def test_half_types_are_as_near_as_they_can_be(kinds: tuple[torch.dtype, torch.dtype]) -> None:
     x, block = drawn()
     x, block = x.to(kinds[0]), block.to(kinds[1])
-    assert_near(device.forward(x, block, "gelu"), reference.forward(*in_double((x, block)), "gelu"))
-    grads = device.backward(x, x, block, "gelu")
-    for found, wanted in zip(grads, reference.backward(*in_double((x, x, block)), "gelu"), strict=True):
+    wanted = reference.forward(*in_double((x, block)), activation="gelu")
+    assert_near(device.forward(x, block, activation="gelu"), wanted)
+    grads = device.backward(x, x, block, activation="gelu")
+    for found, wanted in zip(grads, reference.backward(*in_double((x, x, block)), activation="gelu"), strict=True):
         # What is between the products is rounded to the type of x on the way.
         assert_near(found.to(x.dtype), wanted, atol=0.01 * wanted.abs().max().item())
 
@@ -70,14 +76,15 @@ def test_a_zero_block_gives_zero_where_its_units_leave_the_range_of_float16() ->
     x, block = (300 * x).half(), (4 * block).half()
     gate, up = (x.float() @ block[:, part].float().mT for part in (0, 1))
     assert (gate * up).max() > torch.finfo(torch.float16).max
-    assert not device.forward(x, block, "silu").any()
+    assert not device.forward(x, block, activation="silu").any()
 
 
 @pytest.mark.usefixtures("cut_small")
 def test_a_block_that_is_taken_from_another_sequence_is_found() -> None:
     x, block = drawn()
+    wanted = reference.forward(*in_double((x, block)), activation="silu")
     with pytest.raises(AssertionError):
-        assert_near(device.forward(x, block.flip(0), "silu"), reference.forward(*in_double((x, block)), "silu"))
+        assert_near(device.forward(x, block.flip(0), activation="silu"), wanted)
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -90,6 +97,6 @@ def test_a_wrong_slope_is_found() -> None:
 
 def test_calls_that_the_kernels_do_not_take() -> None:
     x, block = drawn()
-    assert not device.refuses(GPUS["amd-gfx942"], x, block, "silu")
-    assert "float64" in device.refuses(GPUS["amd-gfx942"], x.double(), block, "silu")
-    assert "without tokens" in device.refuses(GPUS["amd-gfx942"], x[:, :0], block, "silu")
+    assert not device.refuses(GPUS["amd-gfx942"], x, block, activation="silu")
+    assert "float64" in device.refuses(GPUS["amd-gfx942"], x.double(), block, activation="silu")
+    assert "without tokens" in device.refuses(GPUS["amd-gfx942"], x[:, :0], block, activation="silu")

@@ -10,7 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from memc.kernels.compact_attention import choose, device, reference
+from memc.dialect.compact_attention import compact_attention
+from memc.kernels.compact_attention import choose
+from memc.kernels.compact_attention import device as device_code
+from memc.kernels.compact_attention import reference as reference_code
 from memc.kernels.launch import GPUS, Notes, launching
 from memc.kernels.sparse_attention import steps
 from memc.kernels.sparse_attention.choose import Rule
@@ -18,12 +21,16 @@ from tests.kernels import oracles
 from tests.kernels.cases import Shape
 from tests.kernels.test_quantised_attention_triton import tokens
 from tests.kernels.triton_support import (
+    Code,
     assert_near,
     cut_small,  # noqa: F401 - a fixture
     in_double,
     interpreted,  # noqa: F401 - a fixture
     poisoned,
 )
+
+device = Code(compact_attention, device_code)
+reference = Code(compact_attention, reference_code)
 
 SHAPE = Shape(batch=3, groups=1, per_group=2, tokens=0, key_size=12, value_size=12, seed=3)
 INV_FREQ = torch.tensor([1.0, 0.3, 0.1, 0.02])
@@ -187,11 +194,11 @@ def test_a_fault_is_found(fault: str) -> None:
 
     wrong = {
         "scores": patch.object(steps, "scores", lambda *a: -scores(*a)),
-        "places": patch.object(device, "_chosen", lambda *a: chosen(*a).flip(3)),
+        "places": patch.object(device_code, "_chosen", lambda *a: chosen(*a).flip(3)),
         "sums": patch.object(
-            device, "_brought", lambda *a: brought(*a).flip(1)[:, :1].expand(-1, 2, -1, -1).contiguous()
+            device_code, "_brought", lambda *a: brought(*a).flip(1)[:, :1].expand(-1, 2, -1, -1).contiguous()
         ),
-        "descriptions": patch.object(device, "_describe", other_rule),
+        "descriptions": patch.object(device_code, "_describe", other_rule),
     }
     with wrong[fault], pytest.raises(AssertionError):
         check(**rule("longheads"))
@@ -206,7 +213,7 @@ def test_a_prompt_in_blocks_is_the_prompt_whole() -> None:
         buffers, _ = after_a_prompt(shape, options, INV_FREQ)
         with (
             patch.object(steps, "BLOCK_ENTRIES", entries),
-            patch.object(device, "_chosen", wraps=device._chosen) as run,
+            patch.object(device_code, "_chosen", wraps=device_code._chosen) as run,
         ):
             given = tokens(positions, shape, torch.float32)
             found.append((*device.in_place(*given, positions, *buffers, INV_FREQ, **options), buffers[3]))

@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from memc.kernels.full_attention import device, reference
+from memc.dialect.full_attention import full_attention
+from memc.kernels.full_attention import device as device_code
+from memc.kernels.full_attention import reference as reference_code
 from memc.kernels.launch import GPUS
 from tests.kernels.triton_support import (
+    Code,
     assert_near,
     autograd_of,
     cut_small,  # noqa: F401 - a fixture
@@ -17,6 +20,9 @@ from tests.kernels.triton_support import (
     interpreted,  # noqa: F401 - a fixture
     poisoned,
 )
+
+device = Code(full_attention, device_code)
+reference = Code(full_attention, reference_code)
 
 
 def call(queries: int, keys: int, *, padded: bool) -> list[Any]:
@@ -57,5 +63,5 @@ def test_padding_may_hold_anything_and_a_mask_that_is_forgotten_is_found() -> No
 
 def test_a_bias_is_refused() -> None:
     arguments = call(5, 20, padded=False)
-    assert not device.refuses(GPUS["nvidia-sm90"], *arguments)
-    assert "bias" in device.refuses(GPUS["nvidia-sm90"], *arguments[:4], torch.zeros(5, 20))
+    assert not device.refuses(GPUS["nvidia-sm90"], *arguments, scale=0.4)
+    assert "bias" in device.refuses(GPUS["nvidia-sm90"], *arguments[:4], torch.zeros(5, 20), scale=0.4)

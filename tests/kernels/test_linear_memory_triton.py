@@ -8,13 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from memc.dialect.linear_memory import linear_memory
 from memc.kernels.launch import GPUS, INTERPRETER, Gpu, Notes, dispatch, launching
-from memc.kernels.linear_memory import call, device
-from memc.kernels.linear_memory.op import forward as reference
+from memc.kernels.linear_memory import call, op
+from memc.kernels.linear_memory import device as device_code
 from tests.kernels import oracles
 from tests.kernels.cases import Shape
 from tests.kernels.test_linear_memory import make
-from tests.kernels.triton_support import assert_near, autograd_of, cut_small, in_double, interpreted, poisoned
+from tests.kernels.triton_support import Code, assert_near, autograd_of, cut_small, in_double, interpreted, poisoned
+
+device = Code(linear_memory, device_code)
+reference = Code(linear_memory, op).forward
 
 __all__ = ["cut_small", "interpreted"]
 
@@ -232,4 +236,4 @@ def test_calls_that_the_kernels_do_not_take() -> None:
     assert "64 channels" in refused(*delta)
     assert "no tokens" in refused(*empty, x[4][:, :0], *x[5:])
     exact = in_double(x)
-    torch.testing.assert_close(dispatch("linear_memory", reference)(*exact), reference(*exact))
+    torch.testing.assert_close(linear_memory.taking(dispatch("linear_memory", op.forward))(*exact), reference(*exact))

@@ -8,12 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from memc.dialect.norm import norm as norm_op
+from memc.dialect.rotary import rotary as rotary_op
 from memc.kernels.launch import Launch, launcher_of, launching
-from memc.kernels.norm import device as norm_device
-from memc.kernels.norm.reference import forward as norm
-from memc.kernels.rotary import device as rotary_device
-from memc.kernels.rotary.reference import forward as rotary
-from tests.kernels.triton_support import assert_near, interpreted, poisoned  # noqa: F401
+from memc.kernels.norm import device as norm_code
+from memc.kernels.norm import reference as norm_reference
+from memc.kernels.rotary import device as rotary_code
+from memc.kernels.rotary import reference as rotary_reference
+from tests.kernels.triton_support import Code, assert_near, interpreted, poisoned  # noqa: F401
+
+norm_device, norm = Code(norm_op, norm_code), Code(norm_op, norm_reference).forward
+rotary_device, rotary = Code(rotary_op, rotary_code), Code(rotary_op, rotary_reference).forward
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 
@@ -54,7 +59,7 @@ def test_a_row_too_many_is_caught() -> None:
         assert launcher is not None
         launcher(Launch(call.kernel, call.grid, {**call.arguments, "rows": 2}, call.constants))
 
-    with poisoned(), patch.object(norm_device, "launch", planted):
+    with poisoned(), patch.object(norm_code, "launch", planted):
         found = norm_device.forward(x, eps=1e-5)
     with pytest.raises(AssertionError):
         assert_near(found, norm(x.double(), eps=1e-5))

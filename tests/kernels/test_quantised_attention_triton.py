@@ -10,18 +10,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from memc.dialect.quantised_attention import code_bytes
+from memc.dialect.quantised_attention import code_bytes, quantised_attention
 from memc.kernels.launch import GPUS, Notes, launching
-from memc.kernels.quantised_attention import device, reference
+from memc.kernels.quantised_attention import device as device_code
+from memc.kernels.quantised_attention import reference as reference_code
 from memc.kernels.sparse_attention import steps
 from tests.kernels.cases import Shape
 from tests.kernels.triton_support import (
+    Code,
     assert_near,
     cut_small,  # noqa: F401 - a fixture
     in_double,
     interpreted,  # noqa: F401 - a fixture
     poisoned,
 )
+
+device = Code(quantised_attention, device_code)
+reference = Code(quantised_attention, reference_code)
 
 SHAPE = Shape(batch=3, groups=1, per_group=2, tokens=0, key_size=12, value_size=20, seed=3)
 RULE: dict[str, Any] = {"scale": 0.4, "bits": 4, "page": 4, "budget": 16, "sinks": 1, "window": 3}
@@ -145,9 +150,9 @@ def test_a_fault_is_found(fault: str) -> None:
         return decode(replace(held, **wrong), *rest)
 
     with (
-        patch.object(device, "_in_tail", (lambda *a: 0 * tails(*a) - 1) if fault == "_in_tail" else tails),
+        patch.object(device_code, "_in_tail", (lambda *a: 0 * tails(*a) - 1) if fault == "_in_tail" else tails),
         patch.object(steps, "scores", (lambda *a: -right(*a)) if fault == "scores" else right),
-        patch.object(device, "_attend", shifted if fault.startswith("other") else decode),
+        patch.object(device_code, "_attend", shifted if fault.startswith("other") else decode),
         pytest.raises(AssertionError),
     ):
         check(**RULE)
@@ -161,7 +166,7 @@ def test_a_prompt_in_blocks_is_the_prompt_whole() -> None:
         buffers, _ = after_a_prompt(shape, RULE)
         with (
             patch.object(steps, "BLOCK_ENTRIES", entries),
-            patch.object(device, "_attend", wraps=device._attend) as run,
+            patch.object(device_code, "_attend", wraps=device_code._attend) as run,
         ):
             found.append(device.in_place(*tokens(positions, shape, torch.float32), positions, *buffers, **RULE))
         assert run.call_count == (2 if entries == 60 else 1)

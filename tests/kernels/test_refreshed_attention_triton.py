@@ -9,19 +9,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from memc.dialect.refreshed_attention import most_chosen
+from memc.dialect.refreshed_attention import most_chosen, refreshed_attention
 from memc.dialect.sparse_attention import description
 from memc.kernels.launch import GPUS, Notes, launching
-from memc.kernels.refreshed_attention import device, reference
+from memc.kernels.refreshed_attention import device as device_code
+from memc.kernels.refreshed_attention import reference as reference_code
 from tests.kernels.cases import Shape
 from tests.kernels.test_quantised_attention_triton import tokens
 from tests.kernels.triton_support import (
+    Code,
     assert_near,
     cut_small,  # noqa: F401 - a fixture
     in_double,
     interpreted,  # noqa: F401 - a fixture
     poisoned,
 )
+
+device = Code(refreshed_attention, device_code)
+reference = Code(refreshed_attention, reference_code)
 
 SHAPE = Shape(batch=3, groups=1, per_group=2, tokens=0, key_size=12, value_size=20, seed=3)
 RULE: dict[str, Any] = {"scale": 0.4, "method": "bounds", "page": 2, "budget": 8, "sinks": 1, "window": 3, "refresh": 3}
@@ -92,7 +97,7 @@ def test_states_in_place_equal_the_reference(method: str) -> None:
 def test_a_fault_is_found(fault: str) -> None:
     right = getattr(device, fault)
     wrong = {"_lists": lambda *a: right(*a).flip(3), "_taken": lambda listed, *rest: right(listed - 1, *rest)}[fault]
-    with patch.object(device, fault, wrong), pytest.raises(AssertionError):
+    with patch.object(device_code, fault, wrong), pytest.raises(AssertionError):
         check(**RULE)
 
 

@@ -9,17 +9,25 @@ import pytest
 import torch
 from torch import Tensor
 
-from memc.dialect.sparse_attention import description
+from memc.dialect.sparse_attention import description, sparse_attention
 from memc.kernels.launch import GPUS, Notes, launching
-from memc.kernels.sparse_attention import device, reference, slots, steps
+from memc.kernels.sparse_attention import device as device_code
+from memc.kernels.sparse_attention import reference as reference_code
+from memc.kernels.sparse_attention import slots as slots_code
+from memc.kernels.sparse_attention import steps
 from tests.kernels.cases import Shape, walk
 from tests.kernels.triton_support import (
+    Code,
     assert_near,
     cut_small,  # noqa: F401 - a fixture
     in_double,
     interpreted,  # noqa: F401 - a fixture
     poisoned,
 )
+
+device = Code(sparse_attention, device_code)
+reference = Code(sparse_attention, reference_code)
+slots = Code(sparse_attention, slots_code)
 
 SHAPE = Shape(batch=3, groups=1, per_group=2, tokens=71, key_size=12, value_size=20, seed=3)
 RULE: dict[str, Any] = {"scale": 0.4, "page": 8, "budget": 32, "sinks": 2, "window": 5}
@@ -215,7 +223,7 @@ def test_a_prompt_in_blocks_is_the_prompt_whole() -> None:
     for entries in (steps.BLOCK_ENTRIES, 500):
         with (
             patch.object(steps, "BLOCK_ENTRIES", entries),
-            patch.object(device, "attend", wraps=device.attend) as run,
+            patch.object(device_code, "attend", wraps=device_code.attend) as run,
         ):
             found.append(device.in_place(*tokens, positions, *buffers(state(fixed), 101, 8), **fixed))
         assert run.call_count == (2 if entries == 500 else 1)

@@ -9,10 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from memc.dialect.window_memory import window_memory
 from memc.kernels.launch import GPUS, Notes, launching
-from memc.kernels.window_memory import device, reference
+from memc.kernels.window_memory import device as device_code
+from memc.kernels.window_memory import reference as reference_code
 from tests.kernels.cases import Shape, walk
 from tests.kernels.triton_support import (
+    Code,
     assert_near,
     autograd_of,
     cut_small,  # noqa: F401 - a fixture
@@ -20,6 +23,9 @@ from tests.kernels.triton_support import (
     interpreted,  # noqa: F401 - a fixture
     poisoned,
 )
+
+device = Code(window_memory, device_code)
+reference = Code(window_memory, reference_code)
 
 SHAPE = Shape(batch=2, groups=1, per_group=2, tokens=43, key_size=12, value_size=20, seed=3)
 RULE: dict[str, Any] = {"scale": 0.4, "window": 9, "sinks": 2}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
@@ -15,7 +16,24 @@ import pytest
 import torch
 from torch import Tensor
 
+from memc.dialect import OpSpec
 from memc.kernels.launch import INTERPRETER, Jit, Tile, launching
+from memc.kernels.registration import casting
+
+
+class Code:
+    """A module of an op's code, whose functions take the op's own arguments here, gradients first."""
+
+    def __init__(self, spec: OpSpec, module: ModuleType) -> None:
+        self.spec, self.module = spec, module
+
+    def __getattr__(self, name: str) -> Any:
+        own = getattr(self.module, name)
+        if name == "refuses":
+            return lambda gpu, *args, **options: own(gpu, self.spec.arguments(*args, **options))
+        if name == "backward":
+            return self.spec.taking(casting(self.spec, own), len(self.spec.grads_from))
+        return self.spec.taking(own) if name in ("forward", "in_place") else own
 
 
 @pytest.fixture
