@@ -61,7 +61,7 @@ def register_gradients(spec: OpSpec, gradients: Callable[..., tuple[Tensor | Non
         args = spec.arguments(*ctx.saved_tensors, **ctx.options)
         given = (grads[spec.returns.index(name)] for name in spec.grads_from)
         found = dict(zip(spec.grads_to, gradients(args, *given), strict=True))
-        return tuple(None if getattr(args, name) is None else found.get(name) for name in spec.tensors)
+        return tuple(None if getattr(args, name) is None else found.get(name) for name in spec.arguments.tensors())
 
     torch.library.register_autograd(f"memc::{spec.name}", autograd, setup_context=setup)
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from memc import machine
-from memc.dialect import OpSpec, op_spec
+from memc.dialect import OPS, OpSpec, op_spec
+from memc.dialect.base import Arguments
 from memc.program import Program, get_tensor
 from memc.report.facts import CONTEXTS
 from memc.report.models import ByContext, Predicted
@@ -275,8 +276,7 @@ def work(program: Program, context: int) -> Work:
             continue
         spec = op_spec(node.target)
         if spec is not None:
-            values = spec.bind(_values(node.args), {key: _value(value) for key, value in node.kwargs.items()})
-            cost = spec.cost(values, context)
+            cost = _call(spec, node).cost(context)
             flops, state, kernels = flops + cost.flops, state + cost.bytes, kernels + 1
         elif node.target in _PRODUCTS:
             flops, kernels = flops + _product_flops(node) / rows, kernels + 1
@@ -286,20 +286,17 @@ def work(program: Program, context: int) -> Work:
 def op_flops(program: Program, name: str, context: int, *, prompt: bool = False) -> float:
     """Return the operations of one token, of a ``prompt`` or single, that a dialect op does at a context, all nodes."""
     calls = _calls(program, name)
-    return sum(
-        spec.prompt_flops(values, context) if prompt else spec.cost(values, context).flops for spec, values in calls
-    )
+    return sum(call.prompt_flops(context) if prompt else call.cost(context).flops for call in calls)
 
 
-def _calls(program: Program, name: str) -> list[tuple[OpSpec, dict[str, Any]]]:
-    """Return the arguments of every node of a dialect op, by name."""
-    found = []
-    for node in program.module.graph.nodes:
-        spec = op_spec(node.target) if node.op == "call_function" else None
-        if spec is not None and spec.name == name:
-            given = {key: _value(value) for key, value in node.kwargs.items()}
-            found.append((spec, spec.bind(_values(node.args), given)))
-    return found
+def _calls(program: Program, name: str) -> list[Arguments]:
+    """Return the arguments of every node of a dialect op."""
+    nodes = program.module.graph.find_nodes(op="call_function", target=OPS[name].overload)
+    return [_call(OPS[name], node) for node in nodes]
+
+
+def _call(spec: OpSpec, node: Node) -> Arguments:
+    return spec.arguments(*_values(node.args), **{key: _value(value) for key, value in node.kwargs.items()})
 
 
 def _apart(program: Program, name: str, contexts: Sequence[int]) -> tuple[list[float], list[float]]:
@@ -308,11 +305,11 @@ def _apart(program: Program, name: str, contexts: Sequence[int]) -> tuple[list[f
     Where an op that chooses still reads everything, both are 0: it is attention like any other there.
     """
     counted, done = [0.0] * len(contexts), [0.0] * len(contexts)
-    for spec, values in _calls(program, name):
+    for call in _calls(program, name):
         for index, context in enumerate(contexts):
-            if spec.reads_all_to is None or context > spec.reads_all_to(values):
-                counted[index] += spec.cost(values, context).flops
-                done[index] += spec.prompt_flops(values, context)
+            if call.reads_all_to is None or context > call.reads_all_to:
+                counted[index] += call.cost(context).flops
+                done[index] += call.prompt_flops(context)
     return counted, done
 
 

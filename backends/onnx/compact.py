@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from memc.backends.onnx import tokens
 from memc.backends.onnx.attend import Scores, shape_of, weigh
 from memc.backends.onnx.functions import Function, flat, float_, function, int_, ints
-from memc.backends.onnx.listed import FORCED, UNSEEN
 from memc.backends.onnx.sparse import PLAN, optional
 from memc.dialect.compact_attention import REPRESENTATIVES
 from memc.dialect.selectors import SELECTORS
@@ -349,15 +348,7 @@ def _sparse(s: Scores, c: Rule, turn: Turn) -> str:
 def _step(s: Scores, c: Rule, turn: Turn) -> str:
     """Write the choice and the attention of one token: ``q [B,H,D]`` at ``at [B]`` gives ``o [B,H,E]``."""
     return f"""
-    {ints("grouped", 0, s.groups, s.heads // s.groups, s.key_dim)}
-    q_rows = Reshape(q, grouped)
-    {float_("factor", s.scale)}
-    q_scaled = Mul(q_rows, factor)
-    q_columns = Transpose<perm = [0, 1, 3, 2]>(q_scaled)
-    {ints("at_axes", 1, 2)}
-    p = Unsqueeze(at, at_axes)
-    {float_("forced_rank", FORCED)}
-    {float_("unseen_rank", UNSEEN)}
+    {tokens.start(s, c)}
     estimates = MatMul(in_use, q_columns)
     estimate = ReduceMax<keepdims = 0>(estimates, last_axis)
     {tokens.candidates(c)}
@@ -384,7 +375,6 @@ def _places(c: Rule) -> str:
     """Write ``key_places [B,G,M,1]`` and ``query_places [B,G,1,1]`` of the M ``candidates``."""
     if SELECTORS[c.method].positioner == "clipped":
         return f"""
-        {int_("window", c.window)}
         away0 = Sub(p, candidates)
         away1 = Max(away0, zero)
         away = Min(away1, window)

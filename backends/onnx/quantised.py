@@ -10,8 +10,8 @@ from __future__ import annotations
 from memc.backends.onnx import blocks, codes
 from memc.backends.onnx.attend import Scores, by_group, weigh
 from memc.backends.onnx.functions import Function, flat, float_, function, int_, ints
-from memc.backends.onnx.listed import FORCED, UNSEEN
-from memc.backends.onnx.tokens import page_estimates
+from memc.backends.onnx.places import token_slots, touched_pages
+from memc.backends.onnx.tokens import page_estimates, start
 from memc.kernels.sparse_attention.choose import Rule
 
 PLAN = (
@@ -36,38 +36,14 @@ def quantised_plan(groups: int, page: int) -> Function:
     [B,1,T,1]``; ``described [1]`` pages in use, and whether tokens go in blocks, ``as_blocks``.
     """
     body = f"""
-    {int_("zero", 0)}
-    {int_("one", 1)}
-    {ints("ones", 1)}
-    {int_("page", page)}
-    {ints("time", 1)}
-    {ints("slot_axes", 1, 3)}
-    highest = ReduceMax<keepdims = 0>(positions)
-    length0 = Add(highest, one)
-    length = Max(length0, one)
-    used = Reshape(length, ones)
-    {int_("round", page - 1)}
-    rounded = Add(used, round)
-    described = Div(rounded, page)
-    capacity = Shape<start = 2, end = 3>(buffer)
-    spare = Sub(capacity, ones)
-    padding = Less(positions, zero)
-    slot0 = Where(padding, spare, positions)
-    slot1 = Unsqueeze(slot0, slot_axes)
-    {by_group(groups)}
-    slot = Add(slot1, nought)
-    index = Concat<axis = -1>(row, group, slot)
+    {token_slots(groups, page)}
     {int_("far", _FAR)}
     start0 = Where(padding, far, positions)
     start1 = ReduceMin(start0, time)
     here0 = Less(start1, far)
     start = Where(here0, start1, zero)
     first_page = Div(start, page)
-    tokens = Shape<start = 1, end = 2>(positions)
-    {int_("round_less", page - 2)}
-    spread = Add(tokens, round_less)
-    further = Div(spread, page)
-    count = Add(further, one)
+    {touched_pages(groups, page)}
     base = Mul(first_page, page)
     local0 = Sub(positions, base)
     laid = Mul(count, page)
@@ -75,16 +51,6 @@ def quantised_plan(groups: int, page: int) -> Function:
     local2 = Unsqueeze(local1, slot_axes)
     local3 = Add(local2, nought)
     local = Concat<axis = -1>(row, group, local3)
-    count0 = Squeeze(count)
-    ahead = Range(zero, count0, one)
-    page0 = Add(first_page, ahead)
-    pages_held = Shape<start = 2, end = 3>(pages)
-    last_page = Sub(pages_held, ones)
-    page1 = Min(page0, last_page)
-    {by_group(groups, "page1", "_page")}
-    page2 = Unsqueeze(page1, slot_axes)
-    page3 = Add(page2, nought_page)
-    page_index = Concat<axis = -1>(row_page, group_page, page3)
     touched0 = Sub(page1, first_page)
     touched1 = Unsqueeze(touched0, slot_axes)
     touched = Add(touched1, nought_page)
@@ -269,18 +235,8 @@ def _step(s: Scores, c: Rule, bits: int) -> str:
     """Write the choice and the attention of one token: ``q [B,H,D]`` at ``at [B]`` gives ``o [B,H,E]``."""
     size = s.heads // s.groups
     return f"""
-    {ints("grouped", 0, s.groups, size, s.key_dim)}
-    q_rows = Reshape(q, grouped)
-    {float_("factor", s.scale)}
-    q_scaled = Mul(q_rows, factor)
-    q_columns = Transpose<perm = [0, 1, 3, 2]>(q_scaled)
-    {ints("at_axes", 1, 2)}
-    p = Unsqueeze(at, at_axes)
+    {start(s, c)}
     own = Div(p, page)
-    {float_("forced_rank", FORCED)}
-    {float_("unseen_rank", UNSEEN)}
-    {int_("window", c.window)}
-    {int_("sinks", c.sinks)}
     {int_("dense_below", c.dense_below)}
     dense = Less(p, dense_below)
     {page_estimates(c)}

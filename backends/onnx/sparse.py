@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from memc.backends.onnx import blocks, tokens
-from memc.backends.onnx.attend import Scores, attend, by_group, shape_of
+from memc.backends.onnx.attend import Scores, attend, shape_of
 from memc.backends.onnx.functions import Function, flat, float_, function, int_, ints
+from memc.backends.onnx.places import token_slots, touched_pages
 from memc.kernels.sparse_attention.choose import Rule
 
 PLAN = (
@@ -34,44 +35,10 @@ def sparse_plan(groups: int, page: int, dense_below: int) -> Function:
     holds, so that one that is named twice, or in vain, does no harm.
     """
     body = f"""
-    {int_("zero", 0)}
-    {int_("one", 1)}
-    {ints("ones", 1)}
-    {int_("page", page)}
-    {ints("time", 1)}
-    highest = ReduceMax<keepdims = 0>(positions)
-    length0 = Add(highest, one)
-    length = Max(length0, one)
-    used = Reshape(length, ones)
-    {int_("round", page - 1)}
-    rounded = Add(used, round)
-    described = Div(rounded, page)
-    capacity = Shape<start = 2, end = 3>(buffer)
-    spare = Sub(capacity, ones)
-    padding = Less(positions, zero)
-    slot0 = Where(padding, spare, positions)
-    {ints("slot_axes", 1, 3)}
-    slot1 = Unsqueeze(slot0, slot_axes)
-    {by_group(groups)}
-    slot = Add(slot1, nought)
-    index = Concat<axis = -1>(row, group, slot)
-    tokens = Shape<start = 1, end = 2>(positions)
-    {int_("round_less", page - 2)}
-    spread = Add(tokens, round_less)
-    further = Div(spread, page)
-    count = Add(further, one)
-    count0 = Squeeze(count)
-    ahead = Range(zero, count0, one)
+    {token_slots(groups, page)}
     first_token = ReduceMin(slot0, time)
     first_page = Div(first_token, page)
-    page0 = Add(first_page, ahead)
-    pages_held = Shape<start = 2, end = 3>(pages)
-    last_page = Sub(pages_held, ones)
-    page1 = Min(page0, last_page)
-    {by_group(groups, "page1", "_page")}
-    page2 = Unsqueeze(page1, slot_axes)
-    page3 = Add(page2, nought_page)
-    page_index = Concat<axis = -1>(row_page, group_page, page3)
+    {touched_pages(groups, page)}
     start = Mul(page3, page)
     inside = Range(zero, page, one)
     each0 = Add(start, inside)

@@ -148,8 +148,8 @@ def chooses_from(program: Program) -> int | None:
     """Return from how many tokens of a sequence on the program chooses what it reads, None when it never does."""
     nodes = (node for node in program.module.graph.nodes if node.op == "call_function")
     specs = ((node, spec) for node in nodes if (spec := op_spec(node.target)) is not None)
-    lengths = [spec.reads_all_to(arguments(node)) for node, spec in specs if spec.reads_all_to is not None]
-    return max(lengths, default=None)
+    lengths = (spec.arguments(**arguments(node)).reads_all_to for node, spec in specs)
+    return max((length for length in lengths if length is not None), default=None)
 
 
 def chosen_rows(program: Program, weights: str) -> str:

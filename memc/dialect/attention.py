@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
-from typing import Any
 
 from torch import Tensor
 
 from memc.dialect.base import Arguments, Cost, appended, check_heads, define
-
-
-def _cost(a: Mapping[str, Any], context: int) -> Cost:
-    query, key, value = a["query"], a["key"], a["value"]
-    held = min(context, a["window"]) if a["window"] else context
-    flops = 2.0 * query.shape[1] * held * (query.shape[3] + value.shape[3])
-    return Cost(flops, float(held * key.shape[1] * (key.shape[3] + value.shape[3]) * key.dtype.itemsize))
 
 
 @dataclass(frozen=True)
@@ -74,6 +65,13 @@ class Attention(CausalAttention):
         """Return uninitialised tensors of the shapes and types of the results."""
         return (self.out(), *self.appended())
 
+    def cost(self, context: int) -> Cost:
+        """Return the work of one token."""
+        query, key, value = self.query, self.key, self.value
+        held = min(context, self.window) if self.window else context
+        flops = 2.0 * query.shape[1] * held * (query.shape[3] + value.shape[3])
+        return Cost(flops, float(held * key.shape[1] * (key.shape[3] + value.shape[3]) * key.dtype.itemsize))
+
 
 attention = define(
     "attention",
@@ -82,5 +80,4 @@ attention = define(
     states=("past_key", "past_value", "past_positions"),
     grads_from=("out", "next_key", "next_value"),
     grads_to=("query", "key", "value", "past_key", "past_value", "slopes", "sink_logits"),
-    cost=_cost,
 )

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -24,12 +22,6 @@ ACTIVATIONS = (
     "mish",
 )
 """Names of the activations, those that raising gives to feed-forward blocks."""
-
-
-def _cost(a: Mapping[str, Any], context: int) -> Cost:
-    _, parts, units, width = a["block"].shape
-    weights = parts * units * width
-    return Cost(2.0 * weights, float(weights * a["block"].dtype.itemsize))
 
 
 @dataclass(frozen=True)
@@ -55,11 +47,16 @@ class BankFeedForward(Arguments):
         check(self.activation in ACTIVATIONS, f"activation is one of {', '.join(ACTIVATIONS)}")
         return self.x.new_empty(self.x.shape)
 
+    def cost(self, context: int) -> Cost:
+        """Return the work of one token."""
+        _, parts, units, width = self.block.shape
+        weights = parts * units * width
+        return Cost(2.0 * weights, float(weights * self.block.dtype.itemsize))
+
 
 bank_ffn = define(
     "bank_ffn",
     BankFeedForward,
     grads_to=("x", "block"),
     mixes_tokens=False,
-    cost=_cost,
 )

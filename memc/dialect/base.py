@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
@@ -24,30 +25,59 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(ABC):
     """The arguments of one call of an op, which a subclass for each op declares: its tensors, then its options.
 
     Tensors (``Tensor`` or ``Tensor | None``) are positional, options (``float``, ``int``, ``bool`` or ``str``) by
     keyword alone. What the op means is said there too.
     """
 
+    @abstractmethod
     def outputs(self) -> Tensor | tuple[Tensor, ...]:
         """Return uninitialised tensors of the shapes and types that the op returns: its fake kernel.
 
         Raises ``RuntimeError`` where arguments do not fit together.
         """
-        raise NotImplementedError
+
+    @property
+    def reads_all_to(self) -> int | None:
+        """From how many tokens of a sequence on it chooses what it reads, None where it does not choose.
+
+        Shorter sequences cannot show whether it chooses right.
+        """
+        return None
+
+    @abstractmethod
+    def cost(self, context: int) -> Cost:
+        """Return the work of one token of one sequence when it holds ``context`` tokens, by shapes and types alone."""
+
+    def prompt_flops(self, context: int) -> float:
+        """Return the operations of one token of a prompt.
+
+        Where the tokens of a prompt choose what they read, each for itself, they are faster if all read everything and
+        leave out the rest than if each fetches its own, as a single token does.
+        """
+        reach = self.reads_all_to
+        if reach is None or context <= reach:
+            return self.cost(context).flops
+        return self.cost(reach).flops * max(reach, min(context, FETCHED)) / reach
+
+    @classmethod
+    def tensors(cls) -> tuple[str, ...]:
+        """Return the names of the arguments that are tensors, in the order of a call."""
+        positional: tuple[str, ...] = cls.__match_args__
+        return positional
 
     @property
     def device(self) -> torch.device:
         """Where the tensors are."""
-        first: Tensor = getattr(self, fields(self)[0].name)
+        first: Tensor = getattr(self, self.tensors()[0])
         return first.device
 
     def unpack(self) -> tuple[tuple[Tensor | None, ...], dict[str, Any]]:
         """Return tensors and options as a call of the op takes them."""
-        given = {option: [f.name for f in fields(self) if f.kw_only == option] for option in (False, True)}
-        return tuple(getattr(self, name) for name in given[False]), {name: getattr(self, name) for name in given[True]}
+        tensors = tuple(getattr(self, name) for name in self.tensors())
+        return tensors, {f.name: getattr(self, f.name) for f in fields(self) if f.kw_only}
 
 
 @dataclass(frozen=True)
@@ -59,9 +89,6 @@ class OpSpec:
     from, ``grads_to`` the tensors that get one.
     ``split_invariant``: any way to cut a sequence into calls gives the same outputs; otherwise ``depends_on`` says on
     what the result depends.
-    ``reads_all_to`` takes the arguments by name and tells from how many tokens of a sequence on the op chooses what it
-    reads, so that shorter ones cannot show whether it chooses right; None where it does not choose.
-    ``cost`` takes the node's argument tensors (fake or real) by name, the other arguments, and the context length.
     """
 
     name: str
@@ -72,20 +99,13 @@ class OpSpec:
     grads_to: tuple[str, ...]
     split_invariant: bool
     mixes_tokens: bool
-    cost: Callable[[Mapping[str, Any], int], Cost]
     depends_on: str = ""
-    reads_all_to: Callable[[Mapping[str, Any]], int] | None = None
 
     @property
     def overload(self) -> torch._ops.OpOverload:
         """The callable that appears as a graph node's target."""
         overload: torch._ops.OpOverload = getattr(torch.ops.memc, self.name).default
         return overload
-
-    @property
-    def tensors(self) -> tuple[str, ...]:
-        """The names of the arguments that are tensors, in the order of a call."""
-        return tuple(f.name for f in fields(self.arguments) if not f.kw_only)
 
     def schema(self, leading: Sequence[str] = (), returns: int | None = None, written: Sequence[str] = ()) -> str:
         """Write the arguments and results of the op as torch has them.
@@ -113,17 +133,6 @@ class OpSpec:
             return run(self.arguments(*args[gradients:], **options), *args[:gradients])
 
         return unpacked
-
-    def prompt_flops(self, values: Mapping[str, Any], context: int) -> float:
-        """Return the operations of one token of a prompt, by arguments as ``cost`` takes them.
-
-        Where the tokens of a prompt choose what they read, each for itself, they are faster if all read everything and
-        leave out the rest than if each fetches its own, as a single token does.
-        """
-        reach = self.reads_all_to(values) if self.reads_all_to is not None else context
-        if context <= reach:
-            return self.cost(values, context).flops
-        return self.cost(values, reach).flops * max(reach, min(context, FETCHED)) / reach
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Name the arguments of a call, defaults filled in."""
@@ -158,9 +167,7 @@ def define(
     grads_to: tuple[str, ...],
     split_invariant: bool = True,
     mixes_tokens: bool = True,
-    cost: Callable[[Mapping[str, Any], int], Cost],
     depends_on: str = "",
-    reads_all_to: Callable[[Mapping[str, Any]], int] | None = None,
 ) -> OpSpec:
     """Define ``memc::name``; the state ``past_x`` goes on in what is returned as ``next_x``."""
     following = {state: returns.index(f"next_{state.removeprefix('past_')}") for state in states}
@@ -173,9 +180,7 @@ def define(
         grads_to,
         split_invariant,
         mixes_tokens,
-        cost,
         depends_on,
-        reads_all_to,
     )
     LIBRARY.define(f"{name}{spec.schema()}", tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"memc::{name}", spec.taking(arguments.outputs))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -23,20 +21,6 @@ REPRESENTATIVES = 4
 def span(method: str, budget: int, window: int, dense_below: int) -> int:
     """Return how many positions keys and queries are rotated by, 0 the first of them."""
     return window + 1 if method == "infllm" else max(budget, dense_below)
-
-
-def _cost(a: Mapping[str, Any], context: int) -> Cost:
-    query, key, value = a["query"], a["key"], a["value"]
-    size, page = key.shape[3], a["page"]
-    described, read = 0, context
-    if context > a["dense_below"]:
-        described, read = pages_of(context, page), min(context, a["budget"])
-    # Keys are rotated as they are read; a page is described from what the token's own page holds.
-    own = page if a["method"] == "longheads" else 0
-    channels = (read + own) * (size + value.shape[3])
-    state = 4.0 * (described + 2) * size
-    flops = 2.0 * query.shape[1] * (channels + described * size) + 6.0 * key.shape[1] * read * size
-    return Cost(flops, (channels * key.dtype.itemsize + state) * key.shape[1])
 
 
 @dataclass(frozen=True)
@@ -94,6 +78,25 @@ class CompactAttention(CausalAttention):
         lse, count = log_sum_exp(self.query), pages_of(self.past_key.shape[2] + tokens, self.page)
         return out, lse, *self.appended(), lse.new_empty(*self.key.shape[:2], count, 2 * size)
 
+    @property
+    def reads_all_to(self) -> int:
+        """From how many tokens of a sequence on it chooses what it reads."""
+        return max(self.budget, self.dense_below)
+
+    def cost(self, context: int) -> Cost:
+        """Return the work of one token."""
+        query, key, value = self.query, self.key, self.value
+        size, page = key.shape[3], self.page
+        described, read = 0, context
+        if context > self.dense_below:
+            described, read = pages_of(context, page), min(context, self.budget)
+        # Keys are rotated as they are read; a page is described from what the token's own page holds.
+        own = page if self.method == "longheads" else 0
+        channels = (read + own) * (size + value.shape[3])
+        state = 4.0 * (described + 2) * size
+        flops = 2.0 * query.shape[1] * (channels + described * size) + 6.0 * key.shape[1] * read * size
+        return Cost(flops, (channels * key.dtype.itemsize + state) * key.shape[1])
+
 
 compact_attention = define(
     "compact_attention",
@@ -102,6 +105,4 @@ compact_attention = define(
     states=STATES,
     grads_from=GRADS_FROM,
     grads_to=("query", "key", "value", "past_key", "past_value", "inv_freq", "sink_logits"),
-    cost=_cost,
-    reads_all_to=lambda a: max(int(a["budget"]), int(a["dense_below"])),
 )

@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
-from typing import Any
 
 from torch import Tensor
 
 from memc.dialect.base import Arguments, Cost, check_heads, define
-
-
-def _cost(a: Mapping[str, Any], context: int) -> Cost:
-    query, key, value = a["query"], a["key"], a["value"]
-    if isinstance(key.shape[2], int):  # a model without tokens, such as one of image patches: all of a fixed number
-        context = key.shape[2]
-    queries = query.shape[2] if isinstance(query.shape[2], int) else 1
-    flops = 2.0 * queries * query.shape[1] * context * (query.shape[3] + value.shape[3])
-    return Cost(flops, float(context * key.shape[1] * (key.shape[3] + value.shape[3]) * key.dtype.itemsize))
 
 
 @dataclass(frozen=True)
@@ -45,6 +34,15 @@ class FullAttention(Arguments):
         check_heads(self.query, self.key, self.value)
         return self.query.new_empty(*self.query.shape[:3], self.value.shape[3])
 
+    def cost(self, context: int) -> Cost:
+        """Return the work of one token."""
+        query, key, value = self.query, self.key, self.value
+        if isinstance(key.shape[2], int):  # a model without tokens, such as one of image patches: all of a fixed number
+            context = key.shape[2]
+        queries = query.shape[2] if isinstance(query.shape[2], int) else 1
+        flops = 2.0 * queries * query.shape[1] * context * (query.shape[3] + value.shape[3])
+        return Cost(flops, float(context * key.shape[1] * (key.shape[3] + value.shape[3]) * key.dtype.itemsize))
+
 
 full_attention = define(
     "full_attention",
@@ -52,5 +50,4 @@ full_attention = define(
     grads_to=("query", "key", "value", "bias", "sink_logits"),
     split_invariant=False,
     depends_on="tokens that come later",
-    cost=_cost,
 )

@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
-from typing import Any
 
 from torch import Tensor
 
 from memc.dialect.base import Arguments, Cost, check, check_heads, define
-
-
-def _cost(a: Mapping[str, Any], context: int) -> Cost:
-    query, key, value = a["query"], a["key"], a["value"]
-    cell = key.shape[3] * value.shape[3]
-    flops = 2.0 * query.shape[1] * cell + 3.0 * key.shape[1] * cell
-    return Cost(flops, 2.0 * key.shape[1] * cell * a["state"].dtype.itemsize)
 
 
 @dataclass(frozen=True)
@@ -54,6 +45,13 @@ class LinearMemory(Arguments):
         out = self.query.new_empty(*self.query.shape[:3], self.value.shape[3])
         return out, self.state.new_empty(self.state.shape)
 
+    def cost(self, context: int) -> Cost:
+        """Return the work of one token."""
+        query, key, value = self.query, self.key, self.value
+        cell = key.shape[3] * value.shape[3]
+        flops = 2.0 * query.shape[1] * cell + 3.0 * key.shape[1] * cell
+        return Cost(flops, 2.0 * key.shape[1] * cell * self.state.dtype.itemsize)
+
 
 linear_memory = define(
     "linear_memory",
@@ -62,5 +60,4 @@ linear_memory = define(
     states=("state",),
     grads_from=("out", "next_state"),
     grads_to=("query", "key", "value", "log_decay", "state", "beta"),
-    cost=_cost,
 )

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,20 +18,6 @@ BITS = (8, 4)
 def code_bytes(channels: int, bits: int) -> int:
     """Return the bytes that hold ``channels`` codes of ``bits`` bits."""
     return (channels * bits + 7) // 8
-
-
-def _cost(a: Mapping[str, Any], context: int) -> Cost:
-    query, key, value, bits, page = a["query"], a["key"], a["value"], a["bits"], a["page"]
-    size, value_size, width = key.shape[3], value.shape[3], key.dtype.itemsize
-    read, scored = context, context
-    if context > a["dense_below"]:
-        read, scored = min(context, a["budget"]), min(context, a["rerank"] * a["budget"])
-    exact = min(context, page)
-    described = pages_of(context, page) * 2 * size
-    channels = described + scored * size + read * value_size
-    coded = (scored - exact) * code_bytes(size, bits) + (read - exact) * (code_bytes(value_size, bits) + 2 * width)
-    bytes_ = (described + exact * (size + value_size)) * width + coded
-    return Cost(2.0 * query.shape[1] * channels, float(bytes_ * key.shape[1]))
 
 
 @dataclass(frozen=True)
@@ -102,6 +86,25 @@ class QuantisedAttention(CausalAttention):
             self.value.new_empty(batch, groups, self.page, value_size),
         )
 
+    @property
+    def reads_all_to(self) -> int:
+        """From how many tokens of a sequence on it chooses what it reads."""
+        return max(self.budget, self.dense_below)
+
+    def cost(self, context: int) -> Cost:
+        """Return the work of one token."""
+        query, key, value, bits, page = self.query, self.key, self.value, self.bits, self.page
+        size, value_size, width = key.shape[3], value.shape[3], key.dtype.itemsize
+        read, scored = context, context
+        if context > self.dense_below:
+            read, scored = min(context, self.budget), min(context, self.rerank * self.budget)
+        exact = min(context, page)
+        described = pages_of(context, page) * 2 * size
+        channels = described + scored * size + read * value_size
+        coded = (scored - exact) * code_bytes(size, bits) + (read - exact) * (code_bytes(value_size, bits) + 2 * width)
+        bytes_ = (described + exact * (size + value_size)) * width + coded
+        return Cost(2.0 * query.shape[1] * channels, float(bytes_ * key.shape[1]))
+
 
 STATES = (
     "past_key",
@@ -120,6 +123,4 @@ quantised_attention = define(
     states=STATES,
     grads_from=("out", "lse", "next_key_tail", "next_value_tail"),
     grads_to=("query", "key", "value", "past_key_tail", "past_value_tail", "sink_logits"),
-    cost=_cost,
-    reads_all_to=lambda a: max(int(a["budget"]), int(a["dense_below"])),
 )

@@ -15,7 +15,6 @@ from memc.dialect.sparse_attention import (
     STATES,
     ChoosingAttention,
     SparseAttention,
-    cost,
 )
 
 
@@ -46,6 +45,11 @@ class RefreshedAttention(ChoosingAttention):
     _: KW_ONLY
     refresh: int
 
+    @property
+    def served(self) -> int:
+        """How many tokens share a choice."""
+        return self.refresh
+
     def outputs(self) -> tuple[Tensor, ...]:
         """Return uninitialised tensors of the shapes and types of the results."""
         fits = 1 <= self.refresh <= self.window
@@ -62,8 +66,6 @@ refreshed_attention = define(
     states=(*STATES, "past_choice"),
     grads_from=GRADS_FROM,
     grads_to=GRADS_TO,
-    cost=cost,
-    reads_all_to=lambda a: max(int(a["budget"]), int(a["dense_below"])),
 )
 
 Choosing = SparseAttention | RefreshedAttention

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
@@ -45,9 +44,6 @@ def check_pages(page: int, budget: int, sinks: int, window: int) -> None:
     check(forced_pages(page, sinks, window) * page <= budget, "sinks and window fit the budget")
 
 
-_FORCED = ("page", "sinks", "window")
-
-
 def visited(pages: int, most: int, forced: int) -> int:
     """Return how many of ``pages`` a tree search looks at at most to find ``most``, ``forced`` ones among them.
 
@@ -57,23 +53,6 @@ def visited(pages: int, most: int, forced: int) -> int:
     if count == 0 or length <= count:
         return 0
     return 2 * count * math.ceil(math.log2(pages_of(length, count)))
-
-
-def cost(a: Mapping[str, Any], context: int) -> Cost:
-    """Return the work of one token; with ``refresh`` among the arguments, the mean over those that share a choice."""
-    query, key, value = a["query"], a["key"], a["value"]
-    held, scanned = context, 0.0
-    scored = context
-    if context > a["dense_below"]:
-        described = math.prod(description(a["method"], a["page"], key.shape[3]))
-        selector, pages = SELECTORS[a["method"]], pages_of(context, a["page"])
-        if selector.choice == "tree":
-            pages = visited(pages, a["rerank"] * a["budget"] // a["page"], forced_pages(*(a[x] for x in _FORCED)))
-        per_page = a["page"] * a["channels"] if selector.scorer == "channels" else described
-        scanned = pages * per_page / a.get("refresh", 1)
-        held, scored = min(context, a["budget"]), min(context, a["rerank"] * a["budget"])
-    channels = scanned + scored * key.shape[3] + held * value.shape[3]
-    return Cost(2.0 * query.shape[1] * channels, float(channels * key.shape[1] * key.dtype.itemsize))
 
 
 RETURNS = ("out", "lse", "next_key", "next_value", "next_positions", "next_pages")
@@ -118,6 +97,33 @@ class ChoosingAttention(CausalAttention):
         described = description(self.method, self.page, size)
         pages = self.key.new_empty(*self.key.shape[:2], pages_of(held, self.page), *described)
         return out, log_sum_exp(self.query), *self.appended(), pages
+
+    @property
+    def served(self) -> int:
+        """How many tokens share a choice."""
+        return 1
+
+    @property
+    def reads_all_to(self) -> int:
+        """From how many tokens of a sequence on it chooses what it reads."""
+        return max(self.budget, self.dense_below)
+
+    def cost(self, context: int) -> Cost:
+        """Return the work of one token, the mean over those that share a choice."""
+        query, key, value = self.query, self.key, self.value
+        held, scanned = context, 0.0
+        scored = context
+        if context > self.dense_below:
+            described = math.prod(description(self.method, self.page, key.shape[3]))
+            selector, pages = SELECTORS[self.method], pages_of(context, self.page)
+            if selector.choice == "tree":
+                forced = forced_pages(self.page, self.sinks, self.window)
+                pages = visited(pages, self.rerank * self.budget // self.page, forced)
+            per_page = self.page * self.channels if selector.scorer == "channels" else described
+            scanned = pages * per_page / self.served
+            held, scored = min(context, self.budget), min(context, self.rerank * self.budget)
+        channels = scanned + scored * key.shape[3] + held * value.shape[3]
+        return Cost(2.0 * query.shape[1] * channels, float(channels * key.shape[1] * key.dtype.itemsize))
 
 
 @dataclass(frozen=True)
@@ -188,6 +194,4 @@ sparse_attention = define(
     states=STATES,
     grads_from=GRADS_FROM,
     grads_to=GRADS_TO,
-    cost=cost,
-    reads_all_to=lambda a: max(int(a["budget"]), int(a["dense_below"])),
 )

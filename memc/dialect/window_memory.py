@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
-from typing import Any
 
 from torch import Tensor
 
 from memc.dialect.attention import CausalAttention
 from memc.dialect.base import Cost, check, define, log_sum_exp
-
-
-def _cost(a: Mapping[str, Any], context: int) -> Cost:
-    query, key, value = a["query"], a["key"], a["value"]
-    slots = a["window"] + a["sinks"]
-    held = min(context, slots)
-    flops = 2.0 * query.shape[1] * held * (query.shape[3] + value.shape[3])
-    return Cost(flops, float(slots * key.shape[1] * (key.shape[3] + value.shape[3]) * key.dtype.itemsize))
 
 
 @dataclass(frozen=True)
@@ -55,6 +45,14 @@ class WindowMemory(CausalAttention):
         held = (self.past_key, self.past_value, self.past_positions)
         return out, log_sum_exp(self.query), *(x.new_empty(x.shape) for x in (*left, *held))
 
+    def cost(self, context: int) -> Cost:
+        """Return the work of one token."""
+        query, key, value = self.query, self.key, self.value
+        slots = self.window + self.sinks
+        held = min(context, slots)
+        flops = 2.0 * query.shape[1] * held * (query.shape[3] + value.shape[3])
+        return Cost(flops, float(slots * key.shape[1] * (key.shape[3] + value.shape[3]) * key.dtype.itemsize))
+
 
 window_memory = define(
     "window_memory",
@@ -63,5 +61,4 @@ window_memory = define(
     states=("past_key", "past_value", "past_positions"),
     grads_from=("out", "lse", "left_key", "left_value", "next_key", "next_value"),
     grads_to=("query", "key", "value", "past_key", "past_value", "slopes", "sink_logits"),
-    cost=_cost,
 )
