@@ -104,9 +104,9 @@ def lolcats(original: Program, targets: Sequence[str], features: int) -> tuple[l
     return layers, modules
 
 
-def learn(bench: Bench, layers: Sequence[Layer], modules: Sequence[Lolcats], steps: int) -> None:
-    """Train as published: the squared error of the heads' outputs, a thousandfold, at a rate of 1e-2."""
-    made = [optimiser([{"params": list(module.parameters()), "peak": RATE}]) for module in modules]
+def learn(bench: Bench, layers: Sequence[Layer], modules: Sequence[Lolcats], steps: int, rate: float) -> None:
+    """Train as published: the squared error of the heads' outputs, a thousandfold."""
+    made = [optimiser([{"params": list(module.parameters()), "peak": rate}]) for module in modules]
     teacher = teacher_of(bench, layers)
     schedule = Schedule(steps)
     with bench.console.step("LoLCATs", steps) as advance:
@@ -173,7 +173,7 @@ def page(document: dict[str, Any]) -> str:
         f"{document['cpu']}, {document['threads']} thread; memc at {document['commit']}. Every layer, a window of"
         f" {WINDOW} and {SINKS} sinks, in theirs one of {WINDOW + SINKS}; {document['tokens']} tokens of five Austen"
         f" novels and of text sampled from the model, in sequences of {LENGTH}, one a step, the same for all sides, at"
-        f" a peak rate of {RATE:g}. Measured on {document['rows']} rows of {LENGTH} tokens of each text that nothing"
+        f" a peak rate of {RATE:g} where no other is said. Measured on {document['rows']} rows of {LENGTH} tokens of each text that nothing"
         " was trained on.",
         "Mean over the layers of the squared error of what attention gives over the square of what it should give,"
         " past the window:",
@@ -190,13 +190,14 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--texts", type=Path, required=True, help="folder that texts.py wrote")
     parser.add_argument("--work", type=Path, default=Path("out/transfer"), help="folder for what is kept")
     parser.add_argument("--tokens", type=int, default=65_536, help="tokens that each side is trained on")
+    parser.add_argument("--rates", type=float, nargs="*", default=[], help="further rates for the other side")
     parser.add_argument("--rows", type=int, default=8, help=f"rows of {LENGTH} tokens of each text")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--results", type=Path, default=HERE / "results")
     options = parser.parse_args(given)
     torch.set_num_threads(options.threads)
     steps = options.tokens // LENGTH
-    bench = Bench(options.work, options.texts, 4 * options.tokens, 0)
+    bench = Bench(options.work, options.texts, options.tokens, 0)
     rows = {name: held_out(bench, options.texts / file, options.rows) for name, file in TEXTS.items()}
     document: dict[str, Any] = {
         **machine_facts(),
@@ -230,14 +231,13 @@ def main(given: Sequence[str] | None = None) -> None:
     )
     groups = transfer.blocks[0].states[0].shape[1]
     note(document["memc"], groups * FEATURES * (size + 1), own, began)
-    for name, features in (
-        ("LoLCATs", FEATURES // 2),
-        ("LoLCATs, as much state", FEATURES * groups // heads // 2),
-    ):
-        began = time.process_time()
-        layers, modules = lolcats(bench.original, [b.objective.target for b in blocks], features)
-        learn(bench, layers, modules, steps)
-        note(name, heads * 2 * features * (size + 1), layers, began)
+    for rate in (RATE, *options.rates):
+        for name, features in (("LoLCATs", FEATURES // 2), ("LoLCATs, as much state", FEATURES * groups // heads // 2)):
+            began = time.process_time()
+            layers, modules = lolcats(bench.original, [b.objective.target for b in blocks], features)
+            learn(bench, layers, modules, steps, rate)
+            rated = name if rate == RATE else f"{name}, rate {rate:g}"
+            note(rated, heads * 2 * features * (size + 1), layers, began)
 
 
 def held_out(bench: Bench, path: Path, count: int) -> Tensor:
