@@ -173,8 +173,8 @@ def page(document: dict[str, Any]) -> str:
         f"{document['cpu']}, {document['threads']} thread; memc at {document['commit']}. Every layer, a window of"
         f" {WINDOW} and {SINKS} sinks, in theirs one of {WINDOW + SINKS}; {document['tokens']} tokens of five Austen"
         f" novels and of text sampled from the model, in sequences of {LENGTH}, one a step, the same for all sides, at"
-        f" a peak rate of {RATE:g} where no other is said. Measured on {document['rows']} rows of {LENGTH} tokens of each text that nothing"
-        " was trained on.",
+        f" a peak rate of {RATE:g} where no other is said. Measured on {document['rows']} rows of {LENGTH} tokens of"
+        " each text that nothing was trained on.",
         "Mean over the layers of the squared error of what attention gives over the square of what it should give,"
         " past the window:",
         grid(head, lines),
