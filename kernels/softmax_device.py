@@ -1,4 +1,4 @@
-"""Host code of the softmax kernels: what to launch for a prompt, for one token, and for gradients.
+"""Host code of the softmax kernels: what to launch for a prompt and for gradients.
 
 ``memc::attention`` and ``memc::window_memory`` differ in who reads whom (:class:`Rule`) and in how their state is held;
 the keys of either are a state and a call, each key with a position and the number of its sequence.
@@ -90,12 +90,12 @@ def attend(
     batch, heads, tokens, _ = query.shape
     out = query.new_empty(batch, heads, tokens, keys.value.shape[3])
     lse = query.new_empty(batch, heads, tokens, dtype=torch.float32)
-    cut = _tile("attention.prompt", query, keys.value)
-    sizes = _sizes(query, keys.key, keys.value)
+    cut = tile_of("attention.prompt", query, keys.value)
+    sizes = sizes_of(query, keys.key, keys.value)
     launch(
         Launch(
             "attention.prompt",
-            (_blocks(tokens, cut.sizes["block_queries"]), heads, batch),
+            (blocks_of(tokens, cut.sizes["block_queries"]), heads, batch),
             {
                 "out": out,
                 "lse": lse,
@@ -111,7 +111,7 @@ def attend(
             },
             {
                 **sizes,
-                **_options(rule, slopes, query),
+                **constants_of(rule, slopes, query),
                 "has_sink_logits": sink_logits is not None,
                 **cut.sizes,
             },
@@ -120,130 +120,6 @@ def attend(
         )
     )
     return out, lse
-
-
-@dataclass(frozen=True)
-class State:
-    """A state of S slots, contiguous: ``key [B,G,S,D]``, ``value [B,G,S,E]`` and ``positions [B,S]`` int64."""
-
-    key: Tensor
-    value: Tensor
-    positions: Tensor
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one token gives: ``out [B,H,1,E]``, ``lse [B,H,1]``, the next state and the token that left a ring."""
-
-    out: Tensor
-    lse: Tensor
-    following: State
-    left: State
-
-
-def attend_once(
-    query: Tensor,
-    token: State,
-    past: State,
-    slopes: Tensor | None,
-    sink_logits: Tensor | None,
-    rule: Rule,
-    *,
-    ring: bool = False,
-    in_place: bool = False,
-) -> Step:
-    """Attend with one ``token``, held as a state of one slot, and append it to ``past``.
-
-    With ``ring`` it takes its slot of a copy of ``past``; ``in_place`` it is written to slot p of ``past`` itself.
-    """
-    batch, heads, _, _ = query.shape
-    groups, slots = past.key.shape[1:3]
-    size, value_size = token.key.shape[3], token.value.shape[3]
-    cut = _tile("attention.step", query, token.value)
-    shares, share = splits(slots, batch * groups, cut.sizes["block_keys"], query.device)
-    # Which kernels there are must not depend on how much is held: only a ring's slots are known beforehand.
-    split = not ring or slots > SPLIT_ABOVE
-    if not split:
-        shares, share = 1, slots
-    length = slots if ring else slots + 1
-    following = past
-    if not in_place:
-        following = State(
-            token.key.new_empty(batch, groups, length, size),
-            token.value.new_empty(batch, groups, length, value_size),
-            token.positions.new_empty(batch, length),
-        )
-    left = State(*(x.new_empty(x.shape) for x in (token.key, token.value, token.positions))) if ring else token
-    out, lse = query.new_empty(batch, heads, 1, value_size), query.new_empty(batch, heads, 1, dtype=torch.float32)
-    parts, part_lse = out, lse
-    if split:
-        parts = query.new_empty(batch, heads, shares, value_size, dtype=torch.float32)
-        part_lse = query.new_empty(batch, heads, shares, dtype=torch.float32)
-    launch(
-        Launch(
-            "attention.step",
-            (shares, groups, batch),
-            {
-                "out": parts,
-                "lse": part_lse,
-                "next_key": following.key,
-                "next_value": following.value,
-                "next_positions": following.positions,
-                "left_key": left.key,
-                "left_value": left.value,
-                "left_positions": left.positions,
-                "query": query.contiguous(),
-                "key": token.key.contiguous(),
-                "value": token.value.contiguous(),
-                "positions": token.positions.contiguous(),
-                "past_key": past.key.contiguous(),
-                "past_value": past.value.contiguous(),
-                "past_positions": past.positions.contiguous(),
-                "slopes": query if slopes is None else slopes.contiguous(),
-                "sink_logits": query if sink_logits is None else sink_logits.contiguous(),
-                "past": slots,
-                "share": share,
-            },
-            {
-                **_sizes(query, token.key, token.value),
-                **_options(rule, slopes, query),
-                "has_sink_logits": sink_logits is not None,
-                "ring": ring,
-                "in_place": in_place,
-                "partial": split,
-                "block_rows": max(16, power_of_two(heads // groups)),
-                **cut.sizes,
-            },
-            cut.warps,
-            cut.stages,
-        )
-    )
-    if split:
-        merge(out, lse, parts, part_lse, token.positions)
-    return Step(out, lse, following, left)
-
-
-def merge(out: Tensor, lse: Tensor, parts: Tensor, part_lse: Tensor, positions: Tensor) -> None:
-    """Join shares ``parts [B,H,splits,E]`` with log-sum-exps to base 2 ``part_lse`` into ``out`` and ``lse``."""
-    batch, heads, shares, size = parts.shape
-    cut = tile("attention.merge", f"{size}", Tile({"block_splits": 16}, warps=4, stages=1), parts.device)
-    launch(
-        Launch(
-            "attention.merge",
-            (heads, batch, 1),
-            {
-                "out": out,
-                "lse": lse,
-                "parts": parts,
-                "part_lse": part_lse,
-                "positions": positions.contiguous(),
-                "splits": shares,
-            },
-            {"heads": heads, "value_size": size, "block_value": power_of_two(size), **cut.sizes},
-            cut.warps,
-            cut.stages,
-        )
-    )
 
 
 @dataclass(frozen=True)
@@ -293,11 +169,11 @@ def _query_gradient(
 ) -> tuple[Tensor, Tensor]:
     batch, heads, tokens, _ = query.shape
     grad_query, distances = query.new_empty(query.shape), lse.new_empty(lse.shape)
-    cut = _tile("attention.query_gradient", query, keys.value)
+    cut = tile_of("attention.query_gradient", query, keys.value)
     launch(
         Launch(
             "attention.query_gradient",
-            (_blocks(tokens, cut.sizes["block_queries"]), heads, batch),
+            (blocks_of(tokens, cut.sizes["block_queries"]), heads, batch),
             {
                 "grad_query": grad_query,
                 "distances": distances,
@@ -313,7 +189,7 @@ def _query_gradient(
                 "tokens": tokens,
                 "held": keys.positions.shape[1],
             },
-            {**_sizes(query, keys.key, keys.value), **_options(rule, slopes, query), **cut.sizes},
+            {**sizes_of(query, keys.key, keys.value), **constants_of(rule, slopes, query), **cut.sizes},
             cut.warps,
             cut.stages,
         )
@@ -334,8 +210,8 @@ def _key_gradient(
 ) -> tuple[Tensor, Tensor]:
     batch, groups, everything, _ = keys.key.shape
     grad_key, grad_value = keys.key.new_empty(keys.key.shape), keys.value.new_empty(keys.value.shape)
-    cut = _tile("attention.key_gradient", query, keys.value)
-    blocks = _blocks(everything, cut.sizes["block_keys"])
+    cut = tile_of("attention.key_gradient", query, keys.value)
+    blocks = blocks_of(everything, cut.sizes["block_keys"])
     intervals = keys.positions.new_empty(batch, blocks, 2)
     _bounds("attention.visitors", (blocks, batch, 1), intervals, keys, query.shape[2], rule, cut)
     launch(
@@ -359,7 +235,7 @@ def _key_gradient(
                 "tokens": query.shape[2],
                 "held": keys.positions.shape[1],
             },
-            {**_sizes(query, keys.key, keys.value), **_options(rule, slopes, query), **cut.sizes},
+            {**sizes_of(query, keys.key, keys.value), **constants_of(rule, slopes, query), **cut.sizes},
             cut.warps,
             cut.stages,
         )
@@ -370,7 +246,7 @@ def _key_gradient(
 def _visits(keys: Held, tokens: int, rule: Rule, cut: Tile) -> Tensor:
     """Return which blocks of keys each block of queries reads, ``[B, blocks of queries, 4]``."""
     batch = keys.positions.shape[0]
-    blocks = _blocks(tokens, cut.sizes["block_queries"])
+    blocks = blocks_of(tokens, cut.sizes["block_queries"])
     intervals = keys.positions.new_empty(batch, blocks, 4)
     _bounds("attention.visits", (blocks, batch, 1), intervals, keys, tokens, rule, cut)
     return intervals
@@ -396,23 +272,12 @@ def _bounds(
     )
 
 
-SPLIT_ABOVE = 512
-"""Slots of a ring above which its keys are split over programs."""
-
-
-def splits(keys: int, programs: int, block: int, device: torch.device) -> tuple[int, int]:
-    """Return over how many programs each group's keys are split, to fill the GPU twice, and the keys of each."""
-    blocks = max(1, _blocks(keys, block))
-    wanted = max(1, min(blocks, _blocks(2 * gpu_of(device).multiprocessors, programs)))
-    share = _blocks(blocks, wanted)
-    return _blocks(blocks, share), share * block
-
-
 def _reading(rule: Rule) -> dict[str, int]:
     return {"window": rule.window, "chunk": rule.chunk, "prefix": rule.prefix, "sinks": rule.sinks}
 
 
-def _options(rule: Rule, slopes: Tensor | None, query: Tensor) -> dict[str, int | float | bool | str]:
+def constants_of(rule: Rule, slopes: Tensor | None, query: Tensor) -> dict[str, int | float | bool | str]:
+    """Return the constants by which kernels make scores."""
     return {
         "scale": rule.scale,
         "softcap": rule.softcap,
@@ -422,7 +287,8 @@ def _options(rule: Rule, slopes: Tensor | None, query: Tensor) -> dict[str, int 
     }
 
 
-def _sizes(query: Tensor, key: Tensor, value: Tensor) -> dict[str, int]:
+def sizes_of(query: Tensor, key: Tensor, value: Tensor) -> dict[str, int]:
+    """Return the constants that say how large heads are and how many."""
     size, value_size = query.shape[3], value.shape[3]
     return {
         "heads": query.shape[1],
@@ -434,7 +300,8 @@ def _sizes(query: Tensor, key: Tensor, value: Tensor) -> dict[str, int]:
     }
 
 
-def _tile(kernel: str, query: Tensor, value: Tensor) -> Tile:
+def tile_of(kernel: str, query: Tensor, value: Tensor) -> Tile:
+    """Return how to cut a kernel for heads and types like these."""
     size = max(16, power_of_two(query.shape[3]), power_of_two(value.shape[3]))
     kind = str(query.dtype).removeprefix("torch.")
     return tile(
@@ -442,5 +309,6 @@ def _tile(kernel: str, query: Tensor, value: Tensor) -> Tile:
     )
 
 
-def _blocks(size: int, block: int) -> int:
+def blocks_of(size: int, block: int) -> int:
+    """Return how many blocks hold ``size``."""
     return -(-size // block)

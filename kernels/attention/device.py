@@ -9,17 +9,8 @@ from memc.dialect.attention import Attention
 from memc.kernels.attention.slots import write
 from memc.kernels.common import held_positions
 from memc.kernels.launch import DeviceKernels, Gpu
-from memc.kernels.softmax_device import (
-    Held,
-    Rule,
-    State,
-    attend,
-    attend_backward,
-    attend_once,
-    held,
-    refusal,
-    unordered,
-)
+from memc.kernels.softmax_device import Held, Rule, attend, attend_backward, held, refusal, unordered
+from memc.kernels.softmax_step import State, attend_once
 
 
 def refuses(gpu: Gpu, args: Attention) -> str:

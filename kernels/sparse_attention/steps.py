@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from memc.kernels.launch import Launch, Tile, launch, power_of_two, precision, tile
-from memc.kernels.softmax_device import merge, splits
+from memc.kernels.softmax_step import merge, splits
 from memc.kernels.sparse_attention.choose import Rule, enough, found
 
 Arguments = Mapping[str, Tensor | int]

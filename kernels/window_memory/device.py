@@ -8,15 +8,8 @@ from torch import Tensor
 from memc.dialect.window_memory import WindowMemory
 from memc.kernels.common import put, segments, take
 from memc.kernels.launch import DeviceKernels, Gpu
-from memc.kernels.softmax_device import (
-    Held,
-    Rule,
-    State,
-    attend,
-    attend_backward,
-    attend_once,
-    refusal,
-)
+from memc.kernels.softmax_device import Held, Rule, attend, attend_backward, refusal
+from memc.kernels.softmax_step import State, attend_once
 from memc.kernels.window_memory.layout import Layout, lay_out
 
 

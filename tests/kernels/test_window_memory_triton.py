@@ -93,7 +93,7 @@ def test_prompts_and_their_gradients_equal_the_reference(first: int, plain: bool
 def test_one_token_equals_the_reference(first: int, above: int) -> None:
     arguments = call(Shape(batch=3, groups=1, per_group=3, tokens=1, key_size=12, value_size=20, seed=1), first=first)
     arguments[3] = torch.tensor([[first], [-1], [0]])
-    with patch("memc.kernels.softmax_device.SPLIT_ABOVE", above):
+    with patch("memc.kernels.softmax_step.SPLIT_ABOVE", above):
         check(arguments, softcap=2.0)
 
 
