@@ -138,7 +138,7 @@ def test_what_nobody_reads_may_be_anything() -> None:
 @pytest.mark.usefixtures("cut_small")
 def test_sinks_that_are_far_away_are_reached_and_the_rest_is_not_visited() -> None:
     arguments = call(Shape(1, 1, 1, 100, 8, 8, seed=2), first=0, restart=0.0, plain=True)
-    from memc.kernels.attention import triton as kernels
+    from memc.kernels.attention.triton import forward as kernels
 
     visited = 0
     extend = kernels.extend
