@@ -65,8 +65,7 @@ class TvmRunner(SlotRunner):
         self.info = _read_info(path.parent / INFO)
         _check_machine(self.info, manifest, folder)
         self._ffi = load_runtime()
-        if threads is not None:
-            set_threads(threads)
+        set_threads(threads)
         try:
             self._machine = open_machine(path)
         except (RuntimeError, ValueError, AttributeError) as error:
