@@ -32,6 +32,7 @@ from page import grid, save
 from memc.backends.tvm.isa import isa_of
 from memc.backends.tvm.kernels import memory, window
 from memc.backends.tvm.kernels.common import SLOTS, Scores
+from memc.backends.tvm.kernels.dots import dot_linear
 from memc.backends.tvm.kernels.linear import BLOCK, linear, quantised_linear
 from memc.backends.tvm.kernels.memory_chunk import Memory
 from memc.backends.tvm.kernels.window_chunk import Ring
@@ -78,11 +79,13 @@ def product(weights: str, out: int, into: int, isa: Any) -> tuple[Any, list[Any]
         held = [random.standard_normal((tiles, into, tile.columns), np.float32)]
     else:
         bits = int(weights[3:])
-        function = quantised_linear(out, into, tile, bits=bits, bias=False)
+        function = (dot_linear if tile.dots else quantised_linear)(out, into, tile, bits=bits, bias=False)
         codes = random.integers(0, 127, (tiles, into * bits // 8, tile.columns), np.int8)
         zeros = np.zeros((tiles, blocks, tile.columns) if bits == 4 else (1,), np.uint8)
         scales = np.full((tiles, blocks, tile.columns), 1e-3, np.float32)
-        held = [codes.view(np.int8 if bits == 8 else np.uint8), scales, zeros]
+        if tile.dots:
+            codes = codes.reshape(tiles, -1, 4 * tile.columns).view(np.int32)
+        held = [codes if bits == 8 or tile.dots else codes.view(np.uint8), scales, zeros]
     module = tvm.IRModule({"product": function.with_attr("global_symbol", "product")})
     built = tvm.compile(module, target=tvm.target.Target(isa.options))["product"]
     return built, [tvm.runtime.tensor(array) for array in (*held, np.zeros(1, np.float32))]

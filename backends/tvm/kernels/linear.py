@@ -17,7 +17,7 @@ PANEL_ROWS = 16
 
 
 @T.inline
-def _store(y, acc, row, tile, rows, columns, out, bias, biased):
+def store(y, acc, row, tile, rows, columns, out, bias, biased):  # noqa: D103
     for i in T.unroll(rows):
         if biased:
             for j in T.serial(columns):
@@ -40,7 +40,7 @@ def _rows(x, w, y, b, source, index, row, rows, into, out, columns, biased):
         for i in T.unroll(rows):
             for j in T.vectorized(columns):
                 acc[i, j] = acc[i, j] + x[row + i, k] * w[source, k, j]
-    _store(y, acc, row, index, rows, columns, out, b, biased)
+    store(y, acc, row, index, rows, columns, out, b, biased)
 
 
 @T.inline
@@ -172,7 +172,7 @@ def quantised_linear(out: int, into: int, tile: Tile, *, bits: int, bias: bool) 
             read_block(scales, zeros, scale, shift, index, group)
             for k in T.serial(T.min(BLOCK, into - group * BLOCK) // step):
                 add(x, codes, scale, shift, acc, index, row, rows, group * (BLOCK // step) + k)
-        _store(y, acc, row, index, rows, columns, out, b, bias)
+        store(y, acc, row, index, rows, columns, out, b, bias)
 
     @T.inline
     def unpack(codes, scales, zeros, panel, index):
