@@ -2,7 +2,7 @@
 
     python benchmarks/compiled.py                      # everything, one thread
     python benchmarks/compiled.py --part products
-    python benchmarks/compiled.py --part models --models dense --contexts 64 2048 --name compiled-decode
+    python benchmarks/compiled.py --part models --only dense:int4 linear:int8 --contexts 64 2048
     python benchmarks/compiled.py --part prompts --before OUT   # OUT: what another commit lowered of --work/linear
 
 Artifacts are made under ``--work`` when they are missing. Writes ``results/NAME-DATE.json`` and ``.md``.
@@ -237,7 +237,7 @@ def run(*words: str) -> None:
 def models(work: Path, threads: int, chosen: Sequence[str], contexts: Sequence[int]) -> list[dict[str, Any]]:
     """Time prompts, each once, and steps after them, of both backends in turns."""
     rows = []
-    for model, weights in ((model, weights) for model in chosen for weights in WEIGHTS):
+    for model, weights in (one.split(":") for one in chosen):
         sides = {name: load(path, threads=threads) for name, path in artifacts(work, model, weights).items()}
         for context in contexts:
             drawn = [int(token) for token in np.random.default_rng(0).integers(0, 49152, context)]
@@ -327,7 +327,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="turns of prompts")
     parser.add_argument("--keep", type=Path, help="a page of results whose other parts are kept")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    pairs = [f"{model}:{weights}" for model in MODELS for weights in WEIGHTS]
+    parser.add_argument("--only", nargs="+", choices=pairs, default=pairs, help="of models")
     parser.add_argument("--contexts", nargs="+", type=int, default=CONTEXTS, help="of models, in tokens")
     parser.add_argument("--name", default="compiled", help="of the page, before its date")
     options = parser.parse_args()
@@ -341,7 +342,7 @@ def main() -> None:
     }
     parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "products": partial(products, options.threads),
-        "models": partial(models, options.work, options.threads, options.models, options.contexts),
+        "models": partial(models, options.work, options.threads, options.only, options.contexts),
         "layers": partial(layers, options.threads),
         "prompts": partial(prompts, options.work, options.threads, options.before, options.rounds),
     }
