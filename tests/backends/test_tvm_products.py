@@ -10,7 +10,7 @@ import torch
 import tvm
 
 from memc.backends.tvm.isa import Isa, Tile, isa_of
-from memc.backends.tvm.kernels.dots import dot_linear
+from memc.backends.tvm.kernels.dots import MANY, dot_linear
 from memc.backends.tvm.kernels.linear import PANEL_ROWS, quantised_linear
 from memc.backends.tvm.weights import Parameters
 from memc.quantise import BLOCK, quantise
@@ -19,7 +19,7 @@ from memc.target import get_target
 HOST = isa_of(get_target("cpu"))
 TILES = {"few": Tile(16, 4), "many": Tile(64, 4), "dots": Tile(64, 4, dots=True), "dots, few": Tile(16, 4, dots=True)}
 SHAPES = ((64, 32), (50, 64), (130, 72), (70, 2 * 17))
-ROWS = (1, 2, 3, PANEL_ROWS - 1, 2 * PANEL_ROWS + 3)
+ROWS = (1, 2, 3, PANEL_ROWS - 1, 2 * PANEL_ROWS + 3, MANY + 1)
 TOLERANCE = 5e-7
 """Of a sum, relative to the magnitudes of the weights, each times the largest activation of its block."""
 

@@ -13,7 +13,7 @@ from tvm.script import tirx as T
 
 from memc.backends.tvm.isa import Tile
 from memc.backends.tvm.kernels.common import Expression, PrimFunc, clear
-from memc.backends.tvm.kernels.linear import BLOCK, PANEL_ROWS, store
+from memc.backends.tvm.kernels.linear import BLOCK, multiply_tile, store
 
 LANES = 16
 """Sums of one instruction, each of four products."""
@@ -23,6 +23,9 @@ DIGITS = 3
 
 LARGEST = 127 << 16
 """The largest whole number of an activation: its digits are bytes with a sign."""
+
+MANY = 128
+"""Rows from which it is faster to make the values of a tile in float32 once: the digits of so many leave the caches."""
 
 SMALLEST = 1e-30
 """Activations of a block that are all nearer to zero share the step of this."""
@@ -85,7 +88,8 @@ def dot_linear(out: int, into: int, tile: Tile, *, bits: int, bias: bool) -> Pri
     """Make :func:`~memc.backends.tvm.kernels.linear.quantised_linear` by dot products of bytes.
 
     ``codes`` int32 ``[tiles, ceil(into / BLOCK) * bits, columns]`` hold, each, codes of one output: of 8 bits those of
-    4 inputs, 128 added; of 4 bits those of 8, the first four in the low halves of the bytes. Blocks are filled up.
+    4 inputs, 128 added; of 4 bits those of 8, the first four in the low halves of the bytes. Blocks are filled up. Of
+    many rows the values of a tile of outputs are made first, as there.
     """
     columns, tiles, blocks = tile.columns, -(-out // tile.columns), -(-into // BLOCK)
     halves = 8 // bits
@@ -98,6 +102,9 @@ def dot_linear(out: int, into: int, tile: Tile, *, bits: int, bias: bool) -> Pri
             return read
         shifted = T.shift_right(read, T.Broadcast(4 * half, LANES))
         return T.bitwise_and(shifted, T.Broadcast(T.int32(0x0F0F0F0F), LANES))
+
+    def zero(zeros: Expression, index: Expression, block: Expression, j: Expression) -> Expression:
+        return T.Cast("float32", T.Cast("int32", zeros[index, block, j])) if bits == 4 else T.float32(128)
 
     @T.inline
     def multiply(codes, digits, totals, index, block, row):
@@ -138,6 +145,24 @@ def dot_linear(out: int, into: int, tile: Tile, *, bits: int, bias: bool) -> Pri
                 ) * (scales[index, block, j] * steps[row, block])
         store(y, acc, row, index, 1, columns, out, b, bias)
 
+    @T.inline
+    def unpack(codes, scales, zeros, panel, index):
+        for block in T.serial(blocks):
+            for word in T.serial(bits):
+                for half in T.unroll(halves):
+                    for place in T.unroll(4):
+                        for j in T.vectorized(columns):
+                            panel[0, block * BLOCK + (word * halves + half) * 4 + place, j] = (
+                                T.Cast(
+                                    "float32",
+                                    T.bitwise_and(
+                                        T.shift_right(codes[index, block * bits + word, j], place * 8 + half * 4),
+                                        T.int32((1 << bits) - 1),
+                                    ),
+                                )
+                                - zero(zeros, index, block, j)
+                            ) * scales[index, block, j]
+
     @T.prim_func(private=True)
     def dot_linear_(x_: T.handle, codes_: T.handle, scales_: T.handle, zeros_: T.handle, b_: T.handle, y_: T.handle):
         T.func_attr({"tirx.noalias": True})
@@ -148,17 +173,19 @@ def dot_linear(out: int, into: int, tile: Tile, *, bits: int, bias: bool) -> Pri
         zeros = T.match_buffer(zeros_, (tiles, blocks, columns) if bits == 4 else (1,), "uint8")
         b = T.match_buffer(b_, (out if bias else 1,), "float32")
         y = T.match_buffer(y_, (m, out), "float32")
-        digits = T.alloc_buffer((m, DIGITS, blocks * BLOCK), "int8")
-        sums = T.alloc_buffer((m, DIGITS, blocks), "int32")
-        steps = T.alloc_buffer((m, blocks), "float32")
-        if m < PANEL_ROWS:
-            for row in T.serial(m):
-                _split(x, row, into, blocks, digits, sums, steps)
+        if m >= MANY:
+            for index in T.parallel(tiles):
+                panel = T.alloc_buffer((1, blocks * BLOCK, columns), "float32")
+                unpack(codes, scales, zeros, panel, index)
+                multiply_tile(x, panel, y, b, 0, index, m, into, out, tile, bias)
         else:
-            for row in T.parallel(m):
-                _split(x, row, into, blocks, digits, sums, steps)
-        for index in T.parallel(tiles):
+            digits = T.alloc_buffer((m, DIGITS, blocks * BLOCK), "int8")
+            sums = T.alloc_buffer((m, DIGITS, blocks), "int32")
+            steps = T.alloc_buffer((m, blocks), "float32")
             for row in T.serial(m):
-                product(codes, scales, zeros, digits, sums, steps, y, b, index, row)
+                _split(x, row, into, blocks, digits, sums, steps)
+            for index in T.parallel(tiles):
+                for row in T.serial(m):
+                    product(codes, scales, zeros, digits, sums, steps, y, b, index, row)
 
     return dot_linear_

@@ -44,7 +44,7 @@ def _rows(x, w, y, b, source, index, row, rows, into, out, columns, biased):
 
 
 @T.inline
-def _tile(x, w, y, b, source, index, m, into, out, tile, biased):
+def multiply_tile(x, w, y, b, source, index, m, into, out, tile, biased):  # noqa: D103
     # All rows of the outputs of tile ``index``, whose values lie in ``w[source]``.
     for group in T.serial(m // tile.rows):
         _rows(x, w, y, b, source, index, group * tile.rows, tile.rows, into, out, tile.columns, biased)
@@ -70,7 +70,7 @@ def linear(out: int, into: int, tile: Tile, *, bias: bool) -> PrimFunc:
         b = T.match_buffer(b_, (out if bias else 1,), "float32")
         y = T.match_buffer(y_, (m, out), "float32")
         for index in T.parallel(tiles):
-            _tile(x, w, y, b, index, index, m, into, out, tile, bias)
+            multiply_tile(x, w, y, b, index, index, m, into, out, tile, bias)
 
     return linear_
 
@@ -199,7 +199,7 @@ def quantised_linear(out: int, into: int, tile: Tile, *, bits: int, bias: bool) 
             if m >= PANEL_ROWS:
                 panel = T.alloc_buffer((1, into, columns), "float32")
                 unpack(codes, scales, zeros, panel, index)
-                _tile(x, panel, y, b, 0, index, m, into, out, tile, bias)
+                multiply_tile(x, panel, y, b, 0, index, m, into, out, tile, bias)
             else:
                 for group in T.serial(m // tile.rows):
                     block(x, codes, scales, zeros, y, b, index, group * tile.rows, tile.rows)
