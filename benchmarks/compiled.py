@@ -2,9 +2,10 @@
 
     python benchmarks/compiled.py                      # everything, one thread
     python benchmarks/compiled.py --part products
+    python benchmarks/compiled.py --part models --only dense:int4 linear:int8 --contexts 64 2048
     python benchmarks/compiled.py --part prompts --before OUT   # OUT: what another commit lowered of --work/linear
 
-Artifacts are made under ``--work`` when they are missing. Writes ``results/compiled-DATE.json`` and ``.md``.
+Artifacts are made under ``--work`` when they are missing. Writes ``results/NAME-DATE.json`` and ``.md``.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ from page import grid, save
 from memc.backends.tvm.isa import isa_of
 from memc.backends.tvm.kernels import memory, window
 from memc.backends.tvm.kernels.common import SLOTS, Scores
+from memc.backends.tvm.kernels.dots import dot_linear
 from memc.backends.tvm.kernels.linear import BLOCK, linear, quantised_linear
 from memc.backends.tvm.kernels.memory_chunk import Memory
 from memc.backends.tvm.kernels.window_chunk import Ring
 from memc.backends.tvm.library import set_threads
-from memc.bench import bench
 from memc.machine import cores, cpu_name
 from memc.runtime import load
 from memc.target import get_target
@@ -52,7 +53,11 @@ SHAPES = {
 }
 ROWS = (1, 8, 37, 128, 512)
 WEIGHTS = ("fp32", "int8", "int4")
-CONTEXTS = (64, 512, 2048)
+MODELS = {"dense": ["--recipe", "dense"], "linear": ["--pass", "linearize"]}
+CONTEXTS = (64, 2048, 8192)
+STEPS = 32
+"""Of one token, timed at each context."""
+
 LARGE = 1 << 24
 """Weights from which a product is not timed at the most rows: it takes seconds."""
 
@@ -78,18 +83,20 @@ def product(weights: str, out: int, into: int, isa: Any) -> tuple[Any, list[Any]
         held = [random.standard_normal((tiles, into, tile.columns), np.float32)]
     else:
         bits = int(weights[3:])
-        function = quantised_linear(out, into, tile, bits=bits, bias=False)
+        function = (dot_linear if tile.dots else quantised_linear)(out, into, tile, bits=bits, bias=False)
         codes = random.integers(0, 127, (tiles, into * bits // 8, tile.columns), np.int8)
         zeros = np.zeros((tiles, blocks, tile.columns) if bits == 4 else (1,), np.uint8)
         scales = np.full((tiles, blocks, tile.columns), 1e-3, np.float32)
-        held = [codes.view(np.int8 if bits == 8 else np.uint8), scales, zeros]
+        if tile.dots:
+            codes = codes.reshape(tiles, -1, 4 * tile.columns).view(np.int32)
+        held = [codes if bits == 8 or tile.dots else codes.view(np.uint8), scales, zeros]
     module = tvm.IRModule({"product": function.with_attr("global_symbol", "product")})
     built = tvm.compile(module, target=tvm.target.Target(isa.options))["product"]
     return built, [tvm.runtime.tensor(array) for array in (*held, np.zeros(1, np.float32))]
 
 
 def in_turns(sides: dict[str, Callable[[], Any]], rounds: int = ROUNDS) -> dict[str, dict[str, float]]:
-    """Time sides in turns: the median seconds of the wall and of the processor, and the least of the processor.
+    """Time sides in turns: the median seconds of the wall and of the processor, the least and most of the processor.
 
     Another process that has the core for a while adds to the wall alone.
     """
@@ -105,6 +112,7 @@ def in_turns(sides: dict[str, Callable[[], Any]], rounds: int = ROUNDS) -> dict[
             "wall": statistics.median(wall for wall, _ in times),
             "cpu": statistics.median(cpu for _, cpu in times),
             "least": min(cpu for _, cpu in times),
+            "most": max(cpu for _, cpu in times),
         }
         for name, times in found.items()
     }
@@ -182,13 +190,8 @@ def layers(threads: int) -> list[dict[str, Any]]:
 
 def prompts(work: Path, threads: int, before: Path | None, rounds: int) -> list[dict[str, Any]]:
     """Time prompts of a linearized SmolLM2 beside ONNX Runtime and, where given, an artifact of an older commit."""
-    context, first = max(PROMPTS) + 256, work / "linear"
-    common = ["--target", "cpu", "--context", str(context), "--threads", "1", "--no-color"]
-    if not first.exists():
-        run("convert", smollm2(), "-o", str(first), "--pass", "linearize", "--backend", "tvm", *common)
-    if not (work / "linear_onnx").exists():
-        run("lower", str(first), "-o", str(work / "linear_onnx"), "--backend", "onnx", *common)
-    folders = {"tvm": first, "onnx": work / "linear_onnx", **({"before": before} if before else {})}
+    pair = artifacts(work, "linear", "fp32")
+    folders = {**pair, **({"before": before} if before else {})}
     sessions = {name: load(folder, threads=threads) for name, folder in folders.items()}
     rows = []
     for tokens in PROMPTS:
@@ -212,19 +215,17 @@ def smollm2() -> str:
     return str(next(Path(spec.origin).parent.glob("*.gguf")))
 
 
-def artifacts(work: Path, context: int) -> dict[str, dict[str, Path]]:
-    """Make what is missing of SmolLM2 in every weight type by both backends."""
-    first = work / "dense"
-    common = ["--target", "cpu", "--context", str(context), "--threads", "1", "--no-color"]
+def artifacts(work: Path, model: str, weights: str) -> dict[str, Path]:
+    """Make what is missing of one form of SmolLM2 in a weight type by both backends."""
+    first = work / model
+    common = ["--target", "cpu", "--context", str(max(CONTEXTS) + 256), "--threads", "1", "--no-color"]
     if not first.exists():
-        run("convert", smollm2(), "-o", str(first), "--recipe", "dense", "--backend", "tvm", *common)
-    made: dict[str, dict[str, Path]] = {}
-    for weights in WEIGHTS:
-        for backend in ("tvm", "onnx"):
-            out = first if (backend, weights) == ("tvm", "fp32") else work / f"d_{backend}_{weights}"
-            if not out.exists():
-                run("lower", str(first), "-o", str(out), "--backend", backend, "--weights", weights, *common)
-            made.setdefault(weights, {})[backend] = out
+        run("convert", smollm2(), "-o", str(first), *MODELS[model], "--backend", "tvm", *common)
+    made: dict[str, Path] = {}
+    for backend in ("tvm", "onnx"):
+        made[backend] = first if (backend, weights) == ("tvm", "fp32") else work / f"{model}_{backend}_{weights}"
+        if not made[backend].exists():
+            run("lower", str(first), "-o", str(made[backend]), "--backend", backend, "--weights", weights, *common)
     return made
 
 
@@ -233,14 +234,22 @@ def run(*words: str) -> None:
     subprocess.run([sys.executable, "-m", "memc", *words], check=True, stdout=subprocess.DEVNULL)
 
 
-def models(work: Path, threads: int) -> list[dict[str, Any]]:
-    """Time prompts and steps of both backends, in turns."""
+def models(work: Path, threads: int, chosen: Sequence[str], contexts: Sequence[int]) -> list[dict[str, Any]]:
+    """Time prompts, each once, and steps after them, of both backends in turns."""
     rows = []
-    for weights, pair in artifacts(work, max(CONTEXTS) + 256).items():
-        sides = {backend: load(folder, threads=threads) for backend, folder in pair.items()}
-        found = bench(sides, CONTEXTS, threads=threads, steps=16)
-        rows += [{"weights": weights, **row.model_dump()} for row in found.rows]
-        print(*(row for row in rows if row["weights"] == weights), sep="\n", flush=True)
+    for model, weights in (one.split(":") for one in chosen):
+        sides = {name: load(path, threads=threads) for name, path in artifacts(work, model, weights).items()}
+        for context in contexts:
+            drawn = [int(token) for token in np.random.default_rng(0).integers(0, 49152, context)]
+            states = {name: side.new_state(1, context + STEPS + 1) for name, side in sides.items()}
+            began, seconds = time.process_time(), {}
+            for name, side in sides.items():
+                side.prefill(drawn, states[name])
+                began, seconds[name] = time.process_time(), time.process_time() - began
+            steps = {name: partial(side.step, drawn[:1], states[name]) for name, side in sides.items()}
+            times = in_turns(steps, STEPS)
+            rows.append({"model": model, "weights": weights, "context": context, "prompt": seconds, "times": times})
+            print(model, weights, context, {name: f"{1e3 * t['cpu']:.2f} ms" for name, t in times.items()}, flush=True)
     return rows
 
 
@@ -262,18 +271,15 @@ def page(document: dict[str, Any]) -> str:
         ]
     if document["models"]:
         lines = [
-            [
-                r["weights"],
-                str(r["context"]),
-                {"a": "tvm", "b": "onnx"}.get(r["side"], r["side"]),
-                f"{r['prefill_tokens_per_s']:.0f}",
-                f"{r['decode_ms_median']:.1f}",
-                f"{r['cpu_ms_median']:.1f}",
-            ]
+            [r["model"], r["weights"], str(r["context"]), *(cell for side in ("tvm", "onnx") for cell in step(r, side))]
             for r in document["models"]
         ]
-        head = ["weights", "context", "backend", "prompt tokens/s", "ms a step", "CPU ms a step"]
-        parts += ["## SmolLM2-135M, the model as it is, beside ONNX Runtime", grid(head, lines)]
+        head = ["model", "weights", "context"]
+        for side in ("tvm", "onnx"):
+            head += [f"{side}: CPU ms a step (least, most)", "wall ms", "CPU ms a prompt's token"]
+        head += ["onnx / tvm"]
+        lines = [[*line, f"{compared(r):.2f}"] for line, r in zip(lines, document["models"], strict=True)]
+        parts += ["## SmolLM2-135M beside ONNX Runtime, as it is and linearized: medians", grid(head, lines)]
     if document["layers"]:
         lines = [[r["op"], str(r["tokens"]), *compare(r, ("steps", "chunks"), 1e6)] for r in document["layers"]]
         head = ["op", "tokens", "each on its own", "by chunks"]
@@ -292,6 +298,19 @@ def compare(row: dict[str, Any], sides: Sequence[str], unit: float) -> list[str]
     return [f"{times[0]:.3g}", *(f"{time:.3g} ({times[0] / time:.2f})" for time in times[1:])]
 
 
+def step(row: dict[str, Any], side: str) -> list[str]:
+    """Return what a step took of the processor, with its least and most, and of the wall; and a token of the prompt."""
+    cpu, least, most, wall = (1e3 * row["times"][side][name] for name in ("cpu", "least", "most", "wall"))
+    prompted = 1e3 * row["prompt"][side] / row["context"]
+    return [f"{cpu:.2f} ({least:.2f}, {most:.2f})", f"{wall:.2f}", f"{prompted:.2f}"]
+
+
+def compared(row: dict[str, Any]) -> float:
+    """Return how many times as fast a step of tvm is as one of onnx, by their medians of CPU time."""
+    ratio: float = row["times"]["onnx"]["cpu"] / row["times"]["tvm"]["cpu"]
+    return ratio
+
+
 def rate(row: dict[str, Any], side: str) -> str:
     """Return operations a second by the fastest turn, and how many times torch's that is."""
     seconds = row["times"][side]["least"]
@@ -308,6 +327,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="turns of prompts")
     parser.add_argument("--keep", type=Path, help="a page of results whose other parts are kept")
     parser.add_argument("--threads", type=int, default=1)
+    pairs = [f"{model}:{weights}" for model in MODELS for weights in WEIGHTS]
+    parser.add_argument("--only", nargs="+", choices=pairs, default=pairs, help="of models")
+    parser.add_argument("--contexts", nargs="+", type=int, default=CONTEXTS, help="of models, in tokens")
+    parser.add_argument("--name", default="compiled", help="of the page, before its date")
     options = parser.parse_args()
     git = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
     document: dict[str, Any] = {
@@ -319,7 +342,7 @@ def main() -> None:
     }
     parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "products": partial(products, options.threads),
-        "models": partial(models, options.work, options.threads),
+        "models": partial(models, options.work, options.threads, options.only, options.contexts),
         "layers": partial(layers, options.threads),
         "prompts": partial(prompts, options.work, options.threads, options.before, options.rounds),
     }
@@ -327,7 +350,7 @@ def main() -> None:
     document["rounds"] = options.rounds if options.part in ("prompts", "all") else kept.get("rounds", 0)
     for part, measure in parts.items():
         document[part] = measure() if options.part in (part, "all") else kept.get(part, [])
-    results = HERE / "results" / f"compiled-{datetime.datetime.now(datetime.UTC).date()}.json"
+    results = HERE / "results" / f"{options.name}-{datetime.datetime.now(datetime.UTC).date()}.json"
     save(results, document, page)
     print(results.with_suffix(".md"))
 

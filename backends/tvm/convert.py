@@ -16,6 +16,7 @@ from memc.backends.tvm.isa import Tile
 from memc.backends.tvm.kernels.attention import Range, attention, full_attention
 from memc.backends.tvm.kernels.bank import bank_ffn
 from memc.backends.tvm.kernels.common import SLOTS, PrimFunc, Scores, exp
+from memc.backends.tvm.kernels.dots import dot_linear
 from memc.backends.tvm.kernels.linear import head_linear, linear, quantised_linear
 from memc.backends.tvm.kernels.memory import linear_memory
 from memc.backends.tvm.kernels.memory_chunk import Memory
@@ -86,7 +87,8 @@ class Converters:
         else:
             bits = 4 if len(stored) == 3 else 8
             options = {"bits": bits, "bias": bias is not None}
-            made = self._function(importer, quantised_linear, out, into, self._tile, **options)
+            quantised = dot_linear if self._tile.dots else quantised_linear
+            made = self._function(importer, quantised, out, into, self._tile, **options)
             stored += [_nothing(importer, "uint8", 1)] if bits == 8 else []
         y = _call(importer, made, [rows, *stored, _or_nothing(importer, bias)], [_size(rows, 0), out])
         return _reshape(importer, y, [*_shape(x)[:-1], out])

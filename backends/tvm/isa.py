@@ -15,10 +15,14 @@ HOST = "x86_64"
 
 @dataclass(frozen=True)
 class Tile:
-    """Outputs and rows of a product that stay in registers: ``columns`` is a multiple of the vector's width."""
+    """Outputs and rows of a product that stay in registers: ``columns`` is a multiple of the vector's width.
+
+    With ``dots`` the processor adds products of bytes four at a time, for which quantised weights lie in other tiles.
+    """
 
     columns: int
     rows: int
+    dots: bool = False
 
 
 def columns_of(out: int, tile: Tile) -> int:
@@ -76,12 +80,16 @@ def _cross(triple: str, machine: str, tile: Tile, *features: str) -> Isa:
 
 
 def _host() -> Isa:
-    from tvm.target.codegen import llvm_get_system_cpu
+    from tvm.target import Target as TvmTarget
+    from tvm.target.codegen import llvm_cpu_has_features, llvm_get_system_cpu
 
     flags = processor_flags()
-    tile = Tile(64, 4) if "avx512f" in flags else Tile(16, 6) if "avx2" in flags else Tile(16, 4)
     # Not "native", for which TVM quietly takes the oldest processor there is.
-    return Isa(platform.machine(), {"kind": "llvm", "mcpu": str(llvm_get_system_cpu())}, tile, flags & EXTENSIONS)
+    options = {"kind": "llvm", "mcpu": str(llvm_get_system_cpu())}
+    # A virtual machine may hide what the processor of that name has, and LLVM may not know the processor's name.
+    dots = "avx512_vnni" in flags and bool(llvm_cpu_has_features("avx512vnni", TvmTarget(options)))
+    tile = Tile(64, 4, dots) if "avx512f" in flags else Tile(16, 6) if "avx2" in flags else Tile(16, 4)
+    return Isa(platform.machine(), options, tile, flags & EXTENSIONS)
 
 
 _MAKERS: dict[str, Callable[[], Isa]] = {

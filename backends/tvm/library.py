@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from memc.errors import MemcError
+from memc.machine import cores
 
 REQUIRED = {"apache-tvm": "0.27.0.post1", "apache-tvm-ffi": "0.1.14.post1"}
 """Versions that work together: with a newer apache-tvm-ffi the compiler crashes when it writes a module down."""
@@ -107,6 +108,13 @@ def open_machine(path: Path) -> Any:
     return machine
 
 
-def set_threads(count: int) -> None:
-    """Let functions run on ``count`` threads."""
-    load_runtime().get_global_func("runtime.config_threadpool")(1, count)
+def set_threads(count: int | None) -> None:
+    """Let functions run on ``count`` threads, None: as many as the runtime chooses; later calls may ask for others."""
+    runtime = load_runtime()
+    if count is None:
+        count = int(runtime.get_global_func("runtime.NumThreads")())
+    configure = runtime.get_global_func("runtime.config_threadpool")
+    for used in (max(count, cores()), count):  # the first to come decides how many threads there can be
+        # As many names of processors, which nothing is tied to: without them every loop asks the system how many it
+        # has, by reading files, for as long as a small product takes.
+        configure(1, used, [str(processor) for processor in range(used)])

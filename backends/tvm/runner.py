@@ -65,8 +65,7 @@ class TvmRunner(SlotRunner):
         self.info = _read_info(path.parent / INFO)
         _check_machine(self.info, manifest, folder)
         self._ffi = load_runtime()
-        if threads is not None:
-            set_threads(threads)
+        set_threads(threads)
         try:
             self._machine = open_machine(path)
         except (RuntimeError, ValueError, AttributeError) as error:
@@ -146,12 +145,16 @@ def _check_machine(info: LibraryInfo, manifest: Manifest, folder: Path) -> None:
 
 
 def _read(path: Path, names: list[str]) -> list[Array]:
+    """Read parameters into one piece of memory: the system gives pages of megabytes to no smaller ones."""
     try:
         with safe_open(path, framework="np") as file:
+            memory, end = _aligned((path.stat().st_size + ALIGNMENT * len(names),), np.uint8), 0
             read = []
             for name in names:
                 values = file.get_tensor(name)
-                read.append(_copied(values, str(values.dtype)))
+                start, end = end, end + -(-values.nbytes // ALIGNMENT) * ALIGNMENT
+                read.append(memory[start : start + values.nbytes].view(values.dtype).reshape(values.shape))
+                read[-1][...] = values
             return read
     except (SafetensorError, OSError) as error:
         raise MemcError("E309", f"parameter file does not read: {error}", str(path), "convert again") from error

@@ -28,11 +28,15 @@ class Parameter:
 
 @dataclass(frozen=True)
 class _Matrix:
-    """A weight ``[out, in]`` that is stored in tiles of ``columns`` outputs; ``turned`` ones lie ``[in, out]``."""
+    """A weight ``[out, in]`` that is stored in tiles of ``columns`` outputs; ``turned`` ones lie ``[in, out]``.
+
+    With ``dots`` the codes of a quantised one are stored as :func:`~.kernels.dots.dot_linear` reads them.
+    """
 
     tensor: Tensor
     turned: bool
     columns: int
+    dots: bool = False
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -65,10 +69,20 @@ class _Matrix:
             return self.tiled(torch.from_numpy(found.scales))
         if part == "zeros":
             return self.tiled(torch.from_numpy(found.zero_steps()))
+        if self.dots:
+            return self.tiled(_words(torch.from_numpy(found.code_steps()), bits))
         codes = torch.from_numpy(found.code_steps()[:, : self.sizes[1]].copy())
         if bits == 8:
             return self.tiled((codes.to(torch.int16) - 128).to(torch.int8))
         return self.tiled(codes[:, 0::2] | (codes[:, 1::2] << 4))
+
+
+def _words(codes: Tensor, bits: int) -> Tensor:
+    """Put codes ``[out, inputs]``, one to a byte, together in int32: 4 of 8 bits; 8 of 4 bits, 4 in the low halves."""
+    if bits == 4:
+        low, high = codes.reshape(len(codes), -1, 2, 4).unbind(2)
+        codes = (low | (high << 4)).reshape(len(codes), -1)
+    return codes.contiguous().view(torch.int32)
 
 
 @dataclass
@@ -111,7 +125,7 @@ class Parameters(Mapping[str, Parameter]):
 
         Returns one parameter of a float32 matrix; codes and scales, and of 4 bits zeros, of a quantised one.
         """
-        matrix = _Matrix(weight, turned, self.tile.columns)
+        matrix = _Matrix(weight, turned, self.tile.columns, self.tile.dots)
         out, into = matrix.sizes
         name = f"{source}.turned" if turned else source
         if self.kind in BITS and out * NARROW >= into:
@@ -139,12 +153,14 @@ class Parameters(Mapping[str, Parameter]):
     def _add_quantised(self, name: str, matrix: _Matrix, bits: int) -> list[Parameter]:
         self._quantised.add(name)
         into = matrix.sizes[1]
+        blocks = -(-into // BLOCK)
+        codes = (torch.int8 if bits == 8 else torch.uint8, into * bits // 8)
         parts = {
-            "codes": (torch.int8 if bits == 8 else torch.uint8, into * bits // 8),
-            "scales": (torch.float32, -(-into // BLOCK)),
+            "codes": (torch.int32, blocks * bits) if matrix.dots else codes,
+            "scales": (torch.float32, blocks),
         }
         if bits == 4:
-            parts["zeros"] = (torch.uint8, -(-into // BLOCK))
+            parts["zeros"] = (torch.uint8, blocks)
         return [
             self._add(f"{name}.{part}", dtype, matrix.shape(inputs), partial(matrix.quantised, part, bits))
             for part, (dtype, inputs) in parts.items()

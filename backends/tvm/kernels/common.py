@@ -119,8 +119,11 @@ def add_values(rows, keys, first, count, scores, part, acc, start, width, blocks
 def softmax_rows(rows, keys, low, high, tiles, s, top, total, acc):  # noqa: D103
     # Online softmax (Milakov and Gimelshein 2018) of ``rows`` rows over slots ``low`` to ``high``, into ``top [rows]``,
     # ``total [rows]`` and ``acc [rows, value_dim]``; keys beyond the last of ``tiles`` tiles are read from the last.
+    # Few rows take two tiles abreast: sums of one would wait for each other.
     scores = T.alloc_buffer((rows, KEYS), "float32", scope="local")
-    product = T.alloc_buffer((rows, SLOTS), "float32", scope="local")
+    abreast = T.meta_var(2 if rows <= 4 else 1)
+    product = T.alloc_buffer((abreast * rows, SLOTS), "float32", scope="local")
+    lanes = T.alloc_buffer((SLOTS,), "float32", scope="local")
     part = T.alloc_buffer((rows, 32), "float32", scope="local")
     new = T.alloc_buffer((1,), "float32", scope="local")
     shrink = T.alloc_buffer((1,), "float32", scope="local")
@@ -131,34 +134,43 @@ def softmax_rows(rows, keys, low, high, tiles, s, top, total, acc):  # noqa: D10
             acc[i, e] = T.float32(0)
     for step in T.serial(T.ceildiv(high, T.int64(KEYS)) - low // KEYS):
         first = (low // KEYS + step) * KEYS
-        for tile in T.serial(KEYS // SLOTS):
-            for i in T.unroll(rows):
-                for j in T.vectorized(SLOTS):
-                    product[i, j] = T.float32(0)
-            for d in T.serial(s.key_dim):
+        for pair in T.serial(KEYS // SLOTS // abreast):
+            for half in T.unroll(abreast):
                 for i in T.unroll(rows):
                     for j in T.vectorized(SLOTS):
-                        product[i, j] = product[i, j] + keys.query(i, d) * keys.key(
-                            T.min(first // SLOTS + tile, tiles - 1), d, j
-                        )
-            for i in T.serial(rows):
+                        product[half * rows + i, j] = T.float32(0)
+            for d in T.serial(s.key_dim):
+                for half in T.unroll(abreast):
+                    for i in T.unroll(rows):
+                        for j in T.vectorized(SLOTS):
+                            product[half * rows + i, j] = product[half * rows + i, j] + keys.query(i, d) * keys.key(
+                                T.min(first // SLOTS + pair * abreast + half, tiles - 1), d, j
+                            )
+            for row in T.serial(abreast * rows):
+                tile = pair * abreast + row // rows
+                i = row % rows
                 for j in T.vectorized(SLOTS):
-                    product[i, j] = product[i, j] * T.float32(s.scale)
+                    product[row, j] = product[row, j] * T.float32(s.scale)
                 if s.softcap > 0:
                     for j in T.vectorized(SLOTS):
-                        product[i, j] = tanh(product[i, j] / T.float32(s.softcap)) * T.float32(s.softcap)
+                        product[row, j] = tanh(product[row, j] / T.float32(s.softcap)) * T.float32(s.softcap)
                 if keys.bias is not None:
                     for j in T.serial(SLOTS):
                         if first + tile * SLOTS + j < high:
-                            product[i, j] = product[i, j] + keys.bias(i, first + tile * SLOTS + j)
-                for j in T.serial(SLOTS):
-                    scores[i, tile * SLOTS + j] = T.if_then_else(
-                        keys.allowed(i, first + tile * SLOTS + j), product[i, j], T.float32(LOWEST)
+                            product[row, j] = product[row, j] + keys.bias(i, first + tile * SLOTS + j)
+                for j in T.vectorized(SLOTS):
+                    scores[i, tile * SLOTS + j] = T.Select(
+                        keys.allowed(i, first + tile * SLOTS + j), product[row, j], T.float32(LOWEST)
                     )
         for i in T.serial(rows):
+            for j in T.vectorized(SLOTS):
+                lanes[j] = top[i]
+            for tile in T.unroll(KEYS // SLOTS):
+                for j in T.vectorized(SLOTS):
+                    lanes[j] = T.max(lanes[j], scores[i, tile * SLOTS + j])
             new[0] = top[i]
-            for j in T.serial(KEYS):
-                new[0] = T.max(new[0], scores[i, j])
+            for j in T.serial(SLOTS):
+                new[0] = T.max(new[0], lanes[j])
             shrink[0] = exp(top[i] - new[0])
             total[i] = total[i] * shrink[0]
             top[i] = new[0]
@@ -166,8 +178,13 @@ def softmax_rows(rows, keys, low, high, tiles, s, top, total, acc):  # noqa: D10
                 scores[i, j] = T.Select(
                     scores[i, j] > T.float32(0.5 * LOWEST), exp(scores[i, j] - new[0]), T.float32(0)
                 )
-            for j in T.serial(KEYS):
-                total[i] = total[i] + scores[i, j]
+            for j in T.vectorized(SLOTS):
+                lanes[j] = T.float32(0)
+            for tile in T.unroll(KEYS // SLOTS):
+                for j in T.vectorized(SLOTS):
+                    lanes[j] = lanes[j] + scores[i, tile * SLOTS + j]
+            for j in T.serial(SLOTS):
+                total[i] = total[i] + lanes[j]
             for e in T.serial(s.value_dim):
                 acc[i, e] = acc[i, e] * shrink[0]
         held = T.min(high - first, T.int64(KEYS))

@@ -17,7 +17,7 @@ PANEL_ROWS = 16
 
 
 @T.inline
-def _store(y, acc, row, tile, rows, columns, out, bias, biased):
+def store(y, acc, row, tile, rows, columns, out, bias, biased):  # noqa: D103
     for i in T.unroll(rows):
         if biased:
             for j in T.serial(columns):
@@ -40,11 +40,11 @@ def _rows(x, w, y, b, source, index, row, rows, into, out, columns, biased):
         for i in T.unroll(rows):
             for j in T.vectorized(columns):
                 acc[i, j] = acc[i, j] + x[row + i, k] * w[source, k, j]
-    _store(y, acc, row, index, rows, columns, out, b, biased)
+    store(y, acc, row, index, rows, columns, out, b, biased)
 
 
 @T.inline
-def _tile(x, w, y, b, source, index, m, into, out, tile, biased):
+def multiply_tile(x, w, y, b, source, index, m, into, out, tile, biased):  # noqa: D103
     # All rows of the outputs of tile ``index``, whose values lie in ``w[source]``.
     for group in T.serial(m // tile.rows):
         _rows(x, w, y, b, source, index, group * tile.rows, tile.rows, into, out, tile.columns, biased)
@@ -70,7 +70,7 @@ def linear(out: int, into: int, tile: Tile, *, bias: bool) -> PrimFunc:
         b = T.match_buffer(b_, (out if bias else 1,), "float32")
         y = T.match_buffer(y_, (m, out), "float32")
         for index in T.parallel(tiles):
-            _tile(x, w, y, b, index, index, m, into, out, tile, bias)
+            multiply_tile(x, w, y, b, index, index, m, into, out, tile, bias)
 
     return linear_
 
@@ -172,7 +172,7 @@ def quantised_linear(out: int, into: int, tile: Tile, *, bits: int, bias: bool) 
             read_block(scales, zeros, scale, shift, index, group)
             for k in T.serial(T.min(BLOCK, into - group * BLOCK) // step):
                 add(x, codes, scale, shift, acc, index, row, rows, group * (BLOCK // step) + k)
-        _store(y, acc, row, index, rows, columns, out, b, bias)
+        store(y, acc, row, index, rows, columns, out, b, bias)
 
     @T.inline
     def unpack(codes, scales, zeros, panel, index):
@@ -199,7 +199,7 @@ def quantised_linear(out: int, into: int, tile: Tile, *, bits: int, bias: bool) 
             if m >= PANEL_ROWS:
                 panel = T.alloc_buffer((1, into, columns), "float32")
                 unpack(codes, scales, zeros, panel, index)
-                _tile(x, panel, y, b, 0, index, m, into, out, tile, bias)
+                multiply_tile(x, panel, y, b, 0, index, m, into, out, tile, bias)
             else:
                 for group in T.serial(m // tile.rows):
                     block(x, codes, scales, zeros, y, b, index, group * tile.rows, tile.rows)
