@@ -88,7 +88,7 @@ def test_a_block_that_is_computed_is_cut_within_the_file(tmp_path: Path) -> None
     block = b.fetch("bank_0", "B", 3, 6, 24)
     halved = b.call(torch.ops.aten.mul.Scalar, block, 0.5)
     x = b.embed(24)
-    made = [b.call(torch.ops.memc.bank_ffn.default, x, each, "silu") for each in (halved, block)]
+    made = [b.call(torch.ops.memc.bank_ffn.default, x, each, activation="silu") for each in (halved, block)]
     program = b.finish(b.linear(b.call(torch.ops.aten.add.Tensor, *made), "logits", ops.VOCAB, 24))
     runner = build(program, tmp_path)
     (port,) = (port for port in runner.manifest.inputs if port.role == "fetched")
