@@ -14,6 +14,7 @@ from memc.backends.tvm.isa import Tile, isa_of
 from memc.backends.tvm.kernels import memory_chunk
 from memc.backends.tvm.kernels.memory import SHORT, linear_memory
 from memc.backends.tvm.kernels.memory_chunk import CHUNK, Memory
+from memc.dialect.linear_memory import LinearMemory
 from memc.kernels.linear_memory.op import prepare
 from memc.kernels.linear_memory.reference import loop
 from memc.target import get_target
@@ -72,7 +73,8 @@ def reference(m: Memory, given: dict[str, torch.Tensor], positions: torch.Tensor
     """Go token by token in float64."""
     wide = {name: value.double() for name, value in given.items()}
     tensors = [wide[name] for name in ("query", "key", "value", "decay")]
-    call = prepare(*tensors, positions, wide["state"], wide["beta"] if m.delta else None)
+    beta, update = (wide["beta"], "gated_delta") if m.delta else (None, "gated")
+    call = prepare(LinearMemory(*tensors, positions, wide["state"], beta, update=update))
     out, state = loop(call.query, call.key, call.value, call.gate, call.state, call.beta)
     return out.flatten(1, 2), state
 

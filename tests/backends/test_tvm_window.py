@@ -16,6 +16,7 @@ from memc.backends.tvm.kernels.common import SLOTS, Scores
 from memc.backends.tvm.kernels.memory_chunk import CHUNK
 from memc.backends.tvm.kernels.window import window_memory
 from memc.backends.tvm.kernels.window_chunk import LEAST, Ring
+from memc.dialect.window_memory import WindowMemory
 from memc.kernels.window_memory.reference import forward
 from memc.target import get_target
 from tests.backends.runs import span
@@ -78,7 +79,8 @@ def reference(s: Scores, r: Ring, qkv: list[torch.Tensor], positions: torch.Tens
     empty = torch.full((batch, r.slots), -1)
     added = [None if x is None else x.double() for x in extras(s)]
     options: dict[str, Any] = {"scale": s.scale, "window": r.window, "sinks": r.sinks, "softcap": s.softcap}
-    return list(forward(*(x.double() for x in qkv), positions, *held, empty, *added, **options)[:4])
+    args = WindowMemory(*(x.double() for x in qkv), positions, *held, empty, *added, **options)
+    return list(forward(args)[:4])
 
 
 def difference(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
