@@ -73,16 +73,16 @@ class Bench:
         )
         data = training_data(self.recipe, self.original, work, self.console)
         self.trainer: Trainer = make_trainer(self.recipe, data, self.original, self.console)
-        self.held_out = {name: self._rows(texts / file, ROWS[name]) for name, file in HELD_OUT.items()}
+        self.held_out = {name: self.rows(texts / file, ROWS[name], max(LENGTHS)) for name, file in HELD_OUT.items()}
         self.seconds: dict[str, float] = {}
         self.cpu: dict[str, float] = {}
 
-    def _rows(self, path: Path, count: int) -> torch.Tensor:
-        """Return ``count`` rows spread evenly over the last tenth of a text."""
+    def rows(self, path: Path, count: int, length: int) -> torch.Tensor:
+        """Return ``count`` rows of ``length`` tokens spread evenly over the last tenth of a text."""
         ids = tokenize([path], Text(self.work).tokenizer)
         ids = ids[len(ids) * 9 // 10 :]
-        starts = np.linspace(0, len(ids) - max(LENGTHS), count).astype(int)
-        return torch.from_numpy(np.stack([ids[start : start + max(LENGTHS)] for start in starts]))
+        starts = np.linspace(0, len(ids) - length, count).astype(int)
+        return torch.from_numpy(np.stack([ids[start : start + length] for start in starts]))
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:

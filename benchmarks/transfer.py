@@ -26,22 +26,19 @@ from typing import Any
 import numpy as np
 import torch
 from cpu import facts as machine_facts
-from linearize import Bench
+from linearize import HELD_OUT, Bench
 from page import grid, save
 from torch import Tensor, nn
 
-from memc.data import tokenize
 from memc.dialect import arguments
 from memc.objective import Values, relative_error
 from memc.pipeline import parse_spec
 from memc.program import Program
-from memc.runtime.text import Text
 from memc.train.blocks import Teacher
 from memc.train.loop import Checkpoints, Schedule, optimiser, step_optimiser
 from memc.train.transfer import Transfer
 
 HERE = Path(__file__).parent
-TEXTS = {"Austen": "austen-northanger-abbey.txt", "Jargon File": "jargon.txt"}
 WINDOW, SINKS, FEATURES, LENGTH, RATE = 64, 4, 128, 512, 1e-2
 INITIAL = 8
 """Sequences that memc sets first values from."""
@@ -147,7 +144,7 @@ def errors(bench: Bench, layers: Sequence[Layer], rows: Tensor) -> list[float]:
 
 def page(document: dict[str, Any]) -> str:
     """Write the page of a run."""
-    sides, texts = document["sides"], list(TEXTS)
+    sides, texts = document["sides"], list(HELD_OUT)
     base = document["sides"][document["memc"]]
 
     def mean(side: dict[str, Any], text: str) -> float:
@@ -198,7 +195,7 @@ def main(given: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     steps = options.tokens // LENGTH
     bench = Bench(options.work, options.texts, options.tokens, 0)
-    rows = {name: held_out(bench, options.texts / file, options.rows) for name, file in TEXTS.items()}
+    rows = {name: bench.rows(options.texts / file, options.rows, LENGTH) for name, file in HELD_OUT.items()}
     document: dict[str, Any] = {
         **machine_facts(),
         "threads": options.threads,
@@ -238,14 +235,6 @@ def main(given: Sequence[str] | None = None) -> None:
             learn(bench, layers, modules, steps, rate)
             rated = name if rate == RATE else f"{name}, rate {rate:g}"
             note(rated, heads * 2 * features * (size + 1), layers, began)
-
-
-def held_out(bench: Bench, path: Path, count: int) -> Tensor:
-    """Return rows spread evenly over the last tenth of a text."""
-    ids = tokenize([path], Text(bench.work).tokenizer)
-    ids = ids[len(ids) * 9 // 10 :]
-    starts = np.linspace(0, len(ids) - LENGTH, count).astype(int)
-    return torch.from_numpy(np.stack([ids[start : start + LENGTH] for start in starts]))
 
 
 if __name__ == "__main__":
