@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 from torch.nn import functional
 
 from memc.bank.layout import BankShape, Cluster
@@ -24,6 +26,8 @@ from memc.raising import raise_program
 from memc.runtime.text import Text
 from memc.target import get_target
 from memc.train.blocks import Teacher
+from memc.train.device import CPU, lent
+from memc.train.products import Rounded, narrowed
 from memc.weights import materialize
 
 MEASURED = 4
@@ -32,11 +36,16 @@ MEASURED = 4
 
 @dataclass(frozen=True)
 class Learner:
-    """A model with inputs for a bank's blocks; ``text`` is its tokenizer."""
+    """A model with inputs for a bank's blocks; ``text`` is its tokenizer.
+
+    ``module`` computes its losses, on ``device``: that of the program itself, or one that is there for training.
+    """
 
     program: Program
     shape: BankShape
     text: Text
+    module: GraphModule | None = None
+    device: torch.device = CPU
 
     @classmethod
     def load(cls, model: str, manifest: BankManifest, *, remote_code: bool = False) -> Learner:
@@ -54,6 +63,13 @@ class Learner:
         if captured.weights is not None:
             program = materialize(program, captured.weights)
         return cls(with_bank(raise_program(program).program, manifest.shape), manifest.shape, Text(Path(file).parent))
+
+    @contextmanager
+    def learning(self, device: torch.device, products: torch.dtype | None) -> Iterator[Learner]:
+        """Yield the same model on ``device``, its products with the model's weights in the type of ``products``."""
+        with lent(device, self.program):
+            rounded = Rounded(products) if products is not None else None
+            yield replace(self, module=narrowed(self.program, rounded, ()), device=device)
 
     def first_values(self, cluster: Cluster, seed: int, scale: Tensor) -> Tensor:
         """Return an untrained block ``[layers, 3, units, width]``: gate and up random, down zero.
@@ -90,13 +106,14 @@ class Learner:
 
     def loss(self, sequence: PackedSequence, block: Tensor | None) -> Tensor:
         """Return the summed cross-entropy of a sequence's next tokens with a block, None for none."""
-        tokens, positions = _batch(sequence)
+        tokens, positions = (ids.to(self.device) for ids in _batch(sequence))
         if block is None:
-            fetched = self.program.nothing_fetched(1)
+            fetched = self.program.nothing_fetched(1, self.device)
         else:
             by_name = {f"bank_{layer}": block[i][None] for i, layer in enumerate(self.shape.layers)}
             fetched = tuple(by_name[spec.name] for spec in self.program.fetched)
-        logits = self.program(tokens, positions, *fetched, *self.program.new_state(1))[0]
+        module = self.module or self.program.module
+        logits = module(tokens, positions, *fetched, *self.program.new_state(1, self.device))[0]
         follows = positions[0, 1:] > 0
         return functional.cross_entropy(logits[0, :-1][follows].float(), tokens[0, 1:][follows], reduction="sum")
 

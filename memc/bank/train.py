@@ -29,6 +29,7 @@ from memc.conversion.folder import require_space
 from memc.errors import MemcError
 from memc.progress import Progress
 from memc.report.bank import BankJob
+from memc.train.device import CPU
 from memc.train.loop import (
     Checkpoints,
     Curve,
@@ -82,7 +83,7 @@ class _Blocks:
         return wanted
 
     def _add(self, cluster: Cluster, value: Tensor) -> None:
-        parameter = torch.nn.Parameter(value)
+        parameter = torch.nn.Parameter(value.to(self.learner.device))
         self.parameters[cluster] = parameter
         self.optimisers[cluster] = optimiser([{"params": [parameter], "peak": self.options.rate}])
 
@@ -110,8 +111,12 @@ def train_bank(
     only: Sequence[Cluster] | None = None,
     fresh: bool = False,
     processes: Processes = ALONE,
+    device: torch.device = CPU,
+    products: torch.dtype | None = None,
 ) -> list[BankJob]:
     """Train the jobs of a bank, ``only`` some of them, and put what they learned into it.
+
+    The model computes on ``device``, and its own products in the type of ``products``, None for that of its weights.
 
     A job is a cluster of the first level, or ``()`` for the generic block. What is done already is not done again;
     what was interrupted goes on. Of several ``processes`` each takes every so many-th job; the leader writes the bank
@@ -120,7 +125,7 @@ def train_bank(
     """
     jobs = all_jobs(bank) if only is None else list(only)
     _require_disk(bank, jobs)
-    training = _Training(bank, learner, options, progress, fresh)
+    training = _Training(bank, learner, options, progress, fresh, device, products)
     done = [training.job(job) for job in jobs[processes.rank :: processes.count]]
     processes.wait()
     if not processes.leads:
@@ -185,8 +190,18 @@ def _require_disk(bank: Bank, jobs: Sequence[Cluster]) -> None:
 class _Training:
     """What the jobs of one training share."""
 
-    def __init__(self, bank: Bank, learner: Learner, options: TrainOptions, progress: Progress, fresh: bool) -> None:
+    def __init__(
+        self,
+        bank: Bank,
+        learner: Learner,
+        options: TrainOptions,
+        progress: Progress,
+        fresh: bool,
+        device: torch.device,
+        products: torch.dtype | None,
+    ) -> None:
         self.bank, self.learner, self.options, self.progress, self.fresh = bank, learner, options, progress, fresh
+        self.device, self.products = device, products
         self.folder = bank.folder / FOLDER
         self.folder.mkdir(exist_ok=True)
         self.chosen = ~held_out(bank.passages, options.held_out)
@@ -202,10 +217,13 @@ class _Training:
         if (found := self.done(job)) is not None:
             return found
         mine, sequences = self._sequences(job)
-        blocks = _Blocks(self.learner, self.options, self.learner.input_scale(sequences))
-        began = time.perf_counter()
-        curve = _run(blocks, sequences, job, Checkpoints(place, {**self.key, "job": name(job)}), self.progress)
-        records = {cluster: parameter.detach().numpy() for cluster, parameter in sorted(blocks.parameters.items())}
+        scale, began = self.learner.input_scale(sequences), time.perf_counter()
+        with self.learner.learning(self.device, self.products) as learner:
+            blocks = _Blocks(learner, self.options, scale)
+            curve = _run(blocks, sequences, job, Checkpoints(place, {**self.key, "job": name(job)}), self.progress)
+        records = {
+            cluster: parameter.detach().cpu().numpy() for cluster, parameter in sorted(blocks.parameters.items())
+        }
         write_records(self.folder / f"{name(job)}.bank", self.bank.shape, records.items())
         losses = curve.losses.get("text", [])
         facts = BankJob(

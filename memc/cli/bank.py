@@ -223,6 +223,7 @@ def train(
     from memc.bank.measure import measure_bank
     from memc.bank.train import TrainOptions, all_jobs, parse_job, train_bank
     from memc.report.bank import bank_train_view
+    from memc.train.device import accelerator, products_on
     from memc.train.parallel import joined
 
     options = TrainOptions(epochs=epochs, length=length, rate=rate, held_out=held_out, seed=seed or 0)
@@ -231,7 +232,18 @@ def train(
     with console.step(f"load {model}"):
         learner = Learner.load(model, opened.manifest, remote_code=remote_code)
     with joined() as processes:
-        done = train_bank(opened, learner, options, console, only=jobs, fresh=fresh, processes=processes)
+        device = accelerator(processes.rank)
+        done = train_bank(
+            opened,
+            learner,
+            options,
+            console,
+            only=jobs,
+            fresh=fresh,
+            processes=processes,
+            device=device,
+            products=products_on(device),
+        )
     if processes.leads:
         document = measure_bank(opened, learner, options, done, console)
         console.show(document, lambda: bank_train_view(document))

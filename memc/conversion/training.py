@@ -13,7 +13,6 @@ from torch import Tensor
 from memc.conversion.text import read_streams
 from memc.data import Corpus, Sequences, TokenStream
 from memc.errors import MemcError
-from memc.machine import multiplies_bfloat16
 from memc.pipeline import Pass
 from memc.program import Program
 from memc.progress import Progress
@@ -21,7 +20,7 @@ from memc.recipe import Recipe, Train
 from memc.report.models import PassFacts
 from memc.tensor_file import read_tensors, write_tensors
 from memc.train import Trainer
-from memc.train.device import CPU, accelerator, lent
+from memc.train.device import accelerator, lent, products_on
 from memc.train.guard import OWN, Guard, GuardText
 from memc.train.parallel import ALONE, Processes
 from memc.verify import VerificationText, sample_text
@@ -153,8 +152,8 @@ def make_trainer(
 
     key = {"model": original.model.digest, "data": data.corpus.digest}
     device = accelerator(processes.rank)
-    products = torch.bfloat16 if device != CPU or multiplies_bfloat16() else None
-    return Trainer(settings, data.tokens, batches, data.guard, recipe.seed, key, products, progress, processes, device)
+    narrow = products_on(device)
+    return Trainer(settings, data.tokens, batches, data.guard, recipe.seed, key, narrow, progress, processes, device)
 
 
 def _least(settings: Train, transfers: bool) -> int:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from memc.machine import multiplies_bfloat16
 from memc.program import Program, named_tensors
 
 CPU = torch.device("cpu")
@@ -20,6 +21,11 @@ CPU = torch.device("cpu")
 def accelerator(rank: int = 0) -> torch.device:
     """Return the device that a process trains on: GPUs are dealt out to the processes of a machine by their rank."""
     return torch.device("cuda", rank % torch.cuda.device_count()) if torch.cuda.is_available() else CPU
+
+
+def products_on(device: torch.device) -> torch.dtype | None:
+    """Return the type of products with pretrained weights while something learns; None for that of the weights."""
+    return torch.bfloat16 if device != CPU or multiplies_bfloat16() else None
 
 
 def name_of(device: torch.device) -> str:

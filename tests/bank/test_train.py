@@ -163,6 +163,27 @@ def test_a_training_that_is_killed_goes_on(
     assert (bank.folder / RECORDS).read_bytes() == (trained.folder / RECORDS).read_bytes()
 
 
+def test_training_elsewhere_comes_to_the_same_bank(trained: Bank, bank: Bank, learner: Learner) -> None:
+    train_bank(bank, learner, OPTIONS, Silent(), device=torch.device("cpu", 0))  # another name of the CPU
+    assert (bank.folder / RECORDS).read_bytes() == (trained.folder / RECORDS).read_bytes()
+
+
+def test_narrow_products_give_nearly_the_same_gradient(trained: Bank, learner: Learner) -> None:
+    (sequence, *_) = pack(trained.passages, SHAPE, ~held_out(trained.passages, 0), learner.text.encode, 40, 0)
+    found = []
+    for products in (None, torch.bfloat16):
+        levels = [torch.from_numpy(trained.records.read(sequence.cluster[: n + 1]).copy()) for n in range(2)]
+        block = torch.cat(levels, dim=2).requires_grad_()
+        with learner.learning(torch.device("cpu"), products) as learning:
+            loss = learning.loss(sequence, block)
+        loss.backward()
+        assert block.grad is not None
+        found.append((loss.detach(), block.grad))
+    (loss, wide), (near, narrow) = found
+    assert 0 < abs(loss - near) < 1e-2 * loss
+    assert (wide - narrow).norm() < 0.05 * wide.norm()
+
+
 def test_jobs_apart_come_to_the_same_bank(trained: Bank, bank: Bank, learner: Learner) -> None:
     train_bank(bank, learner, OPTIONS, Silent(), only=[(1,)])
     for path in (bank.folder / FOLDER).iterdir():  # as on another machine
