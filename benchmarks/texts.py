@@ -2,6 +2,8 @@
 
 ``python benchmarks/texts.py FOLDER``. An installed package is read where it is; otherwise it is fetched with
 ``apt-get download``, which any user may run, and unpacked in a temporary folder. What is there and right is left.
+``--more`` adds four that are of other kinds: the King James Bible, The Devil's Dictionary, and two dictionaries of
+computing, FOLDOC and V.E.R.A. (GNU Free Documentation License).
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from pathlib import Path
 
 NOVELS = Path("usr/lib/R/site-library/janeaustenr/data/Rdata.rdb")
 JARGON = Path("usr/share/doc/jargon-text/jargon.txt.gz")
+BIBLE = ("bible-kjv", Path("usr/bin/bible")), ("bible-kjv-text", Path("usr/lib/bible.data"))
+DICTIONARIES = ("devil", "foldoc", "vera")
 TITLES = {
     "emma": "emma",
     "mansfieldpark": "mansfield-park",
@@ -118,15 +122,28 @@ def package(name: str, file: Path, work: Path) -> Path:
     return work / file
 
 
+def others(work: Path) -> Iterator[tuple[str, str]]:
+    """Yield name and text of what ``--more`` adds; the Bible's package has a program that writes it out."""
+    program, data = (package(name, file, work) for name, file in BIBLE)
+    command = [program, "-p", data.parent, "gen1:1-rev22:21"]
+    yield "bible", subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=True).stdout.decode()
+    for name in DICTIONARIES:
+        file = Path(f"usr/share/dictd/{name}.dict.dz")
+        yield name, gzip.decompress(package(f"dict-{name}", file, work).read_bytes()).decode(errors="replace")
+
+
 def main() -> None:
     """Write the texts and print the sha256 of each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the texts go")
-    folder = parser.parse_args().folder
+    parser.add_argument("--more", action="store_true", help="four texts of other kinds beside them")
+    arguments = parser.parse_args()
+    folder = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="memc-texts-") as work:
         texts = dict(novels(package("r-cran-janeaustenr", NOVELS, Path(work))))
         texts["jargon"] = gzip.decompress(package("jargon-text", JARGON, Path(work)).read_bytes()).decode()
+        texts |= dict(others(Path(work))) if arguments.more else {}
     for name, text in texts.items():
         path, data = folder / f"{name}.txt", text.encode()
         if not path.exists() or path.read_bytes() != data:

@@ -13,10 +13,11 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+import xxhash
 from torch import Tensor
 
 from memc.bank.bank import Bank
@@ -47,13 +48,16 @@ FOLDER = "training"
 
 POINTS = 20
 
+Start = Literal["random", "generic"]
+
 
 @dataclass(frozen=True)
 class TrainOptions:
     """How blocks are trained.
 
     Each passage comes ``epochs`` times, in sequences of ``length`` tokens; ``rate`` is the peak learning rate;
-    ``held_out`` the share of each source's passages that nothing learns.
+    ``held_out`` the share of each source's passages that nothing learns. ``start`` says what a cluster's blocks are at
+    first: random, or what the generic block has learned, which then has to be trained before.
     """
 
     epochs: int = 1
@@ -61,6 +65,7 @@ class TrainOptions:
     rate: float = 1e-2
     held_out: float = 0.05
     seed: int = 0
+    start: Start = "random"
 
 
 @dataclass
@@ -70,6 +75,7 @@ class _Blocks:
     learner: Learner
     options: TrainOptions
     scale: Tensor
+    generic: Tensor | None = None
     parameters: dict[Cluster, torch.nn.Parameter] = field(default_factory=dict)
     optimisers: dict[Cluster, torch.optim.AdamW] = field(default_factory=dict)
 
@@ -79,8 +85,15 @@ class _Blocks:
         wanted: list[Cluster] = [()] if generic else [cluster[: level + 1] for level in storing]
         for each in wanted:
             if each not in self.parameters:
-                self._add(each, self.learner.first_values(each, self.options.seed, self.scale))
+                self._add(each, self._first(each))
         return wanted
+
+    def _first(self, cluster: Cluster) -> Tensor:
+        """Return a block before it is trained: random, or its level's units of the generic one."""
+        if cluster == () or self.generic is None:
+            return self.learner.first_values(cluster, self.options.seed, self.scale)
+        ranks, level = self.learner.shape.ranks, len(cluster) - 1
+        return self.generic[:, :, sum(ranks[:level]) : sum(ranks[: level + 1])].clone()
 
     def _add(self, cluster: Cluster, value: Tensor) -> None:
         parameter = torch.nn.Parameter(value.to(self.learner.device))
@@ -120,13 +133,20 @@ def train_bank(
 
     A job is a cluster of the first level, or ``()`` for the generic block. What is done already is not done again;
     what was interrupted goes on. Of several ``processes`` each takes every so many-th job; the leader writes the bank
-    and returns what all of them did. Raises ``MemcError``: E204 for checkpoints of another training without ``fresh``,
+    and returns what all of them did. Where clusters start from the generic block it goes first, by the leader. Raises
+    ``MemcError``: E200 where there is none to start from, E204 for checkpoints of another training without ``fresh``,
     E207 for a job without passages, E403 for values that are not finite, E502 for too little disk.
     """
     jobs = all_jobs(bank) if only is None else list(only)
     _require_disk(bank, jobs)
     training = _Training(bank, learner, options, progress, fresh, device, products)
-    done = [training.job(job) for job in jobs[processes.rank :: processes.count]]
+    first = [()] if options.start == "generic" and () in jobs else []
+    if processes.leads:
+        for job in first:
+            training.job(job)
+    processes.wait()
+    shared = [job for job in jobs if job not in first]
+    done = [training.job(job) for job in shared[processes.rank :: processes.count]]
     processes.wait()
     if not processes.leads:
         return done
@@ -206,7 +226,7 @@ class _Training:
         self.folder.mkdir(exist_ok=True)
         self.chosen = ~held_out(bank.passages, options.held_out)
         facts = {"tree": bank.manifest.files[TREE], "model": learner.program.model.digest}
-        self.key = {**facts, "passages": len(bank.passages), **asdict(options)}
+        self._shared = {**facts, "passages": len(bank.passages), **asdict(options)}
 
     def job(self, job: Cluster) -> BankJob:
         """Train a job, unless that is done, and write its records and what it was like."""
@@ -216,11 +236,12 @@ class _Training:
             self._facts(job).unlink(missing_ok=True)
         if (found := self.done(job)) is not None:
             return found
+        generic, key = self._generic(job), self._key(job)
         mine, sequences = self._sequences(job)
         scale, began = self.learner.input_scale(sequences), time.perf_counter()
         with self.learner.learning(self.device, self.products) as learner:
-            blocks = _Blocks(learner, self.options, scale)
-            curve = _run(blocks, sequences, job, Checkpoints(place, {**self.key, "job": name(job)}), self.progress)
+            blocks = _Blocks(learner, self.options, scale, generic)
+            curve = _run(blocks, sequences, job, Checkpoints(place, {**key, "job": name(job)}), self.progress)
         records = {
             cluster: parameter.detach().cpu().numpy() for cluster, parameter in sorted(blocks.parameters.items())
         }
@@ -237,7 +258,7 @@ class _Training:
             seconds=time.perf_counter() - began,
         )
         partial = self._facts(job).with_suffix(".partial")
-        partial.write_text(json.dumps({"key": self.key, "facts": facts.model_dump()}) + "\n")
+        partial.write_text(json.dumps({"key": key, "facts": facts.model_dump()}) + "\n")
         partial.replace(self._facts(job))
         shutil.rmtree(place, ignore_errors=True)
         return facts
@@ -247,15 +268,38 @@ class _Training:
         path = self._facts(job)
         if not path.is_file():
             return None
-        kept = json.loads(path.read_text())
-        if kept["key"] != self.key:
-            differ = [each for each in self.key if kept["key"].get(each) != self.key[each]]
+        kept, key = json.loads(path.read_text()), self._key(job)
+        if kept["key"] != key:
+            differ = [each for each in key if kept["key"].get(each) != key[each]]
             reason = f"{name(job)} is trained already, with another {', '.join(differ)}"
             raise MemcError("E204", reason, str(path), "add --fresh to train it again")
         return BankJob.model_validate(kept["facts"])
 
     def _facts(self, job: Cluster) -> Path:
         return self.folder / f"{name(job)}.json"
+
+    def _generic(self, job: Cluster) -> Tensor | None:
+        """Return the block that a job's own ones start from, None for random ones.
+
+        Raises ``MemcError`` E200 where it is not trained.
+        """
+        if job == () or self.options.start == "random":
+            return None
+        path = self.folder / f"{name(())}.bank"
+        file = RecordFile(path) if path.is_file() else self.bank.records
+        if not file.trained(()):
+            reason = "the generic block, which the others start from, is not trained"
+            raise MemcError("E200", reason, "--start generic", "add generic to --only, or give --start random")
+        block = torch.from_numpy(file.read(()).copy())
+        if file is not self.bank.records:
+            file.close()
+        return block
+
+    def _key(self, job: Cluster) -> dict[str, Any]:
+        """Return what a job's result depends on; what it starts from by its digest."""
+        generic = self._generic(job)
+        start = "random" if generic is None else xxhash.xxh3_128_hexdigest(generic.numpy().tobytes())
+        return {**self._shared, "start": start}
 
     def _sequences(self, job: Cluster) -> tuple[int, list[PackedSequence]]:
         """Return how many passages a job has, and their sequences."""

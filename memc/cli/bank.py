@@ -196,6 +196,13 @@ def _show(console: Console, folder: str, cluster: str | None, *, verify: bool = 
     show_default=True,
     help="Share of each file's passages that nothing learns, and that the result is measured on.",
 )
+@click.option(
+    "--start",
+    type=click.Choice(["random", "generic"]),
+    default="random",
+    show_default=True,
+    help="What a cluster's blocks are at first: random, or the trained generic block.",
+)
 @click.option("--only", metavar="JOB,...", help="Clusters of the first level, or generic.  [default: all of them]")
 @click.option("--fresh", is_flag=True, help="Train anew what is trained already or was begun.")
 @seed_option
@@ -208,6 +215,7 @@ def train(
     length: int,
     rate: float,
     held_out: float,
+    start: Any,
     only: str | None,
     fresh: bool,
     seed: int | None,
@@ -226,7 +234,7 @@ def train(
     from memc.train.device import accelerator, products_on
     from memc.train.parallel import joined
 
-    options = TrainOptions(epochs=epochs, length=length, rate=rate, held_out=held_out, seed=seed or 0)
+    options = TrainOptions(epochs=epochs, length=length, rate=rate, held_out=held_out, seed=seed or 0, start=start)
     opened = Bank.open(bank)
     jobs = all_jobs(opened) if only is None else [parse_job(text, opened) for text in only.split(",")]
     with console.step(f"load {model}"):
