@@ -105,6 +105,11 @@ class Editor:
             node.meta["val"] = like.new_empty([like.shape[0], *map(int, shape[1:])], dtype=torch.float32)
         return node
 
+    def remove_fetched(self, placeholder: Node) -> None:
+        """Drop a fetched input that nothing is to read any more."""
+        self.program.inputs = tuple(spec for spec in self.program.inputs if spec.name != placeholder.target)
+        self._gone.append(placeholder)
+
     def set_next(self, placeholder: Node, value: Node) -> None:
         """Make ``value`` the next value of a state."""
         self._state(placeholder).next = value

@@ -5,10 +5,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from memc.artifact import Manifest
 from memc.bank.bank import Bank
 from memc.bank.layout import name
 from memc.bank.manifest import require_model
@@ -30,7 +32,7 @@ class BankSession(Session):
 
     def __init__(self, session: Session, bank: Bank) -> None:
         """Join a session and a bank. Raises as :func:`require_bank`."""
-        require_bank(session, bank)
+        require_bank(session.manifest, session.folder, bank)
         super().__init__(session.folder, session.manifest, session.runner, chunk=session.chunk)
         self.bank = bank
         self._reading = threading.Lock()
@@ -56,24 +58,24 @@ class BankSession(Session):
             return self.bank.inputs([self.bank.retrieve(self.decode(row.tolist())) for row in rows])
 
 
-def require_bank(session: Session, bank: Bank) -> None:
-    """Raise ``MemcError`` where an artifact cannot take a bank's blocks.
+def require_bank(manifest: Manifest, folder: Path, bank: Bank) -> None:
+    """Raise ``MemcError`` where the artifact in a folder cannot take a bank's blocks.
 
     E208 when it has no input for them, E310 when the bank is for another model, or its blocks have another shape.
     """
-    manifest, shape = session.manifest, bank.shape
+    shape = bank.shape
     ports = {port.name: list(port.shape[1:]) for port in manifest.inputs if port.role == "fetched"}
     ranks = ":".join(map(str, shape.ranks))
     hint = f"memc convert MODEL -o OUT --pass memory_bank:ranks={ranks}"
     if not ports:
-        raise MemcError("E208", "artifact takes no blocks of a bank", str(session.folder), hint)
-    require_model(bank.manifest, manifest.source_digest, str(session.folder))
+        raise MemcError("E208", "artifact takes no blocks of a bank", str(folder), hint)
+    require_model(bank.manifest, manifest.source_digest, str(folder))
     wanted = {f"bank_{layer}": [3, shape.units, shape.width] for layer in shape.layers}
     if ports != wanted:
         reason = "artifact takes blocks of other layers or units than the bank has"
         if ports.keys() != wanted.keys():
             hint += f",layers=[{','.join(map(str, shape.layers))}]"
-        raise MemcError("E310", reason, str(session.folder), hint)
+        raise MemcError("E310", reason, str(folder), hint)
 
 
 def fetch_for(bank: Bank, texts: Sequence[str]) -> tuple[dict[str, F32], list[BankUse]]:

@@ -1,4 +1,4 @@
-"""``memc bank``: build, train and inspect a bank of blocks that are fetched by the text of a prompt."""
+"""``memc bank``: build, train, inspect and fuse a bank of blocks that are fetched by the text of a prompt."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from memc.cli.options import (
     Command,
     Naturals,
     declare,
+    invocation,
+    out_argument,
     remote_code_option,
     seed_option,
     threads_option,
@@ -257,6 +259,52 @@ def train(
         console.show(document, lambda: bank_train_view(document))
 
 
+@declare(
+    "fuse",
+    "memc bank fuse bank out --cluster 0.3 -o out-novels",
+    'memc bank fuse bank out --text "a chapter of a novel" -o out-novels',
+    "memc bank fuse bank out --generic -o out-generic --force",
+)
+@click.argument("bank", metavar="BANK", shell_complete=completing.folders)
+@out_argument
+@click.option("--cluster", metavar="N.N...", help="The cluster whose blocks become part of the model.")
+@click.option("--text", help="Those of the cluster that this text belongs to.")
+@click.option("--generic", is_flag=True, help="The generic block.")
+@click.option("-o", "--output", metavar="OUT2", help="Folder of the new artifact. [default: OUT-fused]")
+@click.option("--force", is_flag=True, help="Replace an artifact that exists.")
+@threads_option
+def fuse(
+    console: Console,
+    bank: str,
+    out: str,
+    cluster: str | None,
+    text: str | None,
+    generic: bool,
+    output: str | None,
+    force: bool,
+    threads: int | None,
+) -> None:
+    """Make a block of a bank part of a model, for good: wider feed-forward networks, and nothing to fetch.
+
+    OUT was converted with --pass memory_bank. Logits agree with those of the fetched block but for rounding; where
+    every bit is to stay, fetch it.
+    """
+    if sum((cluster is not None, text is not None, generic)) != 1:
+        raise MemcError("E200", "one of --cluster, --text and --generic says what is fused", next="--cluster 0")
+    from memc.bank import Bank
+    from memc.bank.layout import parse_cluster
+    from memc.conversion.fusing import chosen_path, fuse_artifact
+    from memc.report.bank import bank_fuse_view
+
+    made = Path(output or f"{out.rstrip('/')}-fused")
+    invocation().out = made
+    opened = Bank.open(bank, threads=threads)
+    path = chosen_path(opened, cluster=None if cluster is None else parse_cluster(cluster, opened.shape), text=text)
+    document = fuse_artifact(Path(out), made, opened, path, threads=threads, force=force, progress=console)
+    console.show(document, lambda: bank_fuse_view(document))
+
+
 command.add_command(build)
+command.add_command(fuse)
 command.add_command(train)
 command.add_command(inspect)

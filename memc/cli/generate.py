@@ -117,6 +117,6 @@ def _fetch(
     from memc.bank.session import fetch_for, require_bank
 
     opened = Bank.open(folder, deny=deny, generic=generic, threads=threads)
-    require_bank(session, opened)
+    require_bank(session.manifest, session.folder, opened)
     fetched, (use,) = fetch_for(opened, [prompt])
     return fetched, use

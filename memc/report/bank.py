@@ -8,8 +8,9 @@ from typing import Literal
 from pydantic import Field
 from rich.console import RenderableType
 
-from memc.report.facts import Document, Facts
+from memc.report.facts import CheckFacts, Document, Facts
 from memc.report.layout import lines, stack, table, titled
+from memc.report.terminal import checks_table
 from memc.report.text import amount, duration, layers, number, size
 
 SHOWN = 70
@@ -117,6 +118,30 @@ class BankUse(Facts):
         return f"bank: {used} (distance {number(self.distances[self.near.count('.')])}); {read}"
 
 
+class BankFuseDocument(Document):
+    """``memc bank fuse``; also written as ``report/fuse.json``.
+
+    ``used`` are the records that became part of the model, ``parameters`` more than it had; ``wider`` the layers whose
+    own feed-forward network has their units now, ``beside`` those where they stand beside it.
+    """
+
+    schema_: Literal["memc.bank-fuse/1"] = Field(default="memc.bank-fuse/1", alias="schema")
+    source: str
+    out: str
+    bank: str
+    used: list[str]
+    target: str
+    backend: str
+    weights: str
+    wider: list[int]
+    beside: list[int]
+    parameters: int
+    checks: list[CheckFacts] = Field(default_factory=list)
+    disk_bytes: int
+    seconds: float
+    next: list[str] = Field(default_factory=list)
+
+
 class BankJob(Facts):
     """One job of a bank's training: a subtree below the root, or ``generic``. Losses are nats a token, in training."""
 
@@ -179,6 +204,24 @@ def bank_train_view(document: BankTrainDocument) -> RenderableType:
         lines([document.bank]),
         table(["job", ">passages", ">blocks", ">tokens", ">loss", ">time"], jobs),
         titled("perplexity of held-out passages, by block", table(columns, [*rows, *totals])) if rows else None,
+    )
+
+
+def bank_fuse_view(document: BankFuseDocument) -> RenderableType:
+    """Show what became part of a model, and where."""
+    what = f"{', '.join(document.used)} of {document.bank}: {amount(document.parameters)} parameters more"
+    where = [
+        f"layers {layers(chosen)} {how}"
+        for chosen, how in (
+            (document.wider, "have a wider feed-forward network"),
+            (document.beside, "have the units beside their feed-forward network"),
+        )
+        if chosen
+    ]
+    return stack(
+        lines([f"{document.source} -> {document.out}", what, *where]),
+        titled("checks", checks_table(document.checks)),
+        titled("next", lines(f"  {command}" for command in document.next)),
     )
 
 

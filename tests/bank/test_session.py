@@ -100,10 +100,45 @@ def test_a_bank_of_another_model_or_shape_is_refused(session: Session, folder: P
         (copy / MANIFEST).write_text(json.dumps({**data, key: value}))
         if key == "layers":
             write_records(copy / RECORDS, Bank.open(folder).shape.__class__(4, (4, 2), (0,), 12), ())
-        refused(code, require_bank, session, Bank.open(copy))
+        refused(code, require_bank, session.manifest, session.folder, Bank.open(copy))
     without = [port for port in session.manifest.inputs if port.role != "fetched"]
-    dense = Session(session.folder, session.manifest.model_copy(update={"inputs": without}), session.runner)
-    assert "memory_bank:ranks=4:2" in refused("E208", require_bank, dense, Bank.open(folder))
+    dense = session.manifest.model_copy(update={"inputs": without})
+    assert "memory_bank:ranks=4:2" in refused("E208", require_bank, dense, session.folder, Bank.open(folder))
+
+
+def test_a_fused_block_is_as_the_fetched_one(
+    artifact: Path, session: Session, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, (row, *_) = tmp_path / "fused", prompts(session, Bank.open(folder))
+    said = session.decode(row)
+    assert main(["bank", "fuse", str(folder), str(artifact), "--text", said, "-o", str(out), "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    fused = load(out)
+    assert made["used"] == fetch_for(Bank.open(folder), [said])[1][0].used and made["wider"] == [0, 1]
+    assert [check["name"] for check in made["checks"]] == ["lowered_logits", "fused_logits"]
+    assert all(port.role != "fetched" for port in fused.manifest.inputs)
+    want = BankSession(session, Bank.open(folder)).logits([row])[0]
+    np.testing.assert_allclose(fused.logits([row])[0], want, atol=1e-4)
+    assert np.abs(session.logits([row])[0] - want).max() > 1e-2
+    again = ["bank", "fuse", str(folder), str(artifact), "-o", str(out)]
+    assert main([*again, "--cluster", made["used"][-1]]) == 2 and "E204" in capsys.readouterr().err
+    assert main([*again, "--cluster", made["used"][-1], "--force"]) == 0
+    assert "wider feed-forward network" in capsys.readouterr().out
+    np.testing.assert_allclose(load(out).logits([row])[0], want, atol=1e-4)
+
+
+def test_fusing_nothing_is_refused(
+    artifact: Path, folder: Path, built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["bank", "fuse", str(built), str(artifact), "-o", str(tmp_path / "fused")]
+    for more in ([], ["--cluster", "0", "--generic"], ["--cluster", "9"], ["--cluster", "0.1"], ["--generic"]):
+        assert main([*words, *more]) == 2, more
+        assert "E200" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    fused = tmp_path / "fused"
+    words = ["bank", "fuse", str(folder), str(artifact), "--cluster", "0", "-o", str(fused)]
+    assert main(words) == 0 and capsys.readouterr()
+    assert main(["bank", "fuse", str(folder), str(fused), "--cluster", "0"]) == 2
+    assert "E208" in capsys.readouterr().err
 
 
 def test_the_commands(artifact: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
