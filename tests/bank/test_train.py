@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -197,6 +198,27 @@ def test_jobs_apart_come_to_the_same_bank(trained: Bank, bank: Bank, learner: Le
         (bank.folder.parent / name).rename(bank.folder / FOLDER / name)
     train_bank(bank, learner, OPTIONS, Silent())
     assert (bank.folder / RECORDS).read_bytes() == (trained.folder / RECORDS).read_bytes()
+
+
+def test_clusters_go_on_from_the_generic_block(bank: Bank, learner: Learner) -> None:
+    still = replace(OPTIONS, epochs=1, rate=1e-9, start="generic")
+    refusal = refused("E200", lambda: train_bank(bank, learner, still, Silent(), only=[(0,)]))
+    assert "--start random" in refusal and not bank.records.trained(())
+    train_bank(bank, learner, replace(OPTIONS, epochs=1), Silent(), only=[()])
+    generic, (first, second) = bank.records.read(()).copy(), SHAPE.ranks
+    train_bank(bank, learner, still, Silent(), only=[(0,)])
+    np.testing.assert_allclose(bank.records.read((0,)), generic[:, :, :first], atol=1e-6)
+    (leaf, *_) = (c for c in SHAPE.all_clusters(1) if c[0] == 0 and bank.records.trained(c))
+    np.testing.assert_allclose(bank.records.read(leaf), generic[:, :, first : first + second], atol=1e-6)
+    train_bank(bank, learner, OPTIONS, Silent(), only=[()], fresh=True)
+    assert "another start" in refused("E204", lambda: train_bank(bank, learner, still, Silent(), only=[(0,)]))
+
+
+def test_the_generic_block_goes_first_where_others_start_from_it(bank: Bank, learner: Learner) -> None:
+    jobs = train_bank(bank, learner, replace(OPTIONS, epochs=1, start="generic"), Silent())
+    assert [job.job for job in jobs] == ["0", "1", "generic"]
+    again = train_bank(Bank.open(bank.folder), learner, replace(OPTIONS, epochs=1, start="generic"), Silent())
+    assert again == jobs
 
 
 def test_another_training_needs_fresh(trained: Bank, bank: Bank, learner: Learner) -> None:
