@@ -93,7 +93,7 @@ class Experiment:
             found = self.lora(seed)
         else:
             bank = self.trained(arm, seed)
-            found = self.measured(lambda s: self.learner.loss(s, block(bank, () if arm == "generic" else s.cluster)))
+            found = self.measured(self.learner, lambda s: block(bank, () if arm == "generic" else s.cluster))
             bank.close()
         return {
             "arm": arm,
@@ -109,7 +109,7 @@ class Experiment:
         """Measure the model as it is."""
         done = self.options.work / "original.json"
         if not done.is_file():
-            done.write_text(json.dumps(self.measured(lambda s: self.learner.loss(s, None))))
+            done.write_text(json.dumps(self.measured(self.learner, lambda _: None)))
         found: dict[str, Any] = json.loads(done.read_text())
         return found
 
@@ -165,17 +165,22 @@ class Experiment:
                 loss = narrow.loss(sequence, None) / next_tokens(sequence)
                 loss.backward()
                 step_optimiser(adam, schedule.share(step), "lora", step)
-        return {"rank": rank, **self.measured(lambda s: learner.loss(s, None))}
+        return {"rank": rank, **self.measured(learner, lambda _: None)}
 
     @torch.no_grad()
-    def measured(self, loss: Callable[[PackedSequence], Tensor]) -> dict[str, Any]:
-        """Return the summed loss of held-out passages, and their tokens, by cluster."""
+    def measured(self, learner: Learner, own: Callable[[PackedSequence], Tensor | None]) -> dict[str, Any]:
+        """Return the summed loss of held-out passages with their ``own`` block, and their tokens, by cluster.
+
+        Products are as narrow as in training, for every side.
+        """
         by_cluster: dict[int, list[PackedSequence]] = {}
         for sequence in self.sequences(held_out(self.bank.passages, HELD_OUT), 0):
             by_cluster.setdefault(sequence.cluster[0], []).append(sequence)
         chosen = {cluster: found[:MEASURED] for cluster, found in by_cluster.items()}
+        with learner.learning(self.device, self.products) as narrow:
+            losses = {cluster: sum(float(narrow.loss(s, own(s))) for s in found) for cluster, found in chosen.items()}
         return {
-            "losses": {str(cluster): sum(float(loss(s)) for s in found) for cluster, found in chosen.items()},
+            "losses": {str(cluster): loss for cluster, loss in losses.items()},
             "tokens": {str(cluster): sum(map(next_tokens, found)) for cluster, found in chosen.items()},
         }
 
@@ -218,7 +223,8 @@ def page(document: dict[str, Any]) -> str:
         f" {document['characters']:,} characters of each of {len(TEXTS) + 1} texts ({', '.join((*TEXTS, 'python'))}), a"
         f" third of each held out; every side learns each passage twice, {document['trained_tokens']:,} tokens in all,"
         f" in sequences of 256. Rates: blocks 0.01, in the clusters after a generic one {document['own_rate']},"
-        f" adapters {document['lora_rate']}. Perplexity of held-out passages over the original's, {original:.2f}.",
+        f" adapters {document['lora_rate']}. Perplexity of held-out passages over the"
+        f" original's, {original:.2f}, with products in the type of training.",
         grid(["units a layer", "side", "parameters", "mean", "of each seed", "CPU s"], lines),
         "## Numbers to reach",
         grid(["number", "at most", "found", "reached"], goals),
