@@ -35,7 +35,7 @@ from memc.bank.build import BankModel, BuildOptions, build_bank
 from memc.bank.layout import Cluster
 from memc.bank.learner import Learner, next_tokens
 from memc.bank.sequences import PackedSequence, held_out, pack
-from memc.bank.train import TrainOptions, all_jobs, train_bank
+from memc.bank.train import TrainOptions, train_bank
 from memc.cli.console import Console
 from memc.frontend import capture_source
 from memc.program import Program
@@ -93,7 +93,7 @@ class Experiment:
             found = self.lora(seed)
         else:
             bank = self.trained(arm, seed)
-            found = self.measured(self.learner, lambda s: block(bank, () if arm == "generic" else s.cluster))
+            found = self.measured(self.learner, lambda s: block(bank, s.cluster))
             bank.close()
         return {
             "arm": arm,
@@ -124,7 +124,8 @@ class Experiment:
             shutil.copytree(self.work / "bank", folder)
         bank = Bank.open(folder)
         twice = TrainOptions(epochs=2, held_out=HELD_OUT, seed=seed)
-        once, own = replace(twice, epochs=1), [job for job in all_jobs(bank) if job]
+        once, learned = replace(twice, epochs=1), ~held_out(bank.passages, HELD_OUT)
+        own = [(int(cluster),) for cluster in np.unique(bank.passages.clusters[learned, 0])]
         steps: dict[str, list[tuple[TrainOptions, Sequence[Cluster]]]] = {
             "generic": [(twice, [()])],
             "random": [(twice, own)],
@@ -186,8 +187,8 @@ class Experiment:
 
 
 def block(bank: Bank, cluster: Cluster) -> Tensor:
-    """Return the block of a cluster, ``()`` for the generic one."""
-    return torch.from_numpy(bank.records.read(cluster).copy())
+    """Return the block of a cluster, the generic one where it has none."""
+    return torch.from_numpy(bank.records.read(cluster if bank.records.trained(cluster) else ()).copy())
 
 
 def perplexity(row: dict[str, Any]) -> float:

@@ -23,7 +23,7 @@ from memc.bank import Bank
 from memc.bank.build import BankModel, BuildOptions, build_bank
 from memc.bank.learner import Learner
 from memc.bank.measure import measure_bank
-from memc.bank.train import TrainOptions, all_jobs, parse_job, train_bank
+from memc.bank.train import TrainOptions, parse_job, train_bank
 from memc.cli.console import Console
 from memc.report.bank import BankTrainDocument
 
@@ -109,7 +109,7 @@ def main() -> None:
     console = Console()
     document: dict[str, Any] = {"schema": "memc.benchmark.bank-train/1", **facts()}
     bank = bank_of(arguments.texts, arguments.work, arguments.encoder, console)
-    jobs = [parse_job(text, bank) for text in arguments.only.split(",")] if arguments.only else all_jobs(bank)
+    jobs = [parse_job(text, bank) for text in arguments.only.split(",")] if arguments.only else None
     learner = Learner.load(str(model()), bank.manifest)
     done = train_bank(bank, learner, OPTIONS, console, only=jobs)
     measured = measure_bank(bank, learner, OPTIONS, done, console)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import xxhash
 from torch import Tensor
@@ -131,15 +132,16 @@ def train_bank(
 
     The model computes on ``device``, and its own products in the type of ``products``, None for that of its weights.
 
-    A job is a cluster of the first level, or ``()`` for the generic block. What is done already is not done again;
+    A job is a cluster of the first level, or ``()`` for the generic block; a cluster all of whose passages are held out
+    is left untrained where it is not asked for. What is done already is not done again;
     what was interrupted goes on. Of several ``processes`` each takes every so many-th job; the leader writes the bank
     and returns what all of them did. Where clusters start from the generic block it goes first, by the leader. Raises
     ``MemcError``: E200 where there is none to start from, E204 for checkpoints of another training without ``fresh``,
     E207 for a job without passages, E403 for values that are not finite, E502 for too little disk.
     """
-    jobs = all_jobs(bank) if only is None else list(only)
-    _require_disk(bank, jobs)
     training = _Training(bank, learner, options, progress, fresh, device, products)
+    jobs = [job for job in all_jobs(bank) if training.members(job).any()] if only is None else list(only)
+    _require_disk(bank, jobs)
     first = [()] if options.start == "generic" and () in jobs else []
     if processes.leads:
         for job in first:
@@ -301,10 +303,13 @@ class _Training:
         start = "random" if generic is None else xxhash.xxh3_128_hexdigest(generic.numpy().tobytes())
         return {**self._shared, "start": start}
 
+    def members(self, job: Cluster) -> npt.NDArray[np.bool_]:
+        """Tell of each passage whether a job learns it."""
+        return self.chosen if job == () else self.chosen & (self.bank.passages.clusters[:, 0] == job[0])
+
     def _sequences(self, job: Cluster) -> tuple[int, list[PackedSequence]]:
         """Return how many passages a job has, and their sequences."""
-        passages, options = self.bank.passages, self.options
-        mine = self.chosen if job == () else self.chosen & (passages.clusters[:, 0] == job[0])
+        passages, options, mine = self.bank.passages, self.options, self.members(job)
         encode = self.learner.text.encode
         found = list(pack(passages, self.bank.shape, mine, encode, options.length, options.seed))
         if not found:

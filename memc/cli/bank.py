@@ -231,14 +231,14 @@ def train(
     from memc.bank import Bank
     from memc.bank.learner import Learner
     from memc.bank.measure import measure_bank
-    from memc.bank.train import TrainOptions, all_jobs, parse_job, train_bank
+    from memc.bank.train import TrainOptions, parse_job, train_bank
     from memc.report.bank import bank_train_view
     from memc.train.device import accelerator, products_on
     from memc.train.parallel import joined
 
     options = TrainOptions(epochs=epochs, length=length, rate=rate, held_out=held_out, seed=seed or 0, start=start)
     opened = Bank.open(bank)
-    jobs = all_jobs(opened) if only is None else [parse_job(text, opened) for text in only.split(",")]
+    jobs = None if only is None else [parse_job(text, opened) for text in only.split(",")]
     with console.step(f"load {model}"):
         learner = Learner.load(model, opened.manifest, remote_code=remote_code)
     with joined() as processes:

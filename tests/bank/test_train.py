@@ -8,18 +8,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from memc import __version__
-from memc.bank import Bank, BankShape
+from memc.bank import Bank, BankShape, train
 from memc.bank.build import BankModel
 from memc.bank.encoder import EncoderFacts
 from memc.bank.learner import Learner
 from memc.bank.manifest import PASSAGES, RECORDS, TREE, BankManifest, require_model, seal
 from memc.bank.measure import measure_bank
-from memc.bank.passages import CLUSTERS, EMBEDDINGS, write_passages
+from memc.bank.passages import CLUSTERS, EMBEDDINGS, Passages, write_passages
 from memc.bank.records import RecordFile, write_records
 from memc.bank.sequences import held_out, pack
 from memc.bank.train import FOLDER, TrainOptions, all_jobs, parse_job, train_bank
@@ -219,6 +220,18 @@ def test_the_generic_block_goes_first_where_others_start_from_it(bank: Bank, lea
     assert [job.job for job in jobs] == ["0", "1", "generic"]
     again = train_bank(Bank.open(bank.folder), learner, replace(OPTIONS, epochs=1, start="generic"), Silent())
     assert again == jobs
+
+
+def test_a_cluster_of_which_all_is_held_out_is_left_alone(
+    bank: Bank, learner: Learner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_the_first(passages: Passages, share: float) -> npt.NDArray[np.bool_]:
+        return held_out(passages, share) | (passages.clusters[:, 0] == 0)
+
+    monkeypatch.setattr(train, "held_out", without_the_first)
+    jobs = train_bank(bank, learner, replace(OPTIONS, epochs=1), Silent())
+    assert [job.job for job in jobs] == ["1", "generic"] and not bank.records.trained((0,))
+    refused("E207", lambda: train_bank(bank, learner, replace(OPTIONS, epochs=1), Silent(), only=[(0,)]))
 
 
 def test_another_training_needs_fresh(trained: Bank, bank: Bank, learner: Learner) -> None:
