@@ -172,6 +172,7 @@ def main() -> None:
     parser.add_argument("--texts", type=Path, required=True, help="the folder of texts.py")
     parser.add_argument("--layer", type=int, default=25, help="the layer whose projection gets a copy")
     parser.add_argument("--edits", type=int, default=100, help="how many of the edits to make")
+    parser.add_argument("--steps", type=int, default=EditSettings.steps, help="most steps to an edit")
     options = parser.parse_args()
     captured = capture_source(str(model()))
     assert captured.weights is not None
@@ -179,18 +180,20 @@ def main() -> None:
     text = Text(next(path for path in captured.tokenizer_files if path.name == "tokenizer.json").parent)
     pass_ = parse_spec(f"memory_bank:kind=side,layers=[{options.layer}]")
     program, _ = pass_.apply(original, pass_.plan(original, get_target("cpu")))
-    facts, settings, began = Facts(text), EditSettings(), time.perf_counter()
+    facts, settings, began = Facts(text), EditSettings(steps=options.steps), time.perf_counter()
     unrelated = torch.cat([sequences(text, options.texts, 0), padded(facts.shown, LENGTH)])
     editor = SideEditor(program, unrelated, settings)
     rows: list[dict[str, Any]] = []
     for count, edit in enumerate(facts.edits[: options.edits], 1):
         print(f"edit {count}: {editor.learn(edit)} steps, {time.perf_counter() - began:.0f} s", flush=True)
         if count in (10, 30, options.edits):
+            editor.settle()
+            print(f"settled, {time.perf_counter() - began:.0f} s", flush=True)
             row = measured(original, editor.finish(), facts, count, sequences(text, options.texts, 1))
             rows.append({**row, "seconds": time.perf_counter() - began})
             print(row, flush=True)
     document = {**machine_facts(), "layer": options.layer, "settings": str(settings), "rows": rows}
-    name = f"edits-{datetime.datetime.now(datetime.UTC).date()}"
+    name = f"edits-{datetime.datetime.now(datetime.UTC).date()}.json"
     save(HERE / "results" / name, document, page)
 
 
