@@ -22,7 +22,7 @@ from memc.backends.tvm.kernels.memory import linear_memory
 from memc.backends.tvm.kernels.memory_chunk import Memory
 from memc.backends.tvm.kernels.rank import Rule
 from memc.backends.tvm.kernels.simple import embedding, norm, rotary, softmax
-from memc.backends.tvm.kernels.sparse import SHARES, TOKENS, sparse_attention
+from memc.backends.tvm.kernels.sparse import SHARES, TOKENS, memory, sparse_attention
 from memc.backends.tvm.kernels.window import window_memory
 from memc.backends.tvm.kernels.window_chunk import Ring
 
@@ -187,23 +187,18 @@ class Converters:
         return _call(importer, made, inputs, [*_shape(q)[:3], m.value_dim])
 
     def _sparse_attention(self, node: Node, importer: Importer) -> Var:
-        (*tensors, sink_logits, scale, softcap), (*sizes, lse) = _arguments(node)[:10], _arguments(node)[10:]
-        rule = Rule(float(scale), *sizes, lse=lse)
+        (*tensors, sink_logits, scale, softcap), chosen = _arguments(node)[:10], _arguments(node)[10:]
+        names = ("method", "page", "budget", "sinks", "window", "rerank", "dense_below", "channels", "mass", "lse")
+        rule = Rule(scale=float(scale), **dict(zip(names, chosen, strict=True)))
         q, k, v, *rest = (importer.env[tensor] for tensor in tensors)
         s = _scores(q, v, scale, softcap, None, sink_logits)
         made = self._function(importer, sparse_attention, s, rule)
         batch, _, tokens = _shape(q)[:3]
         units = batch * s.groups * tirx.min(tirx.ceildiv(tokens, TOKENS), tirx.IntImm("int64", SHARES))
-        shapes = [
-            [*_shape(q)[:3], s.value_dim],
-            _shape(q)[:3] if rule.lse else [1],
-            [units, _size(rest[-1], 2) * SLOTS],
-            [units, rule.listed],
-            [units, rule.room if rule.rerank > 1 else 1],
-            [units, rule.room],
-            [units, s.share, rule.room],
-        ]
-        kinds = ["float32"] * 2 + ["int32"] * 4 + ["float32"]
+        pages = tirx.ceildiv(_size(rest[-1], 2), SLOTS) if rule.rows else _size(rest[-1], 2)
+        needed = memory(s, rule, units, pages * SLOTS).values()
+        shapes = [[*_shape(q)[:3], s.value_dim], _shape(q)[:3] if rule.lse else [1], *(shape for shape, _ in needed)]
+        kinds = ["float32", "float32", *(kind for _, kind in needed)]
         return _calls(importer, made, [q, k, v, *rest, _or_nothing(importer, sink_logits)], shapes, kinds)
 
     def _bank_ffn(self, node: Node, importer: Importer) -> Var:

@@ -141,11 +141,13 @@ class _Rewriter:
             self.states[pages] = replace(self.states[keys], name=self.states[pages].name)
         else:
             self._pack(a["past_key"])
-        self._pack(a["past_pages"])
+        if SELECTORS[a["method"]].choice != "tree":  # a search reads few descriptions, each by itself
+            self._pack(a["past_pages"])
         self.dropped.add(str(a["past_positions"].target))
         names = ("query", "key", "value", "positions", "past_key", "past_value", "past_pages", "sink_logits")
         rule = ("scale", "softcap", "method", "page", "budget", "sinks", "window", "rerank", "dense_below", "channels")
-        made = self.call(ops.sparse_attention, *(a[name] for name in (*names, *rule)), 1 in used_outputs(node))
+        taken = (*(a[name] for name in (*names, *rule)), a["mass"], 1 in used_outputs(node))
+        made = self.call(ops.sparse_attention, *taken)
         return [self.call(operator.getitem, made, index) for index in range(2)]
 
     def bank_ffn(self, node: Node, a: Mapping[str, Any]) -> list[Node]:

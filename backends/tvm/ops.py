@@ -93,7 +93,7 @@ def window_memory(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tupl
 @_define(
     "(Tensor query, Tensor key, Tensor value, Tensor positions, Tensor keys, Tensor values, Tensor pages,"
     " Tensor? sink_logits, float scale, float softcap, str method, int page, int budget, int sinks, int window,"
-    " int rerank, int dense_below, int channels, bool lse) -> (Tensor, Tensor)"
+    " int rerank, int dense_below, int channels, float mass, bool lse) -> (Tensor, Tensor)"
 )
 def sparse_attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """``memc::sparse_attention`` without its states: output and log-sum-exp, ``[1]`` if unread."""

@@ -1,0 +1,111 @@
+"""The softmax over the tokens that ``memc::sparse_attention`` reads, and the values that it weighs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm.script import tirx as T
+
+from memc.backends.tvm.kernels.common import LOWEST, SLOTS, Keys, add_sink, add_values, exp, tanh
+
+
+class _Part:
+    """Rows of the scores of one unit of work, from one on."""
+
+    def __init__(self, scores: Any, unit: Any, start: Any) -> None:
+        self._scores, self._unit, self._start = scores, unit, start
+
+    def __getitem__(self, place: tuple[Any, Any]) -> Any:
+        return self._scores[self._unit, self._start + place[0], place[1]]
+
+
+def _values(names: dict[str, Any], b: Any, g: Any, unit: Any) -> Keys:
+    """Describe the values of the tokens that are listed in ``slots``."""
+
+    def value(at: Any, e: Any) -> Any:
+        return names["values"][b, g, T.Cast("int64", names["slots"][unit, at]), e]
+
+    def nothing(*_: Any) -> Any:
+        raise AssertionError("only values are read by this list")
+
+    return Keys(nothing, nothing, value, nothing, None)
+
+
+@T.inline
+def _join_groups(names, s, r, unit, i, p, kept):
+    # Makes one head's scores, after the soft-cap, those of the one softmax that the grouped one is: a token of a page
+    # that is read through its landmark has its own score and that of the landmark, less the log-sum-exp of the page's
+    # tokens but the landmark, which is not read. Pages lie one behind the other, only the last one may be in part.
+    top = T.alloc_buffer((1,), "float32", scope="local")
+    total = T.alloc_buffer((1,), "float32", scope="local")
+    near = T.max(p - (r.window - 1), T.int64(0)) // r.page
+    for n in T.serial(T.if_then_else(p < r.dense_below, T.int64(0), kept[0] // r.page)):
+        number = T.Cast("int64", names["slots"][unit, n * r.page]) // r.page
+        if T.And(number * r.page >= r.sinks, number < near):
+            top[0] = T.float32(LOWEST)
+            for j in T.serial(r.page - 1):
+                top[0] = T.max(top[0], names["scores"][unit, i, n * r.page + j])
+            total[0] = T.float32(0)
+            for j in T.serial(r.page - 1):
+                total[0] = total[0] + exp(names["scores"][unit, i, n * r.page + j] - top[0])
+            top[0] = names["scores"][unit, i, n * r.page + r.page - 1] - (top[0] + T.log(total[0]))
+            for j in T.serial(r.page - 1):
+                names["scores"][unit, i, n * r.page + j] = names["scores"][unit, i, n * r.page + j] + top[0]
+            names["scores"][unit, i, n * r.page + r.page - 1] = T.float32(LOWEST)
+
+
+@T.inline
+def _weigh(names, s, r, unit, i, p, kept, top, total, row):
+    # Puts the exponentials of one head's scores in their place, and 0 up to the end of the last vector.
+    blocks = T.ceildiv(kept[0], T.int64(SLOTS))
+    for j in T.serial(blocks * SLOTS - kept[0]):
+        names["scores"][unit, i, kept[0] + j] = T.float32(LOWEST)
+    if s.softcap > 0:
+        for j in T.serial(kept[0]):
+            names["scores"][unit, i, j] = tanh(names["scores"][unit, i, j] / T.float32(s.softcap)) * T.float32(
+                s.softcap
+            )
+    if r.grouped:
+        _join_groups(names, s, r, unit, i, p, kept)
+    top[row] = T.float32(LOWEST)
+    for j in T.serial(kept[0]):
+        top[row] = T.max(top[row], names["scores"][unit, i, j])
+    for block in T.serial(blocks):
+        for j in T.vectorized(SLOTS):
+            names["scores"][unit, i, block * SLOTS + j] = T.Select(
+                names["scores"][unit, i, block * SLOTS + j] > T.float32(0.5 * LOWEST),
+                exp(names["scores"][unit, i, block * SLOTS + j] - top[row]),
+                T.float32(0),
+            )
+    total[row] = T.float32(0)
+    for j in T.serial(kept[0]):
+        total[row] = total[row] + names["scores"][unit, i, j]
+
+
+@T.inline
+def attend(names, s, r, b, g, t, unit, p, kept, start):  # noqa: D103
+    wide, narrow = T.meta_var(s.value_dim // 32), T.meta_var(s.value_dim % 32 // 8)
+    top = T.alloc_buffer((s.together,), "float32", scope="local")
+    total = T.alloc_buffer((s.together,), "float32", scope="local")
+    acc = T.alloc_buffer((s.together, s.value_dim), "float32", scope="local")
+    part = T.alloc_buffer((s.together, 32), "float32", scope="local")
+    for i in T.serial(s.together):
+        _weigh(names, s, r, unit, start + i, p, kept, top, total, i)
+        for e in T.serial(s.value_dim):
+            acc[i, e] = T.float32(0)
+    weights = T.meta_var(_Part(names["scores"], unit, start))
+    read = T.meta_var(_values(names, b, g, unit))
+    add_values(s.together, read, T.int64(0), kept[0], weights, part, acc, 0, 32, wide)
+    if narrow > 0:
+        add_values(s.together, read, T.int64(0), kept[0], weights, part, acc, wide * 32, 8, narrow)
+    if s.value_dim % 8 > 0:
+        rest = T.meta_var(wide * 32 + narrow * 8)
+        add_values(s.together, read, T.int64(0), kept[0], weights, part, acc, rest, 1, s.value_dim % 8)
+    for i in T.serial(s.together):
+        h = g * s.share + start + i
+        if s.sink_logits:
+            add_sink(i, names["sinks"][h], top, total, acc, s.value_dim)
+        for e in T.serial(s.value_dim):
+            names["y"][b, h, t, e] = acc[i, e] / total[i]
+        if r.lse:
+            names["lse"][b, h, t] = top[i] + T.log(total[i])

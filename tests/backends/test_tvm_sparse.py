@@ -1,0 +1,156 @@
+"""Sparse attention as compiled: the very tokens that the reference chooses, in long calls, in pieces, of batches."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import op_programs as ops
+import pytest
+import torch
+import tvm
+from torch import Tensor
+from tvm_support import build
+
+from memc.backends.tvm.kernels.common import SLOTS, Scores
+from memc.backends.tvm.kernels.rank import Rule
+from memc.backends.tvm.kernels.sparse import memory, sparse_attention
+from memc.dialect.sparse_attention import METHODS
+from memc.kernels.sparse_attention.choose import chosen, describe
+from tests.backends.runs import Calls, compare, span
+
+OPTIONS: dict[str, Any] = {"page": 4, "budget": 24, "sinks": 2, "window": 9}
+LONG: Calls = [
+    ([span(0, 100), span(0, 20, right=80)], [99]),
+    ([span(100, 7), span(20, 7)], None),
+    *(([[107 + i], [27 + i]], None) for i in range(12)),
+]
+"""A prompt of many blocks beside a short one, pieces, and tokens one at a time."""
+
+slow = pytest.mark.conformance
+
+
+@pytest.mark.parametrize(
+    ("method", "rerank", "mass"),
+    [
+        ("hip", 2, 1.0),
+        pytest.param("hip", 1, 1.0, marks=slow),
+        pytest.param("landmark", 1, 1.0, marks=slow),
+        ("landmark", 1, 0.6),
+        pytest.param("bounds", 1, 0.6, marks=slow),
+        pytest.param("moments", 1, 0.6, marks=slow),
+        pytest.param("lowbit", 2, 0.6, marks=slow),
+    ],
+)
+def test_long_calls_equal_the_reference(method: str, rerank: int, mass: float, tmp_path: Path) -> None:
+    options = {**OPTIONS, "method": method, "rerank": rerank, "dense_below": 30, "channels": 2}
+    program = ops.sparse_attention(mass=mass, **options)
+    runner = build(program, tmp_path, context=160)
+    assert compare(program, runner, LONG) < 1e-4
+    other = ops.sparse_attention(mass=mass, **{**options, "budget": 32})
+    if mass < 1:
+        other = ops.sparse_attention(mass=0.9, **options)
+    assert compare(other, runner, LONG) > 1e-3, "another budget, or share, is another function"
+
+
+# ---- which tokens are read
+
+
+class Tokens:
+    """Keys, values and queries of a row, and the function compiled over its state, one key-value head of two."""
+
+    def __init__(self, rule: Rule, rows: int = 2, capacity: int = 128) -> None:
+        self.rule, self.s = rule, Scores(4, 2, 8, 8, rule.scale)
+        random = np.random.default_rng(0)
+        sizes = ((rows, 4, capacity, 8), (rows, 2, capacity, 8), (rows, 2, capacity, 8))
+        self.query, self.key, self.value = (random.standard_normal(size).astype(np.float32) for size in sizes)
+        tiles, pages = capacity // SLOTS, -(-capacity // rule.page)
+        described = rule.described(8)
+        keys = (rows, 2, capacity, 8) if rule.by_token else (rows, 2, tiles, 8, SLOTS)
+        by_tile = (rows, 2, tiles if rule.by_token else -(-pages // SLOTS), described, SLOTS)
+        held = (keys, (rows, 2, capacity, 8), (rows, 2, pages, described) if rule.rows else by_tile)
+        self.state = [tvm.runtime.tensor(np.zeros(size, np.float32)) for size in held]
+        self.ranks = -(-pages // SLOTS) * SLOTS if not rule.by_token else capacity
+        module = tvm.IRModule({"main": sparse_attention(self.s, rule).with_attr("global_symbol", "main")})
+        self.function = tvm.compile(module, target="llvm")["main"]
+
+    def read(self, columns: list[list[int]]) -> list[list[set[int]]]:
+        """Run tokens of all rows at some positions, of which a unit of work does at most 16; what the last one read."""
+        at = np.array(columns, np.int64)
+        rows, count = at.shape
+        new = [
+            np.ascontiguousarray(np.take_along_axis(x, at.clip(0)[:, None, :, None], 2))
+            for x in (self.query, self.key, self.value)
+        ]
+        needed = memory(self.s, self.rule, rows * 2, self.ranks)
+        scratch = {name: np.full(size, -1, kind) for name, (size, kind) in needed.items()}
+        # Of what came before nothing is left: slots that are not written stay -1.
+        given = {name: tvm.runtime.tensor(array) for name, array in scratch.items()}
+        out = np.zeros((rows, 4, count, 8), np.float32), np.zeros(1, np.float32)
+        before = [tvm.runtime.tensor(array) for array in (*new, at)]
+        rest = [tvm.runtime.tensor(array) for array in (np.zeros(1, np.float32), *out)]
+        self.function(*before, *self.state, *rest, *given.values())
+        slots = given["slots"].numpy().reshape(rows, 2, -1)
+        return [[set(slots[row, group][slots[row, group] >= 0].tolist()) for group in range(2)] for row in range(rows)]
+
+    def expected(self, row: int, position: int, rule: Rule) -> list[set[int]]:
+        """What the reference reads for the token at a position, in float64."""
+        query, key = (torch.from_numpy(x[row : row + 1]).double() for x in (self.query, self.key))
+        at = torch.tensor([[position]])
+        mask = chosen(query[:, :, position : position + 1], key, pages(key, rule), at, rule)
+        return [set(mask[0, group, 0].nonzero()[:, 0].tolist()) for group in range(2)]
+
+
+def pages(key: Tensor, rule: Rule) -> Tensor:
+    """Describe all pages of ``key [1,G,L,D]``; those that are not full are never looked at."""
+    return describe(key.unflatten(2, (-1, rule.page)), rule.method)
+
+
+def rule_of(method: str, **others: Any) -> Rule:
+    options = {**OPTIONS, "budget": 40, "channels": 2, "dense_below": 6, **others}
+    return Rule(scale=0.7, method=method, **options)
+
+
+CHOICES = [
+    (method, rerank, mass)
+    for method in METHODS
+    for rerank in (1, 2)
+    for mass in (1.0, 0.5)
+    if not (method == "landmark" and rerank == 2) and not (method == "hip" and mass < 1)
+]
+QUICK = {("hip", 2, 1.0), ("landmark", 1, 0.5), ("lowbit", 2, 0.5), ("moments", 1, 1.0), ("hip", 1), ("lowbit", 2)}
+
+
+def marked(*choice: Any) -> Any:
+    return pytest.param(*choice, marks=() if choice in QUICK else slow)
+
+
+@pytest.mark.parametrize(("method", "rerank", "mass"), [marked(*choice) for choice in CHOICES])
+def test_the_tokens_read_are_those_of_the_reference(method: str, rerank: int, mass: float) -> None:
+    """In float64, and all of them: the draws have no two scores so near that float32 would order them otherwise."""
+    rule = rule_of(method, rerank=rerank, mass=mass)
+    other = replace(rule, mass=0.75) if mass < 1 else replace(rule, budget=rule.budget - rule.page)
+    tokens = Tokens(rule)
+    differ = 0
+    # Rows of unlike lengths, which end by turns.
+    tokens.read([span(0, 9), span(0, 4, left=5)])
+    for start in range(9, 121, 3):
+        tokens.read([span(start, 2), span(start - 5, 2)])
+        tokens.read([[-1], [start - 3]])
+        read = tokens.read([[start + 2], [-1]])[0]
+        assert read == tokens.expected(0, start + 2, rule), start
+        differ += read != tokens.expected(0, start + 2, other)
+    assert tokens.read([[-1], [116]])[1] == tokens.expected(1, 116, rule)
+    assert differ > 20, "another budget, or share, is another choice"
+
+
+@pytest.mark.parametrize(("method", "rerank"), [marked(*choice[:2]) for choice in CHOICES if choice[2] == 1])
+def test_equal_scores_choose_the_lower_index(method: str, rerank: int) -> None:
+    rule = rule_of(method, rerank=rerank)
+    tokens = Tokens(rule, rows=1)
+    tokens.key[:] = 0.5
+    for start in range(0, 120, 5):
+        tokens.read([span(start, 4)])
+        assert tokens.read([[start + 4]])[0] == tokens.expected(0, start + 4, rule), start
