@@ -187,9 +187,10 @@ class Converters:
         return _call(importer, made, inputs, [*_shape(q)[:3], m.value_dim])
 
     def _sparse_attention(self, node: Node, importer: Importer) -> Var:
-        (*tensors, sink_logits, scale, softcap), chosen = _arguments(node)[:10], _arguments(node)[10:]
-        names = ("method", "page", "budget", "sinks", "window", "rerank", "dense_below", "channels", "mass", "lse")
-        rule = Rule(scale=float(scale), **dict(zip(names, chosen, strict=True)))
+        given = _arguments(node)
+        (*tensors, choice, sink_logits, scale, softcap), chosen = given[:11], given[11:]
+        names = ("method", "page", "budget", "sinks", "window", "rerank", "dense_below", "channels", "mass", "refresh")
+        rule = Rule(scale=float(scale), **dict(zip((*names, "lse"), chosen, strict=True)))
         q, k, v, *rest = (importer.env[tensor] for tensor in tensors)
         s = _scores(q, v, scale, softcap, None, sink_logits)
         made = self._function(importer, sparse_attention, s, rule)
@@ -199,7 +200,8 @@ class Converters:
         needed = memory(s, rule, units, pages * SLOTS).values()
         shapes = [[*_shape(q)[:3], s.value_dim], _shape(q)[:3] if rule.lse else [1], *(shape for shape, _ in needed)]
         kinds = ["float32", "float32", *(kind for _, kind in needed)]
-        return _calls(importer, made, [q, k, v, *rest, _or_nothing(importer, sink_logits)], shapes, kinds)
+        listed = _nothing(importer, "int32", 1) if choice is None else importer.env[choice]
+        return _calls(importer, made, [q, k, v, *rest, listed, _or_nothing(importer, sink_logits)], shapes, kinds)
 
     def _bank_ffn(self, node: Node, importer: Importer) -> Var:
         x, block = (importer.env[argument] for argument in node.args[:2])

@@ -73,6 +73,7 @@ class _Rewriter:
             "window_memory": self.window_memory,
             "linear_memory": self.linear_memory,
             "sparse_attention": self.sparse_attention,
+            "refreshed_attention": self.sparse_attention,
             "bank_ffn": self.bank_ffn,
         }
 
@@ -144,11 +145,26 @@ class _Rewriter:
         if SELECTORS[a["method"]].choice != "tree":  # a search reads few descriptions, each by itself
             self._pack(a["past_pages"])
         self.dropped.add(str(a["past_positions"].target))
-        names = ("query", "key", "value", "positions", "past_key", "past_value", "past_pages", "sink_logits")
+        names = ("query", "key", "value", "positions", "past_key", "past_value", "past_pages")
         rule = ("scale", "softcap", "method", "page", "budget", "sinks", "window", "rerank", "dense_below", "channels")
-        taken = (*(a[name] for name in (*names, *rule)), a["mass"], 1 in used_outputs(node))
-        made = self.call(ops.sparse_attention, *taken)
+        given = [*(a[name] for name in names), self._lists(a), a["sink_logits"], *(a[name] for name in rule), a["mass"]]
+        made = self.call(ops.sparse_attention, *given, a.get("refresh", 1), 1 in used_outputs(node))
         return [self.call(operator.getitem, made, index) for index in range(2)]
+
+    def _lists(self, a: Mapping[str, Any]) -> Node | None:
+        """Let the state of tokens that share a choice hold a list as :mod:`memc.backends.tvm.kernels.turns` has it."""
+        if "refresh" not in a:
+            return None
+        past: Node = a["past_choice"]
+        if a["refresh"] == 1:  # every token chooses for itself
+            self.dropped.add(str(past.target))
+            return None
+        spec = self.states[str(past.target)]
+        batch, groups, most = spec.shape
+        assert isinstance(most, int)
+        places = -(-most // SLOTS) * SLOTS
+        self.states[str(past.target)] = replace(spec, dtype=torch.int32, shape=(batch, groups, 2, places))
+        return past
 
     def bank_ffn(self, node: Node, a: Mapping[str, Any]) -> list[Node]:
         return [self.call(ops.bank_ffn, a["x"], a["block"], a["activation"])]

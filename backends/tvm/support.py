@@ -48,11 +48,12 @@ def form(node: Node) -> Yes | No:
         case "linear_memory":
             a = arguments(node)
             return Yes(f"own function, {a['update']}, prompts by chunks, state in place")
-        case "sparse_attention":
+        case "sparse_attention" | "refreshed_attention":
             a = arguments(node)
             choice = SELECTORS[a["method"]].choice
             what = "pages searched for" if choice == "tree" else f"{choice} ranked"
-            return Yes(f"own function, {what} by {a['method']}, state in place")
+            shared = f", a choice for {a['refresh']} tokens" if "refresh" in a else ""
+            return Yes(f"own function, {what} by {a['method']}{shared}, state in place")
         case "bank_ffn":
             return Yes("own function, blocks read where they lie")
     return No(f"memc::{spec.name} has no lowered form in this backend")

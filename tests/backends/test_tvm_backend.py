@@ -171,13 +171,13 @@ def test_exponentials_by_vectors(tmp_path: Path) -> None:
 def test_every_dialect_op_has_a_form_or_a_reason() -> None:
     answers = {}
     programs = (ops.llama("attention"), ops.window_memory(), ops.linear_memory(), ops.full_attention())
-    for program in (*programs, ops.sparse_attention(), ops.bank_ffn("silu")):
+    for program in (*programs, ops.sparse_attention(), ops.sparse_attention(refresh=2), ops.bank_ffn("silu")):
         for node in program.module.graph.nodes:
             if (spec := op_spec(node.target)) is not None:
                 answers[spec.name] = TvmBackend().supports(node, CPU)
     assert all(isinstance(answer, Yes) for answer in answers.values())
-    assert set(OPS) - set(answers) == {"refreshed_attention", "quantised_attention", "compact_attention"}
-    for program in (ops.sparse_attention(refresh=2), ops.sparse_attention(bits=4), ops.compact_attention()):
+    assert set(OPS) - set(answers) == {"quantised_attention", "compact_attention"}
+    for program in (ops.sparse_attention(bits=4), ops.compact_attention()):
         sparse = next(n for n in program.module.graph.nodes if op_spec(n.target) is not None)
         assert isinstance(TvmBackend().supports(sparse, CPU), No)
 

@@ -18,7 +18,9 @@ from memc.backends.tvm.kernels.common import SLOTS, Scores
 from memc.backends.tvm.kernels.rank import Rule
 from memc.backends.tvm.kernels.sparse import memory, sparse_attention
 from memc.dialect.sparse_attention import METHODS
-from memc.kernels.sparse_attention.choose import chosen, describe
+from memc.kernels.refreshed_attention.choose import Choices
+from memc.kernels.sparse_attention.choose import chosen, describe, narrowed
+from memc.kernels.sparse_attention.reference import Sequence
 from tests.backends.runs import Calls, compare, span
 
 OPTIONS: dict[str, Any] = {"page": 4, "budget": 24, "sinks": 2, "window": 9}
@@ -55,6 +57,43 @@ def test_long_calls_equal_the_reference(method: str, rerank: int, mass: float, t
     assert compare(other, runner, LONG) > 1e-3, "another budget, or share, is another function"
 
 
+@pytest.mark.parametrize(
+    ("method", "rerank", "refresh", "mass"),
+    [
+        ("bounds", 2, 9, 1.0),
+        pytest.param("lowbit", 2, 4, 1.0, marks=slow),
+        pytest.param("hip", 1, 4, 1.0, marks=slow),
+        pytest.param("landmark", 1, 4, 1.0, marks=slow),
+        pytest.param("moments", 1, 3, 0.6, marks=slow),
+    ],
+)
+def test_long_calls_that_share_choices_equal_the_reference(
+    method: str, rerank: int, refresh: int, mass: float, tmp_path: Path
+) -> None:
+    options = {**OPTIONS, "method": method, "rerank": rerank, "mass": mass, "dense_below": 30, "channels": 2}
+    program = ops.sparse_attention(refresh=refresh, **options)
+    runner = build(program, tmp_path, context=160)
+    # At last a new sequence in a row that held another one, whose list is no longer taken from.
+    calls = [*LONG, ([span(0, 40), [-1] * 40], None), ([[40], [39]], None)]
+    assert compare(program, runner, calls) < 1e-4
+    other = ops.sparse_attention(refresh=5, **options)
+    assert compare(other, runner, calls) > 1e-3, "another turn is another function"
+
+
+def test_a_state_goes_on_after_it_was_saved_with_its_lists(tmp_path: Path) -> None:
+    program = ops.sparse_attention(refresh=7, dense_below=10, **OPTIONS)
+    runner = build(program, tmp_path, context=100)
+    tokens = np.random.default_rng(0).integers(0, ops.VOCAB, (2, 60))
+    positions = np.tile(np.arange(60), (2, 1))
+    state = runner.new_state(2)
+    runner.run(tokens, positions, state)
+    restored, empty = runner.restore(state.arrays()), runner.restore(state.arrays())
+    empty.current["past_choice0"].fill(-1)
+    after = [runner.run(tokens[:, :1], positions[:, -1:] + 1, one) for one in (state, restored, empty)]
+    assert np.array_equal(after[0], after[1])
+    assert np.abs(after[0] - after[2]).max() > 1e-3, "without its list the token reads other tokens"
+
+
 # ---- which tokens are read
 
 
@@ -71,7 +110,9 @@ class Tokens:
         keys = (rows, 2, capacity, 8) if rule.by_token else (rows, 2, tiles, 8, SLOTS)
         by_tile = (rows, 2, tiles if rule.by_token else -(-pages // SLOTS), described, SLOTS)
         held = (keys, (rows, 2, capacity, 8), (rows, 2, pages, described) if rule.rows else by_tile)
+        listed = np.full((rows, 2, 2, rule.places) if rule.refresh > 1 else 1, -1, np.int32)
         self.state = [tvm.runtime.tensor(np.zeros(size, np.float32)) for size in held]
+        self.state.append(tvm.runtime.tensor(listed))
         self.ranks = -(-pages // SLOTS) * SLOTS if not rule.by_token else capacity
         module = tvm.IRModule({"main": sparse_attention(self.s, rule).with_attr("global_symbol", "main")})
         self.function = tvm.compile(module, target="llvm")["main"]
@@ -93,13 +134,25 @@ class Tokens:
         rest = [tvm.runtime.tensor(array) for array in (np.zeros(1, np.float32), *out)]
         self.function(*before, *self.state, *rest, *given.values())
         slots = given["slots"].numpy().reshape(rows, 2, -1)
-        return [[set(slots[row, group][slots[row, group] >= 0].tolist()) for group in range(2)] for row in range(rows)]
+        # Of lists that are shared ranks may be left behind the slots; no score but 0 is as small a number as a place.
+        there = (slots >= 0) & (slots < self.query.shape[2])
+        return [[set(slots[row, group][there[row, group]].tolist()) for group in range(2)] for row in range(rows)]
 
     def expected(self, row: int, position: int, rule: Rule) -> list[set[int]]:
         """What the reference reads for the token at a position, in float64."""
         query, key = (torch.from_numpy(x[row : row + 1]).double() for x in (self.query, self.key))
-        at = torch.tensor([[position]])
-        mask = chosen(query[:, :, position : position + 1], key, pages(key, rule), at, rule)
+        at, one = torch.tensor([[position]]), slice(position, position + 1)
+        if rule.refresh > 1:
+            # Of what comes later nothing has been seen.
+            every = torch.arange(position + 1)[None]
+            sequence = Sequence(every >= 0, every, torch.zeros(1), torch.zeros(1))
+            none = torch.full((1, 2, rule.most), -1)
+            asking = query[:, :, : position + 1] * rule.scale
+            choices = Choices.of(asking, pages(key, rule), every, sequence, none, key.shape[2], rule)
+            taken = choices.candidates(one, at, key.shape[2] // rule.unit, rule)
+            mask = narrowed(asking[:, :, one], key, taken, at, rule)
+        else:
+            mask = chosen(query[:, :, one], key, pages(key, rule), at, rule)
         return [set(mask[0, group, 0].nonzero()[:, 0].tolist()) for group in range(2)]
 
 
@@ -114,39 +167,47 @@ def rule_of(method: str, **others: Any) -> Rule:
 
 
 CHOICES = [
-    (method, rerank, mass)
+    (method, rerank, mass, 1)
     for method in METHODS
     for rerank in (1, 2)
     for mass in (1.0, 0.5)
     if not (method == "landmark" and rerank == 2) and not (method == "hip" and mass < 1)
 ]
-QUICK = {("hip", 2, 1.0), ("landmark", 1, 0.5), ("lowbit", 2, 0.5), ("moments", 1, 1.0), ("hip", 1), ("lowbit", 2)}
+SHARED = [("lowbit", 2, 0.5, 7), ("hip", 1, 1.0, 7), ("bounds", 2, 1.0, 3), ("landmark", 1, 0.5, 4)]
+QUICK = {
+    ("hip", 2, 1.0, 1),
+    ("landmark", 1, 0.5, 1),
+    ("lowbit", 2, 0.5, 7),
+    ("hip", 1, 1.0, 7),
+    ("hip", 1),
+    ("lowbit", 2),
+}
 
 
 def marked(*choice: Any) -> Any:
     return pytest.param(*choice, marks=() if choice in QUICK else slow)
 
 
-@pytest.mark.parametrize(("method", "rerank", "mass"), [marked(*choice) for choice in CHOICES])
-def test_the_tokens_read_are_those_of_the_reference(method: str, rerank: int, mass: float) -> None:
+@pytest.mark.parametrize(("method", "rerank", "mass", "refresh"), [marked(*choice) for choice in (*CHOICES, *SHARED)])
+def test_the_tokens_read_are_those_of_the_reference(method: str, rerank: int, mass: float, refresh: int) -> None:
     """In float64, and all of them: the draws have no two scores so near that float32 would order them otherwise."""
-    rule = rule_of(method, rerank=rerank, mass=mass)
+    rule = rule_of(method, rerank=rerank, mass=mass, refresh=refresh)
     other = replace(rule, mass=0.75) if mass < 1 else replace(rule, budget=rule.budget - rule.page)
     tokens = Tokens(rule)
     differ = 0
     # Rows of unlike lengths, which end by turns.
     tokens.read([span(0, 9), span(0, 4, left=5)])
-    for start in range(9, 121, 3):
-        tokens.read([span(start, 2), span(start - 5, 2)])
-        tokens.read([[-1], [start - 3]])
-        read = tokens.read([[start + 2], [-1]])[0]
-        assert read == tokens.expected(0, start + 2, rule), start
-        differ += read != tokens.expected(0, start + 2, other)
-    assert tokens.read([[-1], [116]])[1] == tokens.expected(1, 116, rule)
-    assert differ > 20, "another budget, or share, is another choice"
+    for start in range(9, 119, 5):
+        tokens.read([span(start, 4), span(start - 5, 4)])
+        tokens.read([[-1], [start - 1]])
+        read = tokens.read([[start + 4], [-1]])[0]
+        assert read == tokens.expected(0, start + 4, rule), start
+        differ += read != tokens.expected(0, start + 4, other)
+    assert tokens.read([[-1], [114]])[1] == tokens.expected(1, 114, rule)
+    assert differ > 10, "another budget, or share, is another choice"
 
 
-@pytest.mark.parametrize(("method", "rerank"), [marked(*choice[:2]) for choice in CHOICES if choice[2] == 1])
+@pytest.mark.parametrize(("method", "rerank"), [marked(*choice[:2]) for choice in CHOICES if choice[2:] == (1, 1)])
 def test_equal_scores_choose_the_lower_index(method: str, rerank: int) -> None:
     rule = rule_of(method, rerank=rerank)
     tokens = Tokens(rule, rows=1)

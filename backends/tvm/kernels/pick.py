@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from tvm.script import tirx as T
 
-from memc.backends.tvm.kernels.choose import FIRST, NEVER, find_least, find_share, ordered, take
+from memc.backends.tvm.kernels.choose import FIRST, NEVER, find_least, ordered, take
 from memc.backends.tvm.kernels.common import LOWEST, SLOTS
-from memc.backends.tvm.kernels.rank import rank_pages
+from memc.backends.tvm.kernels.rank import find_best, rank_pages
 from memc.backends.tvm.kernels.tree import search_pages
+from memc.backends.tvm.kernels.turns import make_list, take_listed
 
 
 @T.inline
@@ -22,18 +23,6 @@ def _append(names, r, unit, first, p, listed):
 
 
 @T.inline
-def find_best(names, r, unit, blocks, least):  # noqa: D103
-    # As ``find_least`` of what fills the budget, or of less that holds the share asked for.
-    enough = T.alloc_buffer((2,), "int32", scope="local")
-    find_least(names["rank"], unit, blocks, r.most, least)
-    if r.mass < 1:
-        find_share(names["rank"], names["shares"], unit, blocks, r.mass, enough)
-        if T.Or(enough[0] > least[0], T.And(enough[0] == least[0], enough[1] < least[1])):
-            least[0] = enough[0]
-            least[1] = enough[1]
-
-
-@T.inline
 def list_tiles(names, s, r, b, g, t, unit, p, listed):  # noqa: D103
     # Leaves 1 in the rank of each page, or token, that is taken and 0 in the others, and lists where they lie.
     least = T.alloc_buffer((2,), "int32", scope="local")
@@ -43,9 +32,13 @@ def list_tiles(names, s, r, b, g, t, unit, p, listed):  # noqa: D103
     everything = T.Or(p < r.all_below, T.And(T.bool(r.mass == 1), p // r.unit < r.most))
     least[0] = T.int32(NEVER)
     least[1] = T.int32(0)
+    if r.refresh > 1:
+        make_list(names, s, r, b, g, t, unit, p)
     if everything:
         for n in T.serial(blocks * SLOTS):
             names["rank"][unit, n] = T.if_then_else(n <= p // r.unit, T.int32(FIRST), T.int32(NEVER))
+    elif r.refresh > 1:
+        take_listed(names, r, unit, p)
     elif r.by_tree:
         search_pages(names, s, r, b, g, t, unit, p)
     else:

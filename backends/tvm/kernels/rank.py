@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 from tvm.script import tirx as T
 
-from memc.backends.tvm.kernels.choose import FIRST, NEVER, find_least, ordered, take
-from memc.backends.tvm.kernels.common import LOWEST, SLOTS
+from memc.backends.tvm.kernels.choose import FIRST, NEVER, find_least, find_share, ordered, take
+from memc.backends.tvm.kernels.common import LOWEST, SLOTS, Expression
 from memc.dialect.selectors import SELECTORS, Selector
 from memc.kernels.sparse_attention.choose import Rule as Choosing
 
@@ -50,6 +50,11 @@ class Rule(Choosing):
     def described(self, channels: int) -> int:
         """How many numbers a description has."""
         return 2 * channels if self.selector.descriptor in ("bounds", "moments") else channels
+
+    @property
+    def places(self) -> int:
+        """Entries of a list that several tokens share: whole vectors."""
+        return -(-self.most // SLOTS) * SLOTS
 
     @property
     def rows(self) -> bool:
@@ -138,10 +143,15 @@ def _features(names, s, r, b, g, t, channel, feature):
                     feature[i, s.key_dim + d] = scaled * scaled * T.float32(0.5)
 
 
+def first_near(r: Rule, p: Expression) -> Expression:
+    """Return the first page, or token, of those that the window makes a token at position ``p`` always take."""
+    return T.min(T.max(p - (r.window - 1), T.int64(0)), p // r.page * r.page) // r.unit
+
+
 @T.inline
 def force(names, r, unit, p):  # noqa: D103
     # Puts what is always taken before every score, and what comes after the token at position ``p`` behind.
-    near = T.min(T.max(p - (r.window - 1), T.int64(0)), p // r.page * r.page) // r.unit
+    near = first_near(r, p)
     last = p // r.unit
     for n in T.serial(T.min(T.int64(-(-r.sinks // r.unit)), last + 1)):
         names["rank"][unit, n] = T.int32(FIRST)
@@ -181,3 +191,15 @@ def rank_pages(names, s, r, b, g, t, unit, p):  # noqa: D103
         for j in T.vectorized(SLOTS):
             names["rank"][unit, tile * SLOTS + j] = ordered(best[j])
     force(names, r, unit, p)
+
+
+@T.inline
+def find_best(names, r, unit, blocks, least):  # noqa: D103
+    # As ``find_least`` of what fills the budget, or of less that holds the share asked for.
+    enough = T.alloc_buffer((2,), "int32", scope="local")
+    find_least(names["rank"], unit, blocks, r.most, least)
+    if r.mass < 1:
+        find_share(names["rank"], names["shares"], unit, blocks, r.mass, enough)
+        if T.Or(enough[0] > least[0], T.And(enough[0] == least[0], enough[1] < least[1])):
+            least[0] = enough[0]
+            least[1] = enough[1]

@@ -1,4 +1,7 @@
-"""``memc::sparse_attention``: pages are described as they fill up, ranked, and the tokens of the best attended to."""
+"""``memc::sparse_attention`` and ``memc::refreshed_attention``.
+
+Pages are described as they fill up, ranked, and the tokens of the best attended to.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from tvm.script import tirx as T
 from memc.backends.tvm.kernels.common import SLOTS, PrimFunc, Scores
 from memc.backends.tvm.kernels.pick import keep_tokens, list_tiles, score_tiles, score_tokens
 from memc.backends.tvm.kernels.rank import Rule, describe
+from memc.backends.tvm.kernels.turns import hold_list, save_list
 from memc.backends.tvm.kernels.weigh import attend
 
 SHARES = 8
@@ -23,7 +27,8 @@ def memory(s: Scores, r: Rule, units: Any, pages: Any) -> dict[str, tuple[tuple[
     """Return shapes and types of what so many units of work need over so many ``pages`` (or tokens, in whole vectors).
 
     ``rank`` is what is ranked by; ``list`` the tiles of keys on which what is taken lies; ``scores`` those of the keys
-    there, ``again`` what these are ranked by, ``slots`` the tokens that are read; ``shares`` the exponentials of ranks.
+    there, ``again`` what these are ranked by, ``slots`` the tokens that are read; ``shares`` the exponentials of ranks;
+    ``turns`` a list that several tokens share.
     """
     return {
         "rank": ((units, pages), "int32"),
@@ -32,20 +37,26 @@ def memory(s: Scores, r: Rule, units: Any, pages: Any) -> dict[str, tuple[tuple[
         "slots": ((units, r.room), "int32"),
         "scores": ((units, s.share, r.room), "float32"),
         "shares": ((units, pages if r.mass < 1 else 1), "float32"),
+        "turns": ((units, 2, r.places if r.refresh > 1 else 1), "int32"),
     }
+
+
+def _turn(r: Rule, p: Any) -> Any:
+    """Return a number that tokens have in common which share a list."""
+    return T.if_then_else(p >= r.dense_below, p - r.dense_below, T.max(p, T.int64(0))) // r.refresh
 
 
 @cache
 def sparse_attention(s: Scores, r: Rule) -> PrimFunc:
-    """Make ``memc::sparse_attention``, its state in place.
+    """Make ``memc::sparse_attention``, or ``memc::refreshed_attention`` of a rule with ``refresh``, its state in place.
 
     ``keys [B,G,P,D,SLOTS]`` and ``values [B,G,S,E]`` hold the token at position p in slot p, ``pages [B,G,N,C,SLOTS]``
     the description of page n; where tokens are ranked ``keys [B,G,S,D]`` are as they are read one by one, and
-    ``pages [B,G,P,D,SLOTS]`` the same channel by channel, and where pages are searched ``pages [B,G,N,D]``. The new
-    tokens are written first, so that no sequence may start in a call after tokens of another one in the same row. A
-    unit of work is some tokens of one key-value head; of each it ranks the pages, lists the tiles of keys on which the
-    best ones lie, and makes the scores of these, which are ranked again where that is asked for and then weigh the
-    values.
+    ``pages [B,G,P,D,SLOTS]`` the same channel by channel, and where pages are searched ``pages [B,G,N,D]``; what
+    ``choice`` holds is said in ``turns``. The new tokens are written first, so that no sequence may start in a call
+    after tokens of another one in the same row. A unit of work is some tokens of one key-value head; of each it ranks
+    the pages, lists the tiles of keys on which the best ones lie, and makes the scores of these, which are ranked again
+    where that is asked for and then weigh the values.
     """
     heads, groups, key_dim, value_dim = s.heads, s.groups, s.key_dim, s.value_dim
     share, together, size = s.share, s.together, r.described(s.key_dim)
@@ -96,6 +107,7 @@ def sparse_attention(s: Scores, r: Rule) -> PrimFunc:
         keys_: T.handle,
         values_: T.handle,
         pages_: T.handle,
+        choice_: T.handle,
         sinks_: T.handle,
         y_: T.handle,
         lse_: T.handle,
@@ -105,6 +117,7 @@ def sparse_attention(s: Scores, r: Rule) -> PrimFunc:
         slots_: T.handle,
         scores_: T.handle,
         shares_: T.handle,
+        turns_: T.handle,
     ):
         T.func_attr({"tirx.noalias": True})
         batch, tokens, tiles, held, described = T.int64(), T.int64(), T.int64(), T.int64(), T.int64()
@@ -118,6 +131,8 @@ def sparse_attention(s: Scores, r: Rule) -> PrimFunc:
         )
         values = T.match_buffer(values_, (batch, groups, held, value_dim), "float32")
         pages = T.match_buffer(pages_, (batch, groups, described, *((size,) if r.rows else (size, SLOTS))), "float32")
+        listed = T.meta_var((batch, groups, 2, r.places) if r.refresh > 1 else (1,))
+        choice = T.match_buffer(choice_, listed, "int32")
         sinks = T.match_buffer(sinks_, (heads if s.sink_logits else 1,), "float32")
         y = T.match_buffer(y_, (batch, heads, tokens, value_dim), "float32")
         lse = T.match_buffer(lse_, (batch, heads, tokens) if r.lse else (1,), "float32")
@@ -128,6 +143,7 @@ def sparse_attention(s: Scores, r: Rule) -> PrimFunc:
         slots = T.match_buffer(slots_, *sizes["slots"])
         scores = T.match_buffer(scores_, *sizes["scores"])
         shares = T.match_buffer(shares_, *sizes["shares"])
+        turns = T.match_buffer(turns_, *sizes["turns"])
         names = T.meta_var(
             {
                 "q": q,
@@ -146,6 +162,8 @@ def sparse_attention(s: Scores, r: Rule) -> PrimFunc:
                 "slots": slots,
                 "scores": scores,
                 "shares": shares,
+                "choice": choice,
+                "turns": turns,
             }
         )
         for row in T.parallel(batch * groups):
@@ -154,8 +172,19 @@ def sparse_attention(s: Scores, r: Rule) -> PrimFunc:
         for unit in T.parallel(units):
             b = unit // dealt // groups
             g = unit // dealt % groups
-            for turn in T.serial(T.ceildiv(tokens - unit % dealt, dealt)):
-                t = turn * dealt + unit % dealt
-                step(names, b, g, t, unit, positions[b, t])
+            if r.refresh > 1:  # those that share a list are one unit's, one after the other
+                turn = T.alloc_buffer((1,), "int64", scope="local")
+                turn[0] = T.int64(-1)
+                for t in T.serial(tokens):
+                    if _turn(r, positions[b, t]) % dealt == unit % dealt:
+                        hold_list(names, r, b, g, unit, positions[b, t], turn)
+                        step(names, b, g, t, unit, positions[b, t])
+            else:
+                for turn in T.serial(T.ceildiv(tokens - unit % dealt, dealt)):
+                    t = turn * dealt + unit % dealt
+                    step(names, b, g, t, unit, positions[b, t])
+        if r.refresh > 1:
+            for row in T.parallel(batch * groups):
+                save_list(names, r, row // groups, row % groups, row * dealt, dealt, tokens)
 
     return sparse_attention_
