@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import reduce
 from typing import Any
 
@@ -15,11 +15,13 @@ from tvm.ir import is_prim_expr
 from memc.backends.tvm.isa import Tile
 from memc.backends.tvm.kernels.attention import Range, attention, full_attention
 from memc.backends.tvm.kernels.bank import bank_ffn
+from memc.backends.tvm.kernels.codes import Codes
 from memc.backends.tvm.kernels.common import SLOTS, PrimFunc, Scores, exp
 from memc.backends.tvm.kernels.dots import dot_linear
 from memc.backends.tvm.kernels.linear import head_linear, linear, quantised_linear
 from memc.backends.tvm.kernels.memory import linear_memory
 from memc.backends.tvm.kernels.memory_chunk import Memory
+from memc.backends.tvm.kernels.quantised import memory_of, quantised_attention
 from memc.backends.tvm.kernels.rank import Rule
 from memc.backends.tvm.kernels.simple import embedding, norm, rotary, softmax
 from memc.backends.tvm.kernels.sparse import SHARES, TOKENS, memory, sparse_attention
@@ -52,6 +54,7 @@ class Converters:
             "window_memory": self._window_memory,
             "linear_memory": self._linear_memory,
             "sparse_attention": self._sparse_attention,
+            "quantised_attention": self._quantised_attention,
             "bank_ffn": self._bank_ffn,
         }
         own = {f"tvm_{name}.default": form for name, form in forms.items()}
@@ -195,18 +198,44 @@ class Converters:
         s = _scores(q, v, scale, softcap, None, sink_logits)
         made = self._function(importer, sparse_attention, s, rule)
         batch, _, tokens = _shape(q)[:3]
-        units = batch * s.groups * tirx.min(tirx.ceildiv(tokens, TOKENS), tirx.IntImm("int64", SHARES))
         pages = tirx.ceildiv(_size(rest[-1], 2), SLOTS) if rule.rows else _size(rest[-1], 2)
-        needed = memory(s, rule, units, pages * SLOTS).values()
-        shapes = [[*_shape(q)[:3], s.value_dim], _shape(q)[:3] if rule.lse else [1], *(shape for shape, _ in needed)]
-        kinds = ["float32", "float32", *(kind for _, kind in needed)]
+        needed = memory(s, rule, _units(s, batch, tokens), pages * SLOTS)
         listed = _nothing(importer, "int32", 1) if choice is None else importer.env[choice]
-        return _calls(importer, made, [q, k, v, *rest, listed, _or_nothing(importer, sink_logits)], shapes, kinds)
+        inputs = [q, k, v, *rest, listed, _or_nothing(importer, sink_logits)]
+        return _attend(importer, made, inputs, s, rule, needed)
+
+    def _quantised_attention(self, node: Node, importer: Importer) -> Var:
+        given = _arguments(node)
+        (*tensors, sink_logits, scale, softcap, bits), chosen = given[:14], given[14:]
+        names = ("page", "budget", "sinks", "window", "rerank", "dense_below", "lse")
+        options = dict(zip(names, chosen, strict=True))
+        rule = Rule(scale=float(scale), method="bounds", own_page=True, **options)
+        q, k, v, *rest = (importer.env[tensor] for tensor in tensors)
+        s = _scores(q, v, scale, softcap, None, sink_logits)
+        made = self._function(importer, quantised_attention, s, rule, Codes(bits, rule.page))
+        batch, _, tokens = _shape(q)[:3]
+        needed = memory_of(s, rule, batch, tokens, _units(s, batch, tokens), _size(rest[3], 2) * SLOTS)
+        return _attend(importer, made, [q, k, v, *rest, _or_nothing(importer, sink_logits)], s, rule, needed)
 
     def _bank_ffn(self, node: Node, importer: Importer) -> Var:
         x, block = (importer.env[argument] for argument in node.args[:2])
         made = self._function(importer, bank_ffn, _size(block, 2), _size(x, 2), node.args[2])
         return _call(importer, made, [x, block], _shape(x))
+
+
+def _units(s: Scores, batch: Any, tokens: Any) -> Any:
+    """Return how many units of work the tokens of a call are dealt to."""
+    return batch * s.groups * tirx.min(tirx.ceildiv(tokens, TOKENS), tirx.IntImm("int64", SHARES))
+
+
+def _attend(
+    importer: Importer, function: Any, inputs: Sequence[Var], s: Scores, rule: Rule, needed: Mapping[str, Any]
+) -> Var:
+    """Call a function that chooses what it reads: its output, log-sum-exp, and the memory that it needs."""
+    rows = _shape(inputs[0])[:3]
+    shapes = [[*rows, s.value_dim], rows if rule.lse else [1], *(shape for shape, _ in needed.values())]
+    kinds = ["float32", "float32", *(kind for _, kind in needed.values())]
+    return _calls(importer, function, inputs, shapes, kinds)
 
 
 def _clamp(node: Node, importer: Importer) -> Var:

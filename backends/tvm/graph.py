@@ -74,6 +74,7 @@ class _Rewriter:
             "linear_memory": self.linear_memory,
             "sparse_attention": self.sparse_attention,
             "refreshed_attention": self.sparse_attention,
+            "quantised_attention": self.quantised_attention,
             "bank_ffn": self.bank_ffn,
         }
 
@@ -149,6 +150,19 @@ class _Rewriter:
         rule = ("scale", "softcap", "method", "page", "budget", "sinks", "window", "rerank", "dense_below", "channels")
         given = [*(a[name] for name in names), self._lists(a), a["sink_logits"], *(a[name] for name in rule), a["mass"]]
         made = self.call(ops.sparse_attention, *given, a.get("refresh", 1), 1 in used_outputs(node))
+        return [self.call(operator.getitem, made, index) for index in range(2)]
+
+    def quantised_attention(self, node: Node, a: Mapping[str, Any]) -> list[Node]:
+        spec = self.states[str(a["past_key"].target)]
+        batch, groups, pages, _, size = spec.shape
+        tiles = f"{str(pages).partition('/')[0]}/{SLOTS}"
+        self.states[str(a["past_key"].target)] = replace(spec, shape=(batch, groups, tiles, size, SLOTS))
+        self._pack(a["past_pages"])
+        self.dropped.add(str(a["past_positions"].target))
+        held = ("past_key", "past_value", "past_pages", "past_ranges", "past_key_tail", "past_value_tail")
+        rule = ("scale", "softcap", "bits", "page", "budget", "sinks", "window", "rerank", "dense_below")
+        names = ("query", "key", "value", "positions", *held, "sink_logits", *rule)
+        made = self.call(ops.quantised_attention, *(a[name] for name in names), 1 in used_outputs(node))
         return [self.call(operator.getitem, made, index) for index in range(2)]
 
     def _lists(self, a: Mapping[str, Any]) -> Node | None:

@@ -101,6 +101,16 @@ def sparse_attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> t
 
 
 @_define(
+    "(Tensor query, Tensor key, Tensor value, Tensor positions, Tensor codes, Tensor values, Tensor pages,"
+    " Tensor ranges, Tensor key_tail, Tensor value_tail, Tensor? sink_logits, float scale, float softcap, int bits,"
+    " int page, int budget, int sinks, int window, int rerank, int dense_below, bool lse) -> (Tensor, Tensor)"
+)
+def quantised_attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """``memc::quantised_attention`` without its states: output and log-sum-exp, ``[1]`` if unread."""
+    return query.new_empty(*query.shape[:3], value.shape[3]), query.new_empty(query.shape[:3] if rest[-1] else [1])
+
+
+@_define(
     "(Tensor query, Tensor key, Tensor value, Tensor log_decay, Tensor positions, Tensor state, Tensor? beta) -> Tensor"
 )
 def linear_memory(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:

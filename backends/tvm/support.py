@@ -54,6 +54,8 @@ def form(node: Node) -> Yes | No:
             what = "pages searched for" if choice == "tree" else f"{choice} ranked"
             shared = f", a choice for {a['refresh']} tokens" if "refresh" in a else ""
             return Yes(f"own function, {what} by {a['method']}{shared}, state in place")
+        case "quantised_attention":
+            return Yes(f"own function, keys and values in {arguments(node)['bits']} bits, state in place")
         case "bank_ffn":
             return Yes("own function, blocks read where they lie")
     return No(f"memc::{spec.name} has no lowered form in this backend")

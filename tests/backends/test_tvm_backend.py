@@ -170,21 +170,22 @@ def test_exponentials_by_vectors(tmp_path: Path) -> None:
 
 def test_every_dialect_op_has_a_form_or_a_reason() -> None:
     answers = {}
+    sparse = (ops.sparse_attention(), ops.sparse_attention(refresh=2), ops.sparse_attention(bits=4))
     programs = (ops.llama("attention"), ops.window_memory(), ops.linear_memory(), ops.full_attention())
-    for program in (*programs, ops.sparse_attention(), ops.sparse_attention(refresh=2), ops.bank_ffn("silu")):
+    for program in (*programs, *sparse, ops.bank_ffn("silu")):
         for node in program.module.graph.nodes:
             if (spec := op_spec(node.target)) is not None:
                 answers[spec.name] = TvmBackend().supports(node, CPU)
     assert all(isinstance(answer, Yes) for answer in answers.values())
-    assert set(OPS) - set(answers) == {"quantised_attention", "compact_attention"}
-    for program in (ops.sparse_attention(bits=4), ops.compact_attention()):
-        sparse = next(n for n in program.module.graph.nodes if op_spec(n.target) is not None)
-        assert isinstance(TvmBackend().supports(sparse, CPU), No)
+    assert set(OPS) - set(answers) == {"compact_attention"}
+    for program in (ops.compact_attention(), ops.compact_attention(method="infllm")):
+        node = next(n for n in program.module.graph.nodes if op_spec(n.target) is not None)
+        assert isinstance(TvmBackend().supports(node, CPU), No)
 
 
 def test_refusals_come_before_anything_is_written(tmp_path: Path) -> None:
-    with pytest.raises(MemcError, match="quantised_attention") as refused:
-        lower(ops.sparse_attention(bits=4), tmp_path)
+    with pytest.raises(MemcError, match="compact_attention") as refused:
+        lower(ops.compact_attention(), tmp_path)
     assert refused.value.code == "E601"
     for weights in ("fp16", "bf16", "int3"):
         with pytest.raises(MemcError, match=weights):
@@ -196,8 +197,8 @@ def test_refusals_come_before_anything_is_written(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dry_run", [True, False])
 def test_an_op_without_a_form_is_refused_while_planning(dry_run: bool, tmp_path: Path) -> None:
-    spec = "sparsify:method=bounds,bits=4,budget=6,page=2,sinks=1,window=2"
-    with pytest.raises(MemcError, match=r"E601 tvm cannot lower memc\.quantised_attention") as refused:
+    spec = "sparsify:method=longheads,budget=8,page=2,sinks=1,window=2"
+    with pytest.raises(MemcError, match=r"E601 tvm cannot lower memc\.compact_attention") as refused:
         api.convert(tiny_program(), tmp_path / "out", passes=[spec], backend="tvm", dry_run=dry_run)
     assert refused.value.next and not list(tmp_path.iterdir())
 

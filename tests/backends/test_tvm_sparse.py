@@ -14,10 +14,14 @@ import tvm
 from torch import Tensor
 from tvm_support import build
 
+from memc.backends.tvm.kernels.codes import Codes
 from memc.backends.tvm.kernels.common import SLOTS, Scores
+from memc.backends.tvm.kernels.quantised import memory_of, quantised_attention
 from memc.backends.tvm.kernels.rank import Rule
 from memc.backends.tvm.kernels.sparse import memory, sparse_attention
+from memc.dialect.quantised_attention import code_bytes
 from memc.dialect.sparse_attention import METHODS
+from memc.kernels.quantised_attention.codes import decode, encode
 from memc.kernels.refreshed_attention.choose import Choices
 from memc.kernels.sparse_attention.choose import chosen, describe, narrowed
 from memc.kernels.sparse_attention.reference import Sequence
@@ -80,6 +84,28 @@ def test_long_calls_that_share_choices_equal_the_reference(
     assert compare(other, runner, calls) > 1e-3, "another turn is another function"
 
 
+@pytest.mark.parametrize(
+    ("bits", "rerank", "page"),
+    [
+        (4, 2, 4),
+        pytest.param(8, 1, 4, marks=slow),
+        pytest.param(8, 2, 16, marks=slow),
+        pytest.param(4, 1, 16, marks=slow),
+    ],
+)
+def test_long_calls_over_few_bits_equal_the_reference(bits: int, rerank: int, page: int, tmp_path: Path) -> None:
+    options = {**OPTIONS, "page": page, "budget": 4 * page if page > 4 else 24, "rerank": rerank}
+    program = ops.sparse_attention(bits=bits, dense_below=30, **options)
+    runner = build(program, tmp_path, context=160)
+    # At last a new sequence in a row that held another one, whose codes and tails are no longer read.
+    calls = [*LONG, ([span(0, 37), [-1] * 37], None), ([[37, 38, 39], [39, -1, 40]], None)]
+    assert compare(program, runner, calls) < 1e-4
+    more = ops.sparse_attention(bits=bits, dense_below=30, **{**options, "budget": options["budget"] + page})
+    assert compare(more, runner, calls) > 1e-3, "another budget is another function"
+    exact = ops.sparse_attention(method="bounds", dense_below=30, **options)
+    assert compare(exact, runner, calls) > 1e-3, "codes are not what they stand for"
+
+
 def test_a_state_goes_on_after_it_was_saved_with_its_lists(tmp_path: Path) -> None:
     program = ops.sparse_attention(refresh=7, dense_below=10, **OPTIONS)
     runner = build(program, tmp_path, context=100)
@@ -105,17 +131,25 @@ class Tokens:
         random = np.random.default_rng(0)
         sizes = ((rows, 4, capacity, 8), (rows, 2, capacity, 8), (rows, 2, capacity, 8))
         self.query, self.key, self.value = (random.standard_normal(size).astype(np.float32) for size in sizes)
-        tiles, pages = capacity // SLOTS, -(-capacity // rule.page)
+        self.state, self.ranks = self.buffers(rows, capacity)
+        self.function = tvm.compile(tvm.IRModule({"main": self.made()}), target="llvm")["main"]
+
+    def made(self) -> Any:
+        return sparse_attention(self.s, self.rule).with_attr("global_symbol", "main")
+
+    def needed(self, rows: int, count: int) -> dict[str, Any]:
+        return memory(self.s, self.rule, rows * 2, self.ranks)
+
+    def buffers(self, rows: int, capacity: int) -> tuple[list[Any], int]:
+        """Return the state of rows, and of how many pages or tokens there are ranks."""
+        rule, tiles, pages = self.rule, capacity // SLOTS, -(-capacity // self.rule.page)
         described = rule.described(8)
         keys = (rows, 2, capacity, 8) if rule.by_token else (rows, 2, tiles, 8, SLOTS)
         by_tile = (rows, 2, tiles if rule.by_token else -(-pages // SLOTS), described, SLOTS)
         held = (keys, (rows, 2, capacity, 8), (rows, 2, pages, described) if rule.rows else by_tile)
         listed = np.full((rows, 2, 2, rule.places) if rule.refresh > 1 else 1, -1, np.int32)
-        self.state = [tvm.runtime.tensor(np.zeros(size, np.float32)) for size in held]
-        self.state.append(tvm.runtime.tensor(listed))
-        self.ranks = -(-pages // SLOTS) * SLOTS if not rule.by_token else capacity
-        module = tvm.IRModule({"main": sparse_attention(self.s, rule).with_attr("global_symbol", "main")})
-        self.function = tvm.compile(module, target="llvm")["main"]
+        arrays = [*(np.zeros(size, np.float32) for size in held), listed]
+        return [tvm.runtime.tensor(x) for x in arrays], capacity if rule.by_token else -(-pages // SLOTS) * SLOTS
 
     def read(self, columns: list[list[int]]) -> list[list[set[int]]]:
         """Run tokens of all rows at some positions, of which a unit of work does at most 16; what the last one read."""
@@ -125,8 +159,7 @@ class Tokens:
             np.ascontiguousarray(np.take_along_axis(x, at.clip(0)[:, None, :, None], 2))
             for x in (self.query, self.key, self.value)
         ]
-        needed = memory(self.s, self.rule, rows * 2, self.ranks)
-        scratch = {name: np.full(size, -1, kind) for name, (size, kind) in needed.items()}
+        scratch = {name: np.full(size, -1, kind) for name, (size, kind) in self.needed(rows, count).items()}
         # Of what came before nothing is left: slots that are not written stay -1.
         given = {name: tvm.runtime.tensor(array) for name, array in scratch.items()}
         out = np.zeros((rows, 4, count, 8), np.float32), np.zeros(1, np.float32)
@@ -138,9 +171,13 @@ class Tokens:
         there = (slots >= 0) & (slots < self.query.shape[2])
         return [[set(slots[row, group][there[row, group]].tolist()) for group in range(2)] for row in range(rows)]
 
+    def keys(self, row: int) -> Tensor:
+        """Return the keys ``[1,G,L,D]`` of a row as they are read, in float64."""
+        return torch.from_numpy(self.key[row : row + 1]).double()
+
     def expected(self, row: int, position: int, rule: Rule) -> list[set[int]]:
         """What the reference reads for the token at a position, in float64."""
-        query, key = (torch.from_numpy(x[row : row + 1]).double() for x in (self.query, self.key))
+        query, key = torch.from_numpy(self.query[row : row + 1]).double(), self.keys(row)
         at, one = torch.tensor([[position]]), slice(position, position + 1)
         if rule.refresh > 1:
             # Of what comes later nothing has been seen.
@@ -154,6 +191,32 @@ class Tokens:
         else:
             mask = chosen(query[:, :, one], key, pages(key, rule), at, rule)
         return [set(mask[0, group, 0].nonzero()[:, 0].tolist()) for group in range(2)]
+
+
+class Coded(Tokens):
+    """The same over codes, which are what the reference chooses by too."""
+
+    bits = 4
+
+    def made(self) -> Any:
+        return quantised_attention(self.s, self.rule, Codes(self.bits, self.rule.page)).with_attr(
+            "global_symbol", "main"
+        )
+
+    def needed(self, rows: int, count: int) -> dict[str, Any]:
+        return memory_of(self.s, self.rule, rows, count, rows * 2, self.ranks)
+
+    def buffers(self, rows: int, capacity: int) -> tuple[list[Any], int]:
+        tiles, size, page = -(-capacity // self.rule.page // SLOTS), code_bytes(8, self.bits), self.rule.page
+        codes = [(rows, 2, capacity // SLOTS, size, SLOTS), (rows, 2, capacity, size)]
+        others = [(rows, 2, tiles, 16, SLOTS), (rows, 2, capacity, 2), (rows, 2, page, 8), (rows, 2, page, 8)]
+        arrays = [*(np.zeros(x, np.uint8) for x in codes), *(np.zeros(x, np.float32) for x in others)]
+        return [tvm.runtime.tensor(x) for x in arrays], tiles * SLOTS
+
+    def keys(self, row: int) -> Tensor:
+        by_page = super().keys(row).unflatten(2, (-1, self.rule.page))
+        ends = by_page.amax(3, keepdim=True), by_page.amin(3, keepdim=True)
+        return decode(encode(by_page, *ends, self.bits), *ends, self.bits, 8).flatten(2, 3)
 
 
 def pages(key: Tensor, rule: Rule) -> Tensor:
@@ -193,8 +256,19 @@ def test_the_tokens_read_are_those_of_the_reference(method: str, rerank: int, ma
     """In float64, and all of them: the draws have no two scores so near that float32 would order them otherwise."""
     rule = rule_of(method, rerank=rerank, mass=mass, refresh=refresh)
     other = replace(rule, mass=0.75) if mass < 1 else replace(rule, budget=rule.budget - rule.page)
-    tokens = Tokens(rule)
-    differ = 0
+    differ_in(Tokens(rule), other)
+
+
+@pytest.mark.parametrize(("bits", "rerank"), [(4, 1), pytest.param(4, 2, marks=slow), pytest.param(8, 2, marks=slow)])
+def test_the_tokens_read_over_few_bits_are_those_of_the_reference(bits: int, rerank: int, monkeypatch: Any) -> None:
+    monkeypatch.setattr(Coded, "bits", bits)
+    rule = rule_of("bounds", rerank=rerank, own_page=True, page=5, budget=50)
+    differ_in(Coded(rule, capacity=160), replace(rule, budget=rule.budget - rule.page))
+
+
+def differ_in(tokens: Tokens, other: Rule) -> None:
+    """Check what a token in five reads, and that another rule would read other tokens."""
+    rule, differ = tokens.rule, 0
     # Rows of unlike lengths, which end by turns.
     tokens.read([span(0, 9), span(0, 4, left=5)])
     for start in range(9, 119, 5):

@@ -107,7 +107,7 @@ def score_tokens(names, s, b, g, t, unit, listed):  # noqa: D103
 def _rank_tokens(names, s, r, unit, p, listed, least):
     best = T.alloc_buffer((r.lanes,), "float32", scope="local")
     at_most = T.Cast("int32", p)
-    near = at_most - (r.window - 1)
+    near = T.min(at_most - (r.window - 1), at_most // r.page * r.page if r.own_page else at_most)
     for at in T.serial(listed[0]):
         first = names["list"][unit, at] * r.lanes
         for j in T.vectorized(r.lanes):

@@ -14,7 +14,7 @@ from memc.backends.tvm.kernels.common import SLOTS, PrimFunc, Scores
 from memc.backends.tvm.kernels.pick import keep_tokens, list_tiles, score_tiles, score_tokens
 from memc.backends.tvm.kernels.rank import Rule, describe
 from memc.backends.tvm.kernels.turns import hold_list, save_list
-from memc.backends.tvm.kernels.weigh import attend
+from memc.backends.tvm.kernels.weigh import attend, clear
 
 SHARES = 8
 """Units of work that the tokens of one key-value head are dealt to at most, each with memory of its own."""
@@ -92,11 +92,7 @@ def sparse_attention(s: Scores, r: Rule) -> PrimFunc:
             for part in T.serial(share // together):
                 attend(names, s, r, b, g, t, unit, p, kept, part * together)
         else:
-            for i in T.serial(share):
-                for e in T.serial(value_dim):
-                    names["y"][b, g * share + i, t, e] = T.float32(0)
-                if r.lse:
-                    names["lse"][b, g * share + i, t] = T.float32(0)
+            clear(names, s, r, b, g, t)
 
     @T.prim_func(private=True)
     def sparse_attention_(

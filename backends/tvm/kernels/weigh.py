@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from tvm.script import tirx as T
@@ -9,26 +10,30 @@ from tvm.script import tirx as T
 from memc.backends.tvm.kernels.common import LOWEST, SLOTS, Keys, add_sink, add_values, exp, tanh
 
 
-class _Part:
-    """Rows of the scores of one unit of work, from one on."""
+class Part:
+    """Rows of the scores of one unit of work, from one on, and of these those from a column on."""
 
-    def __init__(self, scores: Any, unit: Any, start: Any) -> None:
-        self._scores, self._unit, self._start = scores, unit, start
+    def __init__(self, scores: Any, unit: Any, start: Any, first: Any = 0) -> None:
+        """Begin at row ``start`` of ``scores [units,heads,.]``, column ``first``."""
+        self._scores, self._unit, self._start, self._first = scores, unit, start, first
 
     def __getitem__(self, place: tuple[Any, Any]) -> Any:
-        return self._scores[self._unit, self._start + place[0], place[1]]
+        """Return an entry by row and column."""
+        return self._scores[self._unit, self._start + place[0], self._first + place[1]]
 
 
-def _values(names: dict[str, Any], b: Any, g: Any, unit: Any) -> Keys:
-    """Describe the values of the tokens that are listed in ``slots``."""
-
-    def value(at: Any, e: Any) -> Any:
-        return names["values"][b, g, T.Cast("int64", names["slots"][unit, at]), e]
+def values_by(value: Callable[[Any, Any], Any]) -> Keys:
+    """Describe values of which ``value(at, e)`` is a channel."""
 
     def nothing(*_: Any) -> Any:
         raise AssertionError("only values are read by this list")
 
     return Keys(nothing, nothing, value, nothing, None)
+
+
+def _listed(names: dict[str, Any], b: Any, g: Any, unit: Any) -> Keys:
+    """Describe the values of the tokens that are listed in ``slots``."""
+    return values_by(lambda at, e: names["values"][b, g, T.Cast("int64", names["slots"][unit, at]), e])
 
 
 @T.inline
@@ -55,7 +60,7 @@ def _join_groups(names, s, r, unit, i, p, kept):
 
 
 @T.inline
-def _weigh(names, s, r, unit, i, p, kept, top, total, row):
+def weigh(names, s, r, unit, i, p, kept, top, total, row):  # noqa: D103
     # Puts the exponentials of one head's scores in their place, and 0 up to the end of the last vector.
     blocks = T.ceildiv(kept[0], T.int64(SLOTS))
     for j in T.serial(blocks * SLOTS - kept[0]):
@@ -83,24 +88,20 @@ def _weigh(names, s, r, unit, i, p, kept, top, total, row):
 
 
 @T.inline
-def attend(names, s, r, b, g, t, unit, p, kept, start):  # noqa: D103
-    wide, narrow = T.meta_var(s.value_dim // 32), T.meta_var(s.value_dim % 32 // 8)
-    top = T.alloc_buffer((s.together,), "float32", scope="local")
-    total = T.alloc_buffer((s.together,), "float32", scope="local")
-    acc = T.alloc_buffer((s.together, s.value_dim), "float32", scope="local")
-    part = T.alloc_buffer((s.together, 32), "float32", scope="local")
-    for i in T.serial(s.together):
-        _weigh(names, s, r, unit, start + i, p, kept, top, total, i)
-        for e in T.serial(s.value_dim):
-            acc[i, e] = T.float32(0)
-    weights = T.meta_var(_Part(names["scores"], unit, start))
-    read = T.meta_var(_values(names, b, g, unit))
-    add_values(s.together, read, T.int64(0), kept[0], weights, part, acc, 0, 32, wide)
+def add_all(s, read, count, weights, part, acc, first, size):  # noqa: D103
+    # Adds weights times ``size`` channels of values from ``first`` on, by vectors that are as wide as can be.
+    wide, narrow = T.meta_var(size // 32), T.meta_var(size % 32 // 8)
+    add_values(s.together, read, T.int64(0), count, weights, part, acc, first, 32, wide)
     if narrow > 0:
-        add_values(s.together, read, T.int64(0), kept[0], weights, part, acc, wide * 32, 8, narrow)
-    if s.value_dim % 8 > 0:
-        rest = T.meta_var(wide * 32 + narrow * 8)
-        add_values(s.together, read, T.int64(0), kept[0], weights, part, acc, rest, 1, s.value_dim % 8)
+        add_values(s.together, read, T.int64(0), count, weights, part, acc, first + wide * 32, 8, narrow)
+    if size % 8 > 0:
+        rest = T.meta_var(first + wide * 32 + narrow * 8)
+        add_values(s.together, read, T.int64(0), count, weights, part, acc, rest, 1, size % 8)
+
+
+@T.inline
+def finish(names, s, r, b, g, t, start, top, total, acc):  # noqa: D103
+    # Writes the results of the heads from ``start`` on.
     for i in T.serial(s.together):
         h = g * s.share + start + i
         if s.sink_logits:
@@ -109,3 +110,30 @@ def attend(names, s, r, b, g, t, unit, p, kept, start):  # noqa: D103
             names["y"][b, h, t, e] = acc[i, e] / total[i]
         if r.lse:
             names["lse"][b, h, t] = top[i] + T.log(total[i])
+
+
+@T.inline
+def clear(names, s, r, b, g, t):  # noqa: D103
+    # Writes the results of padding.
+    for i in T.serial(s.share):
+        for e in T.serial(s.value_dim):
+            names["y"][b, g * s.share + i, t, e] = T.float32(0)
+        if r.lse:
+            names["lse"][b, g * s.share + i, t] = T.float32(0)
+
+
+@T.inline
+def attend(names, s, r, b, g, t, unit, p, kept, start):  # noqa: D103
+    # Weighs the values of the tokens listed for so many heads from ``start`` on.
+    top = T.alloc_buffer((s.together,), "float32", scope="local")
+    total = T.alloc_buffer((s.together,), "float32", scope="local")
+    acc = T.alloc_buffer((s.together, s.value_dim), "float32", scope="local")
+    part = T.alloc_buffer((s.together, 32), "float32", scope="local")
+    for i in T.serial(s.together):
+        weigh(names, s, r, unit, start + i, p, kept, top, total, i)
+        for e in T.serial(s.value_dim):
+            acc[i, e] = T.float32(0)
+    weights = T.meta_var(Part(names["scores"], unit, start))
+    read = T.meta_var(_listed(names, b, g, unit))
+    add_all(s, read, kept[0], weights, part, acc, 0, s.value_dim)
+    finish(names, s, r, b, g, t, start, top, total, acc)
