@@ -17,6 +17,7 @@ from memc.backends.tvm.kernels.attention import Range, attention, full_attention
 from memc.backends.tvm.kernels.bank import bank_ffn
 from memc.backends.tvm.kernels.codes import Codes
 from memc.backends.tvm.kernels.common import SLOTS, PrimFunc, Scores, exp
+from memc.backends.tvm.kernels.compact import Angles, compact_attention
 from memc.backends.tvm.kernels.dots import dot_linear
 from memc.backends.tvm.kernels.linear import head_linear, linear, quantised_linear
 from memc.backends.tvm.kernels.memory import linear_memory
@@ -55,6 +56,7 @@ class Converters:
             "linear_memory": self._linear_memory,
             "sparse_attention": self._sparse_attention,
             "quantised_attention": self._quantised_attention,
+            "compact_attention": self._compact_attention,
             "bank_ffn": self._bank_ffn,
         }
         own = {f"tvm_{name}.default": form for name, form in forms.items()}
@@ -215,6 +217,19 @@ class Converters:
         made = self._function(importer, quantised_attention, s, rule, Codes(bits, rule.page))
         batch, _, tokens = _shape(q)[:3]
         needed = memory_of(s, rule, batch, tokens, _units(s, batch, tokens), _size(rest[3], 2) * SLOTS)
+        return _attend(importer, made, [q, k, v, *rest, _or_nothing(importer, sink_logits)], s, rule, needed)
+
+    def _compact_attention(self, node: Node, importer: Importer) -> Var:
+        given = _arguments(node)
+        (*tensors, sink_logits, scale, softcap, interleaved), chosen = given[:12], given[12:]
+        names = ("method", "page", "budget", "sinks", "window", "dense_below", "lse")
+        rule = Rule(scale=float(scale), **dict(zip(names, chosen, strict=True)))
+        q, k, v, *rest = (importer.env[tensor] for tensor in tensors)
+        s = _scores(q, v, scale, softcap, None, sink_logits)
+        made = self._function(importer, compact_attention, s, rule, Angles(_size(rest[-1], 2), interleaved))
+        batch, _, tokens = _shape(q)[:3]
+        needed = memory(s, rule, _units(s, batch, tokens), _size(rest[3], 2) * SLOTS)
+        needed = {name: needed[name] for name in ("rank", "list", "slots", "scores")}
         return _attend(importer, made, [q, k, v, *rest, _or_nothing(importer, sink_logits)], s, rule, needed)
 
     def _bank_ffn(self, node: Node, importer: Importer) -> Var:

@@ -14,6 +14,7 @@ from memc.backends.tvm import ops
 from memc.backends.tvm.kernels.common import SLOTS
 from memc.backends.tvm.weights import Parameter, Parameters
 from memc.dialect import arguments, op_spec
+from memc.dialect.compact_attention import span
 from memc.dialect.selectors import SELECTORS
 from memc.errors import MemcError
 from memc.prepare import (
@@ -75,6 +76,7 @@ class _Rewriter:
             "sparse_attention": self.sparse_attention,
             "refreshed_attention": self.sparse_attention,
             "quantised_attention": self.quantised_attention,
+            "compact_attention": self.compact_attention,
             "bank_ffn": self.bank_ffn,
         }
 
@@ -164,6 +166,27 @@ class _Rewriter:
         names = ("query", "key", "value", "positions", *held, "sink_logits", *rule)
         made = self.call(ops.quantised_attention, *(a[name] for name in names), 1 in used_outputs(node))
         return [self.call(operator.getitem, made, index) for index in range(2)]
+
+    def compact_attention(self, node: Node, a: Mapping[str, Any]) -> list[Node]:
+        self._pack(a["past_pages"])
+        self.dropped.add(str(a["past_positions"].target))
+        names = ("query", "key", "value", "positions", "past_key", "past_value", "past_pages")
+        rule = ("scale", "softcap", "interleaved", "method", "page", "budget", "sinks", "window", "dense_below")
+        given = [*(a[name] for name in names), self._places(a), a["sink_logits"], *(a[name] for name in rule)]
+        made = self.call(ops.compact_attention, *given, 1 in used_outputs(node))
+        return [self.call(operator.getitem, made, index) for index in range(2)]
+
+    def _places(self, a: Mapping[str, Any]) -> Node:
+        """Return cosines and sines ``[places,2,R/2]`` of all places that keys are turned to, stored once."""
+        module = self.graph.owning_module
+        assert module is not None
+        places = span(a["method"], a["budget"], a["window"], a["dense_below"])
+        source = str(a["inv_freq"].target)
+        name = f"memc_places_{source.replace('.', '_')}_{places}_{str(a['scaling']).replace('.', '_')}"
+        if not hasattr(module, name):
+            turned = get_tensor(module, source).detach().float() * torch.arange(places, dtype=torch.float32)[:, None]
+            module.register_buffer(name, torch.stack([turned.cos(), turned.sin()], 1) * a["scaling"])
+        return self.graph.get_attr(name)
 
     def _lists(self, a: Mapping[str, Any]) -> Node | None:
         """Let the state of tokens that share a choice hold a list as :mod:`memc.backends.tvm.kernels.turns` has it."""

@@ -111,6 +111,16 @@ def quantised_attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -
 
 
 @_define(
+    "(Tensor query, Tensor key, Tensor value, Tensor positions, Tensor keys, Tensor values, Tensor pages,"
+    " Tensor angles, Tensor? sink_logits, float scale, float softcap, bool interleaved, str method, int page,"
+    " int budget, int sinks, int window, int dense_below, bool lse) -> (Tensor, Tensor)"
+)
+def compact_attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """``memc::compact_attention`` without its states: output and log-sum-exp, ``[1]`` if unread."""
+    return query.new_empty(*query.shape[:3], value.shape[3]), query.new_empty(query.shape[:3] if rest[-1] else [1])
+
+
+@_define(
     "(Tensor query, Tensor key, Tensor value, Tensor log_decay, Tensor positions, Tensor state, Tensor? beta) -> Tensor"
 )
 def linear_memory(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:

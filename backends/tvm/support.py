@@ -56,6 +56,11 @@ def form(node: Node) -> Yes | No:
             return Yes(f"own function, {what} by {a['method']}{shared}, state in place")
         case "quantised_attention":
             return Yes(f"own function, keys and values in {arguments(node)['bits']} bits, state in place")
+        case "compact_attention":
+            a = arguments(node)
+            if a["inv_freq"].op != "get_attr":
+                return No("its function turns keys by a table of angles, and the frequencies are computed here")
+            return Yes(f"own function, pages ranked by {a['method']}, keys turned as they are read, state in place")
         case "bank_ffn":
             return Yes("own function, blocks read where they lie")
     return No(f"memc::{spec.name} has no lowered form in this backend")

@@ -29,18 +29,12 @@ QUICK = (
     "sparse, by a tree, refreshed",
     "sparse, by landmarks, every option",
     "sparse, few bits, every option",
+    "sparse, compact, every option",
     "bank",
 )
 """Cases that together go through every function; the others differ in their options."""
 
-LACKING = tuple(f"sparse, {what}" for what in ("compact", "clipped"))
-"""How those begin that the backend refuses."""
-
-CASES = [
-    case if case in QUICK else pytest.param(case, marks=pytest.mark.conformance)
-    for case in ops.CASES
-    if not case.startswith(LACKING)
-]
+CASES = [case if case in QUICK else pytest.param(case, marks=pytest.mark.conformance) for case in ops.CASES]
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -35,6 +35,7 @@ PROGRAMS: dict[str, Callable[[], Program]] = {
     "lists by a tree": ops.CASES["sparse, by a tree, refreshed"],
     "landmarks by mass": ops.CASES["sparse, by landmarks, every option"],
     "few bits": ops.CASES["sparse, few bits, every option"],
+    "compact places": ops.CASES["sparse, compact, every option"],
     "a bank": lambda: ops.bank_ffn("silu"),
     "gpt2": lambda: raised("gpt2")[0].program,
     "gemma2": lambda: raised("gemma2")[0].program,

@@ -16,11 +16,13 @@ from tvm_support import build
 
 from memc.backends.tvm.kernels.codes import Codes
 from memc.backends.tvm.kernels.common import SLOTS, Scores
+from memc.backends.tvm.kernels.compact import Angles, compact_attention
 from memc.backends.tvm.kernels.quantised import memory_of, quantised_attention
 from memc.backends.tvm.kernels.rank import Rule
 from memc.backends.tvm.kernels.sparse import memory, sparse_attention
 from memc.dialect.quantised_attention import code_bytes
 from memc.dialect.sparse_attention import METHODS
+from memc.kernels.compact_attention import choose as compact
 from memc.kernels.quantised_attention.codes import decode, encode
 from memc.kernels.refreshed_attention.choose import Choices
 from memc.kernels.sparse_attention.choose import chosen, describe, narrowed
@@ -104,6 +106,25 @@ def test_long_calls_over_few_bits_equal_the_reference(bits: int, rerank: int, pa
     assert compare(more, runner, calls) > 1e-3, "another budget is another function"
     exact = ops.sparse_attention(method="bounds", dense_below=30, **options)
     assert compare(exact, runner, calls) > 1e-3, "codes are not what they stand for"
+
+
+@pytest.mark.parametrize("method", ["longheads", pytest.param("infllm", marks=slow)])
+def test_long_calls_of_compact_places_equal_the_reference(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = ops.compact_attention(method=method, dense_below=30, **OPTIONS)
+    runner = build(program, tmp_path, context=160)
+    # At last a new sequence in a row that held another one, whose sums and descriptions are no longer read.
+    calls = [*LONG, ([span(0, 41), [-1] * 41], None), ([[41], [39]], None)]
+    assert compare(program, runner, calls) < 1e-4
+    right = compact.read
+
+    def at_true_places(*a: Any) -> compact.Reads:
+        reads = right(*a)
+        return replace(reads, key_at=reads.tokens, query_at=a[2][:, None].expand_as(reads.query_at))
+
+    monkeypatch.setattr("memc.kernels.compact_attention.reference.read", at_true_places)
+    assert compare(program, runner, calls) > 1e-3, "turned at true positions is another function"
 
 
 def test_a_state_goes_on_after_it_was_saved_with_its_lists(tmp_path: Path) -> None:
@@ -219,6 +240,41 @@ class Coded(Tokens):
         return decode(encode(by_page, *ends, self.bits), *ends, self.bits, 8).flatten(2, 3)
 
 
+class Compact(Tokens):
+    """The same over keys that are turned as they are read, which were not when they were described."""
+
+    frequencies = 100.0 ** -(np.arange(3, dtype=np.float32) / 3)
+
+    def made(self) -> Any:
+        return compact_attention(self.s, self.rule, Angles(3, False)).with_attr("global_symbol", "main")
+
+    def needed(self, rows: int, count: int) -> dict[str, Any]:
+        needed = super().needed(rows, count)
+        return {name: needed[name] for name in ("rank", "list", "slots", "scores")}
+
+    def buffers(self, rows: int, capacity: int) -> tuple[list[Any], int]:
+        tiles = -(-capacity // self.rule.page // SLOTS)
+        turned = np.arange(64, dtype=np.float32)[:, None] * self.frequencies
+        shapes = [(rows, 2, capacity, 8), (rows, 2, capacity, 8), (rows, 2, tiles, 16, SLOTS)]
+        arrays = [*(np.zeros(x, np.float32) for x in shapes), np.stack([np.cos(turned), np.sin(turned)], 1)]
+        return [tvm.runtime.tensor(x) for x in arrays], tiles * SLOTS
+
+    def described(self, row: int, rule: Rule) -> tuple[Tensor, Tensor]:
+        """Return the queries of a row, and the descriptions of its pages."""
+        query, key, value = (torch.from_numpy(x[row : row + 1]).double() for x in (self.query, self.key, self.value))
+        none, at = key[:, :, :0], torch.arange(key.shape[2])[None]
+        names = ("scale", "method", "page", "budget", "sinks", "window", "dense_below")
+        given = (query, key, value, at, none, none, at[:, :0], torch.cat([none, none], 3))
+        frequencies = torch.from_numpy(self.frequencies)
+        options = {name: getattr(rule, name) for name in names}
+        return query, torch.ops.memc.compact_attention(*given, frequencies, **options)[5][..., :8]
+
+    def expected(self, row: int, position: int, rule: Rule) -> list[set[int]]:
+        query, descriptions = self.described(row, rule)
+        reads = compact.read(query[:, :, position : position + 1], descriptions, torch.tensor([[position]]), rule)
+        return [set(reads.tokens[0, group, 0][reads.live[0, group, 0]].tolist()) for group in range(2)]
+
+
 def pages(key: Tensor, rule: Rule) -> Tensor:
     """Describe all pages of ``key [1,G,L,D]``; those that are not full are never looked at."""
     return describe(key.unflatten(2, (-1, rule.page)), rule.method)
@@ -264,6 +320,12 @@ def test_the_tokens_read_over_few_bits_are_those_of_the_reference(bits: int, rer
     monkeypatch.setattr(Coded, "bits", bits)
     rule = rule_of("bounds", rerank=rerank, own_page=True, page=5, budget=50)
     differ_in(Coded(rule, capacity=160), replace(rule, budget=rule.budget - rule.page))
+
+
+@pytest.mark.parametrize("method", ["longheads", "infllm"])
+def test_the_tokens_read_at_compact_places_are_those_of_the_reference(method: str) -> None:
+    rule = rule_of(method)
+    differ_in(Compact(rule), replace(rule, budget=rule.budget - rule.page))
 
 
 def differ_in(tokens: Tokens, other: Rule) -> None:

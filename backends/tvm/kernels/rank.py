@@ -25,8 +25,8 @@ class Rule(Choosing):
 
     @property
     def lanes(self) -> int:
-        """Tokens whose scores are made together: those of a tile, or one where single tokens are taken."""
-        return 1 if self.by_token else SLOTS
+        """Tokens whose scores are made together: those of a tile, or one where single tokens are taken, or turned."""
+        return 1 if self.by_token or self.selector.extends else SLOTS
 
     @property
     def all_below(self) -> int:
