@@ -27,7 +27,6 @@ QUICK = (
     "sparse, ranked again",
     "sparse, by channels, again",
     "sparse, by a tree, refreshed",
-    "sparse, by landmarks, every option",
     "sparse, few bits, every option",
     "sparse, compact, every option",
     "bank",

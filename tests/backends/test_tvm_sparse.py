@@ -127,18 +127,22 @@ def test_long_calls_of_compact_places_equal_the_reference(
     assert compare(program, runner, calls) > 1e-3, "turned at true positions is another function"
 
 
-def test_a_state_goes_on_after_it_was_saved_with_its_lists(tmp_path: Path) -> None:
-    program = ops.sparse_attention(refresh=7, dense_below=10, **OPTIONS)
+@pytest.mark.parametrize(
+    ("form", "state"),
+    [({"refresh": 7}, "past_choice0"), pytest.param({"bits": 4}, "past_key_tail0", marks=slow)],
+)
+def test_a_state_goes_on_after_it_was_saved(form: dict[str, int], state: str, tmp_path: Path) -> None:
+    program = ops.sparse_attention(dense_below=10, **form, **OPTIONS)
     runner = build(program, tmp_path, context=100)
-    tokens = np.random.default_rng(0).integers(0, ops.VOCAB, (2, 60))
-    positions = np.tile(np.arange(60), (2, 1))
-    state = runner.new_state(2)
-    runner.run(tokens, positions, state)
-    restored, empty = runner.restore(state.arrays()), runner.restore(state.arrays())
-    empty.current["past_choice0"].fill(-1)
-    after = [runner.run(tokens[:, :1], positions[:, -1:] + 1, one) for one in (state, restored, empty)]
+    tokens = np.random.default_rng(0).integers(0, ops.VOCAB, (2, 58))
+    positions = np.tile(np.arange(58), (2, 1))
+    begun = runner.new_state(2)
+    runner.run(tokens, positions, begun)
+    restored, lost = runner.restore(begun.arrays()), runner.restore(begun.arrays())
+    lost.current[state].fill(-1)
+    after = [runner.run(tokens[:, :1], positions[:, -1:] + 1, one) for one in (begun, restored, lost)]
     assert np.array_equal(after[0], after[1])
-    assert np.abs(after[0] - after[2]).max() > 1e-3, "without its list the token reads other tokens"
+    assert np.abs(after[0] - after[2]).max() > 1e-3, "without its list, or its tail, the token reads other things"
 
 
 # ---- which tokens are read
