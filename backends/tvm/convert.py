@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import reduce
 from typing import Any
 
@@ -15,14 +15,17 @@ from tvm.ir import is_prim_expr
 from memc.backends.tvm.isa import Tile
 from memc.backends.tvm.kernels.attention import Range, attention, full_attention
 from memc.backends.tvm.kernels.bank import bank_ffn
+from memc.backends.tvm.kernels.codes import Codes
 from memc.backends.tvm.kernels.common import SLOTS, PrimFunc, Scores, exp
+from memc.backends.tvm.kernels.compact import Angles, compact_attention
 from memc.backends.tvm.kernels.dots import dot_linear
 from memc.backends.tvm.kernels.linear import head_linear, linear, quantised_linear
 from memc.backends.tvm.kernels.memory import linear_memory
 from memc.backends.tvm.kernels.memory_chunk import Memory
+from memc.backends.tvm.kernels.quantised import memory_of, quantised_attention
 from memc.backends.tvm.kernels.rank import Rule
 from memc.backends.tvm.kernels.simple import embedding, norm, rotary, softmax
-from memc.backends.tvm.kernels.sparse import SHARES, TOKENS, sparse_attention
+from memc.backends.tvm.kernels.sparse import SHARES, TOKENS, memory, sparse_attention
 from memc.backends.tvm.kernels.window import window_memory
 from memc.backends.tvm.kernels.window_chunk import Ring
 
@@ -52,6 +55,8 @@ class Converters:
             "window_memory": self._window_memory,
             "linear_memory": self._linear_memory,
             "sparse_attention": self._sparse_attention,
+            "quantised_attention": self._quantised_attention,
+            "compact_attention": self._compact_attention,
             "bank_ffn": self._bank_ffn,
         }
         own = {f"tvm_{name}.default": form for name, form in forms.items()}
@@ -187,29 +192,65 @@ class Converters:
         return _call(importer, made, inputs, [*_shape(q)[:3], m.value_dim])
 
     def _sparse_attention(self, node: Node, importer: Importer) -> Var:
-        (*tensors, sink_logits, scale, softcap), (*sizes, lse) = _arguments(node)[:10], _arguments(node)[10:]
-        rule = Rule(float(scale), *sizes, lse=lse)
+        given = _arguments(node)
+        (*tensors, choice, sink_logits, scale, softcap), chosen = given[:11], given[11:]
+        names = ("method", "page", "budget", "sinks", "window", "rerank", "dense_below", "channels", "mass", "refresh")
+        rule = Rule(scale=float(scale), **dict(zip((*names, "lse"), chosen, strict=True)))
         q, k, v, *rest = (importer.env[tensor] for tensor in tensors)
         s = _scores(q, v, scale, softcap, None, sink_logits)
         made = self._function(importer, sparse_attention, s, rule)
         batch, _, tokens = _shape(q)[:3]
-        units = batch * s.groups * tirx.min(tirx.ceildiv(tokens, TOKENS), tirx.IntImm("int64", SHARES))
-        shapes = [
-            [*_shape(q)[:3], s.value_dim],
-            _shape(q)[:3] if rule.lse else [1],
-            [units, _size(rest[-1], 2) * SLOTS],
-            [units, rule.listed],
-            [units, rule.room if rule.rerank > 1 else 1],
-            [units, rule.room],
-            [units, s.share, rule.room],
-        ]
-        kinds = ["float32"] * 2 + ["int32"] * 4 + ["float32"]
-        return _calls(importer, made, [q, k, v, *rest, _or_nothing(importer, sink_logits)], shapes, kinds)
+        pages = tirx.ceildiv(_size(rest[-1], 2), SLOTS) if rule.rows else _size(rest[-1], 2)
+        needed = memory(s, rule, _units(s, batch, tokens), pages * SLOTS)
+        listed = _nothing(importer, "int32", 1) if choice is None else importer.env[choice]
+        inputs = [q, k, v, *rest, listed, _or_nothing(importer, sink_logits)]
+        return _attend(importer, made, inputs, s, rule, needed)
+
+    def _quantised_attention(self, node: Node, importer: Importer) -> Var:
+        given = _arguments(node)
+        (*tensors, sink_logits, scale, softcap, bits), chosen = given[:14], given[14:]
+        names = ("page", "budget", "sinks", "window", "rerank", "dense_below", "lse")
+        options = dict(zip(names, chosen, strict=True))
+        rule = Rule(scale=float(scale), method="bounds", own_page=True, **options)
+        q, k, v, *rest = (importer.env[tensor] for tensor in tensors)
+        s = _scores(q, v, scale, softcap, None, sink_logits)
+        made = self._function(importer, quantised_attention, s, rule, Codes(bits, rule.page))
+        batch, _, tokens = _shape(q)[:3]
+        needed = memory_of(s, rule, batch, tokens, _units(s, batch, tokens), _size(rest[3], 2) * SLOTS)
+        return _attend(importer, made, [q, k, v, *rest, _or_nothing(importer, sink_logits)], s, rule, needed)
+
+    def _compact_attention(self, node: Node, importer: Importer) -> Var:
+        given = _arguments(node)
+        (*tensors, sink_logits, scale, softcap, interleaved), chosen = given[:12], given[12:]
+        names = ("method", "page", "budget", "sinks", "window", "dense_below", "lse")
+        rule = Rule(scale=float(scale), **dict(zip(names, chosen, strict=True)))
+        q, k, v, *rest = (importer.env[tensor] for tensor in tensors)
+        s = _scores(q, v, scale, softcap, None, sink_logits)
+        made = self._function(importer, compact_attention, s, rule, Angles(_size(rest[-1], 2), interleaved))
+        batch, _, tokens = _shape(q)[:3]
+        needed = memory(s, rule, _units(s, batch, tokens), _size(rest[3], 2) * SLOTS)
+        needed = {name: needed[name] for name in ("rank", "list", "slots", "scores")}
+        return _attend(importer, made, [q, k, v, *rest, _or_nothing(importer, sink_logits)], s, rule, needed)
 
     def _bank_ffn(self, node: Node, importer: Importer) -> Var:
         x, block = (importer.env[argument] for argument in node.args[:2])
         made = self._function(importer, bank_ffn, _size(block, 2), _size(x, 2), node.args[2])
         return _call(importer, made, [x, block], _shape(x))
+
+
+def _units(s: Scores, batch: Any, tokens: Any) -> Any:
+    """Return how many units of work the tokens of a call are dealt to."""
+    return batch * s.groups * tirx.min(tirx.ceildiv(tokens, TOKENS), tirx.IntImm("int64", SHARES))
+
+
+def _attend(
+    importer: Importer, function: Any, inputs: Sequence[Var], s: Scores, rule: Rule, needed: Mapping[str, Any]
+) -> Var:
+    """Call a function that chooses what it reads: its output, log-sum-exp, and the memory that it needs."""
+    rows = _shape(inputs[0])[:3]
+    shapes = [[*rows, s.value_dim], rows if rule.lse else [1], *(shape for shape, _ in needed.values())]
+    kinds = ["float32", "float32", *(kind for _, kind in needed.values())]
+    return _calls(importer, function, inputs, shapes, kinds)
 
 
 def _clamp(node: Node, importer: Importer) -> Var:

@@ -14,6 +14,7 @@ from memc.backends.tvm import ops
 from memc.backends.tvm.kernels.common import SLOTS
 from memc.backends.tvm.weights import Parameter, Parameters
 from memc.dialect import arguments, op_spec
+from memc.dialect.compact_attention import span
 from memc.dialect.selectors import SELECTORS
 from memc.errors import MemcError
 from memc.prepare import (
@@ -73,6 +74,9 @@ class _Rewriter:
             "window_memory": self.window_memory,
             "linear_memory": self.linear_memory,
             "sparse_attention": self.sparse_attention,
+            "refreshed_attention": self.sparse_attention,
+            "quantised_attention": self.quantised_attention,
+            "compact_attention": self.compact_attention,
             "bank_ffn": self.bank_ffn,
         }
 
@@ -141,12 +145,63 @@ class _Rewriter:
             self.states[pages] = replace(self.states[keys], name=self.states[pages].name)
         else:
             self._pack(a["past_key"])
+        if SELECTORS[a["method"]].choice != "tree":  # a search reads few descriptions, each by itself
+            self._pack(a["past_pages"])
+        self.dropped.add(str(a["past_positions"].target))
+        names = ("query", "key", "value", "positions", "past_key", "past_value", "past_pages")
+        rule = ("scale", "softcap", "method", "page", "budget", "sinks", "window", "rerank", "dense_below", "channels")
+        given = [*(a[name] for name in names), self._lists(a), a["sink_logits"], *(a[name] for name in rule), a["mass"]]
+        made = self.call(ops.sparse_attention, *given, a.get("refresh", 1), 1 in used_outputs(node))
+        return [self.call(operator.getitem, made, index) for index in range(2)]
+
+    def quantised_attention(self, node: Node, a: Mapping[str, Any]) -> list[Node]:
+        spec = self.states[str(a["past_key"].target)]
+        batch, groups, pages, _, size = spec.shape
+        tiles = f"{str(pages).partition('/')[0]}/{SLOTS}"
+        self.states[str(a["past_key"].target)] = replace(spec, shape=(batch, groups, tiles, size, SLOTS))
         self._pack(a["past_pages"])
         self.dropped.add(str(a["past_positions"].target))
-        names = ("query", "key", "value", "positions", "past_key", "past_value", "past_pages", "sink_logits")
-        rule = ("scale", "softcap", "method", "page", "budget", "sinks", "window", "rerank", "dense_below", "channels")
-        made = self.call(ops.sparse_attention, *(a[name] for name in (*names, *rule)), 1 in used_outputs(node))
+        held = ("past_key", "past_value", "past_pages", "past_ranges", "past_key_tail", "past_value_tail")
+        rule = ("scale", "softcap", "bits", "page", "budget", "sinks", "window", "rerank", "dense_below")
+        names = ("query", "key", "value", "positions", *held, "sink_logits", *rule)
+        made = self.call(ops.quantised_attention, *(a[name] for name in names), 1 in used_outputs(node))
         return [self.call(operator.getitem, made, index) for index in range(2)]
+
+    def compact_attention(self, node: Node, a: Mapping[str, Any]) -> list[Node]:
+        self._pack(a["past_pages"])
+        self.dropped.add(str(a["past_positions"].target))
+        names = ("query", "key", "value", "positions", "past_key", "past_value", "past_pages")
+        rule = ("scale", "softcap", "interleaved", "method", "page", "budget", "sinks", "window", "dense_below")
+        given = [*(a[name] for name in names), self._places(a), a["sink_logits"], *(a[name] for name in rule)]
+        made = self.call(ops.compact_attention, *given, 1 in used_outputs(node))
+        return [self.call(operator.getitem, made, index) for index in range(2)]
+
+    def _places(self, a: Mapping[str, Any]) -> Node:
+        """Return cosines and sines ``[places,2,R/2]`` of all places that keys are turned to, stored once."""
+        module = self.graph.owning_module
+        assert module is not None
+        places = span(a["method"], a["budget"], a["window"], a["dense_below"])
+        source = str(a["inv_freq"].target)
+        name = f"memc_places_{source.replace('.', '_')}_{places}_{str(a['scaling']).replace('.', '_')}"
+        if not hasattr(module, name):
+            turned = get_tensor(module, source).detach().float() * torch.arange(places, dtype=torch.float32)[:, None]
+            module.register_buffer(name, torch.stack([turned.cos(), turned.sin()], 1) * a["scaling"])
+        return self.graph.get_attr(name)
+
+    def _lists(self, a: Mapping[str, Any]) -> Node | None:
+        """Let the state of tokens that share a choice hold a list as :mod:`memc.backends.tvm.kernels.turns` has it."""
+        if "refresh" not in a:
+            return None
+        past: Node = a["past_choice"]
+        if a["refresh"] == 1:  # every token chooses for itself
+            self.dropped.add(str(past.target))
+            return None
+        spec = self.states[str(past.target)]
+        batch, groups, most = spec.shape
+        assert isinstance(most, int)
+        places = -(-most // SLOTS) * SLOTS
+        self.states[str(past.target)] = replace(spec, dtype=torch.int32, shape=(batch, groups, 2, places))
+        return past
 
     def bank_ffn(self, node: Node, a: Mapping[str, Any]) -> list[Node]:
         return [self.call(ops.bank_ffn, a["x"], a["block"], a["activation"])]

@@ -92,11 +92,31 @@ def window_memory(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tupl
 
 @_define(
     "(Tensor query, Tensor key, Tensor value, Tensor positions, Tensor keys, Tensor values, Tensor pages,"
-    " Tensor? sink_logits, float scale, float softcap, str method, int page, int budget, int sinks, int window,"
-    " int rerank, int dense_below, int channels, bool lse) -> (Tensor, Tensor)"
+    " Tensor? choice, Tensor? sink_logits, float scale, float softcap, str method, int page, int budget, int sinks,"
+    " int window, int rerank, int dense_below, int channels, float mass, int refresh, bool lse) -> (Tensor, Tensor)"
 )
 def sparse_attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    """``memc::sparse_attention`` without its states: output and log-sum-exp, ``[1]`` if unread."""
+    """``memc::sparse_attention`` and its like, without states: output and log-sum-exp, ``[1]`` if unread."""
+    return query.new_empty(*query.shape[:3], value.shape[3]), query.new_empty(query.shape[:3] if rest[-1] else [1])
+
+
+@_define(
+    "(Tensor query, Tensor key, Tensor value, Tensor positions, Tensor codes, Tensor values, Tensor pages,"
+    " Tensor ranges, Tensor key_tail, Tensor value_tail, Tensor? sink_logits, float scale, float softcap, int bits,"
+    " int page, int budget, int sinks, int window, int rerank, int dense_below, bool lse) -> (Tensor, Tensor)"
+)
+def quantised_attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """``memc::quantised_attention`` without its states: output and log-sum-exp, ``[1]`` if unread."""
+    return query.new_empty(*query.shape[:3], value.shape[3]), query.new_empty(query.shape[:3] if rest[-1] else [1])
+
+
+@_define(
+    "(Tensor query, Tensor key, Tensor value, Tensor positions, Tensor keys, Tensor values, Tensor pages,"
+    " Tensor angles, Tensor? sink_logits, float scale, float softcap, bool interleaved, str method, int page,"
+    " int budget, int sinks, int window, int dense_below, bool lse) -> (Tensor, Tensor)"
+)
+def compact_attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """``memc::compact_attention`` without its states: output and log-sum-exp, ``[1]`` if unread."""
     return query.new_empty(*query.shape[:3], value.shape[3]), query.new_empty(query.shape[:3] if rest[-1] else [1])
 
 

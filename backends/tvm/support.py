@@ -48,14 +48,19 @@ def form(node: Node) -> Yes | No:
         case "linear_memory":
             a = arguments(node)
             return Yes(f"own function, {a['update']}, prompts by chunks, state in place")
-        case "sparse_attention":
+        case "sparse_attention" | "refreshed_attention":
             a = arguments(node)
-            if SELECTORS[a["method"]].grouped:
-                return No(f"its function has one softmax over tokens, and none by pages as method {a['method']}")
-            if SELECTORS[a["method"]].choice == "tree" or a["mass"] < 1:
-                what = f"a mass of {a['mass']:g}" if a["mass"] < 1 else f"method {a['method']}"
-                return No(f"its function takes what fills the budget of all that it has scored, and has no {what}")
-            return Yes(f"own function, {SELECTORS[a['method']].choice} ranked by {a['method']}, state in place")
+            choice = SELECTORS[a["method"]].choice
+            what = "pages searched for" if choice == "tree" else f"{choice} ranked"
+            shared = f", a choice for {a['refresh']} tokens" if "refresh" in a else ""
+            return Yes(f"own function, {what} by {a['method']}{shared}, state in place")
+        case "quantised_attention":
+            return Yes(f"own function, keys and values in {arguments(node)['bits']} bits, state in place")
+        case "compact_attention":
+            a = arguments(node)
+            if a["inv_freq"].op != "get_attr":
+                return No("its function turns keys by a table of angles, and the frequencies are computed here")
+            return Yes(f"own function, pages ranked by {a['method']}, keys turned as they are read, state in place")
         case "bank_ffn":
             return Yes("own function, blocks read where they lie")
     return No(f"memc::{spec.name} has no lowered form in this backend")

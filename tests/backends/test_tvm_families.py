@@ -16,6 +16,14 @@ FAMILIES = ("llama", "gemma2", "phi3", "bloom", "gpt2")
 PASSES = ("", "window:window=4,sinks=2", "linearize:window=4,sinks=2,feature_size=12", KEYS, SPARSE)
 QUICK = {("gpt2", ""), ("llama", PASSES[2]), ("phi3", KEYS), ("gemma2", SPARSE)}
 
+FORMS = (
+    f"{SPARSE},method=hip,refresh=2",
+    f"{SPARSE},method=landmark,rerank=1,mass=0.7",
+    f"{SPARSE},method=bounds,bits=4,retrieve=heads:50%",
+    "sparsify:budget=8,page=2,sinks=1,window=2,dense_below=3,method=longheads",
+)
+"""What else one family runs: its attentions have rotary positions and groups of heads."""
+
 REJECTED = {("phi3", SPARSE), *(("bloom", spec) for spec in PASSES[2:])}
 """Where a pass takes no layer: Phi-3's all slide; BLOOM has ALiBi, and its keys share one axis with its values."""
 
@@ -23,7 +31,7 @@ CASES = [
     pytest.param(name, spec, marks=() if (name, spec) in QUICK else pytest.mark.conformance)
     for name in FAMILIES
     for spec in PASSES
-]
+] + [pytest.param("llama", spec, marks=pytest.mark.conformance) for spec in FORMS]
 
 
 @pytest.mark.parametrize(("name", "spec"), CASES)

@@ -83,6 +83,11 @@ class Scores:
         """How many of them are done at once."""
         return max(n for n in range(1, ROWS + 1) if self.share % n == 0)
 
+    @property
+    def vector(self) -> int:
+        """Channels of one key that are multiplied at once, where keys lie one by one."""
+        return next(n for n in (SLOTS, 8, 1) if self.key_dim % n == 0)
+
 
 @dataclass(frozen=True)
 class Keys:

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 from tvm.script import tirx as T
 
-from memc.backends.tvm.kernels.choose import FIRST, NEVER, find_least, ordered, take
-from memc.backends.tvm.kernels.common import LOWEST, SLOTS
+from memc.backends.tvm.kernels.choose import FIRST, NEVER, find_least, find_share, ordered, take
+from memc.backends.tvm.kernels.common import LOWEST, SLOTS, Expression
 from memc.dialect.selectors import SELECTORS, Selector
 from memc.kernels.sparse_attention.choose import Rule as Choosing
 
@@ -25,13 +25,13 @@ class Rule(Choosing):
 
     @property
     def lanes(self) -> int:
-        """Tokens whose scores are made together: those of a tile, or one where single tokens are taken."""
-        return 1 if self.by_token else SLOTS
+        """Tokens whose scores are made together: those of a tile, or one where single tokens are taken, or turned."""
+        return 1 if self.by_token or self.selector.extends else SLOTS
 
     @property
     def all_below(self) -> int:
         """The position from which on not every token is read."""
-        return max(self.dense_below, self.budget)
+        return max(self.dense_below, self.budget) if self.mass == 1 else self.dense_below
 
     @property
     def listed(self) -> int:
@@ -51,6 +51,16 @@ class Rule(Choosing):
         """How many numbers a description has."""
         return 2 * channels if self.selector.descriptor in ("bounds", "moments") else channels
 
+    @property
+    def places(self) -> int:
+        """Entries of a list that several tokens share: whole vectors."""
+        return -(-self.most // SLOTS) * SLOTS
+
+    @property
+    def rows(self) -> bool:
+        """Whether descriptions lie one by one, as a search reads them, and not a tile of them channel by channel."""
+        return self.by_tree
+
     def ranked(self, channels: int) -> int:
         """How many numbers a rank is made of."""
         return self.channels if self.by_token else self.described(channels)
@@ -60,8 +70,11 @@ class Rule(Choosing):
 def describe(names, s, r, b, g, n):  # noqa: D103
     # Writes the description of page ``n``, which is full, into ``pages``.
     sums = T.alloc_buffer((2,), "float32", scope="local")
+    one = T.meta_var({"centre": r.page // 2, "landmark": r.page - 1}.get(r.selector.descriptor))
     for d in T.serial(s.key_dim):
-        if r.selector.descriptor == "bounds":
+        if one is not None:
+            sums[0] = names["keys"][b, g, (n * r.page + one) // SLOTS, d, (n * r.page + one) % SLOTS]
+        elif r.selector.descriptor == "bounds":
             sums[0] = T.float32(LOWEST)
             sums[1] = T.float32(-LOWEST)
             for i in T.serial(r.page):
@@ -78,7 +91,10 @@ def describe(names, s, r, b, g, n):  # noqa: D103
                     away = names["keys"][b, g, (n * r.page + i) // SLOTS, d, (n * r.page + i) % SLOTS] - sums[0]
                     sums[1] = sums[1] + away * away
                 sums[1] = sums[1] / T.float32(r.page)
-        names["pages"][b, g, n // SLOTS, d, n % SLOTS] = sums[0]
+        if r.rows:
+            names["pages"][b, g, n, d] = sums[0]
+        else:
+            names["pages"][b, g, n // SLOTS, d, n % SLOTS] = sums[0]
         if r.described(s.key_dim) > s.key_dim:
             names["pages"][b, g, n // SLOTS, s.key_dim + d, n % SLOTS] = sums[1]
 
@@ -127,6 +143,24 @@ def _features(names, s, r, b, g, t, channel, feature):
                     feature[i, s.key_dim + d] = scaled * scaled * T.float32(0.5)
 
 
+def first_near(r: Rule, p: Expression) -> Expression:
+    """Return the first page, or token, of those that the window makes a token at position ``p`` always take."""
+    return T.min(T.max(p - (r.window - 1), T.int64(0)), p // r.page * r.page) // r.unit
+
+
+@T.inline
+def force(names, r, unit, p):  # noqa: D103
+    # Puts what is always taken before every score, and what comes after the token at position ``p`` behind.
+    near = first_near(r, p)
+    last = p // r.unit
+    for n in T.serial(T.min(T.int64(-(-r.sinks // r.unit)), last + 1)):
+        names["rank"][unit, n] = T.int32(FIRST)
+    for n in T.serial(last + 1 - near):
+        names["rank"][unit, near + n] = T.int32(FIRST)
+    for n in T.serial(last // SLOTS * SLOTS + SLOTS - 1 - last):
+        names["rank"][unit, last + 1 + n] = T.int32(NEVER)
+
+
 @T.inline
 def rank_pages(names, s, r, b, g, t, unit, p):  # noqa: D103
     # Writes into row ``unit`` of ``rank`` what the token at position ``p`` ranks each page, or token, by.
@@ -156,11 +190,16 @@ def rank_pages(names, s, r, b, g, t, unit, p):  # noqa: D103
                     best[j] = T.max(best[j], product[i, j])
         for j in T.vectorized(SLOTS):
             names["rank"][unit, tile * SLOTS + j] = ordered(best[j])
-    near = T.min(T.max(p - (r.window - 1), T.int64(0)), p // r.page * r.page) // r.unit
-    last = p // r.unit
-    for n in T.serial(-(-r.sinks // r.unit)):
-        names["rank"][unit, n] = T.int32(FIRST)
-    for n in T.serial(last + 1 - near):
-        names["rank"][unit, near + n] = T.int32(FIRST)
-    for n in T.serial(last // SLOTS * SLOTS + SLOTS - 1 - last):
-        names["rank"][unit, last + 1 + n] = T.int32(NEVER)
+    force(names, r, unit, p)
+
+
+@T.inline
+def find_best(names, r, unit, blocks, least):  # noqa: D103
+    # As ``find_least`` of what fills the budget, or of less that holds the share asked for.
+    enough = T.alloc_buffer((2,), "int32", scope="local")
+    find_least(names["rank"], unit, blocks, r.most, least)
+    if r.mass < 1:
+        find_share(names["rank"], names["shares"], unit, blocks, r.mass, enough)
+        if T.Or(enough[0] > least[0], T.And(enough[0] == least[0], enough[1] < least[1])):
+            least[0] = enough[0]
+            least[1] = enough[1]
