@@ -163,6 +163,10 @@ class Backend(ABC):
     def refuses_weights(self, weights: str, target: Target) -> str | None:
         """Return why it does not take a weight type on a target, or None when it does."""
 
+    def taken_weights(self, target: Target) -> tuple[str, ...]:
+        """Return the weight types that it takes on a target."""
+        return tuple(kind for kind in self.weights if self.refuses_weights(kind, target) is None)
+
     @abstractmethod
     def lower(self, program: Program, target: Target, folder: Path, options: LowerOptions) -> Lowered:
         """Write the lowered program under ``folder/lowered/<name>``.

@@ -96,9 +96,8 @@ def _convert(request: Request, steps: Steps, processes: Processes) -> ConvertDoc
     folder = OutFolder(request.out)
     recipe = request.recipe.to_yaml()
     if refusal := request.backend.refuses_weights(request.weights, request.target):
-        raise MemcError(
-            "E601", refusal, f"--weights {request.weights}", f"one of: {', '.join(request.backend.weights)}"
-        )
+        taken = request.backend.taken_weights(request.target) or request.backend.weights
+        raise MemcError("E601", refusal, f"--weights {request.weights}", f"one of: {', '.join(taken)}")
     for source in request.recipe.data:
         require_file(source)
     limits = read_limits(request.recipe)
