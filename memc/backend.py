@@ -151,6 +151,10 @@ class Backend(ABC):
         """Try it out, in seconds, and return what goes wrong, empty when it works."""
         return self.missing()
 
+    def require(self, target: Target) -> None:
+        """Raise ``MemcError`` E602 where this machine lacks a tool that lowering for a target takes. Cheap."""
+        return
+
     def runs_here(self, target: Target) -> bool:
         """Tell whether what it lowers for a target can be loaded on this machine."""
         return True

@@ -41,6 +41,14 @@ class TvmBackend(Backend):
 
         return self.missing() or try_compiler()
 
+    def require(self, target: Target) -> None:
+        """Raise ``MemcError`` E602 where a compiler or a linker for a target is missing, with what installs it."""
+        from memc.backends.tvm.isa import isa_of, knows
+        from memc.backends.tvm.tools import require_tools
+
+        if knows(target):
+            require_tools(isa_of(target))
+
     def runs_here(self, target: Target) -> bool:
         """Tell whether this machine runs what is compiled for a target."""
         from memc.backends.tvm.isa import runs_here

@@ -19,11 +19,12 @@ from tvm.relax.frontend.torch.exported_program_translator import ExportedProgram
 from tvm.support.cc import create_shared
 
 from memc.backends.tvm.convert import Converters
-from memc.backends.tvm.gpu.binary import Binary, compile_source, packer, require_compiler
+from memc.backends.tvm.gpu.binary import Binary, compile_source, packer
 from memc.backends.tvm.gpu.convert import GpuConverters
 from memc.backends.tvm.gpu.schedule import device_source, pipeline, target_of
 from memc.backends.tvm.graph import Prepared
 from memc.backends.tvm.isa import Isa
+from memc.backends.tvm.tools import require_tools
 from memc.errors import MemcError
 from memc.prepare import export_module, first_line, named_node, source_of
 from memc.program import Program
@@ -35,15 +36,6 @@ SOURCES = ("functions.c", "program.c")
 
 FLAGS = ("-O3",)
 """What they are compiled with here: for any processor of this machine's kind."""
-
-
-def require_tools(isa: Isa) -> None:
-    """Raise ``MemcError`` E602 with what installs it where a compiler or a linker for a target is missing."""
-    if isa.arch:
-        require_compiler(isa.arch)
-    if isa.compiler is not None and shutil.which(isa.compiler) is None:
-        hint = "apt-get install gcc" if isa.source else f"apt-get install gcc-{isa.compiler.removesuffix('-gcc')}"
-        raise MemcError("E602", f"{isa.compiler} is needed to link for {isa.machine}", "backend tvm", hint)
 
 
 def build(program: Program, prepared: Prepared, isa: Isa, path: Path) -> Binary | None:

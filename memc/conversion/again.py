@@ -60,6 +60,7 @@ def lower_again(
     kind = weights or (manifest.weights if manifest.weights in taken else taken[0])
     if reason := chosen.refuses_weights(kind, hardware):
         raise MemcError("E601", reason, f"--weights {kind}", f"one of: {', '.join(taken)}")
+    chosen.require(hardware)
     options = LowerOptions(kind, context if context is not None else manifest.capacity, threads)
     folder = require_out(source, out, force=force)
     copy_artifact(source, folder, "lower")
