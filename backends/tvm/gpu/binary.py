@@ -17,8 +17,7 @@ from memc.errors import MemcError
 COMPILER = "nvcc"
 INSTALL = "install the CUDA toolkit (https://developer.nvidia.com/cuda-downloads) and put its nvcc in PATH"
 
-FLAGS = ("-O3", "-Xptxas", "-v,--register-usage-level=3")
-"""With the assembler's own choice, 5, one kernel spills four bytes for sm_80."""
+FLAGS = ("-O3", "-Xptxas", "-v")
 
 _KERNEL = re.compile(r"Compiling entry function '(\w+)'.*?(?=Compiling entry function|\Z)", re.DOTALL)
 _NUMBERS = {

@@ -11,7 +11,7 @@ from tvm import te, tirx
 from memc.backends.tvm.kernels.common import LOWEST, Expression, PrimFunc
 
 OPAQUE = 8
-"""TVM's mark of a function that is fused with no other: one that writes a state among its arguments."""
+"""TVM's mark of a function that is fused with no other, as one that writes a state among its arguments must not be."""
 
 
 def number(value: int) -> Any:
@@ -90,7 +90,10 @@ def row_total(heads: int, *, sink_logits: bool) -> PrimFunc:
 
 @cache
 def row_shares(heads: int) -> PrimFunc:
-    """Make ``shares [B,H,T,S]``, by which values are weighed; those of a row that reads nothing are zero."""
+    """Make ``shares [B,H,T,S]``, by which values are weighed; those of a row that reads nothing are zero.
+
+    Kept apart from the sum of its rows: together they make a kernel that spills registers.
+    """
     batch, tokens, slots = size("batch"), size("tokens"), size("slots")
     scores = tensor("scores", batch, heads, tokens, slots)
     top, total = tensor("top", batch, heads, tokens), tensor("total", batch, heads, tokens)
@@ -99,7 +102,7 @@ def row_shares(heads: int) -> PrimFunc:
         x = scores[b, h, t, s]
         return tirx.if_then_else(is_score(x), te.exp(x - top[b, h, t]) / total[b, h, t], single(0))
 
-    return function([scores, top, total], compute("shares", scores.shape, share))
+    return function([scores, top, total], compute("shares", scores.shape, share)).with_attr("op_pattern", OPAQUE)
 
 
 @cache
