@@ -39,7 +39,8 @@ def refuses_weights(weights: str, target: Target) -> str | None:
     if reason := _refuses_target(target):
         return reason
     if target.kind == "gpu":
-        return None if weights in GPU_WEIGHTS else f"its products on GPUs read {' and '.join(GPU_WEIGHTS)}"
+        taken = " and ".join(GPU_WEIGHTS)
+        return None if weights in GPU_WEIGHTS else f"its functions for GPUs read {taken}, not {weights}"
     if weights in ("fp16", "bf16"):
         return f"the functions of the tvm backend compute in float32: {weights} would be cast at every step"
     if weights not in WEIGHTS:
