@@ -151,6 +151,10 @@ class Backend(ABC):
         """Try it out, in seconds, and return what goes wrong, empty when it works."""
         return self.missing()
 
+    def require(self, target: Target) -> None:
+        """Raise ``MemcError`` E602 where this machine lacks a tool that lowering for a target takes. Cheap."""
+        return
+
     def runs_here(self, target: Target) -> bool:
         """Tell whether what it lowers for a target can be loaded on this machine."""
         return True
@@ -162,6 +166,10 @@ class Backend(ABC):
     @abstractmethod
     def refuses_weights(self, weights: str, target: Target) -> str | None:
         """Return why it does not take a weight type on a target, or None when it does."""
+
+    def taken_weights(self, target: Target) -> tuple[str, ...]:
+        """Return the weight types that it takes on a target."""
+        return tuple(kind for kind in self.weights if self.refuses_weights(kind, target) is None)
 
     @abstractmethod
     def lower(self, program: Program, target: Target, folder: Path, options: LowerOptions) -> Lowered:

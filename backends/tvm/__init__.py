@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from memc.artifact import Manifest
+from memc.artifact import Manifest, check_digest
 from memc.backend import Backend, Lowered, LowerOptions, No, Runner, Yes
 from memc.errors import MemcError
 
@@ -23,7 +23,7 @@ class TvmBackend(Backend):
     """Lowers raised programs to native code by TVM, with functions of its own for all that takes time."""
 
     name: ClassVar[str] = "tvm"
-    weights: ClassVar[tuple[str, ...]] = ("fp32", "int8", "int4")
+    weights: ClassVar[tuple[str, ...]] = ("fp32", "fp16", "int8", "int4")
 
     def missing(self) -> str:
         """Return which of TVM's packages is not there in the version that works, and the command that installs it."""
@@ -40,6 +40,14 @@ class TvmBackend(Backend):
         from memc.backends.tvm.library import try_compiler
 
         return self.missing() or try_compiler()
+
+    def require(self, target: Target) -> None:
+        """Raise ``MemcError`` E602 where a compiler or a linker for a target is missing, with what installs it."""
+        from memc.backends.tvm.isa import isa_of, knows
+        from memc.backends.tvm.tools import require_tools
+
+        if knows(target):
+            require_tools(isa_of(target))
 
     def runs_here(self, target: Target) -> bool:
         """Tell whether this machine runs what is compiled for a target."""
@@ -68,7 +76,7 @@ class TvmBackend(Backend):
         from memc.backends.tvm.backend import lower
 
         if reason := self.refuses_weights(options.weights, target):
-            hint = f"--weights {', '.join(self.weights)}"
+            hint = f"--weights {', '.join(self.taken_weights(target) or self.weights)}"
             raise MemcError("E601", f"tvm does not take {options.weights}: {reason}", next=hint)
         return lower(program, target, folder, options)
 
@@ -76,8 +84,12 @@ class TvmBackend(Backend):
         """Open the library; raises ``MemcError`` E602 where TVM or this machine cannot run it, E402 where it is not
         the one that was written.
         """
+        from memc.backends.tvm.gpu.runner import DeviceRunner
         from memc.backends.tvm.library import require_tvm
-        from memc.backends.tvm.runner import TvmRunner
+        from memc.backends.tvm.runner import INFO, TvmRunner, read_info
 
         require_tvm()
-        return TvmRunner(folder, manifest, threads)
+        path = (folder / manifest.lowered).parent / INFO
+        check_digest(folder, manifest, path)
+        info = read_info(path)
+        return (DeviceRunner if info.options["kind"] == "cuda" else TvmRunner)(folder, manifest, threads)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 from torch.fx import Node
 
 from memc.backend import Lowered, LowerOptions, No, Yes
 from memc.backends.tvm import support
+from memc.backends.tvm.gpu.binary import Binary
 from memc.backends.tvm.isa import Isa, isa_of, knows, runs_here
 from memc.backends.tvm.library import INSTALL, REQUIRED, require_tvm, try_compiler
 from memc.backends.tvm.runner import INFO, LIBRARY, PARAMETERS, LibraryInfo
-from memc.backends.tvm.text import FROM_SOURCE, HOW_TO_RUN
+from memc.backends.tvm.text import FROM_SOURCE, HOW_TO_RUN, ON_A_GPU
 from memc.errors import MemcError
 from memc.prepare import capacity_of, forms_of, is_memc, ports
 from memc.program import Program
@@ -19,19 +21,26 @@ from memc.target import Target
 from memc.tensor_file import LateTensor, write_tensors
 
 WEIGHTS = ("fp32", "int8", "int4")
+GPU_WEIGHTS = ("fp32", "fp16")
+"""Weight types for CPUs, and for GPUs."""
 
 
 def supports(node: Node, target: Target) -> Yes | No:
     """Tell whether and how a node is lowered; ATen ops are proven by the import itself."""
     if reason := _refuses_target(target):
         return No(reason)
-    return support.form(node) if is_memc(node.target) else Yes("Relax, fused by TVM")
+    if not is_memc(node.target):
+        return Yes("Relax, fused by TVM")
+    return support.gpu_form(node) if target.kind == "gpu" else support.form(node)
 
 
 def refuses_weights(weights: str, target: Target) -> str | None:
     """Tell why a weight type is refused on a target, or None."""
     if reason := _refuses_target(target):
         return reason
+    if target.kind == "gpu":
+        taken = " and ".join(GPU_WEIGHTS)
+        return None if weights in GPU_WEIGHTS else f"its functions for GPUs read {taken}, not {weights}"
     if weights in ("fp16", "bf16"):
         return f"the functions of the tvm backend compute in float32: {weights} would be cast at every step"
     if weights not in WEIGHTS:
@@ -46,13 +55,15 @@ def lower(program: Program, target: Target, folder: Path, options: LowerOptions)
     if reason := try_compiler():
         raise MemcError("E602", reason, "backend tvm", INSTALL)
     from memc.backends.tvm.build import ENTRY, SOURCE, build
+    from memc.backends.tvm.gpu.weights import PlainParameters
     from memc.backends.tvm.graph import prepare
     from memc.backends.tvm.weights import Parameters
 
     isa = isa_of(target)
-    prepared = prepare(program, Parameters(isa.tile, options.weights))
+    parameters = PlainParameters(isa.tile, options.weights) if isa.gpu else Parameters(isa.tile, options.weights)
+    prepared = prepare(program, parameters)
     path = folder / LIBRARY
-    build(program, prepared, isa, path)
+    binary = build(program, prepared, isa, path)
     stored = {p.source: LateTensor(p.dtype, p.shape, p.make) for p in prepared.parameters}
     write_tensors(path.parent / PARAMETERS, stored)
     in_place = frozenset(state.name for state in prepared.states)
@@ -68,8 +79,10 @@ def lower(program: Program, target: Target, folder: Path, options: LowerOptions)
         parameters=list(stored),
         limits=prepared.limits,
         returned=list(prepared.returned),
+        kernels=[asdict(kernel) for kernel in binary.kernels] if binary is not None else [],
     )
     (path.parent / INFO).write_text(info.model_dump_json(indent=1) + "\n")
+    before = FROM_SOURCE.format(folder=LIBRARY.parent / SOURCE) if isa.source else ON_A_GPU if isa.gpu else ""
     return Lowered(
         str(LIBRARY),
         inputs,
@@ -77,13 +90,20 @@ def lower(program: Program, target: Target, folder: Path, options: LowerOptions)
         states,
         capacity_of(program, options, grows=any(state.grows is not None for state in states)),
         symbols,
-        (FROM_SOURCE.format(folder=LIBRARY.parent / SOURCE) if isa.source else "") + HOW_TO_RUN.format(path=LIBRARY),
-        {**forms, "weights": prepared.summary, "library": _library(isa, target)},
+        before + HOW_TO_RUN.format(path=LIBRARY),
+        {
+            **forms,
+            "weights": prepared.summary,
+            "library": _library(isa, target, binary),
+        },
     )
 
 
-def _library(isa: Isa, target: Target) -> str:
+def _library(isa: Isa, target: Target, binary: Binary | None) -> str:
     """Say for what the library is, and where it has not been run."""
+    if binary is not None:
+        run = "" if runs_here(target) else "; compiled, not run: this machine has no such GPU"
+        return f"{binary.summary}, for {isa.arch}{run}"
     if isa.source:
         return f"C source, compiled here for {isa.machine}"
     options = ", ".join(f"{name} {value}" for name, value in isa.options.items() if name != "kind")
@@ -91,6 +111,7 @@ def _library(isa: Isa, target: Target) -> str:
 
 
 def _refuses_target(target: Target) -> str | None:
-    if target.kind not in ("cpu", "source") or not knows(target):
-        return f"the tvm backend compiles for CPUs, {target.name} is a {target.kind} target ({target.instruction_set})"
+    if not knows(target):
+        what = f"{target.name} is a {target.kind} target ({target.instruction_set})"
+        return f"the tvm backend compiles for CPUs and for NVIDIA's GPUs, {what}"
     return None

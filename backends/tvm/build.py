@@ -19,8 +19,12 @@ from tvm.relax.frontend.torch.exported_program_translator import ExportedProgram
 from tvm.support.cc import create_shared
 
 from memc.backends.tvm.convert import Converters
+from memc.backends.tvm.gpu.binary import Binary, compile_source, packer
+from memc.backends.tvm.gpu.convert import GpuConverters
+from memc.backends.tvm.gpu.schedule import device_source, pipeline, target_of
 from memc.backends.tvm.graph import Prepared
 from memc.backends.tvm.isa import Isa
+from memc.backends.tvm.tools import require_tools
 from memc.errors import MemcError
 from memc.prepare import export_module, first_line, named_node, source_of
 from memc.program import Program
@@ -34,29 +38,32 @@ FLAGS = ("-O3",)
 """What they are compiled with here: for any processor of this machine's kind."""
 
 
-def build(program: Program, prepared: Prepared, isa: Isa, path: Path) -> None:
+def build(program: Program, prepared: Prepared, isa: Isa, path: Path) -> Binary | None:
     """Compile and link the library ``path``; its function ``main`` takes the placeholders in their order.
 
-    Raises ``MemcError`` E601 that names the op which the importer refuses, E602 without a linker for the target.
+    Returns a GPU's kernels, None for a CPU. Raises ``MemcError`` E601 that names the op which
+    the importer refuses, E602 where a compiler fails.
     """
-    if isa.compiler is not None and shutil.which(isa.compiler) is None:
-        hint = "apt-get install gcc" if isa.source else f"apt-get install gcc-{isa.compiler.removesuffix('-gcc')}"
-        raise MemcError("E602", f"{isa.compiler} is needed to link for {isa.machine}", "backend tvm", hint)
+    require_tools(isa)
     with _reporting(program):
-        converters = Converters(isa.tile).table()
+        converters = (GpuConverters() if isa.gpu else Converters(isa.tile)).table()
         exported = _decomposed(export_module(program, prepared.module, prepared.specs), set(converters))
         module = from_exported_program(exported, custom_convert_map=converters, run_ep_decomposition=False)
-        target = tvm.target.Target(isa.options)
-        executable = _compile(module, target)
+        executable = _compile(module, target_of(isa))
+        source = device_source(executable) if isa.arch else ""
+    binary = compile_source(source, isa.arch) if isa.arch else None
     path.parent.mkdir(parents=True, exist_ok=True)
     options: dict[str, Any] = {"cc": isa.compiler} if isa.compiler is not None else {}
     if isa.source:
         options["fcompile"] = _from_source(path.parent / SOURCE)
+    if binary is not None:
+        options["fpack_imports"] = packer(source, binary)
     try:
-        executable.export_library(str(path), **options)
+        executable.mod.export_library(str(path), **options)
     except RuntimeError as error:
         message = f"{isa.compiler or 'the C compiler'} does not make the library: {first_line(error)}"
         raise MemcError("E602", message, "backend tvm") from error
+    return binary
 
 
 def _from_source(folder: Path) -> Any:
@@ -83,9 +90,12 @@ def _decomposed(exported: ExportedProgram, converters: set[str]) -> ExportedProg
 def _compile(module: Any, target: Any) -> Any:
     # tvm.compile's own pipeline for CPUs fuses nothing; of C it has none, and knows no vectors.
     to_source = target.kind.name == "c"
-    pipeline = relax.get_default_pipeline(tvm.target.Target({"kind": "llvm"}) if to_source else target)
+    if target.kind.name == "cuda":
+        steps = pipeline(target)
+    else:
+        steps = relax.get_default_pipeline(tvm.target.Target({"kind": "llvm"}) if to_source else target)
     with target, tvm.transform.PassContext(config={"tirx.disable_vectorize": to_source}):
-        return tvm.compile(module, target=target, relax_pipeline=pipeline)
+        return tvm.compile(module, target=target, relax_pipeline=steps)
 
 
 @contextmanager

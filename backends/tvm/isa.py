@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import platform
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from memc.backends.tvm.gpu.device import runs_on_gpu
 from memc.target import Target
 
 HOST = "x86_64"
@@ -54,6 +56,13 @@ class Isa:
     features: frozenset[str] = frozenset()
     compiler: str | None = None
     """The C compiler that links for it, None for the host's."""
+    gpu: bool = False
+    """Whether its functions are those for GPUs."""
+
+    @property
+    def arch(self) -> str:
+        """The kind of NVIDIA GPU that binaries are made for, as nvcc names it; empty for a CPU."""
+        return str(self.options["arch"]) if self.options["kind"] == "cuda" else ""
 
     @property
     def source(self) -> bool:
@@ -105,11 +114,18 @@ _MAKERS: dict[str, Callable[[], Isa]] = {
 
 def knows(target: Target) -> bool:
     """Tell whether this backend compiles for a target."""
-    return target.instruction_set in _MAKERS
+    return target.instruction_set in _MAKERS if target.kind != "gpu" else on_nvidia(target)
+
+
+def on_nvidia(target: Target) -> bool:
+    """Tell whether a target is a GPU of NVIDIA's."""
+    return target.kind == "gpu" and re.fullmatch(r"sm_\d+", target.instruction_set) is not None
 
 
 def isa_of(target: Target) -> Isa:
     """Return how to compile for a target that this backend knows; of the host it asks TVM."""
+    if on_nvidia(target):
+        return Isa(platform.machine(), {"kind": "cuda", "arch": target.instruction_set}, Tile(1, 1), gpu=True)
     return _MAKERS[target.instruction_set]()
 
 
@@ -117,5 +133,7 @@ def runs_here(target: Target) -> bool:
     """Tell whether this machine has the instructions of a target."""
     if target.instruction_set == "host":
         return True
+    if on_nvidia(target):
+        return runs_on_gpu(target.instruction_set)
     isa = isa_of(target)
     return isa.machine == platform.machine() and isa.features <= processor_flags()

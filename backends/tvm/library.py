@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -34,9 +34,9 @@ tvm.ir.save_json(tvm.tirx.IntImm("int64", 3))
 """
 """Compiles, runs, and writes a module down, which crashes where the two packages do not fit together."""
 
-CPU = 1
+CPU, CUDA = 1, 2
 POOLED = 2
-"""Kind of device and of allocator as the virtual machine counts them."""
+"""Kinds of device and of allocator as the virtual machine counts them."""
 
 
 def require_tvm() -> None:
@@ -88,23 +88,37 @@ def load_runtime() -> Any:
         import tvm_ffi
         from tvm_ffi.libinfo import load_lib_ctypes
 
+    # Its symbols must be seen by the compiler's library, should that be opened later in this process.
+    _open("tvm_runtime", load_lib_ctypes)
+    return tvm_ffi
+
+
+@cache
+def load_cuda() -> None:
+    """Open the part of the runtime for NVIDIA GPUs; raises ``MemcError`` E602 where it does not load."""
+    load_runtime()
+    from tvm_ffi.libinfo import load_lib_ctypes
+
+    _open("tvm_runtime_cuda", load_lib_ctypes)
+
+
+def _open(name: str, load: Callable[..., Any]) -> None:
     found = find_spec("tvm")
     assert found is not None and found.submodule_search_locations
     folder = Path(next(iter(found.submodule_search_locations))) / "lib"
     try:
-        # Its symbols must be seen by the compiler's library, should that be opened later in this process.
-        load_lib_ctypes("tvm", "tvm_runtime", "RTLD_GLOBAL", extra_lib_paths=[folder])
+        load("tvm", name, "RTLD_GLOBAL", extra_lib_paths=[folder])
     except (OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise MemcError("E602", f"TVM's runtime does not load: {reason}", str(folder), INSTALL) from error
-    return tvm_ffi
 
 
-def open_machine(path: Path) -> Any:
-    """Open a compiled library and return its virtual machine, on the CPU."""
+def open_machine(path: Path, device: int = CPU) -> Any:
+    """Open a compiled library and return its virtual machine, on the CPU or the first device of another kind."""
     tvm_ffi = load_runtime()
     machine = tvm_ffi.load_module(str(path))["vm_load_executable"]()
-    machine["vm_initialization"](CPU, 0, POOLED)
+    # A GPU's machine computes sizes on the CPU.
+    machine["vm_initialization"](*(() if device == CPU else (device, 0, POOLED)), CPU, 0, POOLED)
     return machine
 
 

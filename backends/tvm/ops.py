@@ -41,7 +41,7 @@ def head_linear(x: Tensor, weight: Tensor, out: int) -> Tensor:
 @_define("(Tensor table, Tensor ids, int rows, int width) -> Tensor")
 def embedding(table: Tensor, ids: Tensor, rows: int, width: int) -> Tensor:
     """Rows ``ids [...]`` of a table, packed as a weight or not."""
-    return table.new_empty(*ids.shape, width)
+    return table.new_empty(*ids.shape, width, dtype=torch.float32)
 
 
 @_define("(Tensor x, Tensor? weight, Tensor? bias, float eps, bool center) -> Tensor")

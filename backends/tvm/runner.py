@@ -14,8 +14,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from memc.artifact import Manifest, Port, check_digest
+from memc.backends.tvm.gpu.device import capability, runs_on_gpu
 from memc.backends.tvm.isa import processor_flags
-from memc.backends.tvm.library import REQUIRED, load_runtime, open_machine, set_threads
+from memc.backends.tvm.library import CPU, CUDA, REQUIRED, load_cuda, load_runtime, open_machine, set_threads
 from memc.errors import MemcError
 from memc.runtime.slots import Array, SlotRunner
 
@@ -32,7 +33,8 @@ class LibraryInfo(BaseModel):
 
     ``entry`` takes ``inputs``, then the states, then ``parameters`` (names in the parameter file), and returns the
     outputs, then the next values of the states in ``returned``; other states are written in place. ``limits`` bounds
-    the ids that an input may hold.
+    the ids that an input may hold. ``kernels`` are those of a GPU, with their names and what a thread and a block of
+    threads take.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -47,10 +49,13 @@ class LibraryInfo(BaseModel):
     parameters: list[str]
     limits: dict[str, int]
     returned: list[str] = []
+    kernels: list[dict[str, str | int]] = []
 
 
 class TvmRunner(SlotRunner):
     """A compiled library and its parameters."""
+
+    device = CPU
 
     def __init__(self, folder: Path, manifest: Manifest, threads: int | None = None) -> None:
         """Open a library with ``threads`` threads (None: the runtime's choice).
@@ -62,17 +67,19 @@ class TvmRunner(SlotRunner):
         path = folder / manifest.lowered
         for name in (path.name, PARAMETERS, INFO):
             check_digest(folder, manifest, path.parent / name)
-        self.info = _read_info(path.parent / INFO)
+        self.info = read_info(path.parent / INFO)
         _check_machine(self.info, manifest, folder)
         self._ffi = load_runtime()
         set_threads(threads)
+        if self.device == CUDA:
+            load_cuda()
         try:
-            self._machine = open_machine(path)
+            self._machine = open_machine(path, self.device)
         except (RuntimeError, ValueError, AttributeError) as error:
             reason = str(error).splitlines()[0]
             raise MemcError("E602", f"the library does not load: {reason}", str(path), "convert again") from error
         self._entry = self._machine[self.info.entry]
-        self._parameters = [self._wrap(array) for array in _read(path.parent / PARAMETERS, self.info.parameters)]
+        self._parameters = [self.place(array) for array in _read(path.parent / PARAMETERS, self.info.parameters)]
 
     def allocate(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
         """Return memory for a state, filled with zeros."""
@@ -82,11 +89,7 @@ class TvmRunner(SlotRunner):
         self, feeds: dict[str, Array], sizes: Mapping[str, int], state: Any, keep: npt.NDArray[np.int64] | None
     ) -> npt.NDArray[np.float32]:
         """Run the library once; see ``SlotRunner.call``. Raises ``MemcError`` E200 for ids out of range."""
-        limits = {**self.info.limits, **({self.keep: sizes["T"]} if self.keep is not None else {})}
-        for name, rows in limits.items():
-            if feeds[name].size and not (feeds[name].min() >= 0 and feeds[name].max() < rows):
-                message = f"an input is out of range: {name} holds ids that are not below {rows}"
-                raise MemcError("E200", message, self.manifest.source)
+        self._check_ids(feeds, sizes)
         given = [self._wrap(_fed(feeds[port.name], port)) for port in self.manifest.inputs]
         held = [self._wrap(state.current[name]) for name in self.info.states]
         outputs = self._entry(*given, *held, *self._parameters)
@@ -94,6 +97,17 @@ class TvmRunner(SlotRunner):
             state.current[name][...] = np.from_dlpack(output)
         logits: Any = np.from_dlpack(outputs[0])
         return logits  # type: ignore[no-any-return]
+
+    def _check_ids(self, feeds: Mapping[str, Array], sizes: Mapping[str, int]) -> None:
+        limits = {**self.info.limits, **({self.keep: sizes["T"]} if self.keep is not None else {})}
+        for name, rows in limits.items():
+            if feeds[name].size and not (feeds[name].min() >= 0 and feeds[name].max() < rows):
+                message = f"an input is out of range: {name} holds ids that are not below {rows}"
+                raise MemcError("E200", message, self.manifest.source)
+
+    def place(self, array: Array) -> Any:
+        """Return a parameter as the library takes it."""
+        return self._wrap(array)
 
     def _wrap(self, array: Array) -> Any:
         return self._ffi.from_dlpack(array)
@@ -121,7 +135,8 @@ def _fed(array: Array, port: Port) -> Array:
     return _copied(array, port.dtype)
 
 
-def _read_info(path: Path) -> LibraryInfo:
+def read_info(path: Path) -> LibraryInfo:
+    """Read ``library.json``; raises ``MemcError`` E309 where it is no such file."""
     try:
         return LibraryInfo.model_validate_json(path.read_text())
     except (OSError, ValidationError) as error:
@@ -132,6 +147,8 @@ def _read_info(path: Path) -> LibraryInfo:
 def _check_machine(info: LibraryInfo, manifest: Manifest, folder: Path) -> None:
     """Refuse a library that this machine cannot run, before it is opened: it would end the process."""
     hint = f"memc lower {folder} -o OUT --target cpu"
+    if info.options["kind"] == "cuda":
+        _check_gpu(str(info.options["arch"]), manifest, hint)
     if info.machine != platform.machine():
         message = f"the library is for {info.machine}, this machine is {platform.machine()}"
         raise MemcError("E602", message, manifest.target, hint)
@@ -142,6 +159,16 @@ def _check_machine(info: LibraryInfo, manifest: Manifest, folder: Path) -> None:
         if REQUIRED.get(name) != wanted:
             message = f"the library is made with {name} {wanted}, this memc runs {REQUIRED.get(name)}"
             raise MemcError("E602", message, manifest.target, hint)
+
+
+def _check_gpu(arch: str, manifest: Manifest, hint: str) -> None:
+    if runs_on_gpu(arch):
+        return
+    found = capability()
+    here = "this machine has no NVIDIA GPU that its driver shows"
+    if found is not None:
+        here = f"this GPU is of compute capability {found[0]}.{found[1]}"
+    raise MemcError("E602", f"the library is for GPUs of {arch}, {here}", manifest.target, hint)
 
 
 def _read(path: Path, names: list[str]) -> list[Array]:

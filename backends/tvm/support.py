@@ -64,3 +64,25 @@ def form(node: Node) -> Yes | No:
         case "bank_ffn":
             return Yes("own function, blocks read where they lie")
     return No(f"memc::{spec.name} has no lowered form in this backend")
+
+
+GPU_FORMS = {
+    "rotary": "plain loops, angles computed once",
+    "norm": "plain loops",
+    "attention": "scores of all slots (slot = position), state in place",
+    "full_attention": "scores of all keys",
+    "window_memory": "scores of a ring of slots and of the new tokens, state in place",
+    "linear_memory": "token by token, a thread to a column of the state, in place",
+    "bank_ffn": "plain loops over blocks where they lie",
+}
+"""The ops that have a form for GPUs, and which."""
+
+
+def gpu_form(node: Node) -> Yes | No:
+    """Tell how a dialect node is lowered for a GPU; ``No`` for an op that has no form there."""
+    spec = op_spec(node.target)
+    if spec is None:
+        return No(f"{node.target} is not a dialect op that this backend knows")
+    if spec.name not in GPU_FORMS:
+        return No(f"memc::{spec.name} has no form for GPUs in this backend; --backend triton has")
+    return Yes(f"{GPU_FORMS[spec.name]}, mapped to threads by TVM")

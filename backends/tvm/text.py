@@ -8,6 +8,11 @@ FROM_SOURCE = (
     " apache-tvm-ffi bring along, and open that.\n"
 )
 
+ON_A_GPU = (
+    "The library is for a GPU: open TVM's runtime library for CUDA before it, initialise its machine with the GPU and"
+    " then the CPU, and keep inputs, states and parameters in the GPU's memory, where the outputs come too.\n"
+)
+
 HOW_TO_RUN = (
     "Open {path} with TVM's runtime (apache-tvm and apache-tvm-ffi in the versions that library.json names; the runtime"
     " library alone suffices) and call its function main with the inputs, states and parameters in the order of"

@@ -56,9 +56,11 @@ def lower_again(
     manifest = read_manifest(source, verify=True, unread="lowered")
     hardware = get_target(target)
     chosen: Backend = load_plugin("memc.backends", require_backend(hardware, backend))()
-    kind = weights or (manifest.weights if manifest.weights in chosen.weights else chosen.weights[0])
+    taken = chosen.taken_weights(hardware) or chosen.weights
+    kind = weights or (manifest.weights if manifest.weights in taken else taken[0])
     if reason := chosen.refuses_weights(kind, hardware):
-        raise MemcError("E601", reason, f"--weights {kind}", f"one of: {', '.join(chosen.weights)}")
+        raise MemcError("E601", reason, f"--weights {kind}", f"one of: {', '.join(taken)}")
+    chosen.require(hardware)
     options = LowerOptions(kind, context if context is not None else manifest.capacity, threads)
     folder = require_out(source, out, force=force)
     copy_artifact(source, folder, "lower")

@@ -86,7 +86,7 @@ def convert_model(request: Request, progress: Progress | None = None) -> Convert
     Where ``torchrun`` has started several processes they share the training, and the first does all the rest; the
     others return what was planned. Raises ``MemcError``: what capture raises, E204 an output is in the way, E306 the
     model cannot be raised, E307 a pass matches nothing, E401 or E403 a check fails, E501 or E502 too little memory or
-    disk, E503 another process is gone, E601 the backend refuses.
+    disk, E503 another process is gone, E601 the backend refuses, E602 it lacks a tool for the target.
     """
     with joined() as processes:
         return _convert(request, Steps((progress if processes.leads else None) or Silent()), processes)
@@ -96,9 +96,10 @@ def _convert(request: Request, steps: Steps, processes: Processes) -> ConvertDoc
     folder = OutFolder(request.out)
     recipe = request.recipe.to_yaml()
     if refusal := request.backend.refuses_weights(request.weights, request.target):
-        raise MemcError(
-            "E601", refusal, f"--weights {request.weights}", f"one of: {', '.join(request.backend.weights)}"
-        )
+        taken = request.backend.taken_weights(request.target) or request.backend.weights
+        raise MemcError("E601", refusal, f"--weights {request.weights}", f"one of: {', '.join(taken)}")
+    if not request.dry_run:
+        request.backend.require(request.target)
     for source in request.recipe.data:
         require_file(source)
     limits = read_limits(request.recipe)

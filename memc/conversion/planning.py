@@ -239,7 +239,7 @@ def require_memory(request: Request, captured: Captured, program: Program, weigh
     rest = held + WORKING * 4 * largest
     if rest + weight_bytes <= memory:
         return
-    bytes_of = {kind: _weight_bytes(program, request, kind) for kind in request.backend.weights}
+    bytes_of = {kind: _weight_bytes(program, request, kind) for kind in request.backend.taken_weights(request.target)}
     fitting = [kind for kind, size in bytes_of.items() if rest + size <= memory]
     reason = (
         f"checking the result takes {weight_bytes / 1e9:.1f} GB of memory for its {request.weights} weights and"

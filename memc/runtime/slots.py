@@ -36,6 +36,10 @@ class SlotState(RunState):
         """Tokens that the longest sequence holds in growing states."""
         return int(self.lengths.max(initial=0))
 
+    def size(self, name: str, axis: int) -> int:
+        """Return a size of a state's array, with all slots of one that grows."""
+        return int(self.current[name].shape[axis])
+
     @property
     def bytes(self) -> int:
         """Bytes of the states; the buffers in which swapped ones take turns are not counted twice."""
@@ -211,7 +215,7 @@ class SlotRunner(Runner):
                 self._check_capacity(int(positions.max()) + 1, self.manifest.capacity)
             return
         grown = next(s for s in self.manifest.states if "S" in s.shape)
-        slots = state.current[grown.input].shape[grown.grows or 0]
+        slots = state.size(grown.input, grown.grows or 0)
         self._check_capacity(int(positions.max()) + 1, slots - 1)
 
     @staticmethod
