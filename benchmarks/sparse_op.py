@@ -68,7 +68,12 @@ COMPILED: dict[str, dict[str, Any] | None] = {
     "dense": None,
     "bounds": {"method": "bounds", "page": 16},
     "bounds, ranked again": {"method": "bounds", "page": 16, "rerank": 2},
+    "bounds, for 8": {"method": "bounds", "page": 16, "rerank": 2, "refresh": 8},
+    "hip": {"method": "hip", "page": 16, "rerank": 2},
+    "landmark": {"method": "landmark", "page": 64},
+    "4 bits": {"bits": 4, "page": 64, "rerank": 2},
     "lowbit": {"method": "lowbit", "page": 64},
+    "lowbit, for 8": {"method": "lowbit", "page": 64, "rerank": 2, "refresh": 8},
 }
 """What the tvm backend is timed with, beside the onnx backend."""
 
@@ -144,7 +149,7 @@ def attention(shape: Shape, choice: dict[str, Any] | None) -> Program:
 
 def fill(array: Any, random: np.random.Generator) -> None:
     """Fill a state with random numbers, bytes with random bytes; lists stay empty until a token chooses."""
-    if array.dtype == np.int64:
+    if array.dtype in (np.int64, np.int32):
         return
     if array.dtype == np.uint8:
         array[...] = random.integers(0, 256, array.shape, np.uint8)
