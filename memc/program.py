@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -225,6 +226,12 @@ def named_tensors(module: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield every parameter and buffer by its qualified name, tied ones under each of their names."""
     yield from module.named_parameters(remove_duplicate=False)
     yield from module.named_buffers(remove_duplicate=False)
+
+
+def readers(module: GraphModule) -> Counter[int]:
+    """Count how often a graph reads each of its tensors, by the tensor's ``id``; tied ones are one."""
+    reads = [node for node in module.graph.find_nodes(op="get_attr") for _ in node.users]
+    return Counter(id(get_tensor(module, str(node.target))) for node in reads)
 
 
 def get_tensor(module: torch.nn.Module, name: str) -> Tensor:

@@ -14,7 +14,7 @@ from torch.nn import functional
 from memc.bank.layout import MATRICES
 from memc.blocks import FeedForwardBlock
 from memc.dialect import arguments, op_spec
-from memc.program import Program, get_tensor
+from memc.program import Program, get_tensor, readers
 from memc.raising import find_blocks
 from memc.raising.evaluate import ancestors
 from memc.raising.feed_forward import ACTIVATIONS, ELEMENTWISE, linear_parts
@@ -43,8 +43,7 @@ def fuse(program: Program, blocks: Mapping[str, Tensor]) -> Fused:
     """
     editor = Editor(program)
     found = {block.layer: block for block in find_blocks(editor.program) if isinstance(block, FeedForwardBlock)}
-    reads = [node for node in editor.graph.find_nodes(op="get_attr") for _ in node.users]
-    readers = Counter(id(get_tensor(editor.program.module, str(node.target))) for node in reads)
+    count = readers(editor.program.module)
     wider, beside = [], []
     for node in list(editor.graph.nodes):
         spec = op_spec(node.target) if node.op == "call_function" else None
@@ -54,7 +53,7 @@ def fuse(program: Program, blocks: Mapping[str, Tensor]) -> Fused:
         source: Node = bound["block"]
         block, layer = blocks[str(source.target)][0].float(), int(str(source.target).rpartition("_")[2])
         own = found.get(layer)
-        if own is not None and _widens(editor.program, own, bound["activation"], readers):
+        if own is not None and _widens(editor.program, own, bound["activation"], count):
             _widen(editor, own, block)
             _drop(node)
             wider.append(layer)
@@ -65,7 +64,7 @@ def fuse(program: Program, blocks: Mapping[str, Tensor]) -> Fused:
     return Fused(editor.finish(), tuple(wider), tuple(beside))
 
 
-def _widens(program: Program, own: FeedForwardBlock, activation: str, readers: Counter[int]) -> bool:
+def _widens(program: Program, own: FeedForwardBlock, activation: str, count: Counter[int]) -> bool:
     """Tell whether more hidden units of a network are more rows and columns of its matrices and nothing else."""
     if own.gate is None or own.up is None or own.down is None or own.gate is own.up or own.activation != activation:
         return False
@@ -73,7 +72,7 @@ def _widens(program: Program, own: FeedForwardBlock, activation: str, readers: C
     held = [down, *(part for weight, bias, *_ in entries for part in (weight, bias) if part is not None)]
     if any(part.op != "get_attr" for part in held):
         return False
-    alone = all(readers[id(get_tensor(program.module, str(part.target)))] == 1 for part in held)
+    alone = all(count[id(get_tensor(program.module, str(part.target)))] == 1 for part in held)
     between = ancestors([own.down], [own.gate, own.up]) - {own.down, down, offset}
     return alone and all(node.target in ELEMENTWISE for node in between)
 

@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -238,7 +239,7 @@ class _Training:
             self._facts(job).unlink(missing_ok=True)
         if (found := self.done(job)) is not None:
             return found
-        generic, key = self._generic(job), self._key(job)
+        generic, key = self._start(job)[0], self._key(job)
         mine, sequences = self._sequences(job)
         scale, began = self.learner.input_scale(sequences), time.perf_counter()
         with self.learner.learning(self.device, self.products) as learner:
@@ -280,13 +281,16 @@ class _Training:
     def _facts(self, job: Cluster) -> Path:
         return self.folder / f"{name(job)}.json"
 
-    def _generic(self, job: Cluster) -> Tensor | None:
-        """Return the block that a job's own ones start from, None for random ones.
+    def _start(self, job: Cluster) -> tuple[Tensor | None, str]:
+        """Return the block that a job's own ones start from, None for random ones, and what tells it from others."""
+        return (None, "random") if job == () or self.options.start == "random" else self._generic
+
+    @cached_property
+    def _generic(self) -> tuple[Tensor, str]:
+        """The generic block, which is trained before anything asks for it, and its digest.
 
         Raises ``MemcError`` E200 where it is not trained.
         """
-        if job == () or self.options.start == "random":
-            return None
         path = self.folder / f"{name(())}.bank"
         file = RecordFile(path) if path.is_file() else self.bank.records
         if not file.trained(()):
@@ -295,13 +299,11 @@ class _Training:
         block = torch.from_numpy(file.read(()).copy())
         if file is not self.bank.records:
             file.close()
-        return block
+        return block, xxhash.xxh3_128_hexdigest(block.numpy().tobytes())
 
     def _key(self, job: Cluster) -> dict[str, Any]:
         """Return what a job's result depends on; what it starts from by its digest."""
-        generic = self._generic(job)
-        start = "random" if generic is None else xxhash.xxh3_128_hexdigest(generic.numpy().tobytes())
-        return {**self._shared, "start": start}
+        return {**self._shared, "start": self._start(job)[1]}
 
     def members(self, job: Cluster) -> npt.NDArray[np.bool_]:
         """Tell of each passage whether a job learns it."""

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from memc.artifact import MANIFEST, read_manifest, seal
 from memc.backend import Backend, LowerOptions, Runner
@@ -107,6 +108,12 @@ def undone(folder: OutFolder) -> Iterator[None]:
     except MemcError as error:
         folder.write_error(error)
         raise
+
+
+def lowering_of(made: Any) -> LowerDocument:
+    """Return the document of lowering for one that says what else was made of an artifact, and lowered."""
+    names = ("source", "out", "target", "backend", "weights", "disk_bytes", "seconds")
+    return LowerDocument(**{name: getattr(made, name) for name in names})
 
 
 def lower_copy(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from memc.artifact import Manifest, read_manifest
 from memc.backend import Backend, LowerOptions, Runner
-from memc.conversion.again import PROGRAM, copy_artifact, lower_copy, require_out, undone
+from memc.conversion.again import PROGRAM, copy_artifact, lower_copy, lowering_of, require_out, undone
 from memc.conversion.driver import next_commands
 from memc.conversion.folder import folder_bytes
 from memc.conversion.text import tokenizer_for
@@ -26,7 +26,7 @@ from memc.program import Program
 from memc.program_io import load_program, save_program
 from memc.progress import Progress, Silent
 from memc.report.facts import CheckFacts
-from memc.report.models import EditDocument, EditFacts, LowerDocument
+from memc.report.models import EditDocument, EditFacts
 from memc.runtime.text import Text
 from memc.target import get_target
 from memc.train.editing import Edit, Edited, EditSettings, edit_program, follows
@@ -86,7 +86,7 @@ def edit_artifact(
             return _checks(document, "what was lowered" if runner is not None else "the program in torch")
 
         options = LowerOptions(manifest.weights, manifest.capacity, threads)
-        lowered = lower_copy(_lowering(document), folder, done.program, backend, target, options, progress, measured)
+        lowered = lower_copy(lowering_of(document), folder, done.program, backend, target, options, progress, measured)
     document = document.model_copy(
         update={
             "checks": lowered.checks,
@@ -178,11 +178,6 @@ def _document(source: Path, out: Path, manifest: Manifest, done: Edited, *, kept
         disk_bytes=0,
         seconds=0.0,
     )
-
-
-def _lowering(document: EditDocument) -> LowerDocument:
-    names = ("source", "out", "target", "backend", "weights", "disk_bytes", "seconds")
-    return LowerDocument(**{name: getattr(document, name) for name in names})
 
 
 def _facts(wanted: Sequence[Wanted], done: Edited, runner: Runner | None) -> list[EditFacts]:

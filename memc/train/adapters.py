@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -13,7 +12,7 @@ from torch.fx import Node
 
 from memc.blocks import AttentionBlock, FeedForwardBlock
 from memc.infer import fill_in, mode_of
-from memc.program import Program, get_tensor, set_tensor
+from memc.program import Program, get_tensor, readers, set_tensor
 from memc.raising import find_blocks
 from memc.raising.feed_forward import linear_input, linear_weight
 
@@ -64,12 +63,11 @@ def block_projections(program: Program) -> dict[str, tuple[str, bool]]:
 
 
 def _read_once(program: Program, found: dict[str, tuple[str, bool]]) -> dict[str, tuple[str, bool]]:
-    reads = [node for node in program.module.graph.find_nodes(op="get_attr") for _ in node.users]
-    readers = Counter(id(get_tensor(program.module, str(node.target))) for node in reads)  # tied ones are one
+    count = readers(program.module)
     return {
         name: (weight, turned)
         for name, (weight, turned) in found.items()
-        if readers[id(get_tensor(program.module, weight))] == 1
+        if count[id(get_tensor(program.module, weight))] == 1
     }
 
 
