@@ -101,15 +101,16 @@ def convert(
     threads: int | None = None,
     remote_code: bool = False,
     contexts: Sequence[int] = CONTEXTS,
+    tune: int = 0,
     progress: Progress | None = None,
 ) -> ConvertDocument:
     """Convert a model into the artifact ``out`` and return the document that says what was done.
 
     ``model`` is what the command line takes, or a program that ``memc.capture`` made.
     ``recipe`` is a name, a file or a ``Recipe``; None is ``long-context``, or no recipe where ``passes`` or limits to
-    ``fit`` are given. The other options replace what the recipe says; ``passes`` come after its own. Raises
-    ``MemcError`` as ``memc.conversion.driver.convert_model``, and E201 to E203 for a recipe, pass, target or backend
-    that is not right.
+    ``fit`` are given. The other options replace what the recipe says; ``passes`` come after its own. ``tune`` is how
+    many other tiles are timed for each kind of product (backend ``tvm``). Raises ``MemcError`` as
+    ``memc.conversion.driver.convert_model``, and E201 to E203 for a recipe, pass, target or backend that is not right.
     """
     if recipe is None:
         recipe = Recipe(recipe=1) if passes or fit else "long-context"
@@ -136,5 +137,6 @@ def convert(
         threads=threads,
         remote_code=remote_code,
         contexts=tuple(contexts),
+        tune=tune,
     )
     return convert_model(request, progress)

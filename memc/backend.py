@@ -39,12 +39,16 @@ class No:
 class LowerOptions:
     """What the user asked of lowering.
 
-    ``context`` is the capacity of growing states, None for the model's own limit.
+    ``context`` is the capacity of growing states, None for the model's own limit. ``tune`` is how many other forms of
+    each kind of product are timed on this machine; ``tuned`` an artifact whose results of that are used where they
+    hold.
     """
 
     weights: str = "fp32"
     context: int | None = None
     threads: int | None = None
+    tune: int = 0
+    tuned: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -170,6 +174,10 @@ class Backend(ABC):
     def taken_weights(self, target: Target) -> tuple[str, ...]:
         """Return the weight types that it takes on a target."""
         return tuple(kind for kind in self.weights if self.refuses_weights(kind, target) is None)
+
+    def refuses_tuning(self, target: Target) -> str | None:
+        """Return why there is nothing to time for a target (``LowerOptions.tune``), or None where there is."""
+        return f"the {self.name} backend has no forms of a product to choose from"
 
     @abstractmethod
     def lower(self, program: Program, target: Target, folder: Path, options: LowerOptions) -> Lowered:

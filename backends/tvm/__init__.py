@@ -67,6 +67,12 @@ class TvmBackend(Backend):
 
         return refuses_weights(weights, target)
 
+    def refuses_tuning(self, target: Target) -> str | None:
+        """Return why no tiles are timed for a target, or None where they are."""
+        from memc.backends.tvm.backend import refuses_tuning
+
+        return refuses_tuning(target)
+
     def lower(self, program: Program, target: Target, folder: Path, options: LowerOptions) -> Lowered:
         """Write ``folder/lowered/tvm/model.so`` with its parameters and its description beside it.
 

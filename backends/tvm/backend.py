@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,9 +14,11 @@ from memc.backends.tvm import support
 from memc.backends.tvm.gpu.binary import Binary
 from memc.backends.tvm.isa import Isa, isa_of, knows, runs_here
 from memc.backends.tvm.library import INSTALL, REQUIRED, require_tvm, try_compiler
-from memc.backends.tvm.runner import INFO, LIBRARY, PARAMETERS, LibraryInfo
+from memc.backends.tvm.runner import INFO, LIBRARY, PARAMETERS, LibraryInfo, read_info
 from memc.backends.tvm.text import FROM_SOURCE, HOW_TO_RUN, ON_A_GPU
+from memc.backends.tvm.tiles import Tiles, Tuned
 from memc.errors import MemcError
+from memc.machine import cpu_name
 from memc.prepare import capacity_of, forms_of, is_memc, ports
 from memc.program import Program
 from memc.target import Target
@@ -48,6 +52,15 @@ def refuses_weights(weights: str, target: Target) -> str | None:
     return None
 
 
+def refuses_tuning(target: Target) -> str | None:
+    """Tell why products cannot be timed for a target, or None."""
+    if reason := _refuses_target(target):
+        return reason
+    if target.kind == "gpu":
+        return "TVM's rules map products to a GPU's threads, there are no tiles to time"
+    return None if runs_here(target) else f"this machine does not run what is compiled for {target.name}"
+
+
 def lower(program: Program, target: Target, folder: Path, options: LowerOptions) -> Lowered:
     """Write library, parameters and description under ``folder/lowered/tvm``; see ``Backend.lower``."""
     forms = forms_of(program, target, "tvm", supports)
@@ -60,10 +73,11 @@ def lower(program: Program, target: Target, folder: Path, options: LowerOptions)
     from memc.backends.tvm.weights import Parameters
 
     isa = isa_of(target)
-    parameters = PlainParameters(isa.tile, options.weights) if isa.gpu else Parameters(isa.tile, options.weights)
-    prepared = prepare(program, parameters)
+    tuned = _tuned(program, isa, options)
+    tiles = Tiles.of(isa.tile, tuned)
+    prepared = prepare(program, (PlainParameters if isa.gpu else Parameters)(tiles, options.weights))
     path = folder / LIBRARY
-    binary = build(program, prepared, isa, path)
+    binary = build(program, prepared, isa, tiles, path)
     stored = {p.source: LateTensor(p.dtype, p.shape, p.make) for p in prepared.parameters}
     write_tensors(path.parent / PARAMETERS, stored)
     in_place = frozenset(state.name for state in prepared.states)
@@ -80,6 +94,8 @@ def lower(program: Program, target: Target, folder: Path, options: LowerOptions)
         limits=prepared.limits,
         returned=list(prepared.returned),
         kernels=[asdict(kernel) for kernel in binary.kernels] if binary is not None else [],
+        tuned=tuned,
+        tuned_on=cpu_name() if tuned else "",
     )
     (path.parent / INFO).write_text(info.model_dump_json(indent=1) + "\n")
     before = FROM_SOURCE.format(folder=LIBRARY.parent / SOURCE) if isa.source else ON_A_GPU if isa.gpu else ""
@@ -95,8 +111,38 @@ def lower(program: Program, target: Target, folder: Path, options: LowerOptions)
             **forms,
             "weights": prepared.summary,
             "library": _library(isa, target, binary),
+            **({"tuned": _gains(tuned)} if tuned else {}),
         },
     )
+
+
+def _tuned(program: Program, isa: Isa, options: LowerOptions) -> list[Tuned]:
+    """Return the products that are timed now, or were for another artifact on a processor like this one."""
+    from memc.backends.tvm.graph import prepare
+    from memc.backends.tvm.weights import Parameters
+
+    if options.tune:
+        from memc.backends.tvm.tune import tune
+
+        plain = Parameters(Tiles(isa.tile), options.weights)
+        prepare(program, plain)
+        return tune(plain.products, isa, options.tune, options.threads)
+    path = options.tuned / LIBRARY.parent / INFO if options.tuned is not None else None
+    if path is None or not path.is_file():
+        return []
+    before = read_info(path)
+    same = before.tuned_on == cpu_name() and before.options == isa.options
+    return list(before.tuned) if same else []
+
+
+def _gains(tuned: Sequence[Tuned]) -> str:
+    """Say of how many products another tile is used, and what it gains."""
+    faster = [one for one in tuned if any(gain != 1 for gain in one.gain.values())]
+    if not faster:
+        return f"{len(tuned)} kinds of products timed, none faster in another tile"
+    gains = {rows: statistics.geometric_mean(one.gain[rows] for one in faster) for rows in faster[0].gain}
+    by_rows = ", ".join(f"{gain:.2f} times as fast with {rows} rows" for rows, gain in gains.items())
+    return f"{len(faster)} of {len(tuned)} kinds of products in another tile: {by_rows}"
 
 
 def _library(isa: Isa, target: Target, binary: Binary | None) -> str:

@@ -24,6 +24,7 @@ from memc.backends.tvm.gpu.convert import GpuConverters
 from memc.backends.tvm.gpu.schedule import device_source, pipeline, target_of
 from memc.backends.tvm.graph import Prepared
 from memc.backends.tvm.isa import Isa
+from memc.backends.tvm.tiles import Tiles
 from memc.backends.tvm.tools import require_tools
 from memc.errors import MemcError
 from memc.prepare import export_module, first_line, named_node, source_of
@@ -38,7 +39,7 @@ FLAGS = ("-O3",)
 """What they are compiled with here: for any processor of this machine's kind."""
 
 
-def build(program: Program, prepared: Prepared, isa: Isa, path: Path) -> Binary | None:
+def build(program: Program, prepared: Prepared, isa: Isa, tiles: Tiles, path: Path) -> Binary | None:
     """Compile and link the library ``path``; its function ``main`` takes the placeholders in their order.
 
     Returns a GPU's kernels, None for a CPU. Raises ``MemcError`` E601 that names the op which
@@ -46,7 +47,7 @@ def build(program: Program, prepared: Prepared, isa: Isa, path: Path) -> Binary 
     """
     require_tools(isa)
     with _reporting(program):
-        converters = (GpuConverters() if isa.gpu else Converters(isa.tile)).table()
+        converters = (GpuConverters() if isa.gpu else Converters(tiles)).table()
         exported = _decomposed(export_module(program, prepared.module, prepared.specs), set(converters))
         module = from_exported_program(exported, custom_convert_map=converters, run_ep_decomposition=False)
         executable = _compile(module, target_of(isa))

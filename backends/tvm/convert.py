@@ -28,7 +28,6 @@ from memc.backends.tvm.emit import (
     shape,
     size,
 )
-from memc.backends.tvm.isa import Tile
 from memc.backends.tvm.kernels.attention import Range, attention, full_attention
 from memc.backends.tvm.kernels.bank import bank_ffn
 from memc.backends.tvm.kernels.codes import Codes
@@ -44,15 +43,16 @@ from memc.backends.tvm.kernels.simple import embedding, norm, rotary, softmax
 from memc.backends.tvm.kernels.sparse import SHARES, TOKENS, memory, sparse_attention
 from memc.backends.tvm.kernels.window import window_memory
 from memc.backends.tvm.kernels.window_chunk import Ring
+from memc.backends.tvm.tiles import Product, Tiles
 
 
 class Converters(Maker):
     """Makes the functions of one program for a CPU."""
 
-    def __init__(self, tile: Tile) -> None:
-        """Start with no functions; products are made in tiles like ``tile``."""
+    def __init__(self, tiles: Tiles) -> None:
+        """Start with no functions; products are made in ``tiles``."""
         super().__init__()
-        self._tile = tile
+        self._tiles, self._tile = tiles, tiles.default
 
     def table(self) -> dict[str, Converter]:
         """Return the converters by the names under which the importer looks them up."""
@@ -79,13 +79,13 @@ class Converters(Maker):
         x, weight, bias, out = arguments(node)
         x, stored = importer.env[x], [importer.env[part] for part in weight]
         rows, into = flat(importer, x), size(x, -1)
-        if len(stored) == 1:
-            made = self.function(importer, linear, out, into, self._tile, bias=bias is not None)
+        bits = {1: 32, 2: 8, 3: 4}[len(stored)]
+        tile = self._tiles.tile(Product(bits, out, into))
+        if bits == 32:
+            made = self.function(importer, linear, out, into, tile, bias=bias is not None)
         else:
-            bits = 4 if len(stored) == 3 else 8
-            options = {"bits": bits, "bias": bias is not None}
-            quantised = dot_linear if self._tile.dots else quantised_linear
-            made = self.function(importer, quantised, out, into, self._tile, **options)
+            quantised = dot_linear if tile.dots else quantised_linear
+            made = self.function(importer, quantised, out, into, tile, bits=bits, bias=bias is not None)
             stored += [nothing(importer, "uint8", 1)] if bits == 8 else []
         y = call(importer, made, [rows, *stored, or_nothing(importer, bias)], [size(rows, 0), out])
         return reshape(importer, y, [*shape(x)[:-1], out])
@@ -100,7 +100,7 @@ class Converters(Maker):
         table, ids, rows, width = arguments(node)
         stored, ids = importer.env[table], importer.env[ids]
         flat = reshape(importer, ids, [product(shape(ids))])
-        columns = self._tile.columns if len(shape(stored)) == 3 else None
+        columns = size(stored, 2) if len(shape(stored)) == 3 else None  # that of a product in tiles
         made = self.function(importer, embedding, rows, width, columns)
         y = call(importer, made, [stored, flat], [size(flat, 0), width])
         return reshape(importer, y, [*shape(ids), width])

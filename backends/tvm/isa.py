@@ -97,14 +97,14 @@ def _host() -> Isa:
     options = {"kind": "llvm", "mcpu": str(llvm_get_system_cpu())}
     # A virtual machine may hide what the processor of that name has, and LLVM may not know the processor's name.
     dots = "avx512_vnni" in flags and bool(llvm_cpu_has_features("avx512vnni", TvmTarget(options)))
-    tile = Tile(64, 4, dots) if "avx512f" in flags else Tile(16, 6) if "avx2" in flags else Tile(16, 4)
+    tile = Tile(64, 4, dots) if "avx512f" in flags else Tile(32, 2) if "avx2" in flags else Tile(16, 4)
     return Isa(platform.machine(), options, tile, flags & EXTENSIONS)
 
 
 _MAKERS: dict[str, Callable[[], Isa]] = {
     "host": _host,
     "x86-64-v2": lambda: Isa(HOST, {"kind": "llvm", "mcpu": "x86-64-v2"}, Tile(16, 2), _SSE4),
-    "x86-64-v3": lambda: Isa(HOST, {"kind": "llvm", "mcpu": "x86-64-v3"}, Tile(16, 6), _AVX2),
+    "x86-64-v3": lambda: Isa(HOST, {"kind": "llvm", "mcpu": "x86-64-v3"}, Tile(32, 2), _AVX2),
     "x86-64-v4": lambda: Isa(HOST, {"kind": "llvm", "mcpu": "x86-64-v4"}, Tile(64, 4), _AVX2 | _AVX512),
     "aarch64": lambda: _cross("aarch64-linux-gnu", "aarch64", Tile(16, 4), "+neon"),
     "c": lambda: Isa(platform.machine(), {"kind": "c"}, Tile(16, 4), compiler="cc"),

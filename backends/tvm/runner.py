@@ -17,6 +17,7 @@ from memc.artifact import Manifest, Port, check_digest
 from memc.backends.tvm.gpu.device import capability, runs_on_gpu
 from memc.backends.tvm.isa import processor_flags
 from memc.backends.tvm.library import CPU, CUDA, REQUIRED, load_cuda, load_runtime, open_machine, set_threads
+from memc.backends.tvm.tiles import Tuned
 from memc.errors import MemcError
 from memc.runtime.slots import Array, SlotRunner
 
@@ -34,7 +35,7 @@ class LibraryInfo(BaseModel):
     ``entry`` takes ``inputs``, then the states, then ``parameters`` (names in the parameter file), and returns the
     outputs, then the next values of the states in ``returned``; other states are written in place. ``limits`` bounds
     the ids that an input may hold. ``kernels`` are those of a GPU, with their names and what a thread and a block of
-    threads take.
+    threads take. ``tuned`` are products whose tiles were measured, on the processor ``tuned_on``.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -50,6 +51,8 @@ class LibraryInfo(BaseModel):
     limits: dict[str, int]
     returned: list[str] = []
     kernels: list[dict[str, str | int]] = []
+    tuned: list[Tuned] = []
+    tuned_on: str = ""
 
 
 class TvmRunner(SlotRunner):

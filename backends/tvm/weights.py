@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from memc.backends.tvm.isa import Tile, columns_of
+from memc.backends.tvm.isa import columns_of
+from memc.backends.tvm.tiles import Product, Tiles
 from memc.prepare import in_float32
 from memc.quantise import BITS, BLOCK, NARROW, quantise
 
@@ -87,17 +88,18 @@ def _words(codes: Tensor, bits: int) -> Tensor:
 
 @dataclass
 class Parameters(Mapping[str, Parameter]):
-    """The tensors that are stored, by name in the file; a matrix in tiles of ``tile.columns`` outputs.
+    """The tensors that are stored, by name in the file; a matrix in the tiles of its product.
 
     ``kind`` is the weight type asked for. Of a quantised program the last matrix, which makes the logits, keeps 8 bits,
     and gates with less than one output to ``NARROW`` inputs stay float32.
     """
 
-    tile: Tile
+    tiles: Tiles
     kind: str
     _stored: dict[str, Parameter] = field(default_factory=dict)
     _packed: dict[str, Parameter] = field(default_factory=dict)
     _quantised: set[str] = field(default_factory=set)
+    _products: dict[Product, None] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Parameter:
         """Return a stored tensor by its name in the file."""
@@ -114,29 +116,40 @@ class Parameters(Mapping[str, Parameter]):
     @property
     def summary(self) -> str:
         """One line for the report."""
-        rest = f"{len(self._packed)} matrices in float32, tiles of {self.tile.columns} outputs"
+        rest = f"{len(self._packed)} matrices in float32, tiles of {self.tiles.default.columns} outputs"
         if not self._quantised:
             return rest
         last = ", the last in int8" if self.kind == "int4" else ""
         return f"{len(self._quantised)} matrices in {self.kind} (blocks of {BLOCK}{last}), {rest}"
+
+    @property
+    def products(self) -> tuple[Product, ...]:
+        """The products that matrices were stored for, each once."""
+        return tuple(self._products)
 
     def matrix(self, source: str, weight: Tensor, turned: bool, *, last: bool) -> list[Parameter]:
         """Store the matrix of a product, ``[out, in]`` or with ``turned`` ``[in, out]``, in tiles of its outputs.
 
         Returns one parameter of a float32 matrix; codes and scales, and of 4 bits zeros, of a quantised one.
         """
-        matrix = _Matrix(weight, turned, self.tile.columns, self.tile.dots)
-        out, into = matrix.sizes
-        name = f"{source}.turned" if turned else source
+        out, into = map(int, weight.T.shape if turned else weight.shape)
+        bits = 32
         if self.kind in BITS and out * NARROW >= into:
             bits = 8 if last or into % 2 else BITS[self.kind]
+        product = Product(bits, out, into)
+        self._products[product] = None
+        tile = self.tiles.tile(product)
+        matrix = _Matrix(weight, turned, tile.columns, tile.dots)
+        name = f"{source}.turned" if turned else source
+        if bits < 32:
             return self._add_quantised(f"{name}.q{bits}", matrix, bits)
         self._packed[name] = self._add(f"{name}.packed", torch.float32, matrix.shape(into), matrix.packed)
         return [self._packed[name]]
 
     def heads(self, source: str, weight: Tensor) -> Parameter:
         """Store a matrix ``[in, out]`` for each head, ``[H, in, out]``, in tiles of its outputs."""
-        matrices = [_Matrix(head, True, columns_of(int(weight.shape[2]), self.tile)) for head in weight.detach()]
+        columns = columns_of(int(weight.shape[2]), self.tiles.default)
+        matrices = [_Matrix(head, True, columns) for head in weight.detach()]
         shape = (len(matrices), *matrices[0].shape(int(weight.shape[1])))
         packed = lambda: torch.stack([matrix.packed() for matrix in matrices])  # noqa: E731
         return self._add(f"{source}.heads", torch.float32, shape, packed)

@@ -17,6 +17,7 @@ from memc.cli.options import (
     remote_code_option,
     seed_option,
     threads_option,
+    tune_option,
 )
 from memc.errors import MemcError
 
@@ -72,6 +73,7 @@ WEIGHTS = ("fp32", "fp16", "bf16", "int8", "int4")
 @click.option("--force", is_flag=True, help="Replace an OUT that exists.")
 @seed_option
 @threads_option
+@tune_option
 @remote_code_option
 def command(
     console: Console,
@@ -91,6 +93,7 @@ def command(
     force: bool,
     seed: int | None,
     threads: int | None,
+    tune: int,
     remote_code: bool,
 ) -> None:
     """Rewrite a model, lower it for a target, and verify the result.
@@ -139,6 +142,7 @@ def command(
         force=force,
         seed=seed,
         threads=threads,
+        tune=tune,
         remote_code=remote_code,
         progress=console,
     )

@@ -9,13 +9,13 @@ import click
 from memc.cli import completing
 from memc.cli.console import Console
 from memc.cli.convert import WEIGHTS
-from memc.cli.options import POSITIVE, declare, invocation, out_argument, threads_option
+from memc.cli.options import POSITIVE, declare, invocation, out_argument, threads_option, tune_option
 
 
 @declare(
     "lower",
     "memc lower out --target cpu --weights int4 -o out-int4",
-    "memc lower out --target cpu --backend eager",
+    "memc lower out --target cpu --backend tvm --tune 16",
     "memc lower out --target x86-64-v3 --json",
 )
 @out_argument
@@ -28,6 +28,7 @@ from memc.cli.options import POSITIVE, declare, invocation, out_argument, thread
 @click.option("--context", type=POSITIVE, metavar="N", help="Capacity of growing states, in tokens.")
 @click.option("--force", is_flag=True, help="Replace an artifact that exists.")
 @threads_option
+@tune_option
 def command(
     console: Console,
     out: str,
@@ -38,6 +39,7 @@ def command(
     context: int | None,
     force: bool,
     threads: int | None,
+    tune: int,
 ) -> None:
     """Lower a converted model for another target, backend or weight type, from the same rewritten program."""
     from memc.conversion.again import lower_again
@@ -54,6 +56,7 @@ def command(
         context=context,
         threads=threads,
         force=force,
+        tune=tune,
         progress=console,
     )
     console.show(document, lambda: lower_view(document))

@@ -119,5 +119,12 @@ NATURAL = click.IntRange(min=0)
 model_argument = click.argument("model", metavar="MODEL", shell_complete=completing.files)
 out_argument = click.argument("out", metavar="OUT", shell_complete=completing.folders)
 remote_code_option = click.option("--remote-code", is_flag=True, help="Run code that comes with the model.")
+tune_option = click.option(
+    "--tune",
+    type=NATURAL,
+    default=0,
+    metavar="TRIALS",
+    help="Time so many other tiles for each kind of product, and keep what is faster (backend tvm).",
+)
 threads_option = click.option("--threads", type=POSITIVE, help="Threads of the runtime.")
 seed_option = click.option("--seed", type=NATURAL, help="Seed of everything random.")

@@ -14,7 +14,7 @@ from memc.backend import Backend, LowerOptions, Runner
 from memc.conversion.driver import next_commands, require_passed
 from memc.conversion.facts import check_facts
 from memc.conversion.folder import OutFolder, folder_bytes, require_space, resume_key
-from memc.conversion.lowering import CHOSEN_ROWS, chosen_rows, lower, verify_lowered
+from memc.conversion.lowering import CHOSEN_ROWS, chosen_rows, lower, require_tuning, verify_lowered
 from memc.conversion.speed import SPEED_CHECKS
 from memc.cost import curve, predict
 from memc.doctor import require_backend
@@ -44,14 +44,17 @@ def lower_again(
     context: int | None = None,
     threads: int | None = None,
     force: bool = False,
+    tune: int = 0,
     progress: Progress | None = None,
 ) -> LowerDocument:
     """Make the artifact ``out`` from the program of the artifact ``source``; ``out`` is whole or not there.
 
     ``weights`` None is the source's where the backend takes it, else the backend's first; ``context`` None is the
-    source's capacity. What was lowered is checked against the program where this machine runs it. Raises ``MemcError``:
-    E309 the source is no artifact, E402 a file of it has changed, E204 ``out`` is in the way, E202 unknown names, E601
-    and E602 the backend refuses or is missing, E401 the check fails, E502 too little disk.
+    source's capacity. ``tune`` is how many other tiles are timed for each kind of product (backend ``tvm``); with 0
+    what was timed for the source is used where it holds. What was lowered is checked against the program where this
+    machine runs it. Raises ``MemcError``: E309 the source is no artifact, E402 a file of it has changed, E204 ``out``
+    is in the way, E202 unknown names, E200 there is nothing to tune, E601 and E602 the backend refuses or is missing,
+    E401 the check fails, E502 too little disk.
     """
     began = time.perf_counter()
     manifest = read_manifest(source, verify=True, unread="lowered")
@@ -61,8 +64,9 @@ def lower_again(
     kind = weights or (manifest.weights if manifest.weights in taken else taken[0])
     if reason := chosen.refuses_weights(kind, hardware):
         raise MemcError("E601", reason, f"--weights {kind}", f"one of: {', '.join(taken)}")
+    require_tuning(chosen, hardware, tune)
     chosen.require(hardware)
-    options = LowerOptions(kind, context if context is not None else manifest.capacity, threads)
+    options = LowerOptions(kind, context if context is not None else manifest.capacity, threads, tune, source)
     folder = require_out(source, out, force=force)
     copy_artifact(source, folder, "lower")
     document = LowerDocument(

@@ -26,7 +26,7 @@ from memc.conversion.facts import (
 )
 from memc.conversion.fitting import fit_recipe
 from memc.conversion.folder import OutFolder, folder_bytes, link_folder, require_space, resume_key
-from memc.conversion.lowering import chooses_from, lower, verify_lowered
+from memc.conversion.lowering import chooses_from, lower, require_tuning, verify_lowered
 from memc.conversion.pipeline import PassRun, Pipeline
 from memc.conversion.planning import capture_and_raise, make_plan, require_memory, write_plan
 from memc.conversion.quality import WINDOW, measure_quality
@@ -98,6 +98,7 @@ def _convert(request: Request, steps: Steps, processes: Processes) -> ConvertDoc
     if refusal := request.backend.refuses_weights(request.weights, request.target):
         taken = request.backend.taken_weights(request.target) or request.backend.weights
         raise MemcError("E601", refusal, f"--weights {request.weights}", f"one of: {', '.join(taken)}")
+    require_tuning(request.backend, request.target, request.tune)
     if not request.dry_run:
         request.backend.require(request.target)
     for source in request.recipe.data:
@@ -246,7 +247,7 @@ class _Conversion:
     ) -> ConvertDocument:
         """Lower the program and check it; it is timed beside the ``original`` where there is one."""
         request, place = self.request, self.folder.partial
-        options = LowerOptions(request.weights, request.recipe.context, request.threads)
+        options = LowerOptions(request.weights, request.recipe.context, request.threads, request.tune)
         with self.steps.step("lower", f"lower with {request.backend.name}"):
             if stage is None:
                 save_program(program, place / "program")
@@ -254,6 +255,7 @@ class _Conversion:
                 link_folder(stage, place / "program")
             shutil.rmtree(place / "lowered", ignore_errors=True)
             lowered, manifest = lower(program, request.backend, request.target, place, options)
+        options = replace(options, tune=0, tuned=place)  # what the original is lowered with, to be timed beside it
         runner = None
         if request.backend.runs_here(request.target):
             with self.steps.step("verify_lowered", "verify what was lowered"):

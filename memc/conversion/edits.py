@@ -85,7 +85,7 @@ def edit_artifact(
             document.edits = _facts(wanted, done, runner)
             return _checks(document, "what was lowered" if runner is not None else "the program in torch")
 
-        options = LowerOptions(manifest.weights, manifest.capacity, threads)
+        options = LowerOptions(manifest.weights, manifest.capacity, threads, tuned=source)
         lowered = lower_copy(lowering_of(document), folder, done.program, backend, target, options, progress, measured)
     document = document.model_copy(
         update={

@@ -70,7 +70,7 @@ def fuse_artifact(
     with undone(folder):
         save_program(fused.program, folder.partial / PROGRAM)
         document = _document(source, out, manifest.target, manifest.backend, manifest.weights, fused, used, bank)
-        options = LowerOptions(manifest.weights, manifest.capacity, threads)
+        options = LowerOptions(manifest.weights, manifest.capacity, threads, tuned=source)
         facts = [check_facts(check) for check in checks]
         lowered = lower_copy(
             lowering_of(document), folder, fused.program, backend, target, options, progress, lambda _: facts

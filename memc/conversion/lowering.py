@@ -15,6 +15,7 @@ from memc import __version__
 from memc.artifact import Manifest
 from memc.backend import Backend, Lowered, LowerOptions, Runner
 from memc.dialect import arguments, op_spec
+from memc.errors import MemcError
 from memc.program import Program
 from memc.target import Target
 from memc.verify import CheckResult, VerificationText, inputs_of, perplexity, pieces, streams, take, whole
@@ -70,6 +71,13 @@ def lower(
         how_to_run=lowered.how_to_run,
     )
     return lowered, manifest
+
+
+def require_tuning(backend: Backend, target: Target, trials: int) -> None:
+    """Raise ``MemcError`` E200 where products are to be timed and there is nothing to time."""
+    reason = backend.refuses_tuning(target) if trials else None
+    if reason is not None:
+        raise MemcError("E200", f"nothing to tune: {reason}", f"--tune {trials}", "leave it out, or add --backend tvm")
 
 
 @torch.no_grad()

@@ -154,6 +154,7 @@ def _again(request: Request) -> str:
     words = ["memc", "convert", str(request.model), "-o", f"{out}-again", "--recipe", f"{out}/{RECIPE}"]
     words += ["--target", request.target.name, "--backend", request.backend.name]
     words += [] if request.threads is None else ["--threads", str(request.threads)]
+    words += ["--tune", str(request.tune)] if request.tune else []
     return shlex.join(words + (["--remote-code"] if request.remote_code else []))
 
 

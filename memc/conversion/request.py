@@ -32,6 +32,7 @@ class Request:
     threads: int | None = None
     remote_code: bool = False
     contexts: tuple[int, ...] = CONTEXTS
+    tune: int = 0
 
     @property
     def weights(self) -> str:

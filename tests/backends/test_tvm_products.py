@@ -11,7 +11,8 @@ import tvm
 
 from memc.backends.tvm.isa import Isa, Tile, isa_of
 from memc.backends.tvm.kernels.dots import MANY, dot_linear
-from memc.backends.tvm.kernels.linear import PANEL_ROWS, quantised_linear
+from memc.backends.tvm.kernels.linear import PANEL_ROWS, linear, quantised_linear
+from memc.backends.tvm.tiles import Tiles
 from memc.backends.tvm.weights import Parameters
 from memc.quantise import BLOCK, quantise
 from memc.target import get_target
@@ -38,7 +39,7 @@ class Product:
         self.bias = random.standard_normal(out, np.float32)
         self.stored = [
             part.make().numpy()
-            for part in Parameters(tile, f"int{bits}").matrix("w", torch.from_numpy(weight), False, last=False)
+            for part in Parameters(Tiles(tile), f"int{bits}").matrix("w", torch.from_numpy(weight), False, last=False)
         ]
         function = (dot_linear if tile.dots else quantised_linear)(out, into, tile, bits=bits, bias=True)
         module = tvm.IRModule({"function": function.with_attr("global_symbol", "function")})
@@ -77,6 +78,21 @@ def test_products_are_as_near_as_float32_comes(kind: str, bits: int) -> None:
         for rows in ROWS:
             x = activations(rows, into)
             assert product.error(x, product.run(x)) < TOLERANCE, (out, into, rows)
+
+
+@pytest.mark.parametrize("tile", [Tile(16, 2), Tile(16, 6), Tile(32, 3), Tile(64, 4)])
+def test_rows_beside_whole_tiles_are_multiplied_too(tile: Tile) -> None:
+    out, into = 70, 33
+    random = np.random.default_rng(0)
+    weight, bias = random.standard_normal((out, into), np.float32), random.standard_normal(out, np.float32)
+    (stored,) = Parameters(Tiles(tile), "fp32").matrix("w", torch.from_numpy(weight), False, last=False)
+    module = tvm.IRModule({"function": linear(out, into, tile, bias=True).with_attr("global_symbol", "function")})
+    built = tvm.compile(module, target=tvm.target.Target(HOST.options))
+    for rows in range(1, 2 * tile.rows + 2):
+        x = random.standard_normal((rows, into), np.float32)
+        y = tvm.runtime.tensor(np.full((rows, out), np.nan, np.float32))
+        built["function"](*(tvm.runtime.tensor(array) for array in (x, stored.make().numpy(), bias)), y)
+        assert np.abs(y.numpy() - (x.astype(np.float64) @ weight.T + bias)).max() < 2e-5, rows
 
 
 @pytest.mark.parametrize("kind", TILES)

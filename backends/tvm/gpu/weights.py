@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from memc.backends.tvm.isa import Tile
+from memc.backends.tvm.tiles import Tiles
 from memc.backends.tvm.weights import Parameter, Parameters
 
 KINDS = {"fp32": torch.float32, "fp16": torch.float16}
@@ -18,7 +19,7 @@ KINDS = {"fp32": torch.float32, "fp16": torch.float16}
 class PlainParameters(Parameters):
     """The tensors that are stored, by name in the file: a matrix is ``[out, in]``, and a table of rows at once."""
 
-    tile: Tile = field(default=Tile(1, 1))
+    tiles: Tiles = field(default=Tiles(Tile(1, 1)))
     kind: str = "fp32"
 
     @property

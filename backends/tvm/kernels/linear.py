@@ -33,23 +33,34 @@ def store(y, acc, row, tile, rows, columns, out, bias, biased):  # noqa: D103
 
 
 @T.inline
-def _rows(x, w, y, b, source, index, row, rows, into, out, columns, biased):
-    acc = T.alloc_buffer((rows, columns), "float32", scope="local")
-    clear(acc, rows, columns)
-    for k in T.serial(into):
-        for i in T.unroll(rows):
-            for j in T.vectorized(columns):
-                acc[i, j] = acc[i, j] + x[row + i, k] * w[source, k, j]
-    store(y, acc, row, index, rows, columns, out, b, biased)
+def by_rows(m, tile, block):  # noqa: D103
+    # Calls ``block(first, rows)`` for all rows of a call: whole tiles, then pairs, then single rows.
+    for group in T.serial(m // tile.rows):
+        block(group * tile.rows, tile.rows)
+    if tile.rows > 2:
+        for pair in T.serial(m % tile.rows // 2):
+            block(m - m % tile.rows + pair * 2, 2)
+        for rest in T.serial(m % tile.rows % 2):
+            block(m - 1 + rest, 1)
+    elif tile.rows > 1:
+        for rest in T.serial(m % 2):
+            block(m - 1 + rest, 1)
 
 
 @T.inline
 def multiply_tile(x, w, y, b, source, index, m, into, out, tile, biased):  # noqa: D103
     # All rows of the outputs of tile ``index``, whose values lie in ``w[source]``.
-    for group in T.serial(m // tile.rows):
-        _rows(x, w, y, b, source, index, group * tile.rows, tile.rows, into, out, tile.columns, biased)
-    for rest in T.serial(m % tile.rows):
-        _rows(x, w, y, b, source, index, m // tile.rows * tile.rows + rest, 1, into, out, tile.columns, biased)
+    @T.inline
+    def block(row, rows):
+        acc = T.alloc_buffer((rows, tile.columns), "float32", scope="local")
+        clear(acc, rows, tile.columns)
+        for k in T.serial(into):
+            for i in T.unroll(rows):
+                for j in T.vectorized(tile.columns):
+                    acc[i, j] = acc[i, j] + x[row + i, k] * w[source, k, j]
+        store(y, acc, row, index, rows, tile.columns, out, b, biased)
+
+    by_rows(m, tile, block)
 
 
 @cache
@@ -85,7 +96,7 @@ def head_linear(heads: int, out: int, into: int, tile: Tile) -> PrimFunc:
     tiles = -(-out // columns)
 
     @T.inline
-    def block(x, w, y, b, h, index, row, rows):
+    def rows_of(x, w, y, b, h, index, row, rows):
         acc = T.alloc_buffer((rows, columns), "float32", scope="local")
         clear(acc, rows, columns)
         for k in T.serial(into):
@@ -110,10 +121,12 @@ def head_linear(heads: int, out: int, into: int, tile: Tile) -> PrimFunc:
         y = T.match_buffer(y_, (batch, heads, tokens, out), "float32")
         for unit in T.parallel(batch * heads):
             for index in T.serial(tiles):
-                for group in T.serial(tokens // tile.rows):
-                    block(x, w, y, unit // heads, unit % heads, index, group * tile.rows, tile.rows)
-                for rest in T.serial(tokens % tile.rows):
-                    block(x, w, y, unit // heads, unit % heads, index, tokens // tile.rows * tile.rows + rest, 1)
+
+                @T.inline
+                def block(row, rows):
+                    rows_of(x, w, y, unit // heads, unit % heads, index, row, rows)
+
+                by_rows(tokens, tile, block)
 
     return head_linear_
 
@@ -163,7 +176,7 @@ def quantised_linear(out: int, into: int, tile: Tile, *, bits: int, bias: bool) 
                     acc[i, j] = acc[i, j] + x[row + i, place * step + half] * w[0, half, j]
 
     @T.inline
-    def block(x, codes, scales, zeros, y, b, index, row, rows):
+    def rows_of(x, codes, scales, zeros, y, b, index, row, rows):
         acc = T.alloc_buffer((rows, columns), "float32", scope="local")
         scale = T.alloc_buffer((columns,), "float32", scope="local")
         shift = T.alloc_buffer((columns,), "float32", scope="local")
@@ -201,9 +214,11 @@ def quantised_linear(out: int, into: int, tile: Tile, *, bits: int, bias: bool) 
                 unpack(codes, scales, zeros, panel, index)
                 multiply_tile(x, panel, y, b, 0, index, m, into, out, tile, bias)
             else:
-                for group in T.serial(m // tile.rows):
-                    block(x, codes, scales, zeros, y, b, index, group * tile.rows, tile.rows)
-                for rest in T.serial(m % tile.rows):
-                    block(x, codes, scales, zeros, y, b, index, m // tile.rows * tile.rows + rest, 1)
+
+                @T.inline
+                def block(row, rows):
+                    rows_of(x, codes, scales, zeros, y, b, index, row, rows)
+
+                by_rows(m, tile, block)
 
     return quantised_linear_
