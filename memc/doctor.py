@@ -93,10 +93,30 @@ def examine(*, coverage: bool = False) -> DoctorDocument:
 
 
 def _backend(name: str) -> BackendRow:
-    reason = backend_reason(name) or load_plugin("memc.backends", name)().self_test()
-    weights = [] if reason else list(load_plugin("memc.backends", name).weights)
-    found = package_version(BACKEND_PACKAGES.get(name, name)) or ""
-    return BackendRow(name=name, available=not reason, reason=reason, version=found, weights=weights)
+    reason = backend_reason(name)
+    backend: Backend | None = None if reason else load_plugin("memc.backends", name)()
+    if backend is not None and (reason := backend.self_test()):
+        backend = None
+    return BackendRow(
+        name=name,
+        available=not reason,
+        reason=reason,
+        version=package_version(BACKEND_PACKAGES.get(name, name)) or "",
+        weights=[] if backend is None else list(backend.weights),
+        lacks={} if backend is None else _lacks(backend),
+    )
+
+
+def _lacks(backend: Backend) -> dict[str, str]:
+    """Return for which targets of a backend this machine lacks a tool, and what installs it."""
+    found = {}
+    for target in targets().values():
+        try:
+            if backend.taken_weights(target):
+                backend.require(target)
+        except MemcError as error:
+            found[target.name] = f"{error.message}: {error.next}"
+    return dict(sorted(found.items()))
 
 
 def onnx_kernels() -> dict[str, list[str]]:

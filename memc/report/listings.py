@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from rich.console import Group, RenderableType
 from rich.text import Text
 
@@ -105,10 +107,20 @@ def doctor_view(document: m.DoctorDocument) -> RenderableType:
         lines(head),
         lines([packages, *([f"not installed: {absent}"] if absent else [])]),
         table(["backend", "version", "available", "weights"], backends),
+        lines(_lacking(document.backends)),
         table(["onnxruntime kernel on cpu", "types"], kernels) if kernels else None,
         coverage_table(document.coverage) if document.coverage is not None else None,
         lines((f"problem: {problem}" for problem in document.problems), "yellow"),
     )
+
+
+def _lacking(backends: list[m.BackendRow]) -> Iterator[str]:
+    """Say what is missing for targets that a backend lowers for, those that lack the same together."""
+    for row in backends:
+        lacks: dict[str, list[str]] = {}
+        for target, what in row.lacks.items():
+            lacks.setdefault(what, []).append(target)
+        yield from (f"{row.name} for {', '.join(names)}: {what}" for what, names in lacks.items())
 
 
 def coverage_table(rows: list[m.CoverageRow]) -> RenderableType:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from memc.doctor import list_targets, require_backend
+from memc.backends.eager import EagerBackend
+from memc.doctor import examine, list_targets, require_backend
 from memc.errors import MemcError
-from memc.target import get_target, targets, write_target
+from memc.target import Target, get_target, targets, write_target
 
 NAMES = {
     "cpu": "onnx",
@@ -98,3 +99,18 @@ def test_backend_of_a_target(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("memc.doctor.backend_reason", lambda name: "it is broken")
     with pytest.raises(MemcError, match="E602 it is broken"):
         require_backend(get_target("cpu"))
+
+
+def test_what_this_machine_lacks_for_a_target_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    lacking = {"aarch64": MemcError("E602", "a linker is needed", next="install it")}
+
+    def require(backend: object, target: Target) -> None:
+        if target.name in lacking:
+            raise lacking[target.name]
+
+    monkeypatch.setattr(EagerBackend, "require", require)
+    monkeypatch.setattr("memc.doctor.registered", lambda group: ["eager"])
+    (row,) = examine().backends
+    assert row.available and row.lacks == {"aarch64": "a linker is needed: install it"}
+    lacking.clear()
+    assert not examine().backends[0].lacks

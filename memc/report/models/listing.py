@@ -57,13 +57,14 @@ class RecipesDocument(Document):
 
 
 class BackendRow(Facts):
-    """One registered backend."""
+    """One registered backend. ``lacks`` maps targets that it lowers for elsewhere to what this machine has not."""
 
     name: str
     available: bool
     reason: str = ""
     version: str = ""
     weights: list[str] = Field(default_factory=list)
+    lacks: dict[str, str] = Field(default_factory=dict)
 
 
 class CoverageRow(Facts):

@@ -98,7 +98,16 @@ def examined() -> m.DoctorDocument:
         threads=2,
         packages={"torch": "2.13.0", "onnxruntime": "1.32.0", "triton": None},
         backends=[
-            m.BackendRow(name="eager", available=True, version="2.13.0", weights=["fp32", "bf16"]),
+            m.BackendRow(
+                name="eager",
+                available=True,
+                version="2.13.0",
+                weights=["fp32", "bf16"],
+                lacks={
+                    "there": "cc is needed to link for it: install cc",
+                    "here": "cc is needed to link for it: install cc",
+                },
+            ),
             m.BackendRow(name="mine", available=False, reason="cannot be imported: no module 'mine'"),
         ],
         kernels={"com.microsoft.LinearAttention": ["float"]},
