@@ -32,6 +32,10 @@ BETAS = (0.9, 0.99)
 CLIP = 1.0
 """Largest norm of the gradient of what one optimiser steps."""
 
+STEP = "step"
+"""What AdamW calls the number of its steps, a single number without a dimension that it keeps on the CPU. Of such ones
+``torch.distributed.checkpoint`` writes zeros where it puts shares together (tried with torch 2.13)."""
+
 SAVE_SECONDS = 60.0
 """Time between two checkpoints."""
 
@@ -72,11 +76,11 @@ def step_optimiser(made: torch.optim.AdamW, share: float, where: str, step: int)
 
 
 def optimiser_tensors(name: str, made: torch.optim.AdamW) -> dict[str, Tensor]:
-    """Return everything that an optimiser holds beside its parameters, by name."""
+    """Return everything that an optimiser holds beside its parameters, by name; nothing of it without a dimension."""
     found: dict[str, Tensor] = {}
     for index, (_, state) in enumerate(_states(made)):
         for key, value in state.items():
-            found[f"{name}.{index}.{key}"] = torch.as_tensor(value)
+            found[f"{name}.{index}.{key}"] = value.reshape(1) if key == STEP else value
     return found
 
 
@@ -86,9 +90,9 @@ def restore_optimiser(name: str, made: torch.optim.AdamW, tensors: Mapping[str, 
         prefix = f"{name}.{index}."
         held = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         if held:
-            # The number of steps, a scalar, AdamW keeps on the CPU.
             made.state[parameter] = {
-                key: laid_out_as(parameter, value) if value.dim() else value.clone() for key, value in held.items()
+                key: value.reshape(()).clone() if key == STEP else laid_out_as(parameter, value)
+                for key, value in held.items()
             }
 
 

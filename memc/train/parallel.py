@@ -62,7 +62,9 @@ class Processes:
         if self.count == 1:
             return module
         # Buffers are constants of the graph. To say that they need no broadcast has two names in two versions of torch.
+        # What does not learn is nothing to average, and may be on another device.
         constants = [name for name, _ in module.named_buffers()]
+        constants += [name for name, value in module.named_parameters() if not value.requires_grad]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, constants)
         return DistributedDataParallel(module, init_sync=False)
 

@@ -7,7 +7,7 @@ since a model that adapts to a text gets better at it without getting closer to 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from memc.program import Program
+from memc.program import Program, get_tensor, named_tensors, retie
 from memc.progress import Progress
 from memc.train.blocks import Teacher, logits_node
 from memc.train.guard import Guard, Look, best_of
@@ -72,6 +72,16 @@ class Recovery:
     def loss(self, kl: Tensor, text: Tensor) -> Tensor:
         """Return what is to fall."""
         return kl + self.text * text if self.imitates else text
+
+
+def own_parameters(program: Program, names: Iterable[str], *, copied: bool) -> None:
+    """Give a program parameters of its own for ``names``, so that training it changes no other; tied ones stay so.
+
+    Those that are not ``copied`` are over the same values, and not to be changed in place.
+    """
+    values = {id(value): value.detach() for value in (get_tensor(program.module, name) for name in names)}
+    own = {key: value.clone() if copied else value for key, value in values.items()}
+    retie(program.module, {n: own[id(value)] for n, value in named_tensors(program.module) if id(value) in own})
 
 
 @dataclass

@@ -31,12 +31,12 @@ Values = dict[str, Any]
 """What a program has computed so far, by the names of its nodes."""
 
 
-class Sharded(nn.Module):
+class Sharded:
     """The programs of a recovery, cut at their layers, of which this process holds its share.
 
-    ``trained`` has the shares of what learns, by the names that they have in the rewritten program. All parameters are
-    shared out alike, those too that learn: so there is one way for gradients to be averaged, and the moments of an
-    optimiser are shared out with them.
+    ``module`` is what runs. ``trained`` has the shares of what learns, by the names that they have in the rewritten
+    program. All parameters are shared out alike, those too that learn: so there is one way for gradients to be
+    averaged, and the moments of an optimiser are shared out with them.
     """
 
     def __init__(
@@ -53,27 +53,63 @@ class Sharded(nn.Module):
         ``before`` None is not run. Products with pretrained weights are of type ``products``. Raises ``MemcError`` E203
         for a program that has no layers, or a parameter that has no dimension.
         """
-        super().__init__()
-        self._sides = sides = _cut([_prepared(each, products, device) for each in (before, after) if each is not None])
+        sides = _cut([_prepared(each, products, device) for each in (before, after) if each is not None])
         learns = {id(get_tensor(after.module, name)): name for name in trained}
         common, mesh = _common(sides, learns), init_device_mesh(device.type, (count,))
-        # One for each type: gradients that are shared out together have to be of one.
-        kinds = sorted({value.dtype for value in common.values()}, key=str)
-        self.common = nn.ModuleList(_Common({k: v for k, v in common.items() if v.dtype == kind}) for kind in kinds)
-        parts = [[side.part(stage, common) for side in sides] for stage in range(sides[0].tail + 1)]
-        self._taken = [[part.inputs for part in each] for each in parts]
-        self.stages = nn.ModuleList(_Stage(each) for each in parts)
         places: dict[int, tuple[nn.Module, str]] = {}
-        for module in (*self.common, *self.stages):
-            places |= _made_own(module, learns)
-            # What is common is read until the backward is over; a layer is gathered again for its own.
-            fully_shard(module, mesh=mesh, reshard_after_forward=isinstance(module, _Stage))
-        fully_shard(self, mesh=mesh)
+        layers = _Layers(sides, common)
+        for stage in layers.stages:
+            places |= _made_own(stage, learns)
+            fully_shard(stage, mesh=mesh, reshard_after_forward=True)
+        fully_shard(layers, mesh=mesh)
+        inner: nn.Module = layers
+        # One for each type: gradients that are shared out together have to be of one.
+        for kind in sorted({value.dtype for value in common.values()}, key=str):
+            outer = _Common({key: value for key, value in common.items() if value.dtype == kind})
+            places |= _made_own(outer, learns)
+            outer.inner = inner
+            # Read until the backward is over, so that gathering them again for it would gain nothing.
+            fully_shard(outer, mesh=mesh, reshard_after_forward=False)
+            inner = outer
+        self.module = inner
         self.trained = {name: places[key][0].get_parameter(places[key][1]) for key, name in learns.items()}
 
-    def forward(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+    def __call__(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
         """Return the logits ``[B,T,V]`` of each program for ``tokens`` at ``positions [B,T]``, from empty states."""
-        gathered = {key: value for common in self.common for key, value in common().items()}
+        found: tuple[Tensor, ...] = self.module(tokens, positions, {})
+        return found
+
+
+class _Common(nn.Module):
+    """Parameters that no layer has for itself, around all that reads them: embedding, last norm, head."""
+
+    inner: nn.Module
+
+    def __init__(self, tensors: Mapping[int, nn.Parameter]) -> None:
+        super().__init__()
+        self._names = {key: str(index) for index, key in enumerate(tensors)}
+        for key, name in self._names.items():
+            self.register_parameter(name, tensors[key])
+
+    def forward(self, tokens: Tensor, positions: Tensor, gathered: Mapping[int, Tensor]) -> tuple[Tensor, ...]:
+        """Return what the modules inside do, which are given the parameters too."""
+        own = {key: self.get_parameter(name) for key, name in self._names.items()}
+        found: tuple[Tensor, ...] = self.inner(tokens, positions, {**gathered, **own})
+        return found
+
+
+class _Layers(nn.Module):
+    """The stages of all programs, one after the other."""
+
+    def __init__(self, sides: Sequence[_Side], common: Collection[int]) -> None:
+        super().__init__()
+        parts = [[side.part(stage, common) for side in sides] for stage in range(sides[0].tail + 1)]
+        self._sides = sides
+        self._taken = [[part.inputs for part in each] for each in parts]
+        self.stages = nn.ModuleList(_Stage(each) for each in parts)
+
+    def forward(self, tokens: Tensor, positions: Tensor, gathered: Mapping[int, Tensor]) -> tuple[Tensor, ...]:
+        """Return the logits of each program, given the parameters that are ``gathered``."""
         values = [side.given(tokens, positions, gathered) for side in self._sides]
         for index, stage in enumerate(self.stages):
             taken = zip(self._taken[index], values, strict=True)
@@ -83,20 +119,6 @@ class Sharded(nn.Module):
                 for side, held, new in zip(self._sides, values, found, strict=True)
             ]
         return tuple(held[side.result.name] for side, held in zip(self._sides, values, strict=True))
-
-
-class _Common(nn.Module):
-    """Parameters that no layer has for itself and that are given to what reads them: embedding, last norm, head."""
-
-    def __init__(self, tensors: Mapping[int, nn.Parameter]) -> None:
-        super().__init__()
-        self._keys = list(tensors)
-        for index, value in enumerate(tensors.values()):
-            self.register_parameter(str(index), value)
-
-    def forward(self) -> dict[int, Tensor]:
-        """Return views of them: what FSDP hangs on an output it would hang on a parameter once more with each step."""
-        return {key: value.view_as(value) for key, value in zip(self._keys, self.parameters(), strict=True)}
 
 
 class _Part(nn.Module):
