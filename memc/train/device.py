@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from memc.machine import memory_bytes, multiplies_bfloat16
 from memc.program import Program, named_tensors
 from memc.recipe import Shard
-from memc.train.parallel import local_count
+from memc.train.parallel import local_count, own_gpu
 
 CPU = torch.device("cpu")
 
@@ -33,8 +33,8 @@ processes, two moments, and the best so far."""
 
 
 def accelerator(rank: int = 0) -> torch.device:
-    """Return the device that a process trains on: GPUs are dealt out to the processes of a machine by their rank."""
-    return torch.device("cuda", rank % torch.cuda.device_count()) if torch.cuda.is_available() else CPU
+    """Return the device that a process trains on: its own GPU, where there is one."""
+    return torch.device("cuda", own_gpu(rank)) if torch.cuda.is_available() else CPU
 
 
 def products_on(device: torch.device) -> torch.dtype | None:

@@ -168,6 +168,8 @@ def joined() -> Iterator[Processes]:
         return
     try:
         dist.init_process_group(_backend(), timeout=PATIENCE)
+        if torch.cuda.is_available():
+            torch.cuda.set_device(own_gpu(processes.rank))
         yield processes
     except (dist.DistError, RuntimeError) as error:
         if not _is_of_another(error):
@@ -177,6 +179,11 @@ def joined() -> Iterator[Processes]:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def own_gpu(rank: int) -> int:
+    """Return the number of a process's GPU: those of a machine are dealt out to its processes by their rank."""
+    return rank % torch.cuda.device_count()
 
 
 def local_count() -> int:
