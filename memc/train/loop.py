@@ -149,6 +149,7 @@ class Checkpoints:
         self.writes = writes
         self.key = dict(key)
         self._saved = time.monotonic()
+        self._last: int | None = None
 
     @property
     def due(self) -> bool:
@@ -166,8 +167,10 @@ class Checkpoints:
         if self.folder is None or not (self.writes or shared):
             return
         final, partial = self.folder / f"step-{step:08d}", self.folder / "writing"
-        if final.is_dir():
+        # Processes that write together have to agree, and one may look before the leader has renamed the folder.
+        if step == self._last or final.is_dir():
             return
+        self._last = step
         try:
             if self.writes:
                 shutil.rmtree(partial, ignore_errors=True)

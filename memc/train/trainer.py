@@ -187,6 +187,7 @@ class Trainer:
         shared = self._shares_out(recovery)
         own_parameters(recovery.after, recovery.rates, copied=not shared)
         if shared:
+            self.progress.note(f"{self.processes.count} processes hold a share of the parameters each")
             recovery = replace(recovery, shares_on=self.device)
         with lent(self.device, *(() if shared else (recovery.before, recovery.after))):
             guard = self.guard.to(self.device)

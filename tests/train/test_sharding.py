@@ -141,7 +141,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
         port = free_port()
         two = [start(folder, rank, port) for rank in range(2)]
         alone = {case: trained(recovery_of(case)) for case in CASES} | {"converted": converted()}
-        said = [each.communicate(timeout=300)[1] for each in two]
+        try:
+            said = [each.communicate(timeout=300)[1] for each in two]
+        finally:
+            for each in two:
+                each.kill()
         assert two[1].returncode == -signal.SIGKILL, said[1]
         assert two[0].returncode == 1 and "E503 another process of the training is gone" in said[0], said[0]
         yield folder, alone
