@@ -12,7 +12,7 @@ from memc.train.parallel import whole
 from memc.train.sharding import Sharded
 from memc.verify import sample_text
 from tests.passes.tiny_program import tiny
-from tests.train.test_parallel import free_port
+from tests.train.processes import free_port
 from tests.train.test_sharding import recovery_of
 from tests.train.test_trainer import few_tokens, train
 from tests.train.tiny_training import packed

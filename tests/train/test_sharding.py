@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +25,7 @@ from memc.train.parallel import ALONE, Processes, joined
 from memc.train.recovery import Recovery, own_parameters, recover
 from memc.train.sharding import Sharded
 from tests.passes.tiny_program import tiny
-from tests.train.test_parallel import ROOT, free_port
+from tests.train.processes import free_port, start
 from tests.train.test_trainer import few_tokens, train
 from tests.train.tiny_training import batches, linearized, packed, tensors_of
 
@@ -37,6 +34,9 @@ STEPS = 4
 HERE = torch.device("cpu")
 CASES = ("adapters", "rounded", "everything", "narrow")
 LOSSES = "losses"
+SCRIPT = (
+    "import sys; from pathlib import Path; from tests.train.test_sharding import process; process(Path(sys.argv[1]))"
+)
 
 Tensors = dict[str, Tensor]
 Run = tuple[Path, dict[str, Tensors]]
@@ -44,13 +44,13 @@ Run = tuple[Path, dict[str, Tensors]]
 
 def recovery_of(case: str, shares_on: torch.device | None = None, processes: Processes = ALONE) -> Recovery:
     """Make a recovery of adapters, with products in bfloat16 or not, or of every parameter, in float32 or bfloat16."""
-    before = tiny(layers=2)
+    before = tiny(layers=1 if case == "narrow" else 2)
     if case == "narrow":
         own_parameters(before, [name for name, _ in before.module.named_parameters()], copied=True)
         for value in before.module.parameters():
             value.data = value.data.bfloat16()
         infer(before)
-    after, report = linearized(before)
+    after, report = linearized(before, keep="none")
     new = [name for objective in report.objectives for name in objective.parameters.values()]
     if case in ("adapters", "rounded"):
         after, adapters = add_adapters(after, attention_projections(before), 4, 2.0, 0)
@@ -118,16 +118,10 @@ def process(folder: Path) -> None:
         note("held", {name: value.to_local() for name, value in held.items() if isinstance(value, DTensor)})
         programs(*packed(1, 3))
         gathered = [name for name, value in programs.module.named_parameters() if not isinstance(value, DTensor)]
+        alone = Sharded(None, recovery.after, recovery.rates, None, HERE, processes.count)
+        note("logits", {"alone": alone(*packed(1, 3))[0].detach()})
         (folder / f"names-{processes.rank}.json").write_text(json.dumps([list(held), gathered]))
         trained(recovery_of("everything", HERE, processes), folder / "killed", kill if processes.rank else None)
-
-
-def start(folder: Path, rank: int, port: int) -> subprocess.Popen[str]:
-    place = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    script = "import sys; from pathlib import Path; from tests.train.test_sharding import process"
-    command = [sys.executable, "-c", f"{script}; process(Path(sys.argv[1]))", str(folder)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **place}
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +133,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
         with pytest.raises(KeyboardInterrupt):
             trained(recovery_of("everything"), folder / "begun", interrupt)
         port = free_port()
-        two = [start(folder, rank, port) for rank in range(2)]
+        two = [start(SCRIPT, port, rank, folder) for rank in range(2)]
         alone = {case: trained(recovery_of(case)) for case in CASES} | {"converted": converted()}
         try:
             said = [each.communicate(timeout=300)[1] for each in two]
@@ -209,6 +203,12 @@ def test_each_process_holds_half_and_gathers_a_layer_at_a_time(run: Run) -> None
         assert gathered and not any("stages." in name for name in gathered)
         halves.append(sum(value.nbytes for value in held.values()))
     assert sum(halves) == total and max(halves) < 0.51 * total
+
+
+def test_a_program_that_imitates_nothing_runs_alone(run: Run) -> None:
+    folder, _ = run
+    for found in noted(folder, "logits"):
+        same(found, {"alone": recovery_of("everything").after.run(*packed(1, 3)).detach()})
 
 
 def test_what_cannot_be_cut_is_refused() -> None:
