@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.fx import Node
 from torch.utils.checkpoint import checkpoint
@@ -60,8 +60,8 @@ class Sharded:
         layers = _Layers(sides, common)
         for stage in layers.stages:
             places |= _made_own(stage, learns)
-            fully_shard(stage, mesh=mesh, reshard_after_forward=True)
-        fully_shard(layers, mesh=mesh)
+            _shard(stage, mesh, again=True)
+        _shard(layers, mesh, again=False)
         inner: nn.Module = layers
         # One for each type: gradients that are shared out together have to be of one.
         for kind in sorted({value.dtype for value in common.values()}, key=str):
@@ -69,7 +69,7 @@ class Sharded:
             places |= _made_own(outer, learns)
             outer.inner = inner
             # Read until the backward is over, so that gathering them again for it would gain nothing.
-            fully_shard(outer, mesh=mesh, reshard_after_forward=False)
+            _shard(outer, mesh, again=False)
             inner = outer
         self.module = inner
         self.trained = {name: places[key][0].get_parameter(places[key][1]) for key, name in learns.items()}
@@ -195,7 +195,10 @@ class _Side:
 
 
 def _prepared(program: Program, products: torch.dtype | None, device: torch.device) -> Program:
-    """Return a program that makes its tensors on ``device`` and rounds weights when it reads them."""
+    """Return a program that makes its tensors on ``device`` and rounds weights when it reads them.
+
+    The mixed precision of FSDP rounds what it gathers, norms and new parameters too; these stay as they are here.
+    """
     copy = program.copy()
     copy.make_tensors_on(device)
     rounded = Rounded(products) if products is not None else None
@@ -247,6 +250,13 @@ def _common(sides: Sequence[_Side], learns: Collection[int]) -> dict[int, nn.Par
     main = {stage: found.most_common(1)[0][0] for stage, found in learned.items()}
     odd = {key for key in own.keys() & learns if read[key].dtype != main[own[key]]}
     return {key: value for key, value in read.items() if key not in own or key in odd}
+
+
+def _shard(module: nn.Module, mesh: DeviceMesh, *, again: bool) -> None:
+    """Have FSDP share out what a module holds, and gather it ``again`` for the backward or keep it until then."""
+    made = fully_shard(module, mesh=mesh, reshard_after_forward=again)
+    # Add gradients up and divide them: the mean that gloo offers was a sum in some versions (pytorch issue 162338).
+    made.set_force_sum_reduction_for_comms(True)
 
 
 def _made_own(module: nn.Module, learns: Collection[int]) -> dict[int, tuple[nn.Module, str]]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from memc.errors import MemcError
@@ -21,7 +22,7 @@ from memc.train import loop
 from memc.train.adapters import add_adapters, attention_projections
 from memc.train.guard import Guard
 from memc.train.loop import Checkpoints, Schedule
-from memc.train.parallel import ALONE, Processes, joined
+from memc.train.parallel import ALONE, Processes, joined, whole
 from memc.train.recovery import Recovery, own_parameters, recover
 from memc.train.sharding import Sharded
 from tests.passes.tiny_program import tiny
@@ -98,6 +99,14 @@ def converted(processes: Processes = ALONE) -> Tensors:
     return tensors_of(train(tiny(layers=2), "none", processes=processes, adapters=0, shard="always").program)
 
 
+def slopes(learns: Mapping[str, torch.nn.Parameter], run: Callable[[], Tensor]) -> Tensors:
+    """Return the gradients of a loss of the logits."""
+    for value in learns.values():
+        value.grad = None
+    run().square().mean().backward()
+    return {name: whole(value.grad) for name, value in learns.items() if value.grad is not None}
+
+
 def process(folder: Path) -> None:
     """Be one of two processes that hold shares, and note what comes of it; the second one is killed at last."""
     torch.set_num_threads(1)
@@ -120,6 +129,11 @@ def process(folder: Path) -> None:
         gathered = [name for name, value in programs.module.named_parameters() if not isinstance(value, DTensor)]
         alone = Sharded(None, recovery.after, recovery.rates, None, HERE, processes.count)
         note("logits", {"alone": alone(*packed(1, 3))[0].detach()})
+        note("slopes", slopes(alone.trained, lambda: alone(*processes.share(*batches(0)))[0]))
+        for module in alone.module.modules():
+            if isinstance(module, FSDPModule):
+                module.set_gradient_divide_factor(1.0)
+        note("slopes added up", slopes(alone.trained, lambda: alone(*processes.share(*batches(0)))[0]))
         (folder / f"names-{processes.rank}.json").write_text(json.dumps([list(held), gathered]))
         trained(recovery_of("everything", HERE, processes), folder / "killed", kill if processes.rank else None)
 
@@ -209,6 +223,16 @@ def test_a_program_that_imitates_nothing_runs_alone(run: Run) -> None:
     folder, _ = run
     for found in noted(folder, "logits"):
         same(found, {"alone": recovery_of("everything").after.run(*packed(1, 3)).detach()})
+
+
+def test_gradients_are_averaged_and_the_comparison_sees_a_sum(run: Run) -> None:
+    folder, _ = run
+    program = recovery_of("everything").after
+    wanted = slopes(dict(program.module.named_parameters()), lambda: program.run(*batches(0)))
+    for found in noted(folder, "slopes"):
+        same(found, wanted)
+    with pytest.raises(AssertionError):
+        same(noted(folder, "slopes added up")[0], wanted)
 
 
 def test_what_cannot_be_cut_is_refused() -> None:
