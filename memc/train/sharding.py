@@ -9,6 +9,7 @@ layer, since nearly all of their weights are the same ones: those are held once 
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -76,7 +77,10 @@ class Sharded:
 
     def __call__(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
         """Return the logits ``[B,T,V]`` of each program for ``tokens`` at ``positions [B,T]``, from empty states."""
-        found: tuple[Tensor, ...] = self.module(tokens, positions, {})
+        with warnings.catch_warnings():
+            # That a layer's output may not be changed in place: no op of a graph does that.
+            warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+            found: tuple[Tensor, ...] = self.module(tokens, positions, {})
         return found
 
 

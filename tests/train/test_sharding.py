@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from memc.errors import MemcError
 from memc.infer import infer
 from memc.progress import Silent
 from memc.tensor_file import read_tensors, write_tensors
@@ -22,13 +21,13 @@ from memc.train import loop
 from memc.train.adapters import add_adapters, attention_projections
 from memc.train.guard import Guard
 from memc.train.loop import Checkpoints, Schedule
-from memc.train.parallel import ALONE, Processes, joined, whole
+from memc.train.parallel import ALONE, Processes, joined
 from memc.train.recovery import Recovery, own_parameters, recover
 from memc.train.sharding import Sharded
 from tests.passes.tiny_program import tiny
 from tests.train.processes import free_port, start
 from tests.train.test_trainer import few_tokens, train
-from tests.train.tiny_training import batches, linearized, packed, tensors_of
+from tests.train.tiny_training import batches, linearized, packed, slopes, tensors_of
 
 GUARD = Guard.of(*packed(3, 8))
 STEPS = 4
@@ -97,14 +96,6 @@ def kill(step: int) -> None:
 def converted(processes: Processes = ALONE) -> Tensors:
     """Return what the training of a pass comes to, with all its stages and every parameter learning in the last."""
     return tensors_of(train(tiny(layers=2), "none", processes=processes, adapters=0, shard="always").program)
-
-
-def slopes(learns: Mapping[str, torch.nn.Parameter], run: Callable[[], Tensor]) -> Tensors:
-    """Return the gradients of a loss of the logits."""
-    for value in learns.values():
-        value.grad = None
-    run().square().mean().backward()
-    return {name: whole(value.grad) for name, value in learns.items() if value.grad is not None}
 
 
 def process(folder: Path) -> None:
@@ -233,11 +224,3 @@ def test_gradients_are_averaged_and_the_comparison_sees_a_sum(run: Run) -> None:
         same(found, wanted)
     with pytest.raises(AssertionError):
         same(noted(folder, "slopes added up")[0], wanted)
-
-
-def test_what_cannot_be_cut_is_refused() -> None:
-    program = tiny(layers=1)
-    for node in program.module.graph.nodes:
-        node.meta = {key: value for key, value in node.meta.items() if key not in ("nn_module_stack", "memc")}
-    with pytest.raises(MemcError, match=r"E203 cannot be shared out among processes: the program has no layers.*never"):
-        Sharded(None, program, [], None, HERE, 1)
