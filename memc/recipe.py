@@ -31,6 +31,7 @@ Metric = Literal[
 ]
 
 Onto = Literal["result", "original"]
+Shard = Literal["auto", "always", "never"]
 
 Location = tuple[str | int, ...]
 MAX_BYTES = 1 << 16
@@ -58,6 +59,10 @@ class Train(BaseModel):
     text: float = Field(default=0.0, ge=0, description="weight of cross-entropy on the text beside the KL")
     sampled: float = Field(default=0.25, ge=0, lt=1, description="share of sequences sampled from the original")
     guard: float = Field(default=0.05, gt=0, le=0.5, description="share of the data that is held out")
+    shard: Shard = Field(
+        default="auto",
+        description="whether processes share parameters out: `auto` where they do not fit a device, `always`, `never`",
+    )
 
 
 class Verify(BaseModel):

@@ -20,7 +20,7 @@ from memc.recipe import Recipe, Train
 from memc.report.models import PassFacts
 from memc.tensor_file import read_tensors, write_tensors
 from memc.train import Trainer
-from memc.train.device import accelerator, lent, products_on
+from memc.train.device import accelerator, lent, products_on, too_large
 from memc.train.guard import OWN, Guard, GuardText
 from memc.train.parallel import ALONE, Processes
 from memc.verify import VerificationText, sample_text
@@ -175,7 +175,8 @@ def _sampled(
         device = accelerator()
         count = max(4, min(SAMPLED[device.type], round(tokens * settings.sampled / settings.length)))
         title = f"sample {count} sequences of {settings.length} tokens from the original"
-        with progress.step(title), lent(device, original):
+        streams = too_large(settings.shard, device, [original], None)
+        with progress.step(title), lent(device, original, streams=streams):
             text = sample_text(original, recipe.seed, sequences=count, length=settings.length)
         write_tensors(path, {"tokens": text.tokens})
     rows = read_tensors(path)["tokens"]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from memc.errors import MemcError
 from memc.tensor_file import read_tensors, write_tensors
+from memc.train.parallel import is_shared_out, laid_out_as, whole, write_shared
 
 Batches = Callable[[int], tuple[Tensor, Tensor]]
 """Batch of a step, the same whenever it is asked for: tokens and positions ``[B,T]`` int64."""
@@ -30,6 +31,10 @@ FLOOR = 0.1
 BETAS = (0.9, 0.99)
 CLIP = 1.0
 """Largest norm of the gradient of what one optimiser steps."""
+
+STEP = "step"
+"""What AdamW calls the number of its steps, a single number without a dimension that it keeps on the CPU. Of such ones
+``torch.distributed.checkpoint`` writes zeros where it puts shares together (tried with torch 2.13)."""
 
 SAVE_SECONDS = 60.0
 """Time between two checkpoints."""
@@ -71,11 +76,11 @@ def step_optimiser(made: torch.optim.AdamW, share: float, where: str, step: int)
 
 
 def optimiser_tensors(name: str, made: torch.optim.AdamW) -> dict[str, Tensor]:
-    """Return everything that an optimiser holds beside its parameters, by name."""
+    """Return everything that an optimiser holds beside its parameters, by name; nothing of it without a dimension."""
     found: dict[str, Tensor] = {}
     for index, (_, state) in enumerate(_states(made)):
         for key, value in state.items():
-            found[f"{name}.{index}.{key}"] = torch.as_tensor(value)
+            found[f"{name}.{index}.{key}"] = value.reshape(1) if key == STEP else value
     return found
 
 
@@ -85,12 +90,10 @@ def restore_optimiser(name: str, made: torch.optim.AdamW, tensors: Mapping[str, 
         prefix = f"{name}.{index}."
         held = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         if held:
-            made.state[parameter] = {key: _beside(parameter, value) for key, value in held.items()}
-
-
-def _beside(parameter: Tensor, value: Tensor) -> Tensor:
-    """Copy a value of an optimiser to where its parameter is; the number of steps, a scalar, AdamW keeps on the CPU."""
-    return value.to(parameter.device, copy=True) if value.dim() else value.clone()
+            made.state[parameter] = {
+                key: value.reshape(()).clone() if key == STEP else laid_out_as(parameter, value)
+                for key, value in held.items()
+            }
 
 
 def _states(made: torch.optim.AdamW) -> Iterable[tuple[torch.nn.Parameter, dict[str, Any]]]:
@@ -146,6 +149,7 @@ class Checkpoints:
         self.writes = writes
         self.key = dict(key)
         self._saved = time.monotonic()
+        self._last: int | None = None
 
     @property
     def due(self) -> bool:
@@ -155,16 +159,25 @@ class Checkpoints:
     def save(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Write a checkpoint of the state after ``step`` steps. Raises ``MemcError`` E502 when the disk is full.
 
-        One that is there already is left alone: the same training comes to the same state.
+        One that is there already is left alone: the same training comes to the same state. Tensors that are shared out
+        all processes write together, so that all have to call this; the file is as if one had written it.
         """
         self._saved = time.monotonic()
-        if self.folder is None or not self.writes or (final := self.folder / f"step-{step:08d}").is_dir():
+        shared = any(is_shared_out(value) for value in tensors.values())
+        if self.folder is None or not (self.writes or shared):
             return
-        partial = self.folder / "writing"
-        shutil.rmtree(partial, ignore_errors=True)
+        final, partial = self.folder / f"step-{step:08d}", self.folder / "writing"
+        # Processes that write together have to agree, and one may look before the leader has renamed the folder.
+        if step == self._last or final.is_dir():
+            return
+        self._last = step
         try:
-            partial.mkdir(parents=True)
-            write_tensors(partial / "state.safetensors", tensors)
+            if self.writes:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+            (write_shared if shared else write_tensors)(partial / "state.safetensors", tensors)
+            if not self.writes:
+                return
             (partial / "facts.json").write_text(json.dumps({"key": self.key, "step": step, **facts}) + "\n")
             partial.rename(final)
         except OSError as error:
@@ -197,7 +210,7 @@ class Checkpoints:
 
 def require_finite(what: str, value: Tensor, where: str, step: int) -> None:
     """Raise ``MemcError`` E403 naming what was trained and the step when a value of it is not finite."""
-    if not math.isfinite(float(value.detach())):
+    if not math.isfinite(float(whole(value.detach()))):
         hint = "give a lower learning rate (train: in a recipe) and --fresh; the last good checkpoint is kept"
         raise MemcError("E403", f"{what} is not finite at step {step}", where, hint)
 

@@ -7,14 +7,16 @@ since a model that adapts to a text gets better at it without getting closer to 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from memc.program import Program
+from memc.program import Program, get_tensor, named_tensors, retie
 from memc.progress import Progress
 from memc.train.blocks import Teacher, logits_node
 from memc.train.guard import Guard, Look, best_of
@@ -30,7 +32,7 @@ from memc.train.loop import (
     restore_optimiser,
     step_optimiser,
 )
-from memc.train.parallel import ALONE, Processes
+from memc.train.parallel import ALONE, Processes, laid_out_as, whole
 from memc.train.products import narrowed
 
 POINTS = 100
@@ -53,7 +55,8 @@ class Recovery:
     ``text`` weighs cross-entropy on the text against the KL. Without ``imitates`` it learns the text alone, and its
     guard is the cross-entropy too; ``before`` is not run then. ``accumulate`` batches make one step. Products with
     pretrained weights are of type ``products``, both programs'. Every one of ``processes`` trains on its share of each
-    batch.
+    batch, with all parameters, or where ``shares_on`` says on what device with a share of each (the programs are
+    anywhere then, and what is trained takes no place there).
     """
 
     before: Program
@@ -64,10 +67,21 @@ class Recovery:
     products: torch.dtype | None = None
     processes: Processes = ALONE
     imitates: bool = True
+    shares_on: torch.device | None = None
 
     def loss(self, kl: Tensor, text: Tensor) -> Tensor:
         """Return what is to fall."""
         return kl + self.text * text if self.imitates else text
+
+
+def own_parameters(program: Program, names: Iterable[str], *, copied: bool) -> None:
+    """Give a program parameters of its own for ``names``, so that training it changes no other; tied ones stay so.
+
+    Those that are not ``copied`` are over the same values, and not to be changed in place.
+    """
+    values = {id(value): value.detach() for value in (get_tensor(program.module, name) for name in names)}
+    own = {key: value.clone() if copied else value for key, value in values.items()}
+    retie(program.module, {n: own[id(value)] for n, value in named_tensors(program.module) if id(value) in own})
 
 
 @dataclass
@@ -86,50 +100,117 @@ class RecoveryResult:
         return [(look.step, look.mean) for look in self.looks]
 
 
+class _Pair(Protocol):
+    """The two programs as they are run."""
+
+    @property
+    def trained(self) -> Mapping[str, nn.Parameter]:
+        """The parameters that an optimiser steps, by name."""
+
+    def __call__(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Return the logits ``[B,T,V]`` of the original, None where nothing imitates it, and of the rewritten one."""
+
+    def gathering(self, last: bool) -> AbstractContextManager[None]:
+        """Return a context in which gradients only add up, unless this is the last backward of a step."""
+
+    def settle(self, best: Mapping[str, Tensor]) -> None:
+        """Give the rewritten program the values that are to stay."""
+
+
+class _Whole:
+    """Programs that every process has all of."""
+
+    def __init__(self, recovery: Recovery) -> None:
+        named = dict(recovery.after.module.named_parameters())
+        self.trained: Mapping[str, nn.Parameter] = {name: named[name] for name in recovery.rates}
+        self._recovery = recovery
+        self._teacher = Teacher(recovery.before, [(logits_node(recovery.before).name,)], recovery.products)
+        narrow = narrowed(recovery.after, self._teacher.rounded, recovery.rates)
+        self._student = recovery.processes.wrap(narrow)
+
+    def __call__(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor | None, Tensor]:
+        after, batch, device = self._recovery.after, tokens.shape[0], tokens.device
+        expected: dict[str, Tensor] = {}
+        if self._recovery.imitates:
+            self._teacher.run(tokens, positions, lambda _, values: expected.update(values))
+        rest = (*after.nothing_fetched(batch, device), *after.new_state(batch, device))
+        return next(iter(expected.values()), None), self._student(tokens, positions, *rest)[0]
+
+    def gathering(self, last: bool) -> AbstractContextManager[None]:
+        return self._recovery.processes.gathering(self._student, last)
+
+    @torch.no_grad()
+    def settle(self, best: Mapping[str, Tensor]) -> None:
+        for name, value in best.items():
+            self.trained[name].copy_(value)
+
+
+class _Shared:
+    """Programs of which every process has a share."""
+
+    def __init__(self, recovery: Recovery, device: torch.device) -> None:
+        from memc.train.sharding import Sharded
+
+        before = recovery.before if recovery.imitates else None
+        count, kind = recovery.processes.count, recovery.products
+        self._recovery = recovery
+        self._module = Sharded(before, recovery.after, recovery.rates, kind, device, count)
+        self.trained: Mapping[str, nn.Parameter] = self._module.trained
+
+    def __call__(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor | None, Tensor]:
+        *expected, found = self._module(tokens, positions)
+        return next(iter(expected), None), found
+
+    def gathering(self, last: bool) -> AbstractContextManager[None]:
+        """Gradients add up in the shares, since whole ones of everything would not fit."""
+        return nullcontext()
+
+    def settle(self, best: Mapping[str, Tensor]) -> None:
+        named = dict(self._recovery.after.module.named_parameters())
+        for name, value in best.items():
+            named[name].data = whole(value).to(named[name].device)
+
+
 @dataclass
 class _Run:
     """The moving parts of one recovery."""
 
     recovery: Recovery
-    teacher: Teacher
-    parameters: dict[str, torch.nn.Parameter]
+    pair: _Pair
     made: torch.optim.AdamW
-    student: nn.Module
     curve: Curve = field(default_factory=Curve)
     looks: list[Look] = field(default_factory=list)
     best: dict[str, Tensor] = field(default_factory=dict)
 
     def divergence(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean KL over the tokens that are no padding, and the mean cross-entropy of the next token."""
-        after, batch, device = self.recovery.after, tokens.shape[0], tokens.device
-        rest = (*after.nothing_fetched(batch, device), *after.new_state(batch, device))
         real = positions >= 0
-        if not self.recovery.imitates:
-            found = self.student(tokens, positions, *rest)[0].float().log_softmax(-1)
-            return found.new_zeros(()), _next_token(found, tokens, positions, real)
-        name = self.teacher.wanted[0][0]
-        expected: dict[str, Tensor] = {}
-        self.teacher.run(tokens, positions, lambda _, values: expected.update(values))
-        logits = self.student(tokens, positions, *rest)[0]
-        given = expected[name].float().log_softmax(-1)
+        expected, logits = self.pair(tokens, positions)
         found = logits.float().log_softmax(-1)
-        kl = (given.exp() * (given - found)).sum(-1)[real].mean()
-        return kl, _next_token(found, tokens, positions, real)
+        text = _next_token(found, tokens, positions, real)
+        if expected is None:
+            return found.new_zeros(()), text
+        given = expected.float().log_softmax(-1)
+        return (given.exp() * (given - found)).sum(-1)[real].mean(), text
 
     @torch.no_grad()
     def look(self, step: int, guard: Guard) -> None:
         """Measure the guard's texts, and keep the parameters if they are the best so far."""
         processes, sums = self.recovery.processes, [0.0] * len(guard.texts)
         rows = list(zip(guard.text_of, *guard.rows, strict=True))
-        for index, tokens, positions in rows[processes.rank :: processes.count]:
-            kl, text = self.divergence(tokens[None], positions[None])
-            sums[index] += float(kl if self.recovery.imitates else text)
+        # Processes that share parameters run equally often, be it for nothing.
+        for first in range(0, len(rows), processes.count):
+            own = first + processes.rank
+            if own < len(rows) or self.recovery.shares_on is not None:
+                index, tokens, positions = rows[min(own, len(rows) - 1)]
+                kl, text = self.divergence(tokens[None], positions[None])
+                sums[index] += float(kl if self.recovery.imitates else text) if own < len(rows) else 0.0
         totals = zip(processes.mean(sums), guard.texts, strict=True)
         look = Look(step, tuple(mean * processes.count / len(text.tokens) for mean, text in totals))
         require_finite("loss of the guard text", torch.tensor(look.mean), "recovery", step)
         self.looks.append(look)
         if not self.since_best:
-            self.best = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+            self.best = {name: parameter.detach().clone() for name, parameter in self.pair.trained.items()}
 
     @property
     def since_best(self) -> int:
@@ -159,13 +240,12 @@ def recover(
     ``MemcError``: E403 when a loss is not finite, E502 when the disk is full.
     """
     named = dict(recovery.after.module.named_parameters())
-    parameters = {name: named[name] for name in recovery.rates}
-    groups = [{"params": [parameters[name]], "peak": rate} for name, rate in recovery.rates.items()]
-    teacher = Teacher(recovery.before, [(logits_node(recovery.before).name,)], recovery.products)
     every = max(1, schedule.steps // GUARDS)
-    with only(named, parameters), progress.step("recover", schedule.steps) as advance:
-        student = recovery.processes.wrap(narrowed(recovery.after, teacher.rounded, recovery.rates))
-        run = _Run(recovery, teacher, parameters, optimiser(groups), student)
+    with only(named, recovery.rates), progress.step("recover", schedule.steps) as advance:
+        on = recovery.shares_on
+        pair: _Pair = _Whole(recovery) if on is None else _Shared(recovery, on)
+        groups = [{"params": [pair.trained[name]], "peak": rate} for name, rate in recovery.rates.items()]
+        run = _Run(recovery, pair, optimiser(groups))
         step = _restore(run, checkpoints)
         recovery.processes.wait()  # nobody reads a checkpoint any more that the leader may remove
         advance(step)
@@ -178,12 +258,11 @@ def recover(
             advance(1, _summary(run, tokens * (step - first), began))
             if step % every == 0 or step == schedule.steps:
                 run.look(step, guard)
-            if checkpoints.due:
+            # What is shared out all write at once.
+            if checkpoints.due if on is None else recovery.processes.from_leader(lambda: checkpoints.due):
                 _save(run, checkpoints, step)
         _save(run, checkpoints, step)
-    with torch.no_grad():
-        for name, value in run.best.items():
-            parameters[name].copy_(value)
+        pair.settle(run.best)
     return RecoveryResult(run.curve, guard.names, run.looks, run.looks[best_of(run.looks)].step, step)
 
 
@@ -192,7 +271,7 @@ def _step(run: _Run, step: int, batches: Batches, schedule: Schedule) -> int:
     sums = {"kl": 0.0, "text": 0.0}
     for part in range(recovery.accumulate):
         batch = batches(step * recovery.accumulate + part)
-        with recovery.processes.gathering(run.student, part + 1 == recovery.accumulate):
+        with run.pair.gathering(part + 1 == recovery.accumulate):
             kl, text = run.divergence(*recovery.processes.share(*batch))
             loss = recovery.loss(kl, text)
             require_finite("loss", loss, "recovery", step)
@@ -214,7 +293,7 @@ def _summary(run: _Run, tokens: int, began: float) -> str:
 
 
 def _save(run: _Run, checkpoints: Checkpoints, step: int) -> None:
-    tensors = {f"now.{name}": parameter.detach() for name, parameter in run.parameters.items()}
+    tensors = {f"now.{name}": parameter.detach() for name, parameter in run.pair.trained.items()}
     tensors |= {f"best.{name}": value for name, value in run.best.items()}
     tensors |= optimiser_tensors("optimiser", run.made)
     checkpoints.save(
@@ -227,10 +306,11 @@ def _restore(run: _Run, checkpoints: Checkpoints) -> int:
     if found is None:
         return 0
     step, tensors, facts = found
+    trained = run.pair.trained
     with torch.no_grad():
-        for name, parameter in run.parameters.items():
-            parameter.copy_(tensors[f"now.{name}"])
-    run.best = {name: tensors[f"best.{name}"].clone() for name in run.parameters}
+        for name, parameter in trained.items():
+            parameter.copy_(laid_out_as(parameter, tensors[f"now.{name}"]))
+    run.best = {name: laid_out_as(parameter, tensors[f"best.{name}"]) for name, parameter in trained.items()}
     restore_optimiser("optimiser", run.made, tensors)
     run.curve = Curve.of(facts["curve"])
     run.looks = [Look(int(at), tuple(values)) for at, values in facts["looks"]]

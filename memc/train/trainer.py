@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from memc.analysis import branches
 from memc.analysis import layers as analysis
 from memc.errors import MemcError
 from memc.pipeline import Pass, PassReport, Plan
-from memc.program import Program, get_tensor, named_tensors, retie, set_tensor
+from memc.program import Program, get_tensor, set_tensor
 from memc.progress import Progress
 from memc.recipe import Train
 from memc.report.files import (
@@ -29,12 +31,12 @@ from memc.report.files import (
     TransferFacts,
 )
 from memc.train.adapters import Adapter, add_adapters, attention_projections, block_projections, fold_adapters
-from memc.train.device import CPU, lent, name_of
+from memc.train.device import CPU, lent, name_of, too_large
 from memc.train.guard import Guard
 from memc.train.loop import Batches, Checkpoints, Curve, Schedule
 from memc.train.merge import merge_adapters
 from memc.train.parallel import ALONE, Processes
-from memc.train.recovery import Recovery, RecoveryResult, recover
+from memc.train.recovery import Recovery, RecoveryResult, own_parameters, recover
 from memc.train.transfer import Transfer
 
 INITIAL = 4096
@@ -120,7 +122,7 @@ class Trainer:
             after, facts.recovery = self._recover(before, after, report, folder)
         if self.processes.leads:
             tokens, positions = (part[:SILENCED] for part in self.guard.to(self.device).rows)
-            with lent(self.device, before, after):
+            with self._lent(before, after):
                 facts.branches = branches.measure_branches(
                     before, after, report.objectives, tokens, positions, self.progress
                 )
@@ -161,7 +163,6 @@ class Trainer:
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
         began, settings, trained = time.perf_counter(), self.settings, after.copy()
-        _own(trained, list(report.learns))
         rates = dict.fromkeys(report.learns, settings.memory_rate)
         recovery = Recovery(
             after, trained, rates, settings.accumulate, 1.0, self.products, self.processes, imitates=False
@@ -174,15 +175,36 @@ class Trainer:
         return replace(done, program=trained, report=settled, facts=facts)
 
     def _run(self, recovery: Recovery, first: int, steps: int, folder: Path | None) -> RecoveryResult:
-        """Recover for some steps, whose first batch is ``first``, where training computes."""
+        """Recover for some steps, whose first batch is ``first``, where training computes.
+
+        What learns is the rewritten program's own from then on.
+        """
 
         def later(step: int) -> tuple[Tensor, Tensor]:
             return self._batch(first + step)
 
         checkpoints = self._checkpoints(folder, "recovery")
-        with lent(self.device, recovery.before, recovery.after):
+        shared = self._shares_out(recovery)
+        own_parameters(recovery.after, recovery.rates, copied=not shared)
+        if shared:
+            self.progress.note(f"{self.processes.count} processes hold a share of the parameters each")
+            recovery = replace(recovery, shares_on=self.device)
+        with lent(self.device, *(() if shared else (recovery.before, recovery.after))):
             guard = self.guard.to(self.device)
             return recover(recovery, later, guard, Schedule(steps), checkpoints, self.progress)
+
+    def _shares_out(self, recovery: Recovery) -> bool:
+        """Tell whether each process is to hold a share of the parameters; all processes come to the same answer."""
+        learns = [get_tensor(recovery.after.module, name) for name in recovery.rates]
+        found = partial(self._too_large, recovery.before, recovery.after, learns)
+        return self.processes.count > 1 and self.processes.from_leader(found)
+
+    def _too_large(self, before: Program, after: Program, learns: Sequence[Tensor] = ()) -> bool:
+        return too_large(self.settings.shard, self.device, (before, after), self.products, learns)
+
+    def _lent(self, before: Program, after: Program) -> AbstractContextManager[None]:
+        """Lend programs to where training computes, weight by weight where they do not fit."""
+        return lent(self.device, before, after, streams=self._too_large(before, after))
 
     def _batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Return a step's batch where training computes."""
@@ -208,7 +230,7 @@ class Trainer:
         return round(tokens) // (self.settings.batch * self.settings.length * self.settings.accumulate)
 
     def _transfer(self, before: Program, after: Program, report: PassReport, folder: Path | None) -> TransferFacts:
-        with lent(self.device, before, after):
+        with self._lent(before, after):
             return self._transfer_there(before, after, report, folder)
 
     def _transfer_there(
@@ -256,7 +278,7 @@ class Trainer:
             return ChoiceFacts.model_validate_json(path.read_text())
         began = time.perf_counter()
         tokens, positions = _sequences(self._batch, math.ceil(RANKED / self.settings.length))
-        with lent(self.device, before, after):
+        with self._lent(before, after):
             ranking = analysis.rank_blocks(
                 before, after, report.objectives, tokens, positions, self.products, self.progress
             )
@@ -289,11 +311,9 @@ class Trainer:
         else:
             floats = [n for n, p in trained.module.named_parameters() if p.is_floating_point()]
             others = [name for name in floats if name not in set(new)]
-            _own(trained, others)
             for name, source in trained.provenance.items():
                 if source.source:
                     trained.provenance[name] = replace(source, transform="trained", invertible=False)
-        _own(trained, new)
         rates = dict.fromkeys(others, settings.adapter_rate) | dict.fromkeys(new, settings.memory_rate)
         merges = settings.onto == "original"
         recovery = Recovery(
@@ -369,9 +389,3 @@ def _copy_parameters(source: Program, result: Program, report: PassReport) -> No
     for objective in report.objectives:
         for name in objective.parameters.values():
             set_tensor(result.module, name, get_tensor(source.module, name).detach())
-
-
-def _own(program: Program, names: list[str]) -> None:
-    """Give a program parameters of its own for ``names``, so that training it changes no other; tied ones stay so."""
-    own = {id(value): value.detach().clone() for value in (get_tensor(program.module, name) for name in names)}
-    retie(program.module, {n: own[id(value)] for n, value in named_tensors(program.module) if id(value) in own})

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from memc.program import Program, named_tensors
-from memc.train.device import CPU, accelerator, lent, name_of
+from memc.recipe import Shard
+from memc.train.device import CPU, FILLED, TRAINED, Streamed, accelerator, lent, name_of, too_large
 from tests.core.tiny import tiny_program
 from tests.passes.tiny_program import tiny, tokens_of
 from tests.train.test_trainer import facts_of, few_tokens, train
@@ -25,10 +26,12 @@ def everything(program: Program) -> dict[str, Tensor]:
 
 def test_training_elsewhere_comes_to_the_same_and_back() -> None:
     before = tiny()
-    here, there = (train(before, "auto:50%", device=device) for device in (CPU, ELSEWHERE))
-    for name, value in tensors_of(here.program).items():
-        torch.testing.assert_close(tensors_of(there.program)[name], value, rtol=0, atol=0)
-    assert facts_of(here) == facts_of(there)
+    here = train(before, "auto:50%")
+    for shard in ("never", "always"):  # with all weights there, and with those of the original at home
+        there = train(before, "auto:50%", device=ELSEWHERE, shard=shard)
+        for name, value in tensors_of(here.program).items():
+            torch.testing.assert_close(tensors_of(there.program)[name], value, rtol=0, atol=0)
+        assert facts_of(here) == facts_of(there)
 
 
 def test_what_is_lent_comes_back_to_its_own_storage_unless_it_changed() -> None:
@@ -71,3 +74,30 @@ def test_processes_share_the_gpus_of_a_machine(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert [accelerator(rank).index for rank in range(4)] == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("options", TEACHERS, ids=str)
+def test_every_op_is_given_what_is_at_home(options: dict[str, object]) -> None:
+    program, _ = linearized(tiny(**options))
+    program.make_tensors_on(torch.device("meta"))
+    tokens = tokens_of(2, 24).to("meta")
+    with Streamed(torch.device("meta")):
+        assert program.run(tokens).device.type == "meta"
+    assert all(value.device == CPU for value in everything(program).values())
+
+
+def test_what_is_too_large_is_known_from_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tiny()
+    learns = next(program.module.parameters())
+    held = sum({id(value): value.nbytes for value in everything(program).values()}.values())
+
+    def said(total: float | None, products: torch.dtype | None = None, shard: Shard = "auto") -> bool:
+        monkeypatch.setattr("memc.train.device.memory_bytes", lambda: total)
+        return too_large(shard, CPU, [program, program.copy()], products, [learns])
+
+    least = (held + TRAINED * learns.nbytes) / FILLED
+    assert not said(least + 2) and said(least - 2) and not said(None)
+    assert said(least + 2, torch.bfloat16) and not said(least + 2, torch.float32)
+    assert said(None, shard="always") and not said(0, shard="never")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert said(least + 2) and not said(2 * least + 4)

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,10 +16,10 @@ from memc.program_io import load_program
 from memc.recipe import Recipe, Train
 from memc.train.parallel import ALONE, Processes
 from tests.core.test_convert import make_llama
+from tests.train.processes import free_port, start
 from tests.train.test_conversion import PRUNE, SPEC, killable, training_of, write_text
 from tests.train.tiny_training import packed, tensors_of
 
-ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import sys
 from pathlib import Path
@@ -32,26 +28,13 @@ killable(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], batch=2, spec=sys.ar
 """
 
 
-def start(llama: Path, out: Path, rank: int, port: int, killed_in: str, spec: str) -> subprocess.Popen[str]:
-    place = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [sys.executable, "-c", SCRIPT, str(llama), str(out), killed_in, spec]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **place}
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
 @pytest.mark.parametrize("spec", [SPEC.replace("auto:50%", "none"), PRUNE], ids=["linearize", "prune"])
 def test_two_processes_train_what_one_does_though_one_is_lost(tmp_path: Path, spec: str) -> None:
     llama, out = make_llama(tmp_path / "model", layers=1), tmp_path / "two"
     write_text(llama / "text.txt")
     for stage in ("recovery", ""):
         port = free_port()
-        leader, other = (start(llama, out, rank, port, stage if rank else "", spec) for rank in range(2))
+        leader, other = (start(SCRIPT, port, rank, llama, out, stage if rank else "", spec) for rank in range(2))
         said = [process.communicate(timeout=300)[1] for process in (leader, other)]
         if stage:
             assert other.returncode == -signal.SIGKILL

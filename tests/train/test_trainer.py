@@ -17,6 +17,7 @@ from memc.recipe import Train
 from memc.train import Rewritten, Trainer, loop
 from memc.train.device import CPU
 from memc.train.guard import Guard
+from memc.train.parallel import ALONE
 from tests.passes.tiny_program import TARGET, tiny
 from tests.train.tiny_training import LENGTH, SMALL, changed, linearized, packed, tensors_of
 
@@ -54,7 +55,7 @@ def train(
     before: Program, keep: str, folder: Path | None = None, give: loop.Batches | None = None, **changes: Any
 ) -> Rewritten:
     tokens = round(STEPS * 2 * LENGTH / 0.6)
-    seed, device = changes.pop("seed", 0), changes.pop("device", CPU)
+    seed, device, processes = changes.pop("seed", 0), changes.pop("device", CPU), changes.pop("processes", ALONE)
     trainer = Trainer(
         Train(**{**SETTINGS, **changes}),
         tokens,
@@ -64,7 +65,8 @@ def train(
         {"data": "d"},
         None,
         Silent(),
-        device=device,
+        processes,
+        device,
     )
 
     def apply(pass_: Pass) -> Any:

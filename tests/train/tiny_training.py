@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from memc.pipeline import PassReport
 from memc.program import Program, get_tensor, named_tensors, set_tensor
 from memc.progress import Silent
 from memc.train.loop import Checkpoints, Schedule
+from memc.train.parallel import whole
 from memc.train.transfer import Transfer
 from tests.passes.tiny_program import TARGET, tokens_of
 
@@ -84,3 +85,11 @@ def transfer(
     made.initialise(*packed(4, 7))
     made.train(batches, Schedule(steps), rate, 0, checkpoints or Checkpoints(None, {}), Silent())
     return made
+
+
+def slopes(learns: Mapping[str, torch.nn.Parameter], run: Callable[[], Tensor]) -> dict[str, Tensor]:
+    """Return the gradients of a loss of the logits."""
+    for value in learns.values():
+        value.grad = None
+    run().square().mean().backward()
+    return {name: whole(value.grad) for name, value in learns.items() if value.grad is not None}
