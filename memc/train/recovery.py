@@ -187,7 +187,7 @@ class _Run:
         real = positions >= 0
         expected, logits = self.pair(tokens, positions)
         found = logits.float().log_softmax(-1)
-        text = _next_token(found, tokens, positions, real)
+        text = _next_token(found, tokens, positions)
         if expected is None:
             return found.new_zeros(()), text
         given = expected.float().log_softmax(-1)
@@ -218,12 +218,28 @@ class _Run:
         return len(self.looks) - 1 - best_of(self.looks)
 
 
-def _next_token(found: Tensor, tokens: Tensor, positions: Tensor, real: Tensor) -> Tensor:
+def _next_token(found: Tensor, tokens: Tensor, positions: Tensor) -> Tensor:
     """Return the mean cross-entropy of the tokens that follow another of their document; 0 where there is none."""
-    follows = real[:, :-1] & (positions[:, 1:] == positions[:, :-1] + 1)
+    follows = _followed(positions)
     if not follows.any():
         return found.exp().sum() * 0.0  # whatever is infinite among the logarithms
     return functional.nll_loss(found[:, :-1][follows], tokens[:, 1:][follows])
+
+
+def _followed(positions: Tensor) -> Tensor:
+    """Mark the tokens ``[B,T-1]`` at ``positions [B,T]`` that another of their document follows."""
+    return (positions[:, :-1] >= 0) & (positions[:, 1:] == positions[:, :-1] + 1)
+
+
+def weights(positions: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what the two means over a process's rows are weighed by, for the mean of all processes to be the batch's.
+
+    Rows do not hold equally many tokens that are no padding, or that another one follows. ``own`` are the process's of
+    the batch's ``positions [B,T]``.
+    """
+    count = len(positions) / len(own)
+    read, followed = ([counted(part).sum() for part in (own, positions)] for counted in (lambda p: p >= 0, _followed))
+    return count * read[0] / read[1].clamp_min(1), count * followed[0] / followed[1].clamp_min(1)
 
 
 def recover(
@@ -272,7 +288,9 @@ def _step(run: _Run, step: int, batches: Batches, schedule: Schedule) -> int:
     for part in range(recovery.accumulate):
         batch = batches(step * recovery.accumulate + part)
         with run.pair.gathering(part + 1 == recovery.accumulate):
-            kl, text = run.divergence(*recovery.processes.share(*batch))
+            own = recovery.processes.share(*batch)
+            losses = run.divergence(*own)
+            kl, text = (loss * weight for loss, weight in zip(losses, weights(batch[1], own[1]), strict=True))
             loss = recovery.loss(kl, text)
             require_finite("loss", loss, "recovery", step)
             (loss / recovery.accumulate).backward()

@@ -15,6 +15,7 @@ from memc.errors import MemcError
 from memc.program_io import load_program
 from memc.recipe import Recipe, Train
 from memc.train.parallel import ALONE, Processes
+from memc.train.recovery import weights
 from tests.core.test_convert import make_llama
 from tests.train.processes import free_port, start
 from tests.train.test_conversion import PRUNE, SPEC, killable, training_of, write_text
@@ -61,6 +62,22 @@ def test_shares_are_the_batch(batch: int, count: int, seed: int) -> None:
     shares = [Processes(rank, count).share(tokens, positions) for rank in range(count)]
     assert torch.equal(torch.cat([share[0] for share in shares]), tokens)
     assert torch.equal(torch.cat([share[1] for share in shares]), positions)
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 3))
+def test_means_over_shares_are_weighed_to_that_of_the_batch(each: int, count: int, seed: int) -> None:
+    """Documents and padding fall to the processes unevenly."""
+    _, positions = packed(each * count, seed)
+    values = torch.rand(positions.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    marks = [lambda p: p >= 0, lambda p: torch.cat([(p[:, :-1] >= 0) & (p[:, 1:] == p[:, :-1] + 1), p[:, :1] < -1], 1)]
+    for index, mark in enumerate(marks):
+        found = 0.0
+        for rank in range(count):
+            mine, own = Processes(rank, count).share(values, positions)
+            if mark(own).any():
+                found += float(mine[mark(own)].mean() * weights(positions, own)[index]) / count
+        expected = float(values[mark(positions)].mean()) if mark(positions).any() else 0.0
+        assert found == pytest.approx(expected, abs=1e-6)
 
 
 def test_what_cannot_be_shared_is_refused_before_any_work() -> None:
