@@ -11,8 +11,8 @@ from memc.dialect.events import Events
 from memc.kernels.attention.slots import write
 from memc.kernels.common import accumulation_type, held_positions
 
-LEAST_LENGTH = 1e-12
-"""Length of a key below which it is like no other."""
+LEAST = 1e-12
+"""What lengths of keys and sums of edges are at least taken to be, where they divide."""
 
 
 @dataclass
@@ -38,8 +38,10 @@ class Held:
         past = torch.where(args.past_positions >= 0, args.past_events, -1)
         none = past.new_full((len(past), 1), -1)
         number, start = torch.cat([none, past], 1).amax(1) + 1, (past >= 0).sum(1)
-        fixed = (x.to(kind, copy=True) for x in (args.past_logits, args.past_surprises, args.past_keys))
-        return cls(*fixed, events, places, start, number)
+        expected, surprises, keys = (
+            x.to(kind, copy=True) for x in (args.past_logits, args.past_surprises, args.past_keys)
+        )
+        return cls(expected, surprises, keys, events, places, start, number)
 
 
 def forward(args: Events) -> tuple[Tensor, ...]:
@@ -79,7 +81,7 @@ def find(args: Events, held: Held, before: int | None = None) -> Tensor:
     """
     kind, found = accumulation_type(args.logits), []
     logits, key = args.logits.to(kind), args.key.to(kind)
-    key = key / torch.linalg.vector_norm(key, dim=3, keepdim=True).clamp_min(LEAST_LENGTH)
+    key = key / torch.linalg.vector_norm(key, dim=3, keepdim=True).clamp_min(LEAST)
     for t in range(args.positions.shape[1]):
         p, first = args.positions[:, t], args.positions[:, t] == 0
         live = p >= 0
@@ -104,7 +106,7 @@ def find(args: Events, held: Held, before: int | None = None) -> Tensor:
 
 
 def _put(ring: Tensor, axis: int, p: Tensor, value: Tensor, where: Tensor) -> Tensor:
-    """Return ``ring [B,...]`` with ``value`` in the slots, along ``axis``, of positions ``p [B]``, of rows ``where``."""
+    """Return ``ring [B,...]`` with ``value`` in the slots along ``axis`` of positions ``p [B]``, in rows ``where``."""
     each = (-1, *[1] * (ring.dim() - 1))
     slot = (p % ring.shape[axis]).view(each).expand_as(value)
     return ring.scatter(axis, slot, torch.where(where.view(each), value, ring.gather(axis, slot)))
@@ -133,15 +135,18 @@ def _refined(keys: Tensor, start: Tensor, p: Tensor, refine: str) -> Tensor:
     inside = at >= start[:, None]
     alike = (keys @ keys.mT).mean(1).clamp_min(0)
     alike = alike * (inside[:, :, None] & inside[:, None]) * (at[:, :, None] != at[:, None])
-    # A cut before each place: what lies before it, the degrees of that, and the weight of the edges that it cuts.
-    ahead = (inside[:, None] & (at[:, None] < at[:, :, None])).to(keys.dtype)
-    first, total = (ahead @ alike.sum(2, keepdim=True))[..., 0], alike.sum((1, 2))[:, None]
-    cut = first - ((ahead @ alike) * ahead).sum(2)
+    # A cut before each place: the edges within what lies before it, within what lies behind, each from both of its
+    # ends, and those between the two; from sums that cancel nothing, so that cuts which are alike have equal gains.
+    before = inside[:, None] & (at[:, None] < at[:, :, None])
+    ahead, behind = before.to(keys.dtype), (inside[:, None] & ~before).to(keys.dtype)
+    from_ahead = ahead @ alike
+    first, cut = ((from_ahead * side).sum(2) for side in (ahead, behind))
+    second = ((behind @ alike) * behind).sum(2)
     if refine == "modularity":
-        gain = first * (total - first) / total.clamp_min(LEAST_LENGTH) - cut
+        gain = (first * second - cut * cut) / (2 * cut + first + second).clamp_min(LEAST)
     else:
-        least = torch.minimum(first, total - first)
-        gain = torch.where(least > LEAST_LENGTH, -cut / least.clamp_min(LEAST_LENGTH), -1)
+        least = cut + torch.minimum(first, second)
+        gain = torch.where(least > LEAST, -cut / least.clamp_min(LEAST), -1)
     gain = gain.masked_fill(at <= start[:, None], -torch.inf)
     best = gain == gain.amax(1, keepdim=True)
     return at.masked_fill(~best | (at <= start[:, None]), -1).amax(1)

@@ -228,9 +228,7 @@ def enough(ordered: Tensor, mass: float) -> Tensor:
     return (weight.cumsum(-1) - weight < mass) | (ordered == torch.inf)
 
 
-def chosen(
-    query: Tensor, keys: Tensor, pages: Tensor, at: Tensor, rule: Rule, events: Tensor | None = None
-) -> Tensor:
+def chosen(query: Tensor, keys: Tensor, pages: Tensor, at: Tensor, rule: Rule, events: Tensor | None = None) -> Tensor:
     """Mark the tokens ``[B,G,T,L]`` that queries ``[B,H,T,D]`` at positions ``at [B,T]`` read of ``keys [B,G,L,D]``.
 
     ``events [B,L]`` as in :func:`candidates`.

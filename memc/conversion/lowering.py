@@ -18,7 +18,7 @@ from memc.dialect import arguments, op_spec
 from memc.program import Program
 from memc.target import Target
 from memc.verify import CheckResult, VerificationText, inputs_of, perplexity, pieces, streams, take, whole
-from memc.verify.execute import PIECE
+from memc.verify.execute import PIECE, cut
 
 TOLERANCE = 1e-3
 """Most that the logits of a lowered program with unquantised weights may differ, whatever the backend."""
@@ -87,7 +87,9 @@ def verify_lowered(
     tokens = take(text, 2, length)
     expected, fetched = whole(program, tokens, fetch=True), _fetched(program, tokens)
     if program.model.decoder:
-        values = {f"{length} tokens at once": _difference(_run(runner, tokens, [length], fetched), expected)}
+        values = {
+            f"{length} tokens at once": _difference(_run(runner, tokens, cut(program, length), fetched), expected)
+        }
     else:
         one = tokens[:1, :1]
         values = {
@@ -95,7 +97,7 @@ def verify_lowered(
             "one input, of one token": _difference(_run_inputs(runner, program, one), whole(program, one)),
         }
     if streams(program):
-        found = _run(runner, tokens, [length - 6, *[1] * 6], fetched)
+        found = _run(runner, tokens, [*cut(program, length - 6), *[1] * 6], fetched)
         values["one token at a time"] = _difference(found, expected)
     worst = max(values, key=lambda name: math.inf if math.isnan(values[name]) else values[name])
     exact = weights in EXACT_WEIGHTS
@@ -132,7 +134,7 @@ def _check_choice(runner: Runner, program: Program, text: VerificationText, exac
         return []
     tokens = take(text, 1, length + 2 * CHOICES)
     *_, expected = pieces(program, tokens, _sizes(length, 2 * CHOICES))
-    found = _run(runner, tokens, [length + CHOICES, *[1] * CHOICES], last=2 * CHOICES)
+    found = _run(runner, tokens, [*cut(program, length + CHOICES), *[1] * CHOICES], last=2 * CHOICES)
     before, after = F.log_softmax(expected, -1), F.log_softmax(found, -1)
     value = float((before.exp() * (before - after)).sum()) / found.shape[1]
     detail = f"nats a token, tokens {length} to {tokens.shape[1]}, half of them at once and half one at a time"

@@ -220,7 +220,9 @@ class SparseAttention(ChoosingAttention):
         """Return uninitialised tensors of the shapes and types of the results."""
         results, eventful = super().outputs(), SELECTORS[self.method].eventful
         plain = self.rerank == 1 and self.mass == 1
-        check(not eventful or plain, "tokens of events are not ranked again, and fill the budget: rerank and mass are 1")
+        check(
+            not eventful or plain, "tokens of events are not ranked again, and fill the budget: rerank and mass are 1"
+        )
         check(not eventful or self.dense_below >= self.budget, "up to the budget every token is read: dense_below")
         check(0 <= self.contiguity < 1, "contiguity is a share of the budget under 1")
         check(self.delay >= 0, "delay is at least 0")
