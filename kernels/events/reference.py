@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memc.dialect.events import Events
+from memc.dialect.events import NEAR, Events
 from memc.kernels.attention.slots import write
 from memc.kernels.common import accumulation_type, held_positions
 
@@ -143,10 +143,10 @@ def _refined(keys: Tensor, start: Tensor, p: Tensor, refine: str) -> Tensor:
     first, cut = ((from_ahead * side).sum(2) for side in (ahead, behind))
     second = ((behind @ alike) * behind).sum(2)
     if refine == "modularity":
-        gain = (first * second - cut * cut) / (2 * cut + first + second).clamp_min(LEAST)
+        gain = 2 * (first * second - cut * cut) / (2 * cut + first + second).clamp_min(LEAST).square()
     else:
         least = cut + torch.minimum(first, second)
         gain = torch.where(least > LEAST, -cut / least.clamp_min(LEAST), -1)
     gain = gain.masked_fill(at <= start[:, None], -torch.inf)
-    best = gain == gain.amax(1, keepdim=True)
+    best = gain >= gain.amax(1, keepdim=True) - NEAR
     return at.masked_fill(~best | (at <= start[:, None]), -1).amax(1)

@@ -13,6 +13,11 @@ REFINEMENTS = ("modularity", "conductance", "none")
 """What the place of a boundary is chosen by, around where the model was surprised."""
 
 
+NEAR = 1e-5
+"""Modularities, or conductances, that differ by no more are as good as equal: a key that is like no other in reach may
+stand on either side, which no rounding is to decide."""
+
+
 @dataclass(frozen=True)
 class Events(Arguments):
     """Number the events of each sequence (EM-LLM, Fountas et al. 2024, arXiv 2407.09450, sections 3.1 and 3.2).
@@ -29,7 +34,7 @@ class Events(Arguments):
     and where p - a = ``longest``. Then it ends before x, the next one begins there, and the tokens from a to x - 1 have
     their number: 0, 1, 2, ... With ``refine`` ``none`` x is p. Else the keys at a to p are the nodes of a graph whose
     edges weigh max(0, c), c the mean cosine over heads, 0 from a key to itself, and x, of a + 1 to p, cuts it in two at
-    the highest modularity, or at the lowest conductance; of equal ones the last.
+    the highest modularity, or at the lowest conductance; of those within ``NEAR`` of that the last.
 
     So an event has 1 to ``longest`` tokens, and the number of each is known when the token ``longest`` behind it has
     come. Position 0 starts a sequence and clears what is held; padding (-1) does nothing. Any split gives the same.

@@ -184,12 +184,12 @@ class SparseAttention(ChoosingAttention):
     With ``em`` a token scores what the best token of its event does, and two shares of the budget are taken as by
     ``lowbit``: first ``budget`` - floor(``contiguity`` ``budget``) tokens by these scores, then, of the events directly
     before and behind those that tokens were taken of (not counting what is always taken), tokens by the higher of these
-    neighbours' scores; where such events hold fewer, fewer are read. ``events [B,S]`` are the numbers of ``memc::events``
-    as they were when the call began, -1 for none, as long as ``past_positions`` (None: no token has one). A query at p
-    sees those of tokens at p - ``delay`` and before; any other token stands for itself. ``rerank`` and ``mass`` are 1,
-    and ``dense_below`` is at least ``budget``. A number is known as many tokens behind its own as an event is long at
-    most, so that any split into calls of no more than ``delay`` less these is the same: in longer calls their last
-    queries see fewer events.
+    neighbours' scores; where such events hold fewer, fewer are read. ``events [B,S]`` are the numbers that
+    ``memc::events`` had given when the call began, -1 for none, as long as ``past_positions`` (None: no token has one).
+    A query at p sees those of tokens at p - ``delay`` and before; any other token stands for itself. ``rerank`` and
+    ``mass`` are 1, and ``dense_below`` is at least ``budget``. A number is known as many tokens behind its own as an
+    event is long at most, so that any split into calls of no more than ``delay`` less these is the same: in longer
+    calls their last queries see fewer events.
 
     Soft-cap and sink logits join the softmax over the chosen tokens and choose nothing; there are no slopes, since a
     page has no one distance. Each sequence is held from position 0 on, and its positions rise by one from token to
@@ -220,9 +220,7 @@ class SparseAttention(ChoosingAttention):
         """Return uninitialised tensors of the shapes and types of the results."""
         results, eventful = super().outputs(), SELECTORS[self.method].eventful
         plain = self.rerank == 1 and self.mass == 1
-        check(
-            not eventful or plain, "tokens of events are not ranked again, and fill the budget: rerank and mass are 1"
-        )
+        check(not eventful or plain, "tokens of events are not ranked again and fill the budget: rerank and mass are 1")
         check(not eventful or self.dense_below >= self.budget, "up to the budget every token is read: dense_below")
         check(0 <= self.contiguity < 1, "contiguity is a share of the budget under 1")
         check(self.delay >= 0, "delay is at least 0")

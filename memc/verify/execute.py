@@ -101,7 +101,7 @@ def streams(program: Program) -> bool:
 def longest_call(program: Program) -> int | None:
     """Return the most tokens of a call up to which any split gives the same outputs, None for no limit.
 
-    Attention by events sees those that ``memc::events`` had numbered when the call began, ``delay`` tokens back or more.
+    Attention by events sees those that had numbers when the call began, of tokens ``delay`` back or more.
     """
     named = [(op_spec(node.target), node) for node in program.module.graph.nodes if node.op == "call_function"]
     bound = [(spec.name, arguments(node)) for spec, node in named if spec is not None]
@@ -110,7 +110,7 @@ def longest_call(program: Program) -> int | None:
 
 
 def cut(program: Program, length: int, most: int | None = None) -> list[int]:
-    """Return the sizes of calls, of at most ``most`` tokens and what the program allows, that ``length`` is cut into."""
+    """Return the sizes of calls that ``length`` tokens are cut into, of at most ``most`` and what a program allows."""
     limits = [limit for limit in (most, longest_call(program)) if limit is not None]
     size = max(1, min(limits, default=length))
     return [min(size, length - start) for start in range(0, length, size)]

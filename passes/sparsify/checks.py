@@ -36,7 +36,7 @@ def check_refresh(refresh: int, *, method: str, window: int, bits: int) -> None:
 
 
 def check_events(options: Mapping[str, Any], *, method: str, rerank: int, refresh: int, mass: float) -> None:
-    """Raise ``MemcError`` E203 for ``options`` of events, those that were set, of another method, or what they exclude."""
+    """Raise ``MemcError`` E203 for ``options`` of events that were set where there are none, or what excludes them."""
     if not SELECTORS[method].eventful:
         if options:
             names = ", ".join(options)

@@ -157,9 +157,7 @@ class Sparsify(Pass):
     )
     gamma: float = option(1.0, "surprise that ends an event of em, above the mean", unit="standard deviations", min=0)
     longest: int = option(64, "most of an event of em", unit="tokens", min=2)
-    refine: str = option(
-        "modularity", "by what em moves the ends of events, of how alike keys are", choices=REFINEMENTS
-    )
+    refine: str = option("modularity", "by what of the likeness of keys em ends events", choices=REFINEMENTS)
     contiguity: float = option(
         0.3, "share of the budget that em gives to the events before and behind those taken", min=0, max=0.9
     )

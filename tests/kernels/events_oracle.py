@@ -7,6 +7,8 @@ from itertools import groupby
 
 from torch import Tensor
 
+from memc.dialect.events import NEAR
+
 Graph = list[list[float]]
 
 
@@ -52,7 +54,7 @@ def best_cut(graph: Graph, refine: str) -> int:
     measure = modularity if refine == "modularity" else lambda g, at: -conductance(g, at)
     found = [(measure(graph, at), at) for at in cuts]
     best = max(value for value, _ in found)
-    return max(at for value, at in found if value >= best - 1e-12)
+    return max(at for value, at in found if value >= best - NEAR)
 
 
 def modularity(graph: Graph, at: int) -> float:
