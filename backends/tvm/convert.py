@@ -189,8 +189,7 @@ class Converters(Maker):
         given = arguments(node)
         (*tensors, choice, sink_logits, scale, softcap), chosen = given[:11], given[11:]
         names = ("method", "page", "budget", "sinks", "window", "rerank", "dense_below", "channels", "mass", "refresh")
-        names += ("contiguity", "delay")
-        rule = Rule(scale=float(scale), **dict(zip((*names, "lse"), chosen, strict=True)))
+        rule = Rule(scale=float(scale), **dict(zip((*names, "contiguity", "delay", "lse"), chosen, strict=True)))
         q, k, v, *rest = (importer.env[tensor] for tensor in tensors)
         s = scores_of(q, v, scale, softcap, None, sink_logits)
         made = self.function(importer, sparse_attention, s, rule)

@@ -1,8 +1,7 @@
 """Tokens ranked by the events that they belong to, and those of the events beside, in ``memc::sparse_attention``.
 
-``choice [B,S]`` are the numbers of events, -1 for none: those of the tokens from 0 on that have one rise by at most one.
-Row 0 of ``turns [units,2,N]`` is for what the tokens of events are worth, ``turns[unit,1,0]`` is the position that the
-call begins at in a row.
+``choice [B,S]`` are the numbers of events, -1 for none; from token to token they rise by one at most. Row 0 of ``turns
+[units,2,N]`` is for what the tokens of events are worth, ``turns[unit,1,0]`` is where the call begins in a row.
 """
 
 from __future__ import annotations

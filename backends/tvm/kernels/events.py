@@ -81,12 +81,10 @@ def _gain(alike, b, before, nodes, e, side):
         side[part] = T.float32(0)
     for i in T.serial(nodes):
         for j in T.serial(nodes):
-            if T.And(i <= before, j <= before):
-                side[0] = side[0] + alike[b, i, j]
-            elif T.And(i > before, j > before):
-                side[1] = side[1] + alike[b, i, j]
-            elif i <= before:
-                side[2] = side[2] + alike[b, i, j]
+            ahead = T.Cast("int32", i <= before) + T.Cast("int32", j <= before)
+            side[0] = side[0] + T.if_then_else(ahead == 2, alike[b, i, j], T.float32(0))
+            side[1] = side[1] + T.if_then_else(ahead == 0, alike[b, i, j], T.float32(0))
+            side[2] = side[2] + T.if_then_else(T.And(ahead == 1, i <= before), alike[b, i, j], T.float32(0))
     if e.refine == "modularity":
         side[3] = T.max(side[2] * T.float32(2) + side[0] + side[1], T.float32(LEAST))
         side[3] = T.float32(2) * (side[0] * side[1] - side[2] * side[2]) / (side[3] * side[3])

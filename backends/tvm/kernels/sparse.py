@@ -52,12 +52,12 @@ def sparse_attention(s: Scores, r: Rule) -> PrimFunc:
     """Make ``memc::sparse_attention``, or ``memc::refreshed_attention`` of a rule with ``refresh``, its state in place.
 
     ``keys [B,G,P,D,SLOTS]`` and ``values [B,G,S,E]`` hold the token at position p in slot p, ``pages [B,G,N,C,SLOTS]``
-    the description of page n; where tokens are ranked ``keys [B,G,S,D]`` are as they are read one by one, and
-    ``pages [B,G,P,D,SLOTS]`` the same channel by channel, and where pages are searched ``pages [B,G,N,D]``; what
-    ``choice`` holds is said in ``turns`` and ``eventful``. The new tokens are written first, so that no sequence may start in a call
-    after tokens of another one in the same row. A unit of work is some tokens of one key-value head; of each it ranks
-    the pages, lists the tiles of keys on which the best ones lie, and makes the scores of these, which are ranked again
-    where that is asked for and then weigh the values.
+    the description of page n; where tokens are ranked ``keys [B,G,S,D]`` are as they are read one by one, and ``pages
+    [B,G,P,D,SLOTS]`` the same channel by channel, and where pages are searched ``pages [B,G,N,D]``; what ``choice``
+    holds is said in ``turns`` and ``eventful``. The new tokens are written first, so that no sequence may start in a
+    call after tokens of another one in the same row. A unit of work is some tokens of one key-value head; of each it
+    ranks the pages, lists the tiles of keys on which the best ones lie, and makes the scores of these, which are ranked
+    again where that is asked for and then weigh the values.
     """
     heads, groups, key_dim, value_dim = s.heads, s.groups, s.key_dim, s.value_dim
     share, together, size = s.share, s.together, r.described(s.key_dim)
