@@ -34,8 +34,8 @@ def load(out: str | Path, *, threads: int | None = None, verify: bool = False, c
 
     ``threads`` of the backend, None for its own choice; ``verify`` checks the digest of every file that is read;
     ``chunk`` is the number of tokens per call when a longer sequence is run, fewer where the artifact's calls have to
-    be shorter. Raises ``MemcError``: E309 no artifact,
-    E402 a digest differs, E202 or E602 the backend is unknown or missing, E200 ``threads`` or ``chunk`` below 1.
+    be shorter. Raises ``MemcError``: E309 no artifact, E402 a digest differs, E202 or E602 the backend is unknown or
+    missing, E200 ``threads`` or ``chunk`` below 1.
     """
     if threads is not None:
         at_least("threads", threads, 1)

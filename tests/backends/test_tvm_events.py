@@ -14,7 +14,7 @@ from tests.backends.runs import compare
 from tests.backends.test_onnx_events import CALLS, OPTIONS
 
 
-@pytest.mark.parametrize("refine", ["modularity", "conductance"])
+@pytest.mark.parametrize("refine", ["modularity", pytest.param("conductance", marks=pytest.mark.conformance)])
 def test_long_calls_equal_the_reference(refine: str, tmp_path: Path) -> None:
     options = {**OPTIONS, "longest": 6, "refine": refine}
     program = ops.eventful_attention(**options)
