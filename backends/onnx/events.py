@@ -6,28 +6,12 @@ ends; the numbers of all slots follow from how many cuts lie before each.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from memc.backends.onnx.functions import Function, flat, float_, function, int_, ints
 from memc.dialect.events import NEAR
-
-LEAST = 1e-12
-"""What lengths of keys and sums of edges are at least taken to be, where they divide."""
+from memc.kernels.events.rule import LEAST, Segmentation
 
 NO_GAIN = -1e30
 """Gain of a cut that is none: finite, so that nothing becomes NaN."""
-
-
-@dataclass(frozen=True)
-class Segmentation:
-    """Sizes and rule of the events of a node; ``history`` is how many surprises are held."""
-
-    groups: int
-    size: int
-    history: int
-    longest: int
-    gamma: float
-    refine: str
 
 
 def events(e: Segmentation) -> Function:

@@ -11,9 +11,9 @@ from torch.fx import Node
 from memc.backend import No, Yes
 from memc.backends.onnx.attend import Scores
 from memc.backends.onnx.capability import has_kernel
-from memc.backends.onnx.events import Segmentation
 from memc.backends.onnx.functions import Memory
 from memc.dialect import arguments, op_spec
+from memc.kernels.events.rule import Segmentation
 from memc.kernels.sparse_attention.choose import Rule
 from memc.prepare import shape, used_outputs
 
@@ -60,7 +60,8 @@ def memory(a: Mapping[str, Any]) -> Memory:
 def segmentation(a: Mapping[str, Any]) -> Segmentation:
     """Read the sizes and the rule of an ``events`` node."""
     (_, groups, count, size), history = shape(a["past_keys"]), shape(a["past_surprises"])[1]
-    return Segmentation(groups, size, history, count - 1, float(a["gamma"]), str(a["refine"]))
+    sizes = shape(a["logits"])[2], groups, size, history
+    return Segmentation(*sizes, count - 1, float(a["gamma"]), str(a["refine"]))
 
 
 def plain_reason(s: Scores) -> str | None:

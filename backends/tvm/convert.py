@@ -35,7 +35,7 @@ from memc.backends.tvm.kernels.codes import Codes
 from memc.backends.tvm.kernels.common import SLOTS, Scores, exp
 from memc.backends.tvm.kernels.compact import Angles, compact_attention
 from memc.backends.tvm.kernels.dots import dot_linear
-from memc.backends.tvm.kernels.events import Segmentation, events
+from memc.backends.tvm.kernels.events import events
 from memc.backends.tvm.kernels.linear import head_linear, linear, quantised_linear
 from memc.backends.tvm.kernels.memory import linear_memory
 from memc.backends.tvm.kernels.memory_chunk import Memory
@@ -45,6 +45,7 @@ from memc.backends.tvm.kernels.simple import embedding, norm, rotary, softmax
 from memc.backends.tvm.kernels.sparse import SHARES, TOKENS, memory, sparse_attention
 from memc.backends.tvm.kernels.window import window_memory
 from memc.backends.tvm.kernels.window_chunk import Ring
+from memc.kernels.events.rule import Segmentation
 
 
 class Converters(Maker):

@@ -10,9 +10,7 @@ from torch import Tensor
 from memc.dialect.events import NEAR, Events
 from memc.kernels.attention.slots import write
 from memc.kernels.common import accumulation_type, held_positions
-
-LEAST = 1e-12
-"""What lengths of keys and sums of edges are at least taken to be, where they divide."""
+from memc.kernels.events.rule import LEAST
 
 
 @dataclass

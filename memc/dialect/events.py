@@ -20,7 +20,7 @@ stand on either side, which no rounding is to decide."""
 
 @dataclass(frozen=True)
 class Events(Arguments):
-    """Number the events of each sequence (EM-LLM, Fountas et al. 2024, arXiv 2407.09450, sections 3.1 and 3.2).
+    """Number the events of each sequence (EM-LLM, Fountas et al. 2024, arXiv 2407.09450, algorithm 1).
 
     ``logits [B,T,V]``, ``tokens`` and ``positions [B,T]`` int64, ``key [B,G,T,D]``; the state is ``past_logits [B,V]``,
     those of the last token held; ``past_surprises [B,R]``, the last R surprises, that of position p in slot p % R;

@@ -2,29 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 
 from tvm.script import tirx as T
 
 from memc.backends.tvm.kernels.common import LOWEST, SLOTS, PrimFunc, exp
 from memc.dialect.events import NEAR
-
-LEAST = 1e-12
-"""What lengths of keys and sums of edges are at least taken to be, where they divide."""
-
-
-@dataclass(frozen=True)
-class Segmentation:
-    """Sizes and rule of the events of a program, ``history`` how many surprises are held."""
-
-    vocabulary: int
-    groups: int
-    size: int
-    history: int
-    longest: int
-    gamma: float
-    refine: str
+from memc.kernels.events.rule import LEAST, Segmentation
 
 
 @T.inline
