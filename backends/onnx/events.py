@@ -32,11 +32,6 @@ def events(e: Segmentation) -> Function:
     {float_("nought", 0.0)}
     {float_("least", LEAST)}
     {_surprises()}
-    squares = Mul(key, key)
-    square_sum = ReduceSum(squares, key_axis)
-    length = Sqrt(square_sum)
-    length_least = Max(length, least)
-    unit_key = Div(key, length_least)
     restarts0 = Cast<to = 7>(starts)
     restarts1 = ReduceMax(restarts0, time)
     restarts = Greater(restarts1, zero)
@@ -51,7 +46,7 @@ def events(e: Segmentation) -> Function:
     key_slots = Constant<value_ints = [{", ".join(map(str, range(e.longest + 1)))}]>()
     start_end, next_surprises, next_keys, cuts =
     Scan<num_scan_inputs = 3, {axes}, body = {step}>
-    (start_row, past_surprises, past_keys, positions, surprise, unit_key)
+    (start_row, past_surprises, past_keys, positions, surprise, key)
     slots_held = Shape<start = 1, end = 2>(past_events)
     slots_count = Squeeze(slots_held)
     spare = Sub(slots_count, one)
@@ -211,8 +206,22 @@ def _refined(e: Segmentation) -> str:
     node_at = Sub(p_column, node_away)
     start_column = Unsqueeze(start_now, ones)
     node_inside = GreaterOrEqual(node_at, start_column)
-    held_turned = Transpose<perm = [0, 1, 3, 2]>(held_next)
-    cosines = MatMul(held_next, held_turned)
+    {ints("there_axes", 1, 3)}
+    node_there = Unsqueeze(node_inside, there_axes)
+    node_one = Cast<to = 1>(node_there)
+    node_count0 = ReduceSum(node_one, last_axis)
+    node_count = Max(node_count0, unit)
+    node_keys = Where(node_there, held_next, nought)
+    node_sum = ReduceSum(node_keys, last_axis)
+    node_mean = Div(node_sum, node_count)
+    away = Sub(held_next, node_mean)
+    away_square = Mul(away, away)
+    away_sum = ReduceSum(away_square, key_axis)
+    away_length0 = Sqrt(away_sum)
+    away_length = Max(away_length0, least)
+    away_unit = Div(away, away_length)
+    away_turned = Transpose<perm = [0, 1, 3, 2]>(away_unit)
+    cosines = MatMul(away_unit, away_turned)
     cosine = ReduceMean<keepdims = 0>(cosines, time)
     cosine_above = Max(cosine, nought)
     at_row = Unsqueeze(node_at, time)

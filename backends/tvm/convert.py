@@ -234,8 +234,8 @@ class Converters(Maker):
         sizes = size(logits, 2), size(past[2], 1), size(past[2], 3), size(past[1], 1)
         made = self.function(importer, events, Segmentation(*sizes, longest, float(gamma), refine))
         batch, tokens = shape(logits)[:2]
-        shapes = [[batch, tokens], *map(shape, past), [batch, longest + 1, longest + 1]]
-        return calls(importer, made, [logits, *rest], shapes, ["float32"] * 4 + ["int64", "float32"])
+        shapes = [[batch, tokens], *map(shape, past), [batch, longest + 1, longest + 1], shape(past[2])]
+        return calls(importer, made, [logits, *rest], shapes, ["float32"] * 4 + ["int64", "float32", "float32"])
 
     def _bank_ffn(self, node: Node, importer: Importer) -> Var:
         x, block = (importer.env[argument] for argument in node.args[:2])

@@ -79,7 +79,6 @@ def find(args: Events, held: Held, before: int | None = None) -> Tensor:
     """
     kind, found = accumulation_type(args.logits), []
     logits, key = args.logits.to(kind), args.key.to(kind)
-    key = key / torch.linalg.vector_norm(key, dim=3, keepdim=True).clamp_min(LEAST)
     for t in range(args.positions.shape[1]):
         p, first = args.positions[:, t], args.positions[:, t] == 0
         live = p >= 0
@@ -127,11 +126,14 @@ def _surprising(surprise: Tensor, ring: Tensor, p: Tensor, gamma: float) -> Tens
 def _refined(keys: Tensor, start: Tensor, p: Tensor, refine: str) -> Tensor:
     """Return the positions ``[B]`` before which events that start at ``start [B]`` and may end at ``p`` do end.
 
-    ``keys [B,G,N,D]`` are the last ones, each of length 1.
+    ``keys [B,G,N,D]`` are the last ones.
     """
     at = _last(p, keys.shape[2])
     inside = at >= start[:, None]
-    alike = (keys @ keys.mT).mean(1).clamp_min(0)
+    there = inside[:, None, :, None]
+    away = keys - keys.where(there, 0).sum(2, keepdim=True) / there.sum(2, keepdim=True).clamp_min(1)
+    away = away / torch.linalg.vector_norm(away, dim=3, keepdim=True).clamp_min(LEAST)
+    alike = (away @ away.mT).mean(1).clamp_min(0)
     alike = alike * (inside[:, :, None] & inside[:, None]) * (at[:, :, None] != at[:, None])
     # A cut before each place: the edges within what lies before it, within what lies behind, each from both of its
     # ends, and those between the two; from sums that cancel nothing, so that cuts which are alike have equal gains.

@@ -24,17 +24,17 @@ class Events(Arguments):
 
     ``logits [B,T,V]``, ``tokens`` and ``positions [B,T]`` int64, ``key [B,G,T,D]``; the state is ``past_logits [B,V]``,
     those of the last token held; ``past_surprises [B,R]``, the last R surprises, that of position p in slot p % R;
-    ``past_keys [B,G,N,D]``, the last N = ``longest`` + 1 keys, each divided by its length, that of position p in slot
-    p % N; ``past_events [B,S]`` int64, the number of each token's event, -1 where it is not known yet; and
-    ``past_positions [B,S]``.
+    ``past_keys [B,G,N,D]``, the last N = ``longest`` + 1 keys, that of position p in slot p % N; ``past_events [B,S]``
+    int64, the number of each token's event, -1 where it is not known yet; and ``past_positions [B,S]``.
 
     The surprise of the token at p > 0 is -log of the probability that the logits before it gave it. An event begins at
     position 0, and may end before each p behind its first position a: where the surprise is above the mean of those of
     the last R tokens before p (from position 1 on, one at least) by more than ``gamma`` of their standard deviations,
     and where p - a = ``longest``. Then it ends before x, the next one begins there, and the tokens from a to x - 1 have
     their number: 0, 1, 2, ... With ``refine`` ``none`` x is p. Else the keys at a to p are the nodes of a graph whose
-    edges weigh max(0, c), c the mean cosine over heads, 0 from a key to itself, and x, of a + 1 to p, cuts it in two at
-    the highest modularity, or at the lowest conductance; of those within ``NEAR`` of that the last.
+    edges weigh max(0, c), c the mean over heads of the cosine of two keys less the mean of all of them, 0 from a key to
+    itself, and x, of a + 1 to p, cuts it in two at the highest modularity, or at the lowest conductance; of those
+    within ``NEAR`` of that the last.
 
     So an event has 1 to ``longest`` tokens, and the number of each is known when the token ``longest`` behind it has
     come. Position 0 starts a sequence and clears what is held; padding (-1) does nothing. Any split gives the same.

@@ -38,11 +38,13 @@ def numbered(
 
 
 def alike(keys: Tensor) -> Graph:
-    """Return the graph of ``keys [G,N,D]``."""
+    """Return the graph of ``keys [G,N,D]``, of which only what sets each apart from their mean counts."""
     count = keys.shape[1]
+    away = [[key - sum(head) / count for key in head] for head in keys]
 
     def cosine(i: int, j: int) -> float:
-        found = [float(k[i] @ k[j]) / math.sqrt(float(k[i] @ k[i]) * float(k[j] @ k[j])) for k in keys]
+        lengths = [max(math.sqrt(float(k[n] @ k[n])), 1e-12) for k in away for n in (i, j)]
+        found = [float(k[i] @ k[j]) / (lengths[2 * h] * lengths[2 * h + 1]) for h, k in enumerate(away)]
         return sum(found) / len(found)
 
     return [[0.0 if i == j else max(0.0, cosine(i, j)) for j in range(count)] for i in range(count)]

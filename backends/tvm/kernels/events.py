@@ -79,21 +79,41 @@ def _gain(alike, b, before, nodes, e, side):
 
 
 @T.inline
-def _refine(keys, alike, b, start, p, e, end):
+def _centre(keys, away, b, start, nodes, e):
+    # Writes into ``away`` the keys of a graph, less their mean, each of length 1.
+    total = T.alloc_buffer((1,), "float32", scope="local")
+    slots = T.meta_var(T.int64(e.longest + 1))
+    for g in T.serial(e.groups):
+        for d in T.serial(e.size):
+            total[0] = T.float32(0)
+            for i in T.serial(nodes):
+                total[0] = total[0] + keys[b, g, T.floormod(start + i, slots), d]
+            total[0] = total[0] / T.Cast("float32", nodes)
+            for i in T.serial(nodes):
+                away[b, g, i, d] = keys[b, g, T.floormod(start + i, slots), d] - total[0]
+        for i in T.serial(nodes):
+            total[0] = T.float32(0)
+            for d in T.serial(e.size):
+                total[0] = total[0] + away[b, g, i, d] * away[b, g, i, d]
+            total[0] = T.max(T.sqrt(total[0]), T.float32(LEAST))
+            for d in T.serial(e.size):
+                away[b, g, i, d] = away[b, g, i, d] / total[0]
+
+
+@T.inline
+def _refine(keys, away, alike, b, start, p, e, end):
     # Writes into ``end[2]`` the position before which the graph of the keys at ``start`` to ``p`` is best cut.
     product = T.alloc_buffer((1,), "float32", scope="local")
     side = T.alloc_buffer((4,), "float32", scope="local")
     gain = T.alloc_buffer((1,), "float32", scope="local")
-    slots = T.meta_var(T.int64(e.longest + 1))
     nodes = p - start + 1
+    _centre(keys, away, b, start, nodes, e)
     for i in T.serial(nodes):
         for j in T.serial(nodes):
             product[0] = T.float32(0)
             for g in T.serial(e.groups):
                 for d in T.serial(e.size):
-                    product[0] = product[0] + (
-                        keys[b, g, T.floormod(start + i, slots), d] * keys[b, g, T.floormod(start + j, slots), d]
-                    )
+                    product[0] = product[0] + away[b, g, i, d] * away[b, g, j, d]
             alike[b, i, j] = T.if_then_else(i == j, T.float32(0), T.max(product[0] / T.float32(e.groups), T.float32(0)))
     gain[0] = T.float32(LOWEST)
     # The best first, then the last that is as good.
@@ -111,7 +131,8 @@ def events(e: Segmentation) -> PrimFunc:
     """Make ``memc::events`` over slots: ``past_events [B,S]`` has the number of the token at position p in slot p.
 
     The states that it writes are others than those that it reads, as attention reads the numbers of the call before.
-    The tokens of a row are of one sequence. ``alike`` is memory for the graph of an event.
+    The tokens of a row are of one sequence. ``alike`` and ``away`` are memory for the graph of an
+    event and the keys that it is of.
     """
     width, groups, size, history, slots = e.vocabulary, e.groups, e.size, e.history, e.longest + 1
 
@@ -120,7 +141,6 @@ def events(e: Segmentation) -> PrimFunc:
         # Finds the events of a row, whose states lie where they go.
         span = T.alloc_buffer((3,), "int64", scope="local")  # where the last one starts, its number, and its end
         sums = T.alloc_buffer((2,), "float32", scope="local")
-        length = T.alloc_buffer((1,), "float32", scope="local")
         span[0] = T.int64(0)
         span[1] = T.int64(0)
         for t in T.serial(tokens):
@@ -137,19 +157,15 @@ def events(e: Segmentation) -> PrimFunc:
             p = names["positions"][b, t]
             if p >= 0:
                 for g in T.serial(groups):
-                    length[0] = T.float32(0)
                     for d in T.serial(size):
-                        length[0] = length[0] + names["key"][b, g, t, d] * names["key"][b, g, t, d]
-                    length[0] = T.max(T.sqrt(length[0]), T.float32(LEAST))
-                    for d in T.serial(size):
-                        names["keys"][b, g, T.floormod(p, T.int64(slots)), d] = names["key"][b, g, t, d] / length[0]
+                        names["keys"][b, g, T.floormod(p, T.int64(slots)), d] = names["key"][b, g, t, d]
             if p > 0:
                 _limit(names["surprises"], b, p, e, sums)
                 names["surprises"][b, T.floormod(p, T.int64(history))] = names["surprise"][b, t]
                 if T.Or(T.And(sums[0] > T.float32(0), names["surprise"][b, t] > sums[1]), p - span[0] >= e.longest):
                     span[2] = p
                     if e.refine != "none":
-                        _refine(names["keys"], names["alike"], b, span[0], p, e, span)
+                        _refine(names["keys"], names["away"], names["alike"], b, span[0], p, e, span)
                     for k in T.serial(span[2] - span[0]):
                         names["numbers"][b, span[0] + k] = span[1]
                     span[0] = span[2]
@@ -171,6 +187,7 @@ def events(e: Segmentation) -> PrimFunc:
         next_k_: T.handle,
         next_n_: T.handle,
         alike_: T.handle,
+        away_: T.handle,
     ):
         T.func_attr({"tirx.noalias": True})
         batch, tokens, held = T.int64(), T.int64(), T.int64()
@@ -188,6 +205,7 @@ def events(e: Segmentation) -> PrimFunc:
         keys = T.match_buffer(next_k_, (batch, groups, slots, size), "float32")
         numbers = T.match_buffer(next_n_, (batch, held), "int64")
         alike = T.match_buffer(alike_, (batch, slots, slots), "float32")
+        away = T.match_buffer(away_, (batch, groups, slots, size), "float32")
         names = T.meta_var(
             {
                 "positions": positions,
@@ -198,6 +216,7 @@ def events(e: Segmentation) -> PrimFunc:
                 "keys": keys,
                 "numbers": numbers,
                 "alike": alike,
+                "away": away,
             }
         )
         for row in T.parallel(batch * tokens):
