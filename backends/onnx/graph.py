@@ -201,8 +201,7 @@ class _Rewriter:
         for index, name in enumerate(names, 1):
             if name != "past_events":
                 self._direct(node, a[name], index)
-        # Not in place: attention reads those of the call before.
-        self.buffers.add(str(a["past_events"].target))
+        self.buffers.add(str(a["past_events"].target))  # not in place: attention reads those of the call before
         self._drop(a["past_positions"])
         past = [a[name] for name in names if name != "past_positions"]
         given = (a[name] for name in ("logits", "tokens", "positions", "key"))
