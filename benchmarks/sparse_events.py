@@ -9,22 +9,17 @@ read. Writes ``results/sparse-events-DATE.json`` and ``.md``.
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from cpu import facts as machine_facts
-from page import grid, save
+from page import grid
 from sparse_model import PIECE, TEXTS, applied, original, rows
-from sparse_page import conditions
+from sparse_page import conditions, run_on_texts
 from torch import Tensor
 
-from memc.plugins import load_kernels
 from memc.program import Program
 from memc.verify.execute import positions_of, run
 
@@ -96,21 +91,5 @@ def page(document: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def main() -> None:
-    """Measure, and write the results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--texts", type=Path, required=True, help="folder that texts.py filled")
-    parser.add_argument("--rows", type=int, default=1, help="rows of each text")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
-    given = parser.parse_args()
-    torch.set_num_threads(1)
-    load_kernels()
-    document: dict[str, Any] = {**machine_facts(), "rows": given.rows, "lines": []}
-    for line in measured(given.texts, given.rows):
-        document["lines"].append(line)
-        print(json.dumps(line), flush=True)
-    save(given.results / f"sparse-events-{datetime.date.today()}.json", document, page)
-
-
 if __name__ == "__main__":
-    main()
+    run_on_texts(__doc__, "sparse-events", 1, measured, page)

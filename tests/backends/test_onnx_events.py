@@ -24,7 +24,14 @@ CALLS: Calls = [
 ]
 
 
-@pytest.mark.parametrize(("refine", "form"), [("modularity", "blocks"), ("conductance", "tokens"), ("none", "blocks")])
+@pytest.mark.parametrize(
+    ("refine", "form"),
+    [
+        ("modularity", "blocks"),
+        ("conductance", "tokens"),
+        pytest.param("none", "blocks", marks=pytest.mark.conformance),
+    ],
+)
 def test_long_calls_equal_the_reference(
     refine: str, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
