@@ -10,19 +10,15 @@ tokens chooses in every layer, from the queries and keys of that run. Writes ``r
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from cpu import facts as machine_facts
-from page import grid, save
+from page import grid
 from sparse_model import TEXTS, original, rows
-from sparse_page import conditions
+from sparse_page import conditions, run_on_texts
 from torch import Tensor
 from torch.fx import Interpreter, Node
 
@@ -31,7 +27,6 @@ from memc.dialect.sparse_attention import cost
 from memc.kernels.refreshed_attention.choose import Choices
 from memc.kernels.sparse_attention.choose import Rule, describe, narrowed
 from memc.kernels.sparse_attention.reference import find_sequences
-from memc.plugins import load_kernels
 from memc.program import Program
 from memc.verify.execute import positions_of
 
@@ -152,21 +147,5 @@ def page(document: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def main() -> None:
-    """Measure, and write the results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--texts", type=Path, required=True, help="folder that texts.py filled")
-    parser.add_argument("--rows", type=int, default=2, help="rows of each text")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
-    given = parser.parse_args()
-    torch.set_num_threads(1)
-    load_kernels()
-    document: dict[str, Any] = {**machine_facts(), "rows": given.rows, "lines": []}
-    for line in measured(given.texts, given.rows):
-        document["lines"].append(line)
-        print(json.dumps(line), flush=True)
-    save(given.results / f"sparse-mass-{datetime.date.today()}.json", document, page)
-
-
 if __name__ == "__main__":
-    main()
+    run_on_texts(__doc__, "sparse-mass", 2, measured, page)

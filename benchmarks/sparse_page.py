@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
+import datetime
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
-from page import grid
+import torch
+from cpu import facts
+from page import grid, save
 from sparse_model import TASK_LENGTH
+
+from memc.plugins import load_kernels
 
 SHARED = " Of three turns of 8 tokens the first one chooses where a choice serves 8."
 
@@ -14,6 +23,28 @@ def conditions(part: dict[str, Any]) -> str:
     """Say on what a part was measured."""
     load = f"load {part['load_before']:.1f} before the start"
     return f"{part['cpu']}, {part['cores']} cores, {load}; memc at {part['commit']}."
+
+
+def run_on_texts(
+    about: str | None,
+    name: str,
+    count: int,
+    measured: Callable[[Path, int], Iterator[dict[str, Any]]],
+    page: Callable[[dict[str, Any]], str],
+) -> None:
+    """Measure line by line over ``count`` rows of each text, unless asked for more, and write ``NAME-DATE``."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--texts", type=Path, required=True, help="folder that texts.py filled")
+    parser.add_argument("--rows", type=int, default=count, help="rows of each text")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    load_kernels()
+    document: dict[str, Any] = {**facts(), "rows": given.rows, "lines": []}
+    for line in measured(given.texts, given.rows):
+        document["lines"].append(line)
+        print(json.dumps(line), flush=True)
+    save(given.results / f"{name}-{datetime.date.today()}.json", document, page)
 
 
 def page(document: dict[str, Any]) -> str:

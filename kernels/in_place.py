@@ -14,11 +14,16 @@ from memc.dialect.base import Arguments
 from memc.dialect.in_place import IN_PLACE, outputs
 from memc.kernels.attention.slots import forward as attention
 from memc.kernels.attention.slots import write
+from memc.kernels.events.reference import in_place as events
 from memc.kernels.launch import dispatch
 from memc.kernels.registration import DEVICES
 from memc.kernels.sparse_attention.slots import forward as sparse_attention
 
-REFERENCES: dict[str, Callable[..., Any]] = {"attention": attention, "sparse_attention": sparse_attention}
+REFERENCES: dict[str, Callable[..., Any]] = {
+    "attention": attention,
+    "events": events,
+    "sparse_attention": sparse_attention,
+}
 """Ops whose state is laid out in another way in place than in the functional form."""
 
 PAGED: dict[str, tuple[str, ...]] = {

@@ -115,6 +115,9 @@ class Manifest(BaseModel):
     states: list[State]
     symbols: dict[str, str] = Field(default_factory=dict)
     capacity: int | None = Field(default=None, description="most tokens one sequence may have; None is unlimited")
+    longest_call: int | None = Field(
+        default=None, description="most tokens of a call up to which any split is the same; None is unlimited"
+    )
     vocab_size: int | None = None
     decoder: bool = True
     how_to_run: str = ""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from memc.backends.onnx import landmarks, listed, tree
+from memc.backends.onnx import eventful, landmarks, listed, tree
 from memc.backends.onnx.attend import Scores, weigh
 from memc.backends.onnx.functions import flat, float_, int_, ints
 from memc.backends.onnx.listed import FORCED, UNSEEN
@@ -23,11 +23,8 @@ FEW = 8
 BLOCK = 32
 """Tokens of a block."""
 
-REACH = {"lowbit": 8192, "bounds": 6144, "moments": 6144, "hcam": 6144, "hip": 6144, "landmark": 4096}
+REACH = {"lowbit": 8192, "bounds": 6144, "moments": 6144, "hcam": 6144, "hip": 6144, "landmark": 4096, "em": 8192}
 """Most held tokens that blocks read, by method; past it fetching what each token has chosen is faster."""
-
-HALVINGS = 40
-"""Most steps of the search for a threshold, after which it is known to the last bit of the range."""
 
 
 def features(c: Rule, query: str, axis: int) -> str:
@@ -117,6 +114,7 @@ def held(c: Rule) -> str:
     {whole if c.grouped else part}
     keys = Transpose<perm = [0, 1, 3, 2]>(held_keys)
     slots = Range(zero, end, one)
+    {eventful.rows("end1") if c.by_event else ""}
     {"" if c.by_token else pages_in_use(c)}
     """
 
@@ -140,7 +138,7 @@ def _block(s: Scores, c: Rule) -> str:
     again = f"""
     {ints("heads_axis", 2)}
     best = ReduceMax<keepdims = 0>(score, heads_axis)
-    {_first("again", "best", "candidate", "forced", c.budget)}
+    {listed.first("again", "best", "candidate", "forced", c.budget, BLOCK)}
     mask_sparse = Identity(again_taken)
     """
     dense = f"""
@@ -229,6 +227,10 @@ def _masked(score: str, read: str, made: str) -> str:
 
 def _tokens(s: Scores, c: Rule) -> str:
     """Write ``candidate [B,G,U,L]``: the tokens of the highest scores by the strongest channels of each query."""
+    plain = f"""
+    {_taken(c, "token", "seen_token", "sure_token")}
+    candidate = Identity(token_taken)
+    """
     return f"""
     {ints("split_heads", 0, s.groups, s.heads // s.groups, BLOCK, s.key_dim)}
     q_heads = Reshape(q_rows, split_heads)
@@ -246,13 +248,28 @@ def _tokens(s: Scores, c: Rule) -> str:
     q_read_rows = Reshape(q_read, grouped)
     partial = MatMul(q_read_rows, keys)
     partial_heads = Reshape(partial, by_head)
-    estimate = ReduceMax<keepdims = 0>(partial_heads, summed)
+    {"own_estimate" if c.by_event else "estimate"} = ReduceMax<keepdims = 0>(partial_heads, summed)
     page_start = Mul(own, page)
     on_own = GreaterOrEqual(slots, page_start)
     forced1 = Or(forced, on_own)
     sure_token = And(forced1, seen_token)
-    {_taken(c, "token", "seen_token", "sure_token")}
-    candidate = Identity(token_taken)
+    {_events(s, c) if c.by_event else plain}
+    """
+
+
+def _events(s: Scores, c: Rule) -> str:
+    """Write ``candidate [B,G,U,L]``: tokens by the scores of their events, then those of the events beside."""
+    return f"""
+    {eventful.whole(c, "slots", (1, s.groups, 1, 1))}
+    {listed.first("token", "estimate", "seen_token", "sure_token", c.alike, BLOCK)}
+    token_free = Not(sure_token)
+    token_alike = And(token_taken, token_free)
+    {eventful.beside("estimate", "token_alike", 3)}
+    around_rank = Where(beside_any, beside_rank, estimate)
+    around_any = Or(beside_any, token_taken)
+    around_seen = And(around_any, seen_token)
+    {listed.first("around", "around_rank", "around_seen", "token_taken", c.most, BLOCK)}
+    candidate = Identity(around_taken)
     """
 
 
@@ -295,7 +312,7 @@ def _pages(s: Scores, c: Rule) -> str:
 def _taken(c: Rule, name: str, seen: str, sure: str) -> str:
     """Write ``NAME_taken [B,G,U,N]``: what queries take by ``estimate``, all of the budget or what holds the mass."""
     if c.mass == 1:
-        return _first(name, "estimate", seen, sure, c.most)
+        return listed.first(name, "estimate", seen, sure, c.most, BLOCK)
     return f"""
     {name}_sure_rank = Where({sure}, forced_rank, estimate)
     {name}_rank = Where({seen}, {name}_sure_rank, unseen_rank)
@@ -307,85 +324,4 @@ def _taken(c: Rule, name: str, seen: str, sure: str) -> str:
     {name}_none = Less({name}_rank, {name}_rank)
     {name}_marked = ScatterElements<axis = 3>({name}_none, {name}_at, needed)
     {name}_taken = And({name}_marked, {seen})
-    """
-
-
-def _first(name: str, rank: str, seen: str, sure: str, count: int) -> str:
-    """Write ``NAME_taken``: of each row the ``count`` highest of ``rank [B,G,U,N]``, lower indices first among equals.
-
-    Only ``seen`` ones are taken, and those that are ``sure`` always. The least rank taken is searched by halving the
-    interval that it lies in, each time counting those above: about 20 halvings take a quarter of the time of a TopK of
-    hundreds.
-    """
-    row, whole = f"float[B,G,{BLOCK},1]", f"bool[B,G,{BLOCK},{name}_n]"
-    halve = f"""
-    {name}_sum = Add({name}_a, {name}_b)
-    {name}_middle = Mul({name}_sum, {name}_half)
-    {name}_over = GreaterOrEqual({name}_value, {name}_middle)
-    {name}_over1 = Cast<to = 1>({name}_over)
-    {name}_found = ReduceSum({name}_over1, final)
-    {name}_enough = GreaterOrEqual({name}_found, {name}_want)
-    {name}_a1 = Where({name}_enough, {name}_middle, {name}_a)
-    {name}_b1 = Where({name}_enough, {name}_b, {name}_middle)
-    {name}_k1 = Where({name}_enough, {name}_found, {name}_k)
-    {name}_excess = Sub({name}_k1, {name}_want)
-    {name}_most = ReduceMax<keepdims = 0>({name}_excess)
-    {name}_more = Greater({name}_most, absent)
-    """
-    ties = f"""
-    {name}_above = GreaterOrEqual({name}_value, {name}_high)
-    {name}_above1 = Cast<to = 1>({name}_above)
-    {name}_above_count = ReduceSum({name}_above1, final)
-    {name}_room = Sub({name}_want, {name}_above_count)
-    {name}_below = Not({name}_above)
-    {name}_level = And({name}_within, {name}_below)
-    {name}_level1 = Cast<to = 1>({name}_level)
-    {int_(f"{name}_last", 3)}
-    {name}_order = CumSum({name}_level1, {name}_last)
-    {name}_early = LessOrEqual({name}_order, {name}_room)
-    {name}_level_early = And({name}_level, {name}_early)
-    {name}_with = Or({name}_above, {name}_level_early)
-    """
-
-    given = f"int64 {name}_i, bool {name}_c, {row} {name}_a, {row} {name}_b, {row} {name}_k"
-    results = f"bool {name}_more, {row} {name}_a1, {row} {name}_b1, {row} {name}_k1"
-    return f"""
-    {name}_open = Not({sure})
-    {name}_live = And({seen}, {name}_open)
-    {name}_value = Where({name}_live, {rank}, unseen_rank)
-    {name}_least = ReduceMin({rank}, final)
-    {name}_top = ReduceMax({name}_value, final)
-    {float_(f"{name}_little", 1e-6)}
-    {float_(f"{name}_least_step", 1e-30)}
-    {name}_size = Abs({name}_top)
-    {name}_step0 = Mul({name}_size, {name}_little)
-    {name}_step = Add({name}_step0, {name}_least_step)
-    {name}_past = Add({name}_top, {name}_step)
-    {name}_sure1 = Cast<to = 1>({sure})
-    {name}_sure_count = ReduceSum({name}_sure1, final)
-    {float_(f"{name}_all", count)}
-    {name}_left0 = Sub({name}_all, {name}_sure_count)
-    {name}_left = Max({name}_left0, absent)
-    {name}_there = GreaterOrEqual({name}_value, {name}_least)
-    {name}_there1 = Cast<to = 1>({name}_there)
-    {name}_live_count = ReduceSum({name}_there1, final)
-    {name}_want = Min({name}_left, {name}_live_count)
-    {name}_excess0 = Sub({name}_live_count, {name}_want)
-    {name}_most0 = ReduceMax<keepdims = 0>({name}_excess0)
-    {name}_go = Greater({name}_most0, absent)
-    {float_(f"{name}_half", 0.5)}
-    {int_(f"{name}_limit", HALVINGS)}
-    {name}_low, {name}_high, {name}_count =
-    Loop<body = {name}_halve ({given}) => ({results}) {{ {flat(halve)} }}>
-    ({name}_limit, {name}_go, {name}_least, {name}_past, {name}_live_count)
-    {name}_within = GreaterOrEqual({name}_value, {name}_low)
-    {name}_excess2 = Sub({name}_count, {name}_want)
-    {name}_most2 = ReduceMax<keepdims = 0>({name}_excess2)
-    {name}_equals = Greater({name}_most2, absent)
-    {name}_best = If<
-    then_branch = {name}_ties () => ({whole} {name}_with) {{ {flat(ties)} }},
-    else_branch = {name}_none () => ({whole} {name}_alone) {{ {name}_alone = Identity({name}_within) }}
-    >({name}_equals)
-    {name}_best_live = And({name}_best, {name}_live)
-    {name}_taken = Or({name}_best_live, {sure})
     """

@@ -92,6 +92,12 @@ def sparse_attention(
     )
 
 
+def events(name: str, logits: Tensor, tokens: Tensor, positions: Tensor, key: Tensor, *past: Tensor) -> list[Tensor]:
+    """The surprises ``[B,T]`` and the next states, as ``past``."""
+    surprise = (torch.float32, positions.shape)
+    return _call(name, [logits, tokens, positions, key, *past], surprise, *((x.dtype, x.shape) for x in past))
+
+
 def quantised_plan(name: str, positions: Tensor, buffer: Tensor, pages: Tensor) -> list[Tensor]:
     """What ``quantised.PLAN`` names; counts are known at run time only."""
     batch, tokens = positions.shape

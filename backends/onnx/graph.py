@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from memc.backends.onnx import attend, bank, calls, compact, functions, quantised, refreshed, sparse, window
+from memc.backends.onnx import attend, bank, calls, compact, events, functions, quantised, refreshed, sparse, window
 from memc.backends.onnx.capability import has_kernel
 from memc.backends.onnx.functions import Function
 from memc.backends.onnx.simplify import simplify
-from memc.backends.onnx.support import MICROSOFT, memory, plain_reason, rule, scores
-from memc.dialect import arguments, op_spec
+from memc.backends.onnx.support import MICROSOFT, memory, plain_reason, rule, scores, segmentation
+from memc.dialect import OPS, arguments, op_spec
 from memc.errors import MemcError
 from memc.kernels.sparse_attention.choose import Rule
 from memc.prepare import (
@@ -103,6 +103,7 @@ class _Rewriter:
             "refreshed_attention": self.refreshed_attention,
             "quantised_attention": self.quantised_attention,
             "compact_attention": self.compact_attention,
+            "events": self.events,
             "window_memory": self.window_memory,
             "linear_memory": self.linear_memory,
             "bank_ffn": self.bank_ffn,
@@ -185,10 +186,27 @@ class _Rewriter:
         plan = self.parts(self.plan(calls.sparse_plan, plan_of, a["positions"], sizes=sizes), len(sparse.PLAN))
         form = write(s, c, plain_reason(s) is None and not self.portable)
         qkv = [a[name] for name in ("query", "key", "value")]
-        made = self.call(calls.sparse_attention, form, s.lse, *qkv, past, a["positions"], *plan, *_extra(a))
+        rest = [a["positions"], *plan, *_extra(a)]
+        if c.by_event and (numbers := a["events"]) is not None and numbers.target in self.states:
+            rest.append(numbers)
+        elif c.by_event:
+            raise _refuse(node, "the numbers of its events are no state, whose slots are by position")
+        made = self.call(calls.sparse_attention, form, s.lse, *qkv, past, *rest)
         output, *after = self.parts(made, len(past) + (2 if s.lse else 1))
         lse = after.pop(0) if s.lse else None
         return [output, lse, *after[:2], a["past_positions"], *after[2:]]
+
+    def events(self, node: Node, a: Mapping[str, Any]) -> list[Node | None]:
+        names = list(OPS["events"].states)
+        for index, name in enumerate(names, 1):
+            if name != "past_events":
+                self._direct(node, a[name], index)
+        self.buffers.add(str(a["past_events"].target))  # not in place: attention reads those of the call before
+        self._drop(a["past_positions"])
+        past = [a[name] for name in names if name != "past_positions"]
+        given = (a[name] for name in ("logits", "tokens", "positions", "key"))
+        made = self.call(calls.events, events.events(segmentation(a)), *given, *past)
+        return [*self.parts(made, 5), a["past_positions"]]
 
     def compact_attention(self, node: Node, a: Mapping[str, Any]) -> list[Node | None]:
         # Up to the budget everything is read, chosen or not.

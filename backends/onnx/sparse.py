@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from memc.backends.onnx import blocks, tokens
+from memc.backends.onnx import blocks, eventful, tokens
 from memc.backends.onnx.attend import Scores, attend, shape_of
 from memc.backends.onnx.functions import Function, flat, float_, function, int_, ints
 from memc.backends.onnx.places import token_slots, touched_pages
@@ -94,6 +94,7 @@ def attending(name: str, s: Scores, c: Rule, kernel: bool, choosing: str, more: 
     made = ("output", *(["lse"] if s.lse else []))
     states = ("key", "value", "pages", *more)
     names = ["query", "key", "value", *(f"past_{state}" for state in states), "positions", *PLAN, *s.extra]
+    names += ["events"] if c.by_event else []
     sizes = [("output", s.value_dim), *([("lse", 1)] if s.lse else [])]
     body = f"""
     {ints("ones", 1)}
@@ -107,6 +108,7 @@ def attending(name: str, s: Scores, c: Rule, kernel: bool, choosing: str, more: 
     next_key = ScatterND(past_key, index, key)
     next_value = ScatterND(past_value, index, value)
     {_describe(s, c)}
+    {eventful.known(c) if c.by_event else ""}
     batch = Shape<start = 0, end = 1>(query)
     {ints("heads", s.heads)}
     width = Shape<start = 2, end = 3>(query)
@@ -137,7 +139,7 @@ def _describe(s: Scores, c: Rule) -> str:
             half1 = ReduceMin<keepdims = 0>(by_page, last_axis)
             {halves}
             """
-        case "lowbit":
+        case "lowbit" | "em":
             describe = "description = Transpose<perm = [0, 1, 2, 4, 3]>(by_page)"
         case "hcam":
             describe = "description = ReduceMean<keepdims = 0>(by_page, last_axis)"

@@ -13,6 +13,7 @@ from memc.backends.onnx.attend import Scores
 from memc.backends.onnx.capability import has_kernel
 from memc.backends.onnx.functions import Memory
 from memc.dialect import arguments, op_spec
+from memc.kernels.events.rule import Segmentation
 from memc.kernels.sparse_attention.choose import Rule
 from memc.prepare import shape, used_outputs
 
@@ -54,6 +55,13 @@ def memory(a: Mapping[str, Any]) -> Memory:
     """Read the sizes and the rule of a ``linear_memory`` node."""
     query, state, decay = shape(a["query"]), shape(a["state"]), shape(a["log_decay"])
     return Memory(query[1], state[1], state[2], state[3], decay[3] == state[2] and decay[3] > 1, str(a["update"]))
+
+
+def segmentation(a: Mapping[str, Any]) -> Segmentation:
+    """Read the sizes and the rule of an ``events`` node."""
+    (_, groups, count, size), history = shape(a["past_keys"]), shape(a["past_surprises"])[1]
+    sizes = shape(a["logits"])[2], groups, size, history
+    return Segmentation(*sizes, count - 1, float(a["gamma"]), str(a["refine"]))
 
 
 def plain_reason(s: Scores) -> str | None:
@@ -108,8 +116,11 @@ def form(node: Node) -> Yes | No:
                 every = f", TopK every {a['refresh']} tokens"
                 return Yes(f"ScatterND in place (slot = position), GatherND and Scan{every}{below}")
             many = ", a softmax of pages over one of tokens" if rule(a).grouped else ""
+            many += ", events by ScatterElements" if rule(a).by_event else ""
             many += ", masks where many choose" + (", as many as hold the mass" if a["mass"] < 1 else "")
             return Yes(f"ScatterND in place (slot = position), TopK, GatherND and Scan{many}{below}")
+        case "events":
+            return Yes("ReduceLogSumExp, Scan, a cut of the graph of keys where an event ends")
         case "quantised_attention":
             return Yes(f"codes of {a['bits']} bits in place, TopK, GatherND and Scan, masks where many choose")
         case "compact_attention":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from memc.backends.onnx import blocks, landmarks, listed, tree
+from memc.backends.onnx import blocks, eventful, landmarks, listed, tree
 from memc.backends.onnx.attend import Scores, weigh
 from memc.backends.onnx.functions import float_, int_, ints
 from memc.backends.onnx.listed import FAR, FORCED, UNSEEN
@@ -21,6 +21,7 @@ def step(s: Scores, c: Rule) -> str:
     """
     scored = f"""
     {estimates(c)}
+    {eventful.whole(c, "numbers", (1, s.groups, 1)) if c.by_event else ""}
     {candidates(c)}
     """
     return f"""
@@ -95,12 +96,17 @@ def numbers(c: Rule) -> str:
     page_column = Unsqueeze(page_numbers, ones)
     {ints("of_page", 1, 0)}
     page_part = Mul(page_column, of_page)
+    {eventful.rows("length_") if c.by_event else ""}
     """
 
 
 def estimates(c: Rule) -> str:
-    """Write ``estimate [B,G,N]``, the scores of the pages or tokens by what describes them."""
+    """Write ``estimate [B,G,N]``, the scores of the pages or tokens by what describes them.
+
+    Where tokens are ranked by their events it is ``own_estimate``.
+    """
     if c.by_token:
+        made = "own_estimate" if c.by_event else "estimate"
         return f"""
         magnitudes = Abs(q_columns)
         strength = ReduceSum<keepdims = 0>(magnitudes, last_axis)
@@ -118,7 +124,7 @@ def estimates(c: Rule) -> str:
         {ints("row_shape", 0, 0, 0, -1)}
         row = Reshape(rows, row_shape)
         estimates = MatMul(part_rows, row)
-        estimate = ReduceMax<keepdims = 0>(estimates, along)
+        {made} = ReduceMax<keepdims = 0>(estimates, along)
         """
     return page_estimates(c)
 
@@ -147,6 +153,8 @@ def candidates(c: Rule) -> str:
 
 def _best(c: Rule) -> str:
     """Write ``picked [B,G,M]``, in order, the ``count`` highest of ``rank1``; fewer where these hold the mass."""
+    if c.by_event:
+        return eventful.best(c)
     if c.mass == 1:
         return """
         ranks, picked0 = TopK<axis = 2, sorted = 0>(rank1, count)

@@ -34,6 +34,7 @@ from memc.backends.tvm.kernels.codes import Codes
 from memc.backends.tvm.kernels.common import SLOTS, Scores, exp
 from memc.backends.tvm.kernels.compact import Angles, compact_attention
 from memc.backends.tvm.kernels.dots import dot_linear
+from memc.backends.tvm.kernels.events import events
 from memc.backends.tvm.kernels.linear import head_linear, linear, quantised_linear
 from memc.backends.tvm.kernels.memory import linear_memory
 from memc.backends.tvm.kernels.memory_chunk import Memory
@@ -44,6 +45,7 @@ from memc.backends.tvm.kernels.sparse import SHARES, TOKENS, memory, sparse_atte
 from memc.backends.tvm.kernels.window import window_memory
 from memc.backends.tvm.kernels.window_chunk import Ring
 from memc.backends.tvm.tiles import Product, Tiles
+from memc.kernels.events.rule import Segmentation
 
 
 class Converters(Maker):
@@ -69,6 +71,7 @@ class Converters(Maker):
             "sparse_attention": self._sparse_attention,
             "quantised_attention": self._quantised_attention,
             "compact_attention": self._compact_attention,
+            "events": self._events,
             "bank_ffn": self._bank_ffn,
         }
         own = {f"tvm_{name}.default": form for name, form in forms.items()}
@@ -187,7 +190,7 @@ class Converters(Maker):
         given = arguments(node)
         (*tensors, choice, sink_logits, scale, softcap), chosen = given[:11], given[11:]
         names = ("method", "page", "budget", "sinks", "window", "rerank", "dense_below", "channels", "mass", "refresh")
-        rule = Rule(scale=float(scale), **dict(zip((*names, "lse"), chosen, strict=True)))
+        rule = Rule(scale=float(scale), **dict(zip((*names, "contiguity", "delay", "lse"), chosen, strict=True)))
         q, k, v, *rest = (importer.env[tensor] for tensor in tensors)
         s = scores_of(q, v, scale, softcap, None, sink_logits)
         made = self.function(importer, sparse_attention, s, rule)
@@ -223,6 +226,16 @@ class Converters(Maker):
         needed = memory(s, rule, _units(s, batch, tokens), size(rest[3], 2) * SLOTS)
         needed = {name: needed[name] for name in ("rank", "list", "slots", "scores")}
         return _attend(importer, made, [q, k, v, *rest, or_nothing(importer, sink_logits)], s, rule, needed)
+
+    def _events(self, node: Node, importer: Importer) -> Var:
+        *tensors, gamma, longest, refine = arguments(node)
+        logits, *rest = (importer.env[tensor] for tensor in tensors)
+        past = rest[3:]
+        sizes = size(logits, 2), size(past[2], 1), size(past[2], 3), size(past[1], 1)
+        made = self.function(importer, events, Segmentation(*sizes, longest, float(gamma), refine))
+        batch, tokens = shape(logits)[:2]
+        shapes = [[batch, tokens], *map(shape, past), [batch, longest + 1, longest + 1], shape(past[2])]
+        return calls(importer, made, [logits, *rest], shapes, ["float32"] * 4 + ["int64", "float32", "float32"])
 
     def _bank_ffn(self, node: Node, importer: Importer) -> Var:
         x, block = (importer.env[argument] for argument in node.args[:2])

@@ -13,7 +13,7 @@ from torch.fx import Graph, GraphModule, Node
 from memc.backends.tvm import ops
 from memc.backends.tvm.kernels.common import SLOTS
 from memc.backends.tvm.weights import Parameter, Parameters
-from memc.dialect import arguments, op_spec
+from memc.dialect import OPS, arguments, op_spec
 from memc.dialect.compact_attention import span
 from memc.dialect.selectors import SELECTORS
 from memc.errors import MemcError
@@ -77,6 +77,7 @@ class _Rewriter:
             "refreshed_attention": self.sparse_attention,
             "quantised_attention": self.quantised_attention,
             "compact_attention": self.compact_attention,
+            "events": self.events,
             "bank_ffn": self.bank_ffn,
         }
 
@@ -88,7 +89,8 @@ class _Rewriter:
         assert spec is not None, "checked before anything is rewritten"
         a = arguments(node)
         for name, index in spec.states.items():
-            self._require_direct(node, a[name], index)
+            if name != "past_events":  # which attention reads too: it is not written in place
+                self._require_direct(node, a[name], index)
         with self.graph.inserting_before(node):
             made = self.forms()[spec.name](node, a)
         if not spec.states and len(made) == 1:
@@ -151,7 +153,8 @@ class _Rewriter:
         names = ("query", "key", "value", "positions", "past_key", "past_value", "past_pages")
         rule = ("scale", "softcap", "method", "page", "budget", "sinks", "window", "rerank", "dense_below", "channels")
         given = [*(a[name] for name in names), self._lists(a), a["sink_logits"], *(a[name] for name in rule), a["mass"]]
-        made = self.call(ops.sparse_attention, *given, a.get("refresh", 1), 1 in used_outputs(node))
+        given += [a.get("refresh", 1), float(a.get("contiguity", 0)), a.get("delay", 0)]
+        made = self.call(ops.sparse_attention, *given, 1 in used_outputs(node))
         return [self.call(operator.getitem, made, index) for index in range(2)]
 
     def quantised_attention(self, node: Node, a: Mapping[str, Any]) -> list[Node]:
@@ -189,9 +192,13 @@ class _Rewriter:
         return self.graph.get_attr(name)
 
     def _lists(self, a: Mapping[str, Any]) -> Node | None:
-        """Let the state of tokens that share a choice hold a list as :mod:`memc.backends.tvm.kernels.turns` has it."""
+        """Let the state of tokens that share a choice hold a list as :mod:`memc.backends.tvm.kernels.turns` has it.
+
+        Of tokens that are taken by their events it is the numbers of these.
+        """
         if "refresh" not in a:
-            return None
+            numbers: Node | None = a["events"]
+            return numbers
         past: Node = a["past_choice"]
         if a["refresh"] == 1:  # every token chooses for itself
             self.dropped.add(str(past.target))
@@ -202,6 +209,13 @@ class _Rewriter:
         places = -(-most // SLOTS) * SLOTS
         self.states[str(past.target)] = replace(spec, dtype=torch.int32, shape=(batch, groups, 2, places))
         return past
+
+    def events(self, node: Node, a: Mapping[str, Any]) -> list[Node]:
+        self.dropped.add(str(a["past_positions"].target))
+        held = ("past_logits", "past_surprises", "past_keys", "past_events")
+        names = ("logits", "tokens", "positions", "key", *held, "gamma", "longest", "refine")
+        made = self.call(ops.events, *(a[name] for name in names))
+        return [self.call(operator.getitem, made, index) for index in range(5)]
 
     def bank_ffn(self, node: Node, a: Mapping[str, Any]) -> list[Node]:
         return [self.call(ops.bank_ffn, a["x"], a["block"], a["activation"])]
@@ -280,7 +294,12 @@ def prepare(program: Program, parameters: Parameters) -> Prepared:
 
 
 def _is_plain(after: Node) -> bool:
-    """Tell whether the next value of a state is computed by ordinary ops, and not by a dialect op that holds it."""
+    """Tell whether the next value of a state is computed by ordinary ops, and not by a dialect op that holds it.
+
+    Events are as if they were: their states are not written in place, but for the positions, which no slot needs.
+    """
+    if after.op == "call_function" and op_spec(after.all_input_nodes[0].target) is OPS["events"]:
+        return int(str(after.args[1])) < 5
     return after.op == "call_function" and not any(is_memc(source.target) for source in (after, *after.all_input_nodes))
 
 

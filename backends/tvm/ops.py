@@ -93,11 +93,25 @@ def window_memory(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tupl
 @_define(
     "(Tensor query, Tensor key, Tensor value, Tensor positions, Tensor keys, Tensor values, Tensor pages,"
     " Tensor? choice, Tensor? sink_logits, float scale, float softcap, str method, int page, int budget, int sinks,"
-    " int window, int rerank, int dense_below, int channels, float mass, int refresh, bool lse) -> (Tensor, Tensor)"
+    " int window, int rerank, int dense_below, int channels, float mass, int refresh, float contiguity, int delay,"
+    " bool lse) -> (Tensor, Tensor)"
 )
 def sparse_attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    """``memc::sparse_attention`` and its like, without states: output and log-sum-exp, ``[1]`` if unread."""
+    """``memc::sparse_attention`` and its like, without states: output and log-sum-exp, ``[1]`` if unread.
+
+    ``choice`` is a shared choice, or the numbers of events.
+    """
     return query.new_empty(*query.shape[:3], value.shape[3]), query.new_empty(query.shape[:3] if rest[-1] else [1])
+
+
+@_define(
+    "(Tensor logits, Tensor tokens, Tensor positions, Tensor key, Tensor past_logits, Tensor past_surprises,"
+    " Tensor past_keys, Tensor past_events, float gamma, int longest, str refine)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+def events(logits: Tensor, tokens: Tensor, positions: Tensor, key: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """``memc::events`` without its positions: surprises, and the next states, which it does not write in place."""
+    return logits.new_empty(positions.shape), *(past.new_empty(past.shape) for past in rest[:4])
 
 
 @_define(

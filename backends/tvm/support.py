@@ -52,6 +52,10 @@ def form(node: Node) -> Yes | No:
             a = arguments(node)
             choice = SELECTORS[a["method"]].choice
             what = "pages searched for" if choice == "tree" else f"{choice} ranked"
+            if SELECTORS[a["method"]].eventful:
+                if a["events"] is None or a["events"].op != "placeholder":
+                    return No("the numbers of its events are no state, whose slots are by position")
+                what = "tokens of whole events ranked"
             shared = f", a choice for {a['refresh']} tokens" if "refresh" in a else ""
             return Yes(f"own function, {what} by {a['method']}{shared}, state in place")
         case "quantised_attention":
@@ -61,6 +65,8 @@ def form(node: Node) -> Yes | No:
             if a["inv_freq"].op != "get_attr":
                 return No("its function turns keys by a table of angles, and the frequencies are computed here")
             return Yes(f"own function, pages ranked by {a['method']}, keys turned as they are read, state in place")
+        case "events":
+            return Yes(f"own function, ends of events by {arguments(node)['refine']}")
         case "bank_ffn":
             return Yes("own function, blocks read where they lie")
     return No(f"memc::{spec.name} has no lowered form in this backend")

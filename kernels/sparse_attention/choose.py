@@ -5,6 +5,7 @@ Sizes: B batch, H heads, G key-value heads, T queries, P pages, L = P page token
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -15,6 +16,7 @@ from memc.dialect.base import Arguments
 from memc.dialect.selectors import SELECTORS
 from memc.dialect.sparse_attention import forced_pages
 from memc.kernels.softmax_groups import Groups
+from memc.kernels.sparse_attention.events import Numbered
 from memc.kernels.sparse_attention.tree import reached
 
 
@@ -37,6 +39,8 @@ class Rule:
     own_page: bool = False
     refresh: int = 1
     mass: float = 1.0
+    contiguity: float = 0.0
+    delay: int = 0
 
     @classmethod
     def of(cls, args: Arguments, **others: Any) -> Rule:
@@ -58,6 +62,16 @@ class Rule:
     def grouped(self) -> bool:
         """Whether pages beside those of sinks and window are read through their landmarks."""
         return SELECTORS[self.method].grouped
+
+    @property
+    def by_event(self) -> bool:
+        """Whether tokens are ranked by the events that they belong to."""
+        return SELECTORS[self.method].eventful
+
+    @property
+    def alike(self) -> int:
+        """Tokens that are taken by their own events' scores at most, before those of the events beside."""
+        return self.most - math.floor(self.contiguity * self.most)
 
     @property
     def unit(self) -> int:
@@ -162,10 +176,11 @@ def found(scores: Tensor, at: Tensor, must: Tensor, rule: Rule) -> Tensor:
     return reached(scores, start, end, count, rule.most, (-(-scores.shape[3] // least) - 1).bit_length())
 
 
-def ranks(query: Tensor, pages: Tensor, at: Tensor, rule: Rule) -> Tensor:
+def ranks(query: Tensor, pages: Tensor, at: Tensor, rule: Rule, numbered: Numbered | None = None) -> Tensor:
     """Return what pages or tokens ``[B,G,T,N]`` are ranked by, for queries ``[B,H,T,D]``, times the scale, at ``at``.
 
-    What is always taken has infinity, what may not be taken, or was not found, minus infinity.
+    What is always taken has infinity, what may not be taken, or was not found, minus infinity. Tokens that are
+    ``numbered`` have the highest of their event.
     """
     if rule.by_token:
         rank = best_of_group(strongest(query, pages.shape[1], rule.channels), pages.mT.flatten(2, 3))
@@ -174,11 +189,23 @@ def ranks(query: Tensor, pages: Tensor, at: Tensor, rule: Rule) -> Tensor:
     must, seen = forced(at, rank.shape[3], rule)
     if rule.by_tree:
         rank = rank.masked_fill(~found(rank, at, must, rule), -torch.inf)
+    if numbered is not None:
+        rank = numbered.whole(rank)
     return rank.masked_fill(must, torch.inf).masked_fill(~seen, -torch.inf)
 
 
-def candidates(query: Tensor, pages: Tensor, at: Tensor, rule: Rule) -> Tensor:
-    """Mark the pages or tokens ``[B,G,T,N]`` that queries ``[B,H,T,D]``, times the scale, at ``at [B,T]`` take."""
+def candidates(query: Tensor, pages: Tensor, at: Tensor, rule: Rule, events: Tensor | None = None) -> Tensor:
+    """Mark the pages or tokens ``[B,G,T,N]`` that queries ``[B,H,T,D]``, times the scale, at ``at [B,T]`` take.
+
+    ``events [B,N]`` are the numbers of the tokens' events where these are ranked by.
+    """
+    if rule.by_event:
+        count = pages.shape[2] * rule.page
+        numbered = Numbered.of(at.new_full((len(at), count), -1) if events is None else events, at, rule.delay)
+        rank = ranks(query, pages, at, rule, numbered)
+        taken = first(rank, rule.alike) & (rank > -torch.inf)
+        beside = numbered.beside(rank, taken).masked_fill(taken | (rank == torch.inf), torch.inf)
+        return first(beside, rule.most) & (beside > -torch.inf)
     rank = ranks(query, pages, at, rule)
     return first(rank, rule.most) & (rank > -torch.inf) & needed(rank, rule.mass)
 
@@ -201,10 +228,13 @@ def enough(ordered: Tensor, mass: float) -> Tensor:
     return (weight.cumsum(-1) - weight < mass) | (ordered == torch.inf)
 
 
-def chosen(query: Tensor, keys: Tensor, pages: Tensor, at: Tensor, rule: Rule) -> Tensor:
-    """Mark the tokens ``[B,G,T,L]`` that queries ``[B,H,T,D]`` at positions ``at [B,T]`` read of ``keys [B,G,L,D]``."""
+def chosen(query: Tensor, keys: Tensor, pages: Tensor, at: Tensor, rule: Rule, events: Tensor | None = None) -> Tensor:
+    """Mark the tokens ``[B,G,T,L]`` that queries ``[B,H,T,D]`` at positions ``at [B,T]`` read of ``keys [B,G,L,D]``.
+
+    ``events [B,L]`` as in :func:`candidates`.
+    """
     query = query * rule.scale
-    return narrowed(query, keys, candidates(query, pages, at, rule), at, rule)
+    return narrowed(query, keys, candidates(query, pages, at, rule, events), at, rule)
 
 
 def narrowed(query: Tensor, keys: Tensor, taken: Tensor, at: Tensor, rule: Rule) -> Tensor:

@@ -107,12 +107,32 @@ def blocks(heads: int, sequence: Sequence) -> Iterator[slice]:
         yield slice(start, min(start + size, last))
 
 
+def numbers_of(events: Tensor | None, sequence: Sequence) -> Tensor | None:
+    """Return the numbers ``[B,L]`` of ``events [B,S]``, by position, of what a sequence held before the call."""
+    if events is None or not events.shape[1]:
+        return None
+    place = sequence.place
+    position = torch.arange(place.shape[1], device=place.device)
+    there = (place >= 0) & (place < events.shape[1]) & (position < sequence.held[:, None])
+    return events.gather(1, place.where(there, 0)).where(there, -1)
+
+
 def readable(
-    query: Tensor, keys: Tensor, pages: Tensor, positions: Tensor, sequence: Sequence, rule: Rule, rows: slice
+    query: Tensor,
+    keys: Tensor,
+    pages: Tensor,
+    positions: Tensor,
+    sequence: Sequence,
+    rule: Rule,
+    events: Tensor | None,
+    rows: slice,
 ) -> Tensor:
-    """Return the mask ``[B,G,1,T,L]`` of what a block of a call's queries ``[B,H,.,D]`` reads of a sequence's keys."""
-    mine = sequence.mine[:, rows]
-    tokens = chosen(query[:, :, rows], keys, pages, torch.where(mine, positions[:, rows], -1), rule)
+    """Return the mask ``[B,G,1,T,L]`` of what a block of a call's queries ``[B,H,.,D]`` reads of a sequence's keys.
+
+    ``events [B,S]`` are numbers of what is held, for a rule that ranks by them.
+    """
+    mine, numbers = sequence.mine[:, rows], numbers_of(events, sequence)
+    tokens = chosen(query[:, :, rows], keys, pages, torch.where(mine, positions[:, rows], -1), rule, numbers)
     return (tokens & mine[:, None, :, None] & (sequence.place >= 0)[:, None, None])[:, :, None]
 
 
@@ -205,7 +225,7 @@ def forward(args: SparseAttention) -> tuple[Tensor, ...]:
     for number, (sequence, keys, values, pages) in enumerate(call.contents(args, q.dtype)):
         mine = (current == number).view(-1, *[1] * (pages.dim() - 1))
         next_pages = torch.where(mine, pages.to(past.dtype), next_pages)
-        mask = partial(readable, q, keys, pages, args.positions, sequence, rule)
+        mask = partial(readable, q, keys, pages, args.positions, sequence, rule, args.events)
         through = partial(grouped, args.positions, sequence, rule)
         attend_chosen(out, lse, q, keys, values, sequence, mask, args.sink_logits, args.scale, args.softcap, through)
     return out, lse, call.key, call.value, held_positions(args.past_positions, args.positions), next_pages
@@ -219,7 +239,7 @@ def backward(
 
     def reads() -> Iterator[Reads]:
         for sequence, keys, values, pages in Appended.of(args).contents(args, q.dtype):
-            mask = partial(readable, q, keys, pages, args.positions, sequence, rule)
+            mask = partial(readable, q, keys, pages, args.positions, sequence, rule, args.events)
             yield Reads(sequence, keys, values, mask, partial(grouped, args.positions, sequence, rule))
 
     return gradients(args, (out, lse, next_key, next_value), reads())

@@ -32,7 +32,7 @@ def forward(args: SparseAttention) -> tuple[Tensor, Tensor]:
     pages = describe_pages(keys, args.past_pages, sequence, rule.method, rule.page)
     args.past_pages.copy_(pages)
     out, lse = args.query.new_zeros(*args.query.shape[:3], args.value.shape[3]), q.new_zeros(args.query.shape[:3])
-    mask = partial(readable, q, keys, pages, args.positions, sequence, rule)
+    mask = partial(readable, q, keys, pages, args.positions, sequence, rule, args.events)
     through = partial(grouped, args.positions, sequence, rule)
     attend_chosen(out, lse, q, keys, values, sequence, mask, args.sink_logits, args.scale, args.softcap, through)
     return out, lse

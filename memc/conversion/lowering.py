@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from memc.errors import MemcError
 from memc.program import Program
 from memc.target import Target
 from memc.verify import CheckResult, VerificationText, inputs_of, perplexity, pieces, streams, take, whole
-from memc.verify.execute import PIECE
+from memc.verify.execute import PIECE, cut, longest_call
 
 TOLERANCE = 1e-3
 """Most that the logits of a lowered program with unquantised weights may differ, whatever the backend."""
@@ -66,6 +67,7 @@ def lower(
         states=lowered.states,
         symbols=lowered.symbols,
         capacity=lowered.capacity,
+        longest_call=longest_call(program),
         vocab_size=program.model.vocab_size,
         decoder=program.model.decoder,
         how_to_run=lowered.how_to_run,
@@ -95,7 +97,9 @@ def verify_lowered(
     tokens = take(text, 2, length)
     expected, fetched = whole(program, tokens, fetch=True), _fetched(program, tokens)
     if program.model.decoder:
-        values = {f"{length} tokens at once": _difference(_run(runner, tokens, [length], fetched), expected)}
+        values = {
+            f"{length} tokens at once": _difference(_run(runner, tokens, cut(program, length), fetched), expected)
+        }
     else:
         one = tokens[:1, :1]
         values = {
@@ -103,7 +107,7 @@ def verify_lowered(
             "one input, of one token": _difference(_run_inputs(runner, program, one), whole(program, one)),
         }
     if streams(program):
-        found = _run(runner, tokens, [length - 6, *[1] * 6], fetched)
+        found = _run(runner, tokens, [*cut(program, length - 6), *[1] * 6], fetched)
         values["one token at a time"] = _difference(found, expected)
     worst = max(values, key=lambda name: math.inf if math.isnan(values[name]) else values[name])
     exact = weights in EXACT_WEIGHTS
@@ -113,7 +117,7 @@ def verify_lowered(
     checks += _check_choice(runner, program, text, exact)
     if exact or not program.model.decoder:
         return checks
-    before, after = perplexity(program, text.tokens), lowered_perplexity(runner, text.tokens)
+    before, after = perplexity(program, text.tokens), lowered_perplexity(runner, text.tokens, *cut(program, 128)[:1])
     detail = f"perplexity on the verification text with {weights} weights {after:.4g}, with fp32 {before:.4g}"
     ratio = after / before
     checks.append(CheckResult("weights_perplexity_ratio", ratio, None, None, math.isfinite(ratio), detail))
@@ -139,17 +143,15 @@ def _check_choice(runner: Runner, program: Program, text: VerificationText, exac
     if length is None or (capacity is not None and capacity < length + 2 * CHOICES):
         return []
     tokens = take(text, 1, length + 2 * CHOICES)
-    *_, expected = pieces(program, tokens, _sizes(length, 2 * CHOICES))
-    found = _run(runner, tokens, [length + CHOICES, *[1] * CHOICES], last=2 * CHOICES)
+    last = cut(program, 2 * CHOICES)
+    parts = pieces(program, tokens, [*cut(program, length, PIECE), *last])
+    expected = torch.cat([*deque(parts, maxlen=len(last))], 1)
+    found = _run(runner, tokens, [*cut(program, length + CHOICES), *[1] * CHOICES], last=2 * CHOICES)
     before, after = F.log_softmax(expected, -1), F.log_softmax(found, -1)
     value = float((before.exp() * (before - after)).sum()) / found.shape[1]
     detail = f"nats a token, tokens {length} to {tokens.shape[1]}, half of them at once and half one at a time"
     passed = value <= CHOICE_KL if exact else math.isfinite(value)
     return [CheckResult("lowered_choice", value, CHOICE_KL if exact else None, None, passed, detail)]
-
-
-def _sizes(length: int, last: int) -> list[int]:
-    return [*(min(PIECE, length - start) for start in range(0, length, PIECE)), last]
 
 
 def chooses_from(program: Program) -> int | None:

@@ -13,6 +13,7 @@ from memc.dialect.attention import attention
 from memc.dialect.bank_ffn import bank_ffn
 from memc.dialect.base import Cost, OpSpec
 from memc.dialect.compact_attention import compact_attention
+from memc.dialect.events import events
 from memc.dialect.full_attention import full_attention
 from memc.dialect.linear_memory import linear_memory
 from memc.dialect.norm import norm
@@ -35,6 +36,7 @@ OPS: dict[str, OpSpec] = {
         refreshed_attention,
         quantised_attention,
         compact_attention,
+        events,
         bank_ffn,
     )
 }

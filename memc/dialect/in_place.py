@@ -14,6 +14,7 @@ import torch
 from memc.dialect.attention import attention
 from memc.dialect.base import LIBRARY, OpSpec
 from memc.dialect.compact_attention import compact_attention
+from memc.dialect.events import events
 from memc.dialect.linear_memory import linear_memory
 from memc.dialect.quantised_attention import quantised_attention
 from memc.dialect.refreshed_attention import refreshed_attention
@@ -50,6 +51,7 @@ for _spec in (
     refreshed_attention,
     quantised_attention,
     compact_attention,
+    events,
 ):
     _schema = _spec.schema(returns=len(_spec.returns) - len(_spec.states), written=tuple(_spec.states))
     LIBRARY.define(f"{_spec.name}_{_schema}", tags=(torch.Tag.pt2_compliant_tag,))

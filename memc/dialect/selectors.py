@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Segmenter = Literal["pages"]
+Segmenter = Literal["pages", "events"]
 Descriptor = Literal["bounds", "moments", "mean", "centre", "landmark", "channels", "attended", "representatives"]
 Scorer = Literal["bound", "moments", "product", "channels"]
 Choice = Literal["pages", "tokens", "tree"]
@@ -21,8 +21,9 @@ Softmax = Literal["joint", "grouped"]
 class Selector:
     """One method of choosing.
 
-    - ``segmenter``: how the tokens of a sequence are cut into pieces that are described together; ``pages`` of equal
-      length, the first one from position 0 on;
+    - ``segmenter``: how the tokens of a sequence are cut into pieces that are taken together: ``pages`` of equal
+      length, the first one from position 0 on; or ``events``, which end where the model was surprised
+      (``memc::events``);
     - ``descriptor``: what is kept of a piece to rank it by: the ``bounds`` of each channel of its keys, the
       ``moments`` or the ``mean`` of each, the key in the ``centre``, the last key as its ``landmark``, all ``channels``
       once more, the keys as ``attended`` to by what the piece itself is about, or the mean of the keys that are
@@ -54,6 +55,11 @@ class Selector:
         return self.positioner != "true"
 
     @property
+    def eventful(self) -> bool:
+        """Whether tokens are taken by the events that they belong to, which ``memc::events`` finds."""
+        return self.segmenter == "events"
+
+    @property
     def grouped(self) -> bool:
         """Whether what is taken is weighed as no softmax over tokens weighs it: another function, to be trained."""
         return self.softmax == "grouped"
@@ -68,10 +74,11 @@ SELECTORS: dict[str, Selector] = {
     "lowbit": Selector("channels", "channels", choice="tokens"),
     "longheads": Selector("attended", "product", positioner="compact"),
     "infllm": Selector("representatives", "product", positioner="clipped"),
+    "em": Selector("channels", "channels", choice="tokens", segmenter="events"),
 }
 """Every method by name."""
 
 
 def methods(*, extending: bool) -> tuple[str, ...]:
-    """Return the methods that read beyond the trained length, or those that do not."""
-    return tuple(name for name, selector in SELECTORS.items() if selector.extends == extending)
+    """Return the methods by pages that read beyond the trained length, or those that do not."""
+    return tuple(name for name, one in SELECTORS.items() if one.extends == extending and not one.eventful)

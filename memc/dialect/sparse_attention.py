@@ -15,6 +15,9 @@ from memc.dialect.selectors import SELECTORS, methods
 METHODS = methods(extending=False)
 """How keys are described, page by page, so that a query can rank them without reading them whole."""
 
+EVENTFUL = tuple(name for name, selector in SELECTORS.items() if selector.eventful)
+"""Methods that take the tokens of whole events."""
+
 
 def description(method: str, page: int, channels: int) -> tuple[int, ...]:
     """Return the shape of a description of a page of keys ``[page, channels]``."""
@@ -82,9 +85,11 @@ class ChoosingAttention(CausalAttention):
     def outputs(self) -> tuple[Tensor, ...]:
         """Return uninitialised tensors of the shapes and types of the results."""
         out, size = self.out(), self.key.shape[3]
-        check(self.method in METHODS, f"method is one of {', '.join(METHODS)}")
-        grouped = SELECTORS[self.method].grouped
-        check(self.method != "lowbit" or 1 <= self.channels <= size, "lowbit reads at least 1 channel and at most all")
+        taken = (*METHODS, *self.more_methods)
+        check(self.method in taken, f"method is one of {', '.join(taken)}")
+        grouped, by_channels = SELECTORS[self.method].grouped, SELECTORS[self.method].scorer == "channels"
+        some = f"{self.method} reads at least 1 channel and at most all"
+        check(not by_channels or 1 <= self.channels <= size, some)
         check(0 < self.mass <= 1, "mass is above 0 and at most 1")
         check(
             self.mass == 1 or self.method != "hip", "hip scores too few pages to tell what share of the mass they hold"
@@ -97,6 +102,11 @@ class ChoosingAttention(CausalAttention):
         described = description(self.method, self.page, size)
         pages = self.key.new_empty(*self.key.shape[:2], pages_of(held, self.page), *described)
         return out, log_sum_exp(self.query), *self.appended(), pages
+
+    @property
+    def more_methods(self) -> tuple[str, ...]:
+        """The methods that an op takes beside those by pages."""
+        return ()
 
     @property
     def served(self) -> int:
@@ -148,7 +158,8 @@ class SparseAttention(ChoosingAttention):
       below (Mohtashami & Jaggi 2023);
     - ``lowbit``: the keys themselves once more, channel by channel ``[D, page]``, of which a query reads the
       ``channels`` in which the sum of its magnitudes over the heads that share a key-value head is highest; the score
-      of a token is q.k over these (SparQ, Ribar et al. 2024).
+      of a token is q.k over these (SparQ, Ribar et al. 2024);
+    - ``em``: the same, and whole events are taken, see below (EM-LLM, Fountas et al. 2024, arXiv 2407.09450).
 
     The first two describe ``[2D]``, ``hcam``, ``hip`` and ``landmark`` ``[D]``. A query at position p < ``dense_below``
     reads all earlier tokens. Any other
@@ -170,6 +181,16 @@ class SparseAttention(ChoosingAttention):
     landmark's value is read with the pages of sinks and window alone. A page has at least 2 tokens, and ``rerank`` is
     1. Only where there are no other pages, or below ``dense_below``, is that the softmax of ``memc::attention``.
 
+    With ``em`` a token scores what the best token of its event does, and two shares of the budget are taken as by
+    ``lowbit``: first ``budget`` - floor(``contiguity`` ``budget``) tokens by these scores, then, of the events directly
+    before and behind those that tokens were taken of (not counting what is always taken), tokens by the higher of these
+    neighbours' scores; where such events hold fewer, fewer are read. ``events [B,S]`` are the numbers that
+    ``memc::events`` had given when the call began, -1 for none, as long as ``past_positions`` (None: no token has one).
+    A query at p sees those of tokens at p - ``delay`` and before; any other token stands for itself. ``rerank`` and
+    ``mass`` are 1, and ``dense_below`` is at least ``budget``. A number is known as many tokens behind its own as an
+    event is long at most, so that any split into calls of no more than ``delay`` less these is the same: in longer
+    calls their last queries see fewer events.
+
     Soft-cap and sink logits join the softmax over the chosen tokens and choose nothing; there are no slopes, since a
     page has no one distance. Each sequence is held from position 0 on, and its positions rise by one from token to
     token. Returns
@@ -185,6 +206,26 @@ class SparseAttention(ChoosingAttention):
     """
 
     sink_logits: Tensor | None = None
+    events: Tensor | None = None
+    _: KW_ONLY
+    contiguity: float = 0.0
+    delay: int = 0
+
+    @property
+    def more_methods(self) -> tuple[str, ...]:
+        """The methods by events."""
+        return EVENTFUL
+
+    def outputs(self) -> tuple[Tensor, ...]:
+        """Return uninitialised tensors of the shapes and types of the results."""
+        results, eventful = super().outputs(), SELECTORS[self.method].eventful
+        plain = self.rerank == 1 and self.mass == 1
+        check(not eventful or plain, "tokens of events are not ranked again and fill the budget: rerank and mass are 1")
+        check(not eventful or self.dense_below >= self.budget, "up to the budget every token is read: dense_below")
+        check(0 <= self.contiguity < 1, "contiguity is a share of the budget under 1")
+        check(self.delay >= 0, "delay is at least 0")
+        check(eventful or (self.events is None and not self.contiguity), f"{self.method} takes no events")
+        return results
 
 
 sparse_attention = define(

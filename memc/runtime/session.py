@@ -33,8 +33,9 @@ def load(out: str | Path, *, threads: int | None = None, verify: bool = False, c
     """Load the artifact in folder ``out``.
 
     ``threads`` of the backend, None for its own choice; ``verify`` checks the digest of every file that is read;
-    ``chunk`` is the number of tokens per call when a longer sequence is run. Raises ``MemcError``: E309 no artifact,
-    E402 a digest differs, E202 or E602 the backend is unknown or missing, E200 ``threads`` or ``chunk`` below 1.
+    ``chunk`` is the number of tokens per call when a longer sequence is run, fewer where the artifact's calls have to
+    be shorter. Raises ``MemcError``: E309 no artifact, E402 a digest differs, E202 or E602 the backend is unknown or
+    missing, E200 ``threads`` or ``chunk`` below 1.
     """
     if threads is not None:
         at_least("threads", threads, 1)
@@ -88,7 +89,7 @@ class Session:
         self.folder = folder
         self.manifest = manifest
         self.runner = runner
-        self.chunk = chunk
+        self.chunk = min(chunk, manifest.longest_call or chunk)
         self.text = Text(folder)
 
     @property
@@ -149,7 +150,7 @@ class Session:
         named = named_inputs(self.manifest, inputs or {}, {"B": len(rows), "T": longest})
         self.require_room(longest, self.capacity)
         whole = any("T" in port.shape for port in self.manifest.inputs if port.name in named)
-        width = longest if whole else chunk or self.chunk
+        width = longest if whole else min(chunk or self.chunk, self.manifest.longest_call or longest)
         state = self.runner.new_state(len(rows), longest)
         zeros = np.zeros(len(rows), np.int64)
         for start in range(0, longest, width):

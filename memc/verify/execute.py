@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from memc.dialect import op_spec
+from memc.dialect import arguments, op_spec
 from memc.program import Program, get_tensor
 from memc.verify.inputs import inputs_of, positions_of
 
@@ -52,11 +52,16 @@ def run_all(
 def whole_all(
     program: Program, texts: Sequence[Tensor], precision: torch.dtype = torch.float32, *, fetch: bool = False
 ) -> list[Tensor]:
-    """Return what :func:`whole` does for each of several ``tokens [B, T]``, run side by side.
+    """Return what :func:`whole` does for each of several ``tokens [B, T]``, run side by side where that is one call.
 
     Where parameters are converted as they are used, a layer's states are made when it is reached and gone after it.
     """
     given = [inputs_of(program, tokens, fetch=fetch) for tokens in texts]
+    if any(len(cut(program, tokens.shape[1])) > 1 for tokens in texts):
+        return [
+            torch.cat([*pieces(program, tokens, cut(program, tokens.shape[1]), precision, inputs[2:])], 1)
+            for tokens, inputs in zip(texts, given, strict=True)
+        ]
     if _computes_in(program, precision):
         return [
             program(*inputs, *program.new_state(tokens.shape[0], tokens.device))[0].to(precision)
@@ -72,6 +77,8 @@ def whole_all(
 def whole(program: Program, tokens: Tensor, precision: torch.dtype = torch.float32, *, fetch: bool = False) -> Tensor:
     """Return the first output (logits ``[B, T, vocab]``) for ``tokens [B, T]`` in one call from an empty state.
 
+    In several where a call cannot be as long, see :func:`longest_call`.
+
     What else the program takes, and what ``fetch`` says, is that of :func:`memc.verify.inputs.inputs_of`.
     """
     return whole_all(program, [tokens], precision, fetch=fetch)[0]
@@ -83,18 +90,46 @@ def rows(tokens: Tensor) -> list[Tensor]:
 
 
 def streams(program: Program) -> bool:
-    """Tell whether any split of a sequence gives the same outputs: a raised decoder of split-invariant ops."""
+    """Tell whether any split of a sequence gives the same outputs: a raised decoder of split-invariant ops.
+
+    Into calls of no more tokens than :func:`longest_call` says, where it says any.
+    """
     specs = (op_spec(node.target) for node in program.module.graph.nodes if node.op == "call_function")
     return program.model.decoder and program.raised and all(spec.split_invariant for spec in specs if spec is not None)
 
 
+def longest_call(program: Program) -> int | None:
+    """Return the most tokens of a call up to which any split gives the same outputs, None for no limit.
+
+    Attention by events sees those that had numbers when the call began, of tokens ``delay`` back or more.
+    """
+    named = [(op_spec(node.target), node) for node in program.module.graph.nodes if node.op == "call_function"]
+    bound = [(spec.name, arguments(node)) for spec, node in named if spec is not None]
+    late = max((a["longest"] for name, a in bound if name == "events"), default=0)
+    return min((a["delay"] - late for _, a in bound if a.get("events") is not None), default=None)
+
+
+def cut(program: Program, length: int, most: int | None = None) -> list[int]:
+    """Return the sizes of calls that ``length`` tokens are cut into, of at most ``most`` and what a program allows."""
+    limits = [limit for limit in (most, longest_call(program)) if limit is not None]
+    size = max(1, min(limits, default=length))
+    return [min(size, length - start) for start in range(0, length, size)]
+
+
 def pieces(
-    program: Program, tokens: Tensor, sizes: Sequence[int], precision: torch.dtype = torch.float32
+    program: Program,
+    tokens: Tensor,
+    sizes: Sequence[int],
+    precision: torch.dtype = torch.float32,
+    fetched: Sequence[Tensor] | None = None,
 ) -> Iterator[Tensor]:
-    """Yield the logits ``[B, size, vocab]`` of consecutive pieces of ``tokens [B, T]``, the state carried along."""
+    """Yield the logits ``[B, size, vocab]`` of consecutive pieces of ``tokens [B, T]``, the state carried along.
+
+    Nothing is ``fetched`` where that is not given.
+    """
     batch, device = tokens.shape[0], tokens.device
-    state, fetched = program.new_state(batch, device), program.nothing_fetched(batch, device)
-    start = 0
+    state, start = program.new_state(batch, device), 0
+    fetched = program.nothing_fetched(batch, device) if fetched is None else fetched
     for size in sizes:
         part = tokens[:, start : start + size]
         outputs = run(program, (part, positions_of(part, start), *fetched), state, precision)
@@ -103,13 +138,15 @@ def pieces(
         yield outputs[0].to(precision)
 
 
-def logits(program: Program, tokens: Tensor, precision: torch.dtype = torch.float32) -> Iterator[Tensor]:
-    """Yield the logits of ``tokens [B, T]``, whole or in pieces of at most ``PIECE`` where that is the same."""
-    length = tokens.shape[1]
-    if not streams(program) or length <= PIECE:
+def logits(
+    program: Program, tokens: Tensor, precision: torch.dtype = torch.float32, most: int = PIECE
+) -> Iterator[Tensor]:
+    """Yield the logits of ``tokens [B, T]``, whole or in pieces of at most ``most`` where that is the same."""
+    sizes = cut(program, tokens.shape[1], most)
+    if not streams(program) or len(sizes) == 1:
         yield whole(program, tokens, precision)
         return
-    yield from pieces(program, tokens, [min(PIECE, length - start) for start in range(0, length, PIECE)], precision)
+    yield from pieces(program, tokens, sizes, precision)
 
 
 def run_nodes(

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from memc.errors import MemcError
 from memc.program import Program
 from memc.relation import Bounded, Close, Exact, Relation
-from memc.verify.execute import PIECE, logits, rows, run_all, streams, whole, whole_all
+from memc.verify.execute import PIECE, cut, logits, rows, run_all, streams, whole, whole_all
 from memc.verify.inputs import inputs_of, positions_of
 from memc.verify.sites import first_bad_site
 from memc.verify.text import VerificationText, take
@@ -151,7 +151,9 @@ def _pairs(
     original: Program, result: Program, tokens: Tensor, precision: torch.dtype = torch.float32
 ) -> Iterator[tuple[Tensor, Tensor]]:
     if streams(original) == streams(result):
-        yield from zip(logits(original, tokens, precision), logits(result, tokens, precision), strict=True)
+        most = min(cut(program, tokens.shape[1], PIECE)[0] for program in (original, result))
+        both = (logits(program, tokens, precision, most) for program in (original, result))
+        yield from zip(*both, strict=True)
     else:
         yield whole(original, tokens, precision), whole(result, tokens, precision)
 
@@ -241,18 +243,17 @@ def split_invariance(program: Program, tokens: Tensor, floor: float = 0.0) -> Ch
     if not streams(program):
         return CheckResult("split_invariance", 0.0, None, None, True, "not claimed: an op depends on the split")
     length = tokens.shape[1]
-    odd = [3] * (length // 3) + ([length % 3] if length % 3 else [])
+    odd = cut(program, length, 3)
     padded, positions, columns = _mixed_lengths(tokens)
-    half = padded.shape[1] // 2
     fetched = inputs_of(program, tokens, fetch=True)[2:]
     sequences = [
-        _cut(tokens, positions_of(tokens), [length]),
+        _cut(tokens, positions_of(tokens), cut(program, length)),
         _cut(tokens, positions_of(tokens), [1] * length),
         _cut(tokens, positions_of(tokens), odd),
-        _cut(padded, positions, [half, padded.shape[1] - half]),
+        _cut(padded, positions, cut(program, padded.shape[1], -(-padded.shape[1] // 2))),
     ]
     alike = [fetched for _ in sequences]
-    sequences += [_cut(row, positions_of(row), [length]) for row in rows(tokens)]
+    sequences += [_cut(row, positions_of(row), cut(program, length)) for row in rows(tokens)]
     alike += [tuple(block[index : index + 1] for block in fetched) for index in range(tokens.shape[0])]
     found = _together(program, sequences, alike)
     expected, single, threes, mixed, *alone = found

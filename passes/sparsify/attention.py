@@ -42,8 +42,10 @@ def attend_retrieving(
         held = sum(spec.bytes(page) for spec in states if spec.grows is not None)
         return output, facts | {"bits": options["bits"], "held_bytes_per_token": held / page}
     sizes |= {"method": method, "mass": options["mass"]}
-    if method == "lowbit":
+    if SELECTORS[method].scorer == "channels":
         sizes["channels"] = min(size, options["channels"] or max(1, size // 8))
+    if SELECTORS[method].eventful:
+        sizes |= {name: options[name] for name in ("contiguity", "delay")}
     if options["refresh"] > 1:
         sizes["refresh"] = options["refresh"]
     output, (pages, *choice) = attend_sparse(editor, block, split, inputs, sizes)

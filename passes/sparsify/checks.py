@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from memc.dialect.quantised_attention import BITS
 from memc.dialect.selectors import SELECTORS
 from memc.errors import MemcError
@@ -30,6 +33,26 @@ def check_refresh(refresh: int, *, method: str, window: int, bits: int) -> None:
         message = f"the last of {refresh} tokens that share a choice misses what is newer: the window holds {window}"
         hint = f"write sparsify:refresh={window}, or a window of {refresh}"
         raise MemcError("E203", message, f"sparsify:refresh={refresh},window={window}", hint)
+
+
+def check_events(options: Mapping[str, Any], *, method: str, rerank: int, refresh: int, mass: float) -> None:
+    """Raise ``MemcError`` E203 for ``options`` of events that were set where there are none, or what excludes them."""
+    if not SELECTORS[method].eventful:
+        if options:
+            names = ", ".join(options)
+            where = f"sparsify:method={method},{','.join(f'{name}={value}' for name, value in options.items())}"
+            raise MemcError("E203", f"only em has events, which {names} is of", where, f"leave out {names}")
+        return
+    where = f"sparsify:method={method}"
+    if rerank > 1:
+        message = "events are read whole, and their tokens not ranked one by one"
+        raise MemcError("E203", message, f"{where},rerank={rerank}", "leave 'rerank' out")
+    if refresh > 1:
+        message = "which events a token sees changes with every token: each chooses for itself"
+        raise MemcError("E203", message, f"{where},refresh={refresh}", "leave 'refresh' out")
+    if mass < 1:
+        message = "tokens that score as their event does say nothing of the share that it holds"
+        raise MemcError("E203", message, f"{where},mass={mass:g}", "leave 'mass' out")
 
 
 def check_mass(mass: float, *, method: str, bits: int) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 from torch.fx import Node
@@ -12,17 +12,21 @@ from memc import sites
 from memc.analysis.heads import head_roles
 from memc.blocks import Alibi, AttentionBlock, Chunked, SlidingWindow
 from memc.dialect import arguments
+from memc.dialect.events import REFINEMENTS
 from memc.dialect.selectors import SELECTORS
 from memc.dialect.sparse_attention import forced_pages
 from memc.errors import MemcError
 from memc.head_split import HeadSplit, attend_window, join_heads, split_states
-from memc.passes.sparsify import checks, extend
+from memc.passes.sparsify import checks, events, extend
 from memc.passes.sparsify.attention import attend_retrieving
 from memc.pipeline import Pass, PassReport, Plan, option
 from memc.program import Program
 from memc.relation import Bounded, Close, Relation
 from memc.rewrite import Editor, result_of, window_states
 from memc.target import Target
+
+EVENT_OPTIONS = ("gamma", "longest", "refine", "contiguity", "calls")
+"""Options that only ``method=em`` reads."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class Sparsify(Pass):
     - ``method=hcam``: page by page, by the mean of each channel (the summaries of HCAM, Lampinen et al. 2021);
     - ``method=hip``: page by page, by the key in the middle, of those pages alone that a search down a tree of ranges
       comes by (HiP attention, Lee et al. 2024): it finds what resembles its neighbours;
+    - ``method=em``: as ``lowbit``, but event by event (EM-LLM, Fountas et al. 2024), see below;
     - ``method=landmark``: page by page, by the last key, and read through it (Landmark Attention, Mohtashami & Jaggi
       2023): another function than the original, which is to be trained, see below.
 
@@ -64,6 +69,16 @@ class Sparsify(Pass):
 
     Soft-cap and sink logits stay; what is done to queries and keys before the attention (QK-norm, and rotary but for
     these two) is as it was.
+
+    ``method=em`` adds ``memc::events`` behind the logits: the past is cut where the model was surprised by more than
+    ``gamma`` standard deviations above the mean of the last 256 tokens, or after ``longest`` of them, each cut moved
+    back to where it divides the keys of the last rewritten layer best, by ``refine``. All layers take the same events,
+    whole ones in the order of their best tokens, and with a share ``contiguity`` of the budget those directly before
+    and behind them. What an event is known of late: a token sees the events of those ``longest`` + ``calls`` before it,
+    nearer tokens stand for themselves, so that any split into calls of at most ``calls`` tokens gives the same; in
+    longer ones the last tokens see fewer events. The paper takes fixed numbers of representatives of an event, layer
+    by layer, and moves boundaries in each of them; here the channels of ``lowbit`` score all of its tokens, and one
+    cut serves all layers.
 
     ``method=landmark`` weighs the tokens of the pages of sinks and window, and of each other page taken its landmark,
     by one softmax; the weight of a landmark is spread over the other tokens of its page by a softmax within it. So
@@ -116,12 +131,12 @@ class Sparsify(Pass):
     name: ClassVar[str] = "sparsify"
 
     method: str = option("lowbit", "what tokens, or their pages, are ranked by", choices=tuple(SELECTORS))
-    channels: int = option(0, "of every key that lowbit ranks by; 0 for an eighth", unit="channels", min=0)
+    channels: int = option(0, "of every key that lowbit and em rank by; 0 for an eighth", unit="channels", min=0)
     budget: int = option(512, "most tokens that a token reads, sinks and window among them", unit="tokens", min=1)
     page: int = option(
         0,
-        "keys described together; divides the budget; 0 for 16, or for up to 64 with landmark, lowbit, bits, longheads"
-        " or infllm",
+        "keys described together; divides the budget; 0 for 16, or for up to 64 with landmark, lowbit, em, bits,"
+        " longheads or infllm",
         unit="tokens",
         min=0,
     )
@@ -129,8 +144,8 @@ class Sparsify(Pass):
     window: int = option(48, "most recent tokens that a token reads, itself included", unit="tokens", min=1)
     rerank: int = option(
         0,
-        "budgets' worth of pages whose tokens are ranked one by one; 1 for none; 0 for 2, or for 1 with landmark,"
-        " longheads and infllm, which read pages whole",
+        "budgets' worth of pages whose tokens are ranked one by one; 1 for none; 0 for 2, or for 1 with landmark, em,"
+        " longheads and infllm, which read what they take whole",
         unit="",
         min=0,
     )
@@ -140,6 +155,13 @@ class Sparsify(Pass):
     refresh: int = option(
         1, "tokens in a row for which the first of them chooses; at most the window", unit="tokens", min=1
     )
+    gamma: float = option(1.0, "surprise that ends an event of em, above the mean", unit="standard deviations", min=0)
+    longest: int = option(64, "most of an event of em", unit="tokens", min=2)
+    refine: str = option("modularity", "by what of the likeness of keys em ends events", choices=REFINEMENTS)
+    contiguity: float = option(
+        0.3, "share of the budget that em gives to the events before and behind those taken", min=0, max=0.9
+    )
+    calls: int = option(256, "most of a call, up to which em chooses alike however a text is cut", unit="tokens", min=1)
     dense_below: int = option(1024, "position from which on the choice is made", unit="tokens", min=0)
     bits: int = option(0, "of each channel of the keys and values held, 8 or 4; 0 for their own type", unit="bits")
     retrieve: str = option(
@@ -158,6 +180,9 @@ class Sparsify(Pass):
             where = f"{self.name}:retrieve={self.retrieve}"
             raise MemcError("E203", "option 'retrieve' is all, heads:P% or heads:[LAYER.HEAD,...]", where)
         checks.check_bits(self.bits, self.method)
+        own = (f for f in fields(self) if f.name in EVENT_OPTIONS)
+        changed = {f.name: value for f in own if (value := getattr(self, f.name)) != f.default}
+        checks.check_events(changed, method=self.method, rerank=self.rerank, refresh=self.refresh, mass=self.mass)
         checks.check_refresh(self.refresh, method=self.method, window=self.window, bits=self.bits)
         checks.check_mass(self.mass, method=self.method, bits=self.bits)
         page = self.page_size
@@ -179,9 +204,14 @@ class Sparsify(Pass):
         return SELECTORS[self.method].grouped
 
     @property
+    def eventful(self) -> bool:
+        """Whether the method takes whole events."""
+        return SELECTORS[self.method].eventful
+
+    @property
     def page_size(self) -> int:
         """Tokens of a page; longer ones keep a channel of ``lowbit`` in fewer pieces, and bounds in fewer bytes."""
-        if self.page or not (self.bits or self.extends or self.method in ("landmark", "lowbit")):
+        if self.page or not (self.bits or self.extends or self.method in ("landmark", "lowbit", "em")):
             return self.page or 16
         longest = self.window if self.method == "infllm" else 64
         fitting = (page for page in (64, 32) if self.budget % page == 0 and self._least(page) <= self.budget)
@@ -240,7 +270,14 @@ class Sparsify(Pass):
         """Rewrite the plan's sites."""
         editor = Editor(program)
         blocks = sites.planned_blocks(editor.program, plan)
-        details = {str(block.layer): self._rewrite(editor, block, split) for block, split in blocks}
+        last = blocks[-1][0]
+        found = self.eventful and (self.retrieve == "all" or any(site.kept for site in plan.sites))
+        grown = events.add_states(editor, last) if found else {}
+        numbers = {"events": grown["past_events"]} if found else {}
+        details = {str(block.layer): self._rewrite(editor, block, split, numbers) for block, split in blocks}
+        if found:
+            options = {name: getattr(self, name) for name in ("gamma", "longest", "refine")}
+            details[str(last.layer)] |= events.find_events(editor, last, grown, options)
         changed = self.grouped and (self.retrieve == "all" or any(site.kept for site in plan.sites))
         report = PassReport(
             plan.spec,
@@ -267,14 +304,17 @@ class Sparsify(Pass):
         """Return how the heads that retrieve choose, with what follows from other options and the model left open."""
         names = ("method", "channels", "budget", "sinks", "window", "bits", "refresh", "mass")
         options = {name: getattr(self, name) for name in names}
-        rerank = self.rerank or (1 if self.grouped else 2)
+        rerank = self.rerank or (1 if self.grouped or self.eventful else 2)
+        options |= {"contiguity": self.contiguity, "delay": self.longest + self.calls}
         return options | {"page": self.page_size, "dense_below": self.reads_all_to, "rerank": rerank}
 
     def _refuse(self, program: Program, block: AttentionBlock) -> sites.Refusal | None:
         refusal = _refuse(program, block)
         return extend.refuse(program, block, self.method) if refusal is None and self.extends else refusal
 
-    def _rewrite(self, editor: Editor, block: AttentionBlock, split: HeadSplit) -> dict[str, Any]:
+    def _rewrite(
+        self, editor: Editor, block: AttentionBlock, split: HeadSplit, numbers: Mapping[str, Node]
+    ) -> dict[str, Any]:
         node = block.attention
         if self.retrieve == "all":
             split = replace(split, kept=tuple(range(split.groups)))
@@ -295,7 +335,7 @@ class Sparsify(Pass):
             assert streamed is not None
             old.replace_all_uses_with(streamed)
             return facts
-        output, more = attend_retrieving(editor, block, split, inputs, self._options())
+        output, more = attend_retrieving(editor, block, split, {**inputs, **numbers}, self._options())
         old.replace_all_uses_with(output if streamed is None else join_heads(editor, block, split, output, streamed))
         return facts | more
 

@@ -45,11 +45,13 @@ def _layers(
     *,
     rest: Callable[[str], list[Node | None]],
     lse: bool = False,
+    behind: Callable[[Node, Node], None] | None = None,
     **options: Any,
 ) -> Program:
     """Tokens to query, key and value, the op with its states and the ``rest`` of its tensors, logits.
 
-    ``sizes`` are heads, groups, and channels of a key and a value. A layer reads the log-sum-exp where asked.
+    ``sizes`` are heads, groups, and channels of a key and a value. A layer reads the log-sum-exp where asked. What
+    comes ``behind`` is given the logits and a key.
     """
     heads, groups, key, value = sizes
     x, qkv = _start(b, heads, groups, key, value, 24)
@@ -62,7 +64,10 @@ def _layers(
             per_token = b.call(aten.transpose.int, b.item(out, 1), 1, 2)
             x = b.call(aten.add.Tensor, x, b.linear(per_token, "lse", 24, heads))
         qkv = _heads(b, x, heads, groups, key, value, 24)
-    return b.finish(b.linear(x, "logits", VOCAB, 24, bias=True))
+    logits = b.linear(x, "logits", VOCAB, 24, bias=True)
+    if behind is not None:
+        behind(logits, qkv[1])
+    return b.finish(logits)
 
 
 def attention(
@@ -172,6 +177,58 @@ def sparse_attention(
         window=window,
         **chosen,
         **options,
+    )
+
+
+def eventful_attention(
+    heads: int = 6,
+    groups: int = 2,
+    *,
+    layers: int = 1,
+    page: int = 2,
+    budget: int = 8,
+    longest: int = 3,
+    gamma: float = 0.5,
+    refine: str = "modularity",
+    history: int = 7,
+    sink_logits: bool = False,
+    lse: bool = False,
+    **options: Any,
+) -> Program:
+    """Layers of ``memc::sparse_attention`` by events, and ``memc::events`` behind the logits."""
+    b, key, value = Builder(), 8, 10
+    numbers = b.state("event_numbers", "B", "S", dtype=torch.int64, init=-1)
+
+    def behind(logits: Node, k: Node) -> None:
+        places = b.state("event_positions", "B", "S", dtype=torch.int64, init=-1)
+        kept = [b.state("event_logits", "B", VOCAB), b.state("event_surprises", "B", history)]
+        state = [*kept, b.state("event_keys", "B", groups, longest + 1, key), numbers, places]
+        found = b.call(
+            OPS["events"].overload,
+            logits,
+            b.tokens,
+            b.positions,
+            k,
+            *state,
+            gamma=gamma,
+            longest=longest,
+            refine=refine,
+        )
+        made = [b.item(found, index) for index in range(1, 6)]
+        b.next = [made[3], *b.next, made[4], *made[:3]]
+
+    chosen = {"page": page, "budget": budget, "sinks": 1, "window": 3, "channels": 2, "contiguity": 0.3, **options}
+    return _layers(
+        b,
+        (heads, groups, key, value),
+        layers,
+        OPS["sparse_attention"],
+        lambda tag: paged(b, tag, groups, key, value, page, "em"),
+        rest=lambda _: [_extras(b, heads, False, sink_logits)[1], numbers],
+        lse=lse,
+        behind=behind,
+        method="em",
+        **{"dense_below": budget, "delay": longest, **chosen},
     )
 
 
@@ -366,6 +423,10 @@ CASES: dict[str, Callable[[], Program]] = {
     "sparse, by landmarks, every option": lambda: sparse_attention(
         method="landmark", page=3, budget=9, window=1, mass=0.8, softcap=2.0, sink_logits=True, lse=True, groups=3
     ),
+    "sparse, by events": lambda: eventful_attention(layers=2),
+    "sparse, by events, every option": lambda: eventful_attention(
+        refine="conductance", budget=12, page=3, delay=5, softcap=2.0, sink_logits=True, lse=True, groups=3, layers=2
+    ),
     "sparse, few bits": lambda: sparse_attention(bits=4, layers=2, rerank=2),
     "sparse, few bits, one stage": lambda: sparse_attention(bits=8, page=3, budget=9, window=4, dense_below=6),
     "sparse, few bits, every option": lambda: sparse_attention(
@@ -395,8 +456,8 @@ CASES: dict[str, Callable[[], Program]] = {
 }
 """Every dialect op, with the options that take forms of their own."""
 
-ASIDE = ("by a tree", "by mass", "refreshed", "few bits", "compact", "clipped")
+ASIDE = ("by a tree", "by mass", "by events", "refreshed", "few bits", "compact", "clipped")
 """Words of the sparse cases that share most of their kernels with the others, or whose own ``tests/kernels`` runs."""
 
-ON_GPUS = tuple(case for case in CASES if "landmarks" not in case)
+ON_GPUS = tuple(case for case in CASES if "landmarks" not in case and "events" not in case)
 """Those of ops that have kernels in place."""

@@ -232,6 +232,7 @@ def test_every_dialect_op_is_supported() -> None:
         ops.sparse_attention(refresh=2),
         ops.sparse_attention(bits=4),
         ops.compact_attention(),
+        ops.eventful_attention(),
         ops.linear_memory(),
         ops.bank_ffn("silu"),
     )

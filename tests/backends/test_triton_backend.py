@@ -269,7 +269,7 @@ def test_what_is_supported() -> None:
     made = {"llama": program(), "sparse": ops.sparse_attention(), "bits": ops.sparse_attention(bits=4)}
     made |= {"compact": ops.compact_attention(), "refreshed": ops.sparse_attention(refresh=2, mass=0.5)}
     made |= {"tree": ops.sparse_attention(method="hip"), "wide": ops.sparse_attention(key=260)}
-    made["landmarks"] = ops.sparse_attention(method="landmark")
+    made |= {"landmarks": ops.sparse_attention(method="landmark"), "by events": ops.eventful_attention()}
     for name, each in made.items():
         for node in each.module.graph.nodes:
             found[name, str(node.target)] = backend.supports(node, target)
@@ -277,7 +277,7 @@ def test_what_is_supported() -> None:
     chosen = {"sparse": "sparse", "tree": "sparse", "bits": "quantised", "refreshed": "refreshed", "compact": "compact"}
     for name, op in chosen.items():
         assert found[name, f"memc.{op}_attention.default"] == Yes("Triton kernels, state in place")
-    for name in ("wide", "landmarks"):
+    for name in ("wide", "landmarks", "by events"):
         refused = found[name, "memc.sparse_attention.default"]
         assert isinstance(refused, No) and "--backend eager" in refused.reason
     assert backend.refuses_weights("int8", target) and not backend.refuses_weights("bf16", target)

@@ -173,7 +173,7 @@ def test_every_dialect_op_has_a_form_or_a_reason() -> None:
     answers = {}
     sparse = (*(ops.sparse_attention(**o) for o in ({}, {"refresh": 2}, {"bits": 4})), ops.compact_attention())
     programs = (ops.llama("attention"), ops.window_memory(), ops.linear_memory(), ops.full_attention())
-    for program in (*programs, *sparse, ops.bank_ffn("silu")):
+    for program in (*programs, *sparse, ops.eventful_attention(), ops.bank_ffn("silu")):
         for node in program.module.graph.nodes:
             if (spec := op_spec(node.target)) is not None:
                 answers[spec.name] = TvmBackend().supports(node, CPU)

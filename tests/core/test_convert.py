@@ -386,6 +386,10 @@ def test_a_sparse_artifact_is_checked_where_it_chooses(llama: Path, tmp_path: Pa
         ("method=bounds,bits=4,rerank=2", 4, "onnx"),
         ("method=hip,refresh=4,rerank=1", 24, "eager"),
         ("method=lowbit,refresh=4,mass=0.6", 24, "onnx"),
+        ("method=em,rerank=1,longest=4,calls=9", 24, "onnx"),
+        pytest.param(
+            "method=em,rerank=1,longest=4,calls=9,refine=conductance", 24, "tvm", marks=pytest.mark.conformance
+        ),
     ],
 )
 def test_an_artifact_with_a_state_of_its_own_is_checked_saved_and_restored(

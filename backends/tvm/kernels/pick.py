@@ -6,6 +6,7 @@ from tvm.script import tirx as T
 
 from memc.backends.tvm.kernels.choose import FIRST, NEVER, find_least, ordered, take
 from memc.backends.tvm.kernels.common import LOWEST, SLOTS
+from memc.backends.tvm.kernels.eventful import take_events
 from memc.backends.tvm.kernels.rank import find_best, rank_pages
 from memc.backends.tvm.kernels.tree import search_pages
 from memc.backends.tvm.kernels.turns import make_list, take_listed
@@ -43,7 +44,10 @@ def list_tiles(names, s, r, b, g, t, unit, p, listed):  # noqa: D103
         search_pages(names, s, r, b, g, t, unit, p)
     else:
         rank_pages(names, s, r, b, g, t, unit, p)
-        find_best(names, r, unit, blocks, least)
+        if r.by_event:
+            take_events(names, r, b, unit, p, blocks, least)
+        else:
+            find_best(names, r, unit, blocks, least)
     listed[0] = T.int64(0)
     for block in T.serial(blocks):
         for j in T.vectorized(SLOTS):

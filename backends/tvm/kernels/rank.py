@@ -8,6 +8,7 @@ from tvm.script import tirx as T
 
 from memc.backends.tvm.kernels.choose import FIRST, NEVER, find_least, find_share, ordered, take
 from memc.backends.tvm.kernels.common import LOWEST, SLOTS, Expression
+from memc.backends.tvm.kernels.eventful import whole_events
 from memc.dialect.selectors import SELECTORS, Selector
 from memc.kernels.sparse_attention.choose import Rule as Choosing
 
@@ -190,6 +191,8 @@ def rank_pages(names, s, r, b, g, t, unit, p):  # noqa: D103
                     best[j] = T.max(best[j], product[i, j])
         for j in T.vectorized(SLOTS):
             names["rank"][unit, tile * SLOTS + j] = ordered(best[j])
+    if r.by_event:
+        whole_events(names, r, b, unit, p)
     force(names, r, unit, p)
 
 

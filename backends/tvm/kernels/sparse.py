@@ -11,6 +11,7 @@ from typing import Any
 from tvm.script import tirx as T
 
 from memc.backends.tvm.kernels.common import SLOTS, PrimFunc, Scores
+from memc.backends.tvm.kernels.eventful import begin_events
 from memc.backends.tvm.kernels.pick import keep_tokens, list_tiles, score_tiles, score_tokens
 from memc.backends.tvm.kernels.rank import Rule, describe
 from memc.backends.tvm.kernels.turns import hold_list, save_list
@@ -28,7 +29,7 @@ def memory(s: Scores, r: Rule, units: Any, pages: Any) -> dict[str, tuple[tuple[
 
     ``rank`` is what is ranked by; ``list`` the tiles of keys on which what is taken lies; ``scores`` those of the keys
     there, ``again`` what these are ranked by, ``slots`` the tokens that are read; ``shares`` the exponentials of ranks;
-    ``turns`` a list that several tokens share.
+    ``turns`` a list that several tokens share, or what the events of tokens are worth.
     """
     return {
         "rank": ((units, pages), "int32"),
@@ -37,7 +38,7 @@ def memory(s: Scores, r: Rule, units: Any, pages: Any) -> dict[str, tuple[tuple[
         "slots": ((units, r.room), "int32"),
         "scores": ((units, s.share, r.room), "float32"),
         "shares": ((units, pages if r.mass < 1 else 1), "float32"),
-        "turns": ((units, 2, r.places if r.refresh > 1 else 1), "int32"),
+        "turns": ((units, 2, pages if r.by_event else r.places if r.refresh > 1 else 1), "int32"),
     }
 
 
@@ -51,12 +52,12 @@ def sparse_attention(s: Scores, r: Rule) -> PrimFunc:
     """Make ``memc::sparse_attention``, or ``memc::refreshed_attention`` of a rule with ``refresh``, its state in place.
 
     ``keys [B,G,P,D,SLOTS]`` and ``values [B,G,S,E]`` hold the token at position p in slot p, ``pages [B,G,N,C,SLOTS]``
-    the description of page n; where tokens are ranked ``keys [B,G,S,D]`` are as they are read one by one, and
-    ``pages [B,G,P,D,SLOTS]`` the same channel by channel, and where pages are searched ``pages [B,G,N,D]``; what
-    ``choice`` holds is said in ``turns``. The new tokens are written first, so that no sequence may start in a call
-    after tokens of another one in the same row. A unit of work is some tokens of one key-value head; of each it ranks
-    the pages, lists the tiles of keys on which the best ones lie, and makes the scores of these, which are ranked again
-    where that is asked for and then weigh the values.
+    the description of page n; where tokens are ranked ``keys [B,G,S,D]`` are as they are read one by one, and ``pages
+    [B,G,P,D,SLOTS]`` the same channel by channel, and where pages are searched ``pages [B,G,N,D]``; what ``choice``
+    holds is said in ``turns`` and ``eventful``. The new tokens are written first, so that no sequence may start in a
+    call after tokens of another one in the same row. A unit of work is some tokens of one key-value head; of each it
+    ranks the pages, lists the tiles of keys on which the best ones lie, and makes the scores of these, which are ranked
+    again where that is asked for and then weigh the values.
     """
     heads, groups, key_dim, value_dim = s.heads, s.groups, s.key_dim, s.value_dim
     share, together, size = s.share, s.together, r.described(s.key_dim)
@@ -127,8 +128,8 @@ def sparse_attention(s: Scores, r: Rule) -> PrimFunc:
         )
         values = T.match_buffer(values_, (batch, groups, held, value_dim), "float32")
         pages = T.match_buffer(pages_, (batch, groups, described, *((size,) if r.rows else (size, SLOTS))), "float32")
-        listed = T.meta_var((batch, groups, 2, r.places) if r.refresh > 1 else (1,))
-        choice = T.match_buffer(choice_, listed, "int32")
+        listed = T.meta_var((batch, groups, 2, r.places) if r.refresh > 1 else (batch, held) if r.by_event else (1,))
+        choice = T.match_buffer(choice_, listed, "int64" if r.by_event else "int32")
         sinks = T.match_buffer(sinks_, (heads if s.sink_logits else 1,), "float32")
         y = T.match_buffer(y_, (batch, heads, tokens, value_dim), "float32")
         lse = T.match_buffer(lse_, (batch, heads, tokens) if r.lse else (1,), "float32")
@@ -176,6 +177,8 @@ def sparse_attention(s: Scores, r: Rule) -> PrimFunc:
                         hold_list(names, r, b, g, unit, positions[b, t], turn)
                         step(names, b, g, t, unit, positions[b, t])
             else:
+                if r.by_event:
+                    begin_events(names, b, unit, tokens)
                 for turn in T.serial(T.ceildiv(tokens - unit % dealt, dealt)):
                     t = turn * dealt + unit % dealt
                     step(names, b, g, t, unit, positions[b, t])
