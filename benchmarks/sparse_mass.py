@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.fx import Interpreter, Node
 
 from memc.dialect import arguments
-from memc.dialect.sparse_attention import cost
+from memc.dialect.refreshed_attention import RefreshedAttention
+from memc.dialect.sparse_attention import SparseAttention
 from memc.kernels.refreshed_attention.choose import Choices
 from memc.kernels.sparse_attention.choose import Rule, describe, narrowed
 from memc.kernels.sparse_attention.reference import find_sequences
@@ -92,9 +93,12 @@ def mass(query: Tensor, key: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
 
 def share_read(choice: dict[str, Any], query: Tensor, key: Tensor) -> float:
     """Return the bytes that a token at the end reads, over those of all keys and values."""
-    a = {"query": query, "key": key, "value": key, "sinks": SINKS, "window": WINDOW, "dense_below": FIRST}
-    a |= {"channels": key.shape[3] // 8, **choice}
-    return cost(a, LENGTH).bytes / (2 * LENGTH * key.shape[1] * key.shape[3] * key.dtype.itemsize)
+    nothing, at = key[:, :, :0], torch.zeros(1, 0, dtype=torch.int64)
+    a: dict[str, Any] = {"query": query, "key": key, "value": key, "positions": at, "past_positions": at}
+    a |= dict.fromkeys(("past_key", "past_value", "past_pages"), nothing)
+    a |= {"scale": 1.0, "sinks": SINKS, "window": WINDOW, "dense_below": FIRST, "channels": key.shape[3] // 8, **choice}
+    call = RefreshedAttention(past_choice=at, **a) if "refresh" in a else SparseAttention(**a)
+    return call.cost(LENGTH).bytes / (2 * LENGTH * key.shape[1] * key.shape[3] * key.dtype.itemsize)
 
 
 @torch.no_grad()
