@@ -33,7 +33,7 @@ from memc.train.editing import Edit, Edited, EditSettings, edit_program, follows
 from memc.verify import token_limit
 
 LENGTH, FEWEST, MOST, EACH = 24, 200, 1000, 10
-"""Tokens of a sequence of unrelated text, the fewest and the most that are shown, and how many for each edit between."""
+"""Tokens of a sequence of unrelated text, the fewest and the most that are shown, and how many to an edit between."""
 
 HELD_OUT = 200
 """Sequences that are not shown."""
@@ -64,9 +64,9 @@ def edit_artifact(
 
     ``edits`` is a file of JSON lines with a ``prompt``, or a list of them, and a ``target`` each. ``data``, one source
     at least, are text that is to stay as it is. What was lowered answers for the edits where this machine runs it, else
-    the program. Raises ``MemcError``: E309 the source is no artifact, E402 a file of it has changed, E208 it has no side copy, E207
-    edits or data that cannot be used, E205 an empty prompt or target, E308 no tokenizer, E403 a loss that is not
-    finite, and as :func:`memc.conversion.again.lower_again`.
+    the program. Raises ``MemcError``: E309 the source is no artifact, E402 a file of it has changed, E208 it has no
+    side copy, E207 edits or data that cannot be used, E205 an empty prompt or target, E308 no tokenizer, E403 a loss
+    that is not finite, and as :func:`memc.conversion.again.lower_again`.
     """
     began, progress = time.perf_counter(), progress or Silent()
     manifest = read_manifest(source, verify=True, unread="lowered")

@@ -34,8 +34,9 @@ APART = 5
 """Of so many unrelated sequences one teaches nothing, where there are four times as many: the threshold is for what is
 like them and was never shown."""
 
-WORST = 64
-"""Unrelated tokens whose excess over the bound is averaged: the worst one alone would be followed by the next."""
+WORST, SETTLED = 64, 3.0
+"""While all edits are gone through, which are learned by then and are to be kept apart: unrelated tokens whose excess
+over the bound counts, since behind the worst one comes the next, and the weight of the bounds beside the text."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,10 @@ class EditSettings:
 
     ``inside`` and ``outside`` bound the activation difference, in units of the usual size of the block's output: that
     of an edit's prompt is to be at least ``inside``, that of any unrelated token at most ``outside`` (the paper's beta
-    and alpha); a step looks at ``drawn`` of those, half of which are the worst there are. An edit is done once its loss
+    and alpha); a step looks at ``drawn`` of those. An edit is done once its loss
     is below ``enough`` nats a token and both bounds hold. After the last one all of them are gone through together,
-    ``together`` to a step and ``rounds`` times, the rate falling as a cosine, unless none has been forgotten before:
-    three replayed ones hold some thirty edits, and not a hundred.
+    ``together`` to a step and ``rounds`` times, the rate falling as a cosine, unless none has been forgotten before;
+    half of the tokens drawn are the worst there are then. Three replayed edits hold some thirty, and not a hundred.
     """
 
     steps: int = 20
@@ -151,7 +152,7 @@ class SideEditor:
         if not all(edit.prompts) or not edit.target:
             raise MemcError("E205", "an edit has a prompt and a target, and neither is empty")
         prepared = tuple(self._prepare(prompt, edit.target) for prompt in edit.prompts)
-        done, self._hardest = self._prompts(), self._worst()
+        done = self._prompts()
         step = 0
         with only(dict(self.program.module.named_parameters()), [self._name]):
             for step in range(1, self.settings.steps + 1):
@@ -189,7 +190,7 @@ class SideEditor:
                 settled = [self._step(part, len(part), "all edits", number) for part in parts]
                 if all(settled):
                     break
-        group["lr"] = settings.rate
+        group["lr"], self._hardest = settings.rate, []
 
     @torch.no_grad()
     def _worst(self) -> list[int]:
@@ -235,9 +236,10 @@ class SideEditor:
         random = self._random.choices(range(len(self._unrelated)), k=self.settings.drawn - len(self._hardest))
         outside = self._difference(self._unrelated[random + self._hardest]) / self._unit
         over = (outside - self.settings.outside).clamp_min(0)
-        worst = over.topk(min(WORST, len(over))).values
-        bounds = 4 * (self.settings.inside - inside).clamp_min(0).mean() + 2 * worst.mean() + worst[0]
-        return max(float(text.detach()) for text in texts[:first]), torch.stack(texts).mean() + bounds
+        counted = over.topk(min(WORST, len(over))).values if self._hardest else over
+        bounds = (self.settings.inside - inside).clamp_min(0).mean() + counted.mean() + over.max()
+        weight = SETTLED if self._hardest else 1.0
+        return max(float(text.detach()) for text in texts[:first]), torch.stack(texts).mean() + weight * bounds
 
     def _text_loss(self, edit: _Prepared) -> Tensor:
         """Return the cross-entropy of a prompt's target, with the copy read from the first routed token on."""
