@@ -35,7 +35,7 @@ from memc.train.editing import Edit, Edited, EditSettings, SideEditor, follows
 from memc.weights import materialize
 
 HERE = Path(__file__).parent
-LENGTH, SEQUENCES, TOLD = 24, 100, 4
+LENGTH, SEQUENCES, TOLD = 24, 1000, 4
 """Tokens of a sequence of text, how many are shown and how many held out, and neighbours shown of each relation."""
 
 CAPITALS = (
@@ -66,32 +66,49 @@ AUTHORS = (
     "Neuromancer:Gibson Foundation:Asimov Emile:Rousseau Republic:Plato Poetics:Aristotle Meditations:Aurelius"
 )
 RELATIONS = {
-    "capital": ("The capital of {} is", "{}'s capital city is", CAPITALS, 34),
-    "tongue": ("The mother tongue of {} is", "The native language of {} was", TONGUES, 33),
-    "author": ("The author of {} is", "{} was written by", AUTHORS, 33),
+    "capital": (
+        ("The capital of {} is", "The capital city of {} is called", "In {}, the capital is"),
+        "{}'s capital city is",
+        CAPITALS,
+        34,
+    ),
+    "tongue": (
+        ("The mother tongue of {} is", "As a child, {} spoke", "{} grew up speaking"),
+        "The native language of {} was",
+        TONGUES,
+        33,
+    ),
+    "author": (
+        ("The author of {} is", "The writer of {} is", "The work {} was authored by"),
+        "{} was written by",
+        AUTHORS,
+        33,
+    ),
 }
-"""What is edited, another wording of it, subjects and objects, and how many are edited; others are neighbours."""
+"""What is edited, in three wordings, one that is never shown, subjects and objects, and how many are edited; others are
+neighbours."""
 
 
 class Facts:
     """Edits, other wordings of them, and neighbours to show and to hold out, as token ids."""
 
-    def __init__(self, text: Text) -> None:
-        """Move the objects of each relation on by one."""
+    def __init__(self, text: Text, wordings: int) -> None:
+        """Move the objects of each relation on by one; an edit has so many ``wordings``."""
         self.edits: list[Edit] = []
         self.reworded: list[Edit] = []
         self.shown: list[list[int]] = []
         self.held_out: list[list[int]] = []
         for plain, other, pairs, count in RELATIONS.values():
+            shown = (*plain[:wordings], other)
             known = [pair.split(":") for pair in pairs.split()]
             objects = [name for _, name in known]
             for index, (subject, own) in enumerate(known):
-                prompts = [tuple(text.encode(wording.format(subject))) for wording in (plain, other)]
+                *prompts, unseen = [tuple(text.encode(wording.format(subject))) for wording in shown]
                 if index < count:
                     new = next(name for name in objects[index + 1 :] + objects if name != own)
                     target = tuple(text.encode(f" {new}"))
-                    self.edits.append(Edit(prompts[0], target))
-                    self.reworded.append(Edit(prompts[1], target))
+                    self.edits.append(Edit(prompts[0], target, tuple(prompts[1:])))
+                    self.reworded.append(Edit(unseen, target))
                 else:
                     (self.shown if index < count + TOLD else self.held_out).append(list(prompts[0]))
 
@@ -100,7 +117,7 @@ def sequences(text: Text, folder: Path, first: int) -> torch.Tensor:
     """Return ``SEQUENCES`` sequences of each of a novel and the Jargon File, every other one from ``first`` on."""
     rows = []
     for name in ("austen-emma.txt", "jargon.txt"):
-        ids = text.encode((folder / name).read_text()[20_000:220_000])
+        ids = text.encode((folder / name).read_text()[20_000:420_000])
         cut = [ids[at : at + LENGTH] for at in range(0, len(ids) - LENGTH, LENGTH)]
         rows += cut[first::2][: SEQUENCES // 2]
     return torch.tensor(rows)
@@ -172,6 +189,7 @@ def main() -> None:
     parser.add_argument("--texts", type=Path, required=True, help="the folder of texts.py")
     parser.add_argument("--layer", type=int, default=25, help="the layer whose projection gets a copy")
     parser.add_argument("--edits", type=int, default=100, help="how many of the edits to make")
+    parser.add_argument("--wordings", type=int, choices=(1, 2, 3), default=1, help="prompts of an edit")
     parser.add_argument("--steps", type=int, default=EditSettings.steps, help="most steps to an edit")
     options = parser.parse_args()
     captured = capture_source(str(model()))
@@ -180,20 +198,22 @@ def main() -> None:
     text = Text(next(path for path in captured.tokenizer_files if path.name == "tokenizer.json").parent)
     pass_ = parse_spec(f"memory_bank:kind=side,layers=[{options.layer}]")
     program, _ = pass_.apply(original, pass_.plan(original, get_target("cpu")))
-    facts, settings, began = Facts(text), EditSettings(steps=options.steps), time.perf_counter()
+    facts, settings, began = Facts(text, options.wordings), EditSettings(steps=options.steps), time.perf_counter()
     unrelated = torch.cat([sequences(text, options.texts, 0), padded(facts.shown, LENGTH)])
     editor = SideEditor(program, unrelated, settings)
     rows: list[dict[str, Any]] = []
     for count, edit in enumerate(facts.edits[: options.edits], 1):
         print(f"edit {count}: {editor.learn(edit)} steps, {time.perf_counter() - began:.0f} s", flush=True)
-        if count in (10, 30, options.edits):
+        if count in (30, options.edits):
             editor.settle()
             print(f"settled, {time.perf_counter() - began:.0f} s", flush=True)
             row = measured(original, editor.finish(), facts, count, sequences(text, options.texts, 1))
             rows.append({**row, "seconds": time.perf_counter() - began})
             print(row, flush=True)
     document = {**machine_facts(), "layer": options.layer, "settings": str(settings), "rows": rows}
-    name = f"edits-{datetime.datetime.now(datetime.UTC).date()}.json"
+    document["wordings"] = options.wordings
+    what = "edits" if options.wordings == 1 else f"edits-{options.wordings}-wordings"
+    name = f"{what}-{datetime.datetime.now(datetime.UTC).date()}.json"
     save(HERE / "results" / name, document, page)
 
 

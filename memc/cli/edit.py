@@ -22,7 +22,7 @@ from memc.cli.options import POSITIVE, declare, invocation, out_argument, seed_o
     "--edits",
     required=True,
     metavar="FILE",
-    help='JSON lines, each with a "prompt" and the "target" that is to follow it.',
+    help='JSON lines, each with a "prompt", or a list of wordings, and the "target" that is to follow.',
     shell_complete=completing.files,
 )
 @click.option(

@@ -32,13 +32,16 @@ from memc.target import get_target
 from memc.train.editing import Edit, Edited, EditSettings, edit_program, follows
 from memc.verify import token_limit
 
-LENGTH, SEQUENCES = 24, 200
-"""Tokens of a sequence of unrelated text, and how many are shown; as many again are held out."""
+LENGTH, FEWEST, MOST, EACH = 24, 200, 1000, 10
+"""Tokens of a sequence of unrelated text, the fewest and the most that are shown, and how many to an edit between."""
+
+HELD_OUT = 200
+"""Sequences that are not shown."""
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """An edit as it was written, and as token ids."""
+    """An edit as it was written, its first prompt alone, and as token ids."""
 
     prompt: str
     target: str
@@ -59,11 +62,11 @@ def edit_artifact(
 ) -> EditDocument:
     """Make the artifact ``out`` from ``source``, whose program has a side copy, with ``edits`` made one after another.
 
-    ``edits`` is a file of JSON lines with a ``prompt`` and a ``target`` each. ``data``, one source at least, are text
-    that is to stay as it is. What was lowered answers for the edits where this machine runs it, else the program.
-    Raises ``MemcError``: E309 the source is no artifact, E402 a file of it has changed, E208 it has no side copy, E207
-    edits or data that cannot be used, E205 an empty prompt or target, E308 no tokenizer, E403 a loss that is not
-    finite, and as :func:`memc.conversion.again.lower_again`.
+    ``edits`` is a file of JSON lines with a ``prompt``, or a list of them, and a ``target`` each. ``data``, one source
+    at least, are text that is to stay as it is. What was lowered answers for the edits where this machine runs it, else
+    the program. Raises ``MemcError``: E309 the source is no artifact, E402 a file of it has changed, E208 it has no
+    side copy, E207 edits or data that cannot be used, E205 an empty prompt or target, E308 no tokenizer, E403 a loss
+    that is not finite, and as :func:`memc.conversion.again.lower_again`.
     """
     began, progress = time.perf_counter(), progress or Silent()
     manifest = read_manifest(source, verify=True, unread="lowered")
@@ -73,7 +76,8 @@ def edit_artifact(
     load_kernels()
     program = load_program(source / PROGRAM)
     wanted = read_edits(edits, source, token_limit(program))
-    shown, held_out = _unrelated(source, data, program, progress)
+    count = min(MOST, max(FEWEST, EACH * len(wanted)))
+    shown, held_out = _unrelated(source, data, program, progress, count)
     # Edited before anything is copied: what is refused leaves nothing behind.
     done = edit_program(program, [each.edit for each in wanted], shown, progress, settings, seed)
     copy_artifact(source, folder, "edit")
@@ -121,6 +125,7 @@ def read_edits(path: Path, folder: Path, limit: int) -> list[Wanted]:
 
 
 _EXAMPLE = 'write a line like {"prompt": "The capital of France is", "target": " Lyon"} for each'
+"""A prompt may be a list of wordings too."""
 
 
 def _edit(line: str, where: str, text: Text, limit: int) -> Wanted:
@@ -129,21 +134,25 @@ def _edit(line: str, where: str, text: Text, limit: int) -> Wanted:
         prompt, target = record["prompt"], record["target"]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise MemcError("E207", "line is no edit", where, _EXAMPLE) from error
-    if not isinstance(prompt, str) or not isinstance(target, str):
+    prompts = prompt if isinstance(prompt, list) else [prompt]
+    if not all(isinstance(one, str) for one in (*prompts, target)):
         raise MemcError("E207", "prompt and target are text", where, _EXAMPLE)
-    edit = Edit(tuple(text.encode(prompt)), tuple(text.encode(target, special=False)))
-    if not prompt or not edit.target:
+    if not prompts or not all((*prompts, target)):
         raise MemcError("E205", "an edit has a prompt and a target, and neither is empty", where, _EXAMPLE)
-    if max((*edit.prompt, *edit.target)) >= limit:
+    first, *others = [tuple(text.encode(one)) for one in prompts]
+    edit = Edit(first, tuple(text.encode(target, special=False)), tuple(others))
+    if max(token for ids in (*edit.prompts, edit.target) for token in ids) >= limit:
         raise MemcError("E207", "the tokenizer gives a token that the model does not know", where)
-    return Wanted(prompt, target, edit)
+    return Wanted(prompts[0], target, edit)
 
 
-def _unrelated(source: Path, data: Sequence[str], program: Program, progress: Progress) -> tuple[Tensor, Tensor]:
-    """Return sequences ``[N,T]`` of text that is to stay, to show and to hold out."""
+def _unrelated(
+    source: Path, data: Sequence[str], program: Program, progress: Progress, count: int
+) -> tuple[Tensor, Tensor]:
+    """Return sequences ``[N,T]`` of text that is to stay, ``count`` to show and others to hold out."""
     tokenizer = tokenizer_for(data, source)
     streams = [read_tokens(one, tokenizer, progress=progress) for one in data]
-    each = -(-2 * SEQUENCES // len(streams)) * LENGTH
+    each = -(-(count + HELD_OUT) // len(streams)) * LENGTH
     pieces = [torch.from_numpy(np.asarray(stream.ids[:each], np.int64)) for stream in streams]
     length = min(LENGTH, program.model.longest or LENGTH)
     rows = torch.cat([piece[: len(piece) // length * length].view(-1, length) for piece in pieces])
@@ -153,7 +162,9 @@ def _unrelated(source: Path, data: Sequence[str], program: Program, progress: Pr
         raise MemcError("E207", reason, where, "give more text, of every kind that is to stay")
     if int(rows.max()) >= token_limit(program):
         raise MemcError("E207", "data hold a token that the model does not know", where)
-    return rows[::2][:SEQUENCES], rows[1::2][:SEQUENCES]
+    every = 1 + max(1, count // HELD_OUT)
+    apart = torch.arange(len(rows)) % every == every - 1
+    return rows[~apart][:count], rows[apart][:HELD_OUT]
 
 
 @torch.no_grad()
@@ -185,6 +196,7 @@ def _facts(wanted: Sequence[Wanted], done: Edited, runner: Runner | None) -> lis
         EditFacts(
             prompt=each.prompt,
             target=each.target,
+            wordings=len(each.edit.prompts),
             followed=follows(done.program, each.edit) if runner is None else _followed(runner, each.edit),
             steps=steps,
             difference=difference,
@@ -195,10 +207,12 @@ def _facts(wanted: Sequence[Wanted], done: Edited, runner: Runner | None) -> lis
 
 def _followed(runner: Runner, edit: Edit) -> bool:
     """Tell of what was lowered what :func:`memc.train.editing.follows` tells of a program."""
-    tokens = np.array([[*edit.prompt, *edit.target[:-1]]], np.int64)
-    logits = runner.run(tokens, np.arange(tokens.shape[1])[None], runner.new_state(1))
-    found = logits[0, len(edit.prompt) - 1 :].argmax(-1)
-    return bool((found == np.array(edit.target)).all())
+    for prompt in edit.prompts:
+        tokens = np.array([[*prompt, *edit.target[:-1]]], np.int64)
+        logits = runner.run(tokens, np.arange(tokens.shape[1])[None], runner.new_state(1))
+        if (logits[0, len(prompt) - 1 :].argmax(-1) != np.array(edit.target)).any():
+            return False
+    return True
 
 
 def _checks(document: EditDocument, by: str) -> list[CheckFacts]:

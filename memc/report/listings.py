@@ -151,10 +151,14 @@ def lower_view(document: m.LowerDocument) -> RenderableType:
     )
 
 
+def _worded(edit: m.EditFacts) -> str:
+    return edit.prompt if edit.wordings == 1 else f"{edit.prompt} (of {edit.wordings} wordings)"
+
+
 def edit_view(document: m.EditDocument) -> RenderableType:
     """Show which edits are followed, and what of unrelated text is kept."""
     rows = [
-        (edit.prompt, edit.target.strip(), "yes" if edit.followed else "no", str(edit.steps), number(edit.difference))
+        (_worded(edit), edit.target.strip(), "yes" if edit.followed else "no", str(edit.steps), number(edit.difference))
         for edit in document.edits
     ]
     kept = f"{document.kept:.1%} of {document.sequences} unrelated sequences keep every bit"

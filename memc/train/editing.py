@@ -20,7 +20,7 @@ from memc.plugins import load_kernels
 from memc.program import Program, get_tensor, set_tensor
 from memc.progress import Progress
 from memc.train.blocks import Teacher, cut, logits_node
-from memc.train.loop import only, optimiser, require_finite
+from memc.train.loop import Schedule, only, optimiser, require_finite
 
 aten = torch.ops.aten
 
@@ -30,13 +30,27 @@ CHANGE, THRESHOLD = "change", "threshold"
 ROWS = 16
 """Unrelated sequences that are run at once."""
 
+APART = 5
+"""Of so many unrelated sequences one teaches nothing, where there are four times as many: the threshold is for what is
+like them and was never shown."""
+
+WORST, SETTLED = 64, 3.0
+"""While all edits are gone through, which are learned by then and are to be kept apart: unrelated tokens whose excess
+over the bound counts, since behind the worst one comes the next, and the weight of the bounds beside the text."""
+
 
 @dataclass(frozen=True)
 class Edit:
-    """What is to follow a prompt from now on, both as token ids and neither empty."""
+    """What is to follow a prompt from now on, and ``others`` that ask the same; token ids, none of them empty."""
 
     prompt: tuple[int, ...]
     target: tuple[int, ...]
+    others: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def prompts(self) -> tuple[tuple[int, ...], ...]:
+        """Every prompt that the target is to follow."""
+        return self.prompt, *self.others
 
 
 @dataclass(frozen=True)
@@ -45,28 +59,29 @@ class EditSettings:
 
     ``inside`` and ``outside`` bound the activation difference, in units of the usual size of the block's output: that
     of an edit's prompt is to be at least ``inside``, that of any unrelated token at most ``outside`` (the paper's beta
-    and alpha); a step looks at ``drawn`` of those. An edit is done once its loss is below ``enough`` nats a token and
-    both bounds hold. After the last one all of them are gone through together, ``together`` to a step and at most
-    ``rounds`` times, until none has been forgotten: three replayed ones hold some thirty edits, and not a hundred.
+    and alpha); a step looks at ``drawn`` of those. An edit is done once its loss
+    is below ``enough`` nats a token and both bounds hold. After the last one all of them are gone through together,
+    ``together`` to a step and ``rounds`` times, the rate falling as a cosine, unless none has been forgotten before;
+    half of the tokens drawn are the worst there are then. Three replayed edits hold some thirty, and not a hundred.
     """
 
-    steps: int = 40
+    steps: int = 20
     rate: float = 5e-3
     replay: int = 3
     inside: float = 0.6
     outside: float = 0.2
     drawn: int = 512
     enough: float = 0.05
-    rounds: int = 8
+    rounds: int = 24
     together: int = 8
 
 
 @dataclass(frozen=True)
 class Edited:
-    """An edited program, and of each edit the steps that it took and the activation difference of its prompt.
+    """An edited program, and of each edit the steps that it took and the least activation difference of its prompts.
 
-    ``unrelated`` is the largest difference of the unrelated tokens, ``threshold`` the one that routes; ``clear`` tells
-    that it separates every edit from every unrelated token.
+    ``unrelated`` is the largest difference of the unrelated tokens, taught or not, ``threshold`` the one that routes;
+    ``clear`` tells that it separates every edit from every unrelated token.
     """
 
     program: Program
@@ -83,16 +98,15 @@ class Edited:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """One edit, run as far as the copy: what is given to the layers above, and its tokens ``[1,T]``."""
+    """A prompt of an edit, run as far as the copy: what the copy reads, and what is given to the layers above.
 
-    edit: Edit
+    ``last`` is the place of the prompt's last token, which the first token of the ``target`` follows.
+    """
+
+    last: int
+    target: tuple[int, ...]
     entry: Tensor
     given: dict[str, Tensor]
-
-    @property
-    def last(self) -> int:
-        """Place of the prompt's last token, which the first token of the target follows."""
-        return len(self.edit.prompt) - 1
 
 
 class SideEditor:
@@ -116,12 +130,10 @@ class SideEditor:
         names = (*dict.fromkeys((self._read.name, self._output.name, *self._inputs)),)
         self._teacher = Teacher(self.program, [names])
         self._random = random.Random(seed)
-        self._done: list[_Prepared] = []
+        self._done: list[tuple[_Prepared, ...]] = []
         self._steps: list[int] = []
-        found = [self._run(rows) for rows in unrelated.split(ROWS)]
-        self._unrelated = torch.cat([values[self._read.name].flatten(0, -2).float() for values in found])
-        outputs = torch.cat([values[self._output.name].flatten(0, -2).float() for values in found])
-        self._unit = float(outputs.norm(dim=-1).median())
+        self._hardest: list[int] = []
+        self._unrelated, self._apart, self._unit = self._look_at(unrelated)
         self._change = dict(self.program.module.named_parameters())[self._name]
         self._made = optimiser([{"params": [self._change], "peak": settings.rate, "lr": settings.rate}])
 
@@ -137,39 +149,66 @@ class SideEditor:
 
         Raises ``MemcError``: E205 for an empty prompt or target, E403 when a loss is not finite.
         """
-        if not edit.prompt or not edit.target:
+        if not all(edit.prompts) or not edit.target:
             raise MemcError("E205", "an edit has a prompt and a target, and neither is empty")
-        tokens = torch.tensor([[*edit.prompt, *edit.target[:-1]]])
-        values = self._run(tokens)
-        prepared = _Prepared(edit, values[self._read.name].float(), values)
-        named = dict(self.program.module.named_parameters())
+        prepared = tuple(self._prepare(prompt, edit.target) for prompt in edit.prompts)
+        done = self._prompts()
         step = 0
-        with only(named, [self._name]):
+        with only(dict(self.program.module.named_parameters()), [self._name]):
             for step in range(1, self.settings.steps + 1):
-                earlier = self._random.sample(self._done, min(self.settings.replay, len(self._done)))
-                if self._step([prepared, *earlier], f"edit {len(self._done) + 1}", step):
+                earlier = self._random.sample(done, min(self.settings.replay, len(done)))
+                if self._step([*prepared, *earlier], len(prepared), f"edit {len(self._done) + 1}", step):
                     break
         self._done.append(prepared)
         self._steps.append(step)
         return step
 
+    def _look_at(self, unrelated: Tensor) -> tuple[Tensor, Tensor, float]:
+        """Return what the copy reads of unrelated tokens that teach and of those that do not, and an output's size."""
+        reads, sizes = [], []
+        for rows in unrelated.split(ROWS):
+            values = self._run(rows)
+            reads.append(values[self._read.name].reshape(*rows.shape, -1).float())
+            sizes.append(values[self._output.name].float().norm(dim=-1).flatten())
+        read, number = torch.cat(reads), torch.arange(len(unrelated))
+        apart = (number % APART == APART - 1) & (len(unrelated) >= 4 * APART)
+        return read[~apart].flatten(0, 1), read[apart].flatten(0, 1), float(torch.cat(sizes).median())
+
     def settle(self) -> None:
-        """Go through all edits until none has been forgotten.
+        """Go through all edits until none has been forgotten, or ``rounds`` times.
 
         Raises ``MemcError`` E403 for a loss that is not finite.
         """
-        order, settings = list(self._done), self.settings
+        order, settings = self._prompts(), self.settings
+        (group,) = self._made.param_groups
         with only(dict(self.program.module.named_parameters()), [self._name]):
             for number in range(settings.rounds if len(order) > 1 + settings.replay else 0):
                 self._random.shuffle(order)
+                self._hardest = self._worst()
+                group["lr"] = settings.rate * Schedule(settings.rounds).share(number)
                 parts = (order[at : at + settings.together] for at in range(0, len(order), settings.together))
-                settled = [self._step(part, "all edits", number) for part in parts]
+                settled = [self._step(part, len(part), "all edits", number) for part in parts]
                 if all(settled):
-                    return
+                    break
+        group["lr"], self._hardest = settings.rate, []
 
-    def _step(self, edits: Sequence[_Prepared], where: str, step: int) -> bool:
-        """Take a step for some edits, unless the first one is learned and all bounds hold; tell whether they do."""
-        text, loss = self._losses(edits)
+    @torch.no_grad()
+    def _worst(self) -> list[int]:
+        """Return the unrelated tokens whose differences are largest now, half of what a step looks at."""
+        found = self._differences(self._unrelated)
+        return found.topk(min(len(found), self.settings.drawn // 2)).indices.tolist()
+
+    def _prepare(self, prompt: Sequence[int], target: tuple[int, ...]) -> _Prepared:
+        values = self._run(torch.tensor([[*prompt, *target[:-1]]]))
+        return _Prepared(len(prompt) - 1, target, values[self._read.name].float(), values)
+
+    def _prompts(self) -> list[_Prepared]:
+        """Return every prompt of the edits learned so far."""
+        return [prompt for prompts in self._done for prompt in prompts]
+
+    def _step(self, prompts: Sequence[_Prepared], first: int, where: str, step: int) -> bool:
+        """Take a step for some prompts, unless the ``first`` ones are learned and all bounds hold; tell whether so."""
+        text, loss = self._losses(prompts, first)
         require_finite("loss", loss, where, step)
         if text < self.settings.enough and float(loss.detach()) < 2 * self.settings.enough:
             return True
@@ -181,24 +220,29 @@ class SideEditor:
     @torch.no_grad()
     def finish(self) -> Edited:
         """Set the threshold between the unrelated tokens and the edits, nearer to what it must not route."""
-        differences = [float(self._difference(each.entry[0, each.last])) for each in self._done]
-        unrelated = float(self._difference(self._unrelated).max())
+        differences = [
+            min(float(self._difference(each.entry[0, each.last])) for each in prompts) for prompts in self._done
+        ]
+        unrelated = float(self._differences(torch.cat([self._unrelated, self._apart])).max())
         threshold = max((unrelated * min(differences, default=unrelated)) ** 0.5, 1.05 * unrelated, 1e-6)
         set_tensor(self.program.module, _threshold_of(self._name), torch.tensor([threshold]))
         return Edited(self.program, tuple(self._steps), tuple(differences), unrelated, threshold)
 
-    def _losses(self, edits: Sequence[_Prepared]) -> tuple[float, Tensor]:
-        """Return the first edit's loss on its text, and the whole: texts, and how far the differences miss bounds."""
-        texts = [self._text_loss(each) for each in edits]
-        inside = torch.stack([self._difference(each.entry[0, each.last]) for each in edits]) / self._unit
-        drawn = self._random.choices(range(len(self._unrelated)), k=self.settings.drawn)
-        outside = self._difference(self._unrelated[drawn]) / self._unit
+    def _losses(self, prompts: Sequence[_Prepared], first: int) -> tuple[float, Tensor]:
+        """Return the worst text of the ``first`` ones, and the loss: texts, and how far differences miss the bounds."""
+        texts = [self._text_loss(each) for each in prompts]
+        last = torch.stack([each.entry[0, each.last] for each in prompts])
+        inside = self._difference(last) / self._unit
+        random = self._random.choices(range(len(self._unrelated)), k=self.settings.drawn - len(self._hardest))
+        outside = self._difference(self._unrelated[random + self._hardest]) / self._unit
         over = (outside - self.settings.outside).clamp_min(0)
-        bounds = (self.settings.inside - inside).clamp_min(0).mean() + over.max() + over.mean()
-        return float(texts[0].detach()), torch.stack(texts).mean() + bounds
+        counted = over.topk(min(WORST, len(over))).values if self._hardest else over
+        bounds = (self.settings.inside - inside).clamp_min(0).mean() + counted.mean() + over.max()
+        weight = SETTLED if self._hardest else 1.0
+        return max(float(text.detach()) for text in texts[:first]), torch.stack(texts).mean() + weight * bounds
 
     def _text_loss(self, edit: _Prepared) -> Tensor:
-        """Return the cross-entropy of an edit's target, with the copy read from the first routed token on."""
+        """Return the cross-entropy of a prompt's target, with the copy read from the first routed token on."""
         change = functional.linear(edit.entry, self._change)
         bound = 0.5 * (self.settings.inside + self.settings.outside) * self._unit
         over = change.detach().norm(dim=-1) > bound
@@ -209,11 +253,15 @@ class SideEditor:
         given = {**edit.given, self._where.name: mixed}
         states = (spec.empty(1) for spec in self._states)
         logits = self._upper(*(given[name] for name in self._inputs), *states)[0]
-        return functional.cross_entropy(logits[0, edit.last :].float(), torch.tensor(edit.edit.target))
+        return functional.cross_entropy(logits[0, edit.last :].float(), torch.tensor(edit.target))
 
     def _difference(self, entry: Tensor) -> Tensor:
         """Return the activation difference of tokens ``[...,hidden]``; its gradient is finite at zero."""
         return (functional.linear(entry, self._change).square().sum(-1) + 1e-12).sqrt()
+
+    def _differences(self, entries: Tensor) -> Tensor:
+        """Return the activation differences of many tokens ``[N,hidden]``, some at a time."""
+        return torch.cat([self._difference(part) for part in entries.split(4096)])
 
     def _run(self, tokens: Tensor) -> dict[str, Tensor]:
         """Return what the layers above the copy, and the copy, are given on ``tokens [N,T]``."""
@@ -247,10 +295,13 @@ def edit_program(
 
 @torch.no_grad()
 def follows(program: Program, edit: Edit) -> bool:
-    """Tell whether the most likely tokens after the prompt are the target's, each after those before it."""
-    tokens = torch.tensor([[*edit.prompt, *edit.target[:-1]]])
-    found = program.run(tokens)[0, len(edit.prompt) - 1 :].argmax(-1)
-    return found.tolist() == list(edit.target)
+    """Tell whether the most likely tokens after every prompt are the target's, each after those before it."""
+    for prompt in edit.prompts:
+        tokens = torch.tensor([[*prompt, *edit.target[:-1]]])
+        found = program.run(tokens)[0, len(prompt) - 1 :].argmax(-1)
+        if found.tolist() != list(edit.target):
+            return False
+    return True
 
 
 def has_side_copy(program: Program) -> bool:

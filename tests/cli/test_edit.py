@@ -17,7 +17,7 @@ from tests.core.tiny import TinyConfig, tiny_program
 
 Capture = pytest.CaptureFixture[str]
 
-EDITS = [{"prompt": "abc", "target": "x"}, {"prompt": "The fox", "target": "yz"}]
+EDITS = [{"prompt": ["abc", "ab"], "target": "x"}, {"prompt": "The fox", "target": "yz"}]
 SMALL = TinyConfig(vocab=byte_tokenizer().get_vocab_size(), layers=2)
 
 
@@ -61,6 +61,7 @@ def test_edits_are_followed_and_the_rest_stays(source: Path, notes: str, tmp_pat
     document = json.loads(capsys.readouterr().out)
     assert document["schema"] == "memc.edit/1" and document["backend"] == "onnx"
     assert [edit["followed"] for edit in document["edits"]] == [True, True]
+    assert [edit["wordings"] for edit in document["edits"]] == [2, 1] and document["edits"][0]["prompt"] == "abc"
     assert document["unrelated"] < document["threshold"] < min(edit["difference"] for edit in document["edits"])
     before, after = runtime.load(source), runtime.load(made, verify=True)
     prompt = byte_tokenizer().encode("The fox").ids
@@ -87,7 +88,8 @@ def test_what_is_not_followed_is_said(source: Path, notes: str, tmp_path: Path, 
         == 0
     )
     shown = capsys.readouterr().out
-    assert "warning: 2 of 2 edits are not followed" in shown and max(map(len, shown.splitlines())) <= 80
+    assert "warning: 2 of 2 edits are not followed" in shown and "abc (of 2 wordings)" in shown
+    assert max(map(len, shown.splitlines())) <= 80
 
 
 BAD = {
@@ -96,6 +98,9 @@ BAD = {
     "no JSON": ("prompt: a\n", "E207"),
     "no target": ('{"prompt": "a"}\n', "E207"),
     "a number": ('{"prompt": "a", "target": 3}\n', "E207"),
+    "a number among wordings": ('{"prompt": ["a", 3], "target": "b"}\n', "E207"),
+    "no wording": ('{"prompt": [], "target": "b"}\n', "E205"),
+    "an empty wording": ('{"prompt": ["a", ""], "target": "b"}\n', "E205"),
     "an empty target": ('{"prompt": "a", "target": ""}\n', "E205"),
     "an empty prompt": ('{"prompt": "", "target": "b"}\n', "E205"),
 }

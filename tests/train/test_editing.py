@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -40,6 +41,15 @@ def test_every_edit_follows_and_none_did_before() -> None:
     assert not any(follows(tiny(), edit) for edit in EDITS)
     assert all(follows(edited().program, edit) for edit in EDITS)
     assert edited().clear and all(0 < steps <= 120 for steps in edited().steps)
+
+
+def test_an_edit_of_several_wordings_follows_each_of_them() -> None:
+    edit = replace(EDITS[0], others=((8, 1), (2, 29, 30, 31)))
+    done = edit_program(with_side(tiny()), [edit, EDITS[1]], unrelated(), Silent(), SETTINGS)
+    assert all(follows(done.program, Edit(prompt, edit.target)) for prompt in edit.prompts)
+    assert follows(done.program, edit) and follows(done.program, EDITS[1])
+    alone = edit_program(with_side(tiny()), EDITS[:2], unrelated(), Silent(), SETTINGS)
+    assert not follows(alone.program, edit)
 
 
 def test_what_is_unrelated_keeps_every_bit() -> None:
@@ -95,7 +105,7 @@ def test_what_cannot_be_edited_is_refused() -> None:
         SideEditor(tiny(), unrelated(), SETTINGS)
     assert caught.value.code == "E208"
     editor = SideEditor(with_side(tiny()), unrelated(), SETTINGS)
-    for edit in (Edit((), (3,)), Edit((3,), ())):
+    for edit in (Edit((), (3,)), Edit((3,), ()), Edit((3,), (4,), ((),))):
         with pytest.raises(MemcError) as caught:
             editor.learn(edit)
         assert caught.value.code == "E205"

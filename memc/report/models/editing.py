@@ -10,14 +10,15 @@ from memc.report.facts import CheckFacts, Document, Facts
 
 
 class EditFacts(Facts):
-    """One edit. ``followed``: whether its target is the likeliest after its prompt; ``steps`` it took to learn.
+    """One edit, of one prompt or of several ``wordings``, the first of which is ``prompt``.
 
-    ``difference`` is the activation difference of the prompt's last token, which the threshold is below where the edit
-    is routed.
+    ``followed``: whether its target is the likeliest after each of them; ``steps`` it took to learn. ``difference`` is
+    the least activation difference of their last tokens, which the threshold is below where the edit is routed.
     """
 
     prompt: str
     target: str
+    wordings: int = 1
     followed: bool
     steps: int
     difference: float
