@@ -7,7 +7,7 @@ What lies below the copy never moves, so it is computed once for each edit, and 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,9 +34,11 @@ APART = 5
 """Of so many unrelated sequences one teaches nothing, where there are four times as many: the threshold is for what is
 like them and was never shown."""
 
-WORST, SETTLED = 64, 3.0
-"""While all edits are gone through, which are learned by then and are to be kept apart: unrelated tokens whose excess
-over the bound counts, since behind the worst one comes the next, and the weight of the bounds beside the text."""
+WORST = 64
+"""Unrelated tokens whose excess counts where many edits are learned: behind the worst one comes the next."""
+
+INSIDE, OUTSIDE = 4.0, 2.0
+"""Weights there of how far edits, and these tokens, miss the bounds; beside the text, and the worst one, each once."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,9 @@ class EditSettings:
     ``inside`` and ``outside`` bound the activation difference, in units of the usual size of the block's output: that
     of an edit's prompt is to be at least ``inside``, that of any unrelated token at most ``outside`` (the paper's beta
     and alpha); a step looks at ``drawn`` of those. An edit is done once its loss
-    is below ``enough`` nats a token and both bounds hold. After the last one all of them are gone through together,
-    ``together`` to a step and ``rounds`` times, the rate falling as a cosine, unless none has been forgotten before;
-    half of the tokens drawn are the worst there are then. Three replayed edits hold some thirty, and not a hundred.
+    is below ``enough`` nats a token and both bounds hold. Three replayed edits hold some thirty, and not a hundred:
+    more than can be replayed are learned together, ``together`` of their prompts to a step and ``rounds`` times, the
+    rate falling as a cosine. Half of the tokens drawn are the worst there are then.
     """
 
     steps: int = 20
@@ -72,7 +74,7 @@ class EditSettings:
     outside: float = 0.2
     drawn: int = 512
     enough: float = 0.05
-    rounds: int = 24
+    rounds: int = 40
     together: int = 8
 
 
@@ -133,6 +135,7 @@ class SideEditor:
         self._done: list[tuple[_Prepared, ...]] = []
         self._steps: list[int] = []
         self._hardest: list[int] = []
+        self._last: Tensor | None = None
         self._unrelated, self._apart, self._unit = self._look_at(unrelated)
         self._change = dict(self.program.module.named_parameters())[self._name]
         self._made = optimiser([{"params": [self._change], "peak": settings.rate, "lr": settings.rate}])
@@ -149,10 +152,7 @@ class SideEditor:
 
         Raises ``MemcError``: E205 for an empty prompt or target, E403 when a loss is not finite.
         """
-        if not all(edit.prompts) or not edit.target:
-            raise MemcError("E205", "an edit has a prompt and a target, and neither is empty")
-        prepared = tuple(self._prepare(prompt, edit.target) for prompt in edit.prompts)
-        done = self._prompts()
+        prepared, done = self._prepared(edit), self._prompts()
         step = 0
         with only(dict(self.program.module.named_parameters()), [self._name]):
             for step in range(1, self.settings.steps + 1):
@@ -174,29 +174,39 @@ class SideEditor:
         apart = (number % APART == APART - 1) & (len(unrelated) >= 4 * APART)
         return read[~apart].flatten(0, 1), read[apart].flatten(0, 1), float(torch.cat(sizes).median())
 
-    def settle(self) -> None:
-        """Go through all edits until none has been forgotten, or ``rounds`` times.
+    def learn_together(self, edits: Sequence[Edit], advance: Callable[[int, str], None] = lambda *_: None) -> None:
+        """Learn many edits from where the copy stands, all of them gone through ``rounds`` times.
 
-        Raises ``MemcError`` E403 for a loss that is not finite.
+        Each round is told to ``advance``. Raises ``MemcError`` as :meth:`learn`.
         """
-        order, settings = self._prompts(), self.settings
+        settings, begun = self.settings, len(self._done)
+        self._done += [self._prepared(edit) for edit in edits]
+        order, rounds = self._prompts(), 0
+        self._last = torch.stack([each.entry[0, each.last] for each in order])
         (group,) = self._made.param_groups
         with only(dict(self.program.module.named_parameters()), [self._name]):
-            for number in range(settings.rounds if len(order) > 1 + settings.replay else 0):
+            for rounds in range(1, settings.rounds + 1):
                 self._random.shuffle(order)
                 self._hardest = self._worst()
-                group["lr"] = settings.rate * Schedule(settings.rounds).share(number)
+                group["lr"] = settings.rate * Schedule(settings.rounds).share(rounds - 1)
                 parts = (order[at : at + settings.together] for at in range(0, len(order), settings.together))
-                settled = [self._step(part, len(part), "all edits", number) for part in parts]
-                if all(settled):
+                learned = [self._step(part, len(part), "all edits", rounds) for part in parts]
+                advance(1, f"{sum(learned)} of {len(learned)} parts learned")
+                if all(learned):
                     break
-        group["lr"], self._hardest = settings.rate, []
+        group["lr"], self._hardest, self._last = settings.rate, [], None
+        self._steps += [rounds] * (len(self._done) - begun)
 
     @torch.no_grad()
     def _worst(self) -> list[int]:
         """Return the unrelated tokens whose differences are largest now, half of what a step looks at."""
         found = self._differences(self._unrelated)
         return found.topk(min(len(found), self.settings.drawn // 2)).indices.tolist()
+
+    def _prepared(self, edit: Edit) -> tuple[_Prepared, ...]:
+        if not all(edit.prompts) or not edit.target:
+            raise MemcError("E205", "an edit has a prompt and a target, and neither is empty")
+        return tuple(self._prepare(prompt, edit.target) for prompt in edit.prompts)
 
     def _prepare(self, prompt: Sequence[int], target: tuple[int, ...]) -> _Prepared:
         values = self._run(torch.tensor([[*prompt, *target[:-1]]]))
@@ -231,15 +241,16 @@ class SideEditor:
     def _losses(self, prompts: Sequence[_Prepared], first: int) -> tuple[float, Tensor]:
         """Return the worst text of the ``first`` ones, and the loss: texts, and how far differences miss the bounds."""
         texts = [self._text_loss(each) for each in prompts]
-        last = torch.stack([each.entry[0, each.last] for each in prompts])
-        inside = self._difference(last) / self._unit
+        last = torch.stack([each.entry[0, each.last] for each in prompts]) if self._last is None else self._last
+        inside = (self.settings.inside - self._difference(last) / self._unit).clamp_min(0).mean()
         random = self._random.choices(range(len(self._unrelated)), k=self.settings.drawn - len(self._hardest))
         outside = self._difference(self._unrelated[random + self._hardest]) / self._unit
         over = (outside - self.settings.outside).clamp_min(0)
-        counted = over.topk(min(WORST, len(over))).values if self._hardest else over
-        bounds = (self.settings.inside - inside).clamp_min(0).mean() + counted.mean() + over.max()
-        weight = SETTLED if self._hardest else 1.0
-        return max(float(text.detach()) for text in texts[:first]), torch.stack(texts).mean() + weight * bounds
+        if self._hardest:
+            bounds = INSIDE * inside + OUTSIDE * over.topk(min(WORST, len(over))).values.mean() + over.max()
+        else:
+            bounds = inside + over.mean() + over.max()
+        return max(float(text.detach()) for text in texts[:first]), torch.stack(texts).mean() + bounds
 
     def _text_loss(self, edit: _Prepared) -> Tensor:
         """Return the cross-entropy of a prompt's target, with the copy read from the first routed token on."""
@@ -279,17 +290,22 @@ def edit_program(
     settings: EditSettings | None = None,
     seed: int = 0,
 ) -> Edited:
-    """Return a program with ``edits`` made one after the other, and what each took; ``unrelated [N,T]`` stays.
+    """Return a program with ``edits`` made, and what each took; ``unrelated [N,T]`` stays.
+
+    One after the other where the earlier ones can all be replayed, else together.
 
     A sequence that no edit is about keeps every bit of its logits, and so does any other up to the token that is about
     one. Raises ``MemcError`` as :class:`SideEditor`.
     """
-    editor = SideEditor(program, unrelated, settings or EditSettings(), seed)
-    with progress.step("edit", len(edits)) as advance:
-        for edit in edits:
-            advance(1, f"{editor.learn(edit)} steps")
-    with progress.step("settle the edits"):
-        editor.settle()
+    settings = settings or EditSettings()
+    editor = SideEditor(program, unrelated, settings, seed)
+    if sum(len(edit.prompts) for edit in edits) <= 1 + settings.replay:
+        with progress.step("edit", len(edits)) as advance:
+            for edit in edits:
+                advance(1, f"{editor.learn(edit)} steps")
+    else:
+        with progress.step(f"learn {len(edits)} edits together", settings.rounds) as advance:
+            editor.learn_together(edits, advance)
     return editor.finish()
 
 
