@@ -190,7 +190,7 @@ def main() -> None:
     parser.add_argument("--layer", type=int, default=25, help="the layer whose projection gets a copy")
     parser.add_argument("--edits", type=int, default=100, help="how many of the edits to make")
     parser.add_argument("--wordings", type=int, choices=(1, 2, 3), default=1, help="prompts of an edit")
-    parser.add_argument("--rounds", type=int, default=EditSettings.rounds, help="times that all edits are gone through")
+    parser.add_argument("--steps", type=int, default=EditSettings.steps, help="times that all edits are gone through")
     options = parser.parse_args()
     captured = capture_source(str(model()))
     assert captured.weights is not None
@@ -198,7 +198,7 @@ def main() -> None:
     text = Text(next(path for path in captured.tokenizer_files if path.name == "tokenizer.json").parent)
     pass_ = parse_spec(f"memory_bank:kind=side,layers=[{options.layer}]")
     program, _ = pass_.apply(original, pass_.plan(original, get_target("cpu")))
-    facts, settings = Facts(text, options.wordings), EditSettings(rounds=options.rounds)
+    facts, settings = Facts(text, options.wordings), EditSettings(steps=options.steps)
     unrelated = torch.cat([sequences(text, options.texts, 0), padded(facts.shown, LENGTH)])
     rows: list[dict[str, Any]] = []
     for count in sorted({30, options.edits}, reverse=True):

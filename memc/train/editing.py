@@ -63,18 +63,17 @@ class EditSettings:
     of an edit's prompt is to be at least ``inside``, that of any unrelated token at most ``outside`` (the paper's beta
     and alpha); a step looks at ``drawn`` of those. An edit is done once its loss
     is below ``enough`` nats a token and both bounds hold. Three replayed edits hold some thirty, and not a hundred:
-    more than can be replayed are learned together, ``together`` of their prompts to a step and ``rounds`` times, the
-    rate falling as a cosine. Half of the tokens drawn are the worst there are then.
+    more than can be replayed are learned together, ``together`` of their prompts to a step and all of them ``steps``
+    times, the rate falling as a cosine. Half of the tokens drawn are the worst there are then.
     """
 
-    steps: int = 20
+    steps: int = 40
     rate: float = 5e-3
     replay: int = 3
     inside: float = 0.6
     outside: float = 0.2
     drawn: int = 512
     enough: float = 0.05
-    rounds: int = 40
     together: int = 8
 
 
@@ -175,7 +174,7 @@ class SideEditor:
         return read[~apart].flatten(0, 1), read[apart].flatten(0, 1), float(torch.cat(sizes).median())
 
     def learn_together(self, edits: Sequence[Edit], advance: Callable[[int, str], None] = lambda *_: None) -> None:
-        """Learn many edits from where the copy stands, all of them gone through ``rounds`` times.
+        """Learn many edits from where the copy stands, all of them gone through ``steps`` times.
 
         Each round is told to ``advance``. Raises ``MemcError`` as :meth:`learn`.
         """
@@ -185,10 +184,10 @@ class SideEditor:
         self._last = torch.stack([each.entry[0, each.last] for each in order])
         (group,) = self._made.param_groups
         with only(dict(self.program.module.named_parameters()), [self._name]):
-            for rounds in range(1, settings.rounds + 1):
+            for rounds in range(1, settings.steps + 1):
                 self._random.shuffle(order)
                 self._hardest = self._worst()
-                group["lr"] = settings.rate * Schedule(settings.rounds).share(rounds - 1)
+                group["lr"] = settings.rate * Schedule(settings.steps).share(rounds - 1)
                 parts = (order[at : at + settings.together] for at in range(0, len(order), settings.together))
                 learned = [self._step(part, len(part), "all edits", rounds) for part in parts]
                 advance(1, f"{sum(learned)} of {len(learned)} parts learned")
@@ -304,7 +303,7 @@ def edit_program(
             for edit in edits:
                 advance(1, f"{editor.learn(edit)} steps")
     else:
-        with progress.step(f"learn {len(edits)} edits together", settings.rounds) as advance:
+        with progress.step(f"learn {len(edits)} edits together", settings.steps) as advance:
             editor.learn_together(edits, advance)
     return editor.finish()
 

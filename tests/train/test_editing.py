@@ -56,14 +56,14 @@ def test_more_edits_than_are_replayed_are_learned_together() -> None:
     """All of them are told from what is unrelated; not every one is followed by so small a model."""
     edits = [*EDITS, Edit((17, 21), (2,)), Edit((26, 5, 9), (7,))]
     said: list[str] = []
-    editor = SideEditor(with_side(tiny()), unrelated(), replace(SETTINGS, rounds=100))
+    editor = SideEditor(with_side(tiny()), unrelated(), replace(SETTINGS, steps=100))
     editor.learn_together(edits, lambda _, text: said.append(text))
     done = editor.finish()
     assert done.clear and len(done.differences) == len(edits)
     assert sum(follows(done.program, edit) for edit in edits) >= 3
     assert set(done.steps) == {len(said)} and said[-1].endswith("parts learned")
     assert torch.equal(done.program.run(unrelated()), tiny().run(unrelated()))
-    once = edit_program(with_side(tiny()), edits, unrelated(), Silent(), replace(SETTINGS, rounds=1))
+    once = edit_program(with_side(tiny()), edits, unrelated(), Silent(), replace(SETTINGS, steps=1))
     assert set(once.steps) == {1} and not any(follows(once.program, edit) for edit in edits)
 
 
