@@ -73,8 +73,8 @@ def lower(program: Program, target: Target, folder: Path, options: LowerOptions)
     from memc.backends.tvm.weights import Parameters
 
     isa = isa_of(target)
-    tuned = _tuned(program, isa, options)
-    tiles = Tiles.of(isa.tile, tuned)
+    measured = tuned(program, isa, options)
+    tiles = Tiles.of(isa.tile, measured)
     prepared = prepare(program, (PlainParameters if isa.gpu else Parameters)(tiles, options.weights))
     path = folder / LIBRARY
     binary = build(program, prepared, isa, tiles, path)
@@ -94,8 +94,8 @@ def lower(program: Program, target: Target, folder: Path, options: LowerOptions)
         limits=prepared.limits,
         returned=list(prepared.returned),
         kernels=[asdict(kernel) for kernel in binary.kernels] if binary is not None else [],
-        tuned=tuned,
-        tuned_on=cpu_name() if tuned else "",
+        tuned=measured,
+        tuned_on=cpu_name() if measured else "",
     )
     (path.parent / INFO).write_text(info.model_dump_json(indent=1) + "\n")
     before = FROM_SOURCE.format(folder=LIBRARY.parent / SOURCE) if isa.source else ON_A_GPU if isa.gpu else ""
@@ -111,12 +111,12 @@ def lower(program: Program, target: Target, folder: Path, options: LowerOptions)
             **forms,
             "weights": prepared.summary,
             "library": _library(isa, target, binary),
-            **({"tuned": _gains(tuned)} if tuned else {}),
+            **({"tuned": _gains(measured)} if measured else {}),
         },
     )
 
 
-def _tuned(program: Program, isa: Isa, options: LowerOptions) -> list[Tuned]:
+def tuned(program: Program, isa: Isa, options: LowerOptions) -> list[Tuned]:
     """Return the products that are timed now, or were for another artifact on a processor like this one."""
     from memc.backends.tvm.graph import prepare
     from memc.backends.tvm.weights import Parameters
@@ -135,14 +135,14 @@ def _tuned(program: Program, isa: Isa, options: LowerOptions) -> list[Tuned]:
     return list(before.tuned) if same else []
 
 
-def _gains(tuned: Sequence[Tuned]) -> str:
+def _gains(measured: Sequence[Tuned]) -> str:
     """Say of how many products another tile is used, and what it gains."""
-    faster = [one for one in tuned if any(gain != 1 for gain in one.gain.values())]
+    faster = [one for one in measured if any(gain != 1 for gain in one.gain.values())]
     if not faster:
-        return f"{len(tuned)} kinds of products timed, none faster in another tile"
+        return f"{len(measured)} kinds of products timed, none faster in another tile"
     gains = {rows: statistics.geometric_mean(one.gain[rows] for one in faster) for rows in faster[0].gain}
     by_rows = ", ".join(f"{gain:.2f} times as fast with {rows} rows" for rows, gain in gains.items())
-    return f"{len(faster)} of {len(tuned)} kinds of products in another tile: {by_rows}"
+    return f"{len(faster)} of {len(measured)} kinds of products in another tile: {by_rows}"
 
 
 def _library(isa: Isa, target: Target, binary: Binary | None) -> str:
