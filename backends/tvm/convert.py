@@ -33,9 +33,9 @@ from memc.backends.tvm.kernels.bank import bank_ffn
 from memc.backends.tvm.kernels.codes import Codes
 from memc.backends.tvm.kernels.common import SLOTS, Scores, exp
 from memc.backends.tvm.kernels.compact import Angles, compact_attention
-from memc.backends.tvm.kernels.dots import dot_linear
+from memc.backends.tvm.kernels.dots import maker
 from memc.backends.tvm.kernels.events import events
-from memc.backends.tvm.kernels.linear import head_linear, linear, quantised_linear
+from memc.backends.tvm.kernels.linear import head_linear
 from memc.backends.tvm.kernels.memory import linear_memory
 from memc.backends.tvm.kernels.memory_chunk import Memory
 from memc.backends.tvm.kernels.quantised import memory_of, quantised_attention
@@ -84,12 +84,9 @@ class Converters(Maker):
         rows, into = flat(importer, x), size(x, -1)
         bits = {1: 32, 2: 8, 3: 4}[len(stored)]
         tile = self._tiles.tile(Product(bits, out, into))
-        if bits == 32:
-            made = self.function(importer, linear, out, into, tile, bias=bias is not None)
-        else:
-            quantised = dot_linear if tile.dots else quantised_linear
-            made = self.function(importer, quantised, out, into, tile, bits=bits, bias=bias is not None)
-            stored += [nothing(importer, "uint8", 1)] if bits == 8 else []
+        make, options = maker(bits, tile)
+        made = self.function(importer, make, out, into, tile, bias=bias is not None, **options)
+        stored += [nothing(importer, "uint8", 1)] if bits == 8 else []
         y = call(importer, made, [rows, *stored, or_nothing(importer, bias)], [size(rows, 0), out])
         return reshape(importer, y, [*shape(x)[:-1], out])
 

@@ -17,8 +17,7 @@ import torch
 import tvm
 
 from memc.backends.tvm.isa import Isa, Tile
-from memc.backends.tvm.kernels.dots import dot_linear
-from memc.backends.tvm.kernels.linear import linear, quantised_linear
+from memc.backends.tvm.kernels.dots import maker
 from memc.backends.tvm.library import set_threads
 from memc.backends.tvm.tiles import Product, Tiles, Tuned
 from memc.backends.tvm.weights import Parameters
@@ -97,11 +96,8 @@ def _shares(before: Timed, after: Timed) -> dict[int, float] | None:
 def compiled(product: Product, tile: Tile, isa: Isa) -> Timed:
     """Compile a product in a tile for a machine that this is, and return what times it."""
     out = max(1, min(product.out, WEIGHTS // product.into))
-    if product.bits == 32:
-        function = linear(out, product.into, tile, bias=False)
-    else:
-        made = dot_linear if tile.dots else quantised_linear
-        function = made(out, product.into, tile, bits=product.bits, bias=False)
+    make, options = maker(product.bits, tile)
+    function = make(out, product.into, tile, bias=False, **options)
     module = tvm.IRModule({"product": function.with_attr("global_symbol", "product")})
     built = tvm.compile(module, target=tvm.target.Target(isa.options))["product"]
     # Not zeros: the memory of those may be one page.

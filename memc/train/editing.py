@@ -61,10 +61,10 @@ class EditSettings:
 
     ``inside`` and ``outside`` bound the activation difference, in units of the usual size of the block's output: that
     of an edit's prompt is to be at least ``inside``, that of any unrelated token at most ``outside`` (the paper's beta
-    and alpha); a step looks at ``drawn`` of those. An edit is done once its loss
-    is below ``enough`` nats a token and both bounds hold. Three replayed edits hold some thirty, and not a hundred:
-    more than can be replayed are learned together, ``together`` of their prompts to a step and all of them ``steps``
-    times, the rate falling as a cosine. Half of the tokens drawn are the worst there are then.
+    and alpha); a step looks at ``drawn`` of those. An edit is done once its loss is below ``enough`` nats a token and
+    both bounds hold. Three replayed edits hold some thirty, and not a hundred: more than can be replayed are learned
+    together, ``together`` of their prompts to a step and all of them ``steps`` times, the rate falling as a cosine.
+    Half of the tokens drawn are the worst there are then.
     """
 
     steps: int = 40

@@ -35,8 +35,7 @@ def find_events(
     """Insert ``memc::events`` behind the logits, with ``options`` ``gamma``, ``longest`` and ``refine``.
 
     Likeness is that of the keys of the ``last`` block that is rewritten, before rotation, as all heads have them.
-    ``grown`` are what :func:`add_states` returns. Returns what the report tells
-    of that block.
+    ``grown`` are what :func:`add_states` returns. Returns what the report tells of that block.
     """
     logits, (tokens, positions) = editor.output(0), editor.program.placeholders()[:2]
     groups, size, vocabulary = last.num_kv_heads, last.head_dim, int(logits.meta["val"].shape[2])

@@ -20,9 +20,10 @@ from tvm_support import build, lower
 from memc import api
 from memc.artifact import read_manifest
 from memc.backend import No, Yes
-from memc.backends.tvm import TvmBackend, convert, library, support
+from memc.backends.tvm import TvmBackend, library, support
 from memc.backends.tvm import runner as running
 from memc.backends.tvm.isa import Tile
+from memc.backends.tvm.kernels import dots
 from memc.dialect import OPS, arguments, op_spec
 from memc.errors import Exit, MemcError
 from memc.plugins import load_plugin
@@ -134,7 +135,7 @@ def test_a_wrong_tail_loop_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
         return linear
 
-    monkeypatch.setattr(convert, "linear", faulty)
+    monkeypatch.setattr(dots, "linear", faulty)
     program = ops.norm()
     runner = build(program, tmp_path)
     assert compare(program, runner, [([list(range(8))], None)]) < 1e-4, "whole tiles are right"

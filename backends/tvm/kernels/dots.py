@@ -7,13 +7,14 @@ instructions for 64 weights where float32 takes 4, and 8 more to make floats of 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 from tvm.script import tirx as T
 
 from memc.backends.tvm.isa import Tile
 from memc.backends.tvm.kernels.common import Expression, PrimFunc, clear
-from memc.backends.tvm.kernels.linear import BLOCK, multiply_tile, store
+from memc.backends.tvm.kernels.linear import BLOCK, linear, multiply_tile, quantised_linear, store
 
 LANES = 16
 """Sums of one instruction, each of four products."""
@@ -189,3 +190,10 @@ def dot_linear(out: int, into: int, tile: Tile, *, bits: int, bias: bool) -> Pri
                     product(codes, scales, zeros, digits, sums, steps, y, b, index, row)
 
     return dot_linear_
+
+
+def maker(bits: int, tile: Tile) -> tuple[Callable[..., PrimFunc], dict[str, int]]:
+    """Return what makes a product of float32 weights, or of 8 or 4 ``bits``, in a tile, and its options for them."""
+    if bits == 32:
+        return linear, {}
+    return dot_linear if tile.dots else quantised_linear, {"bits": bits}
