@@ -38,6 +38,9 @@ HERE = Path(__file__).parent
 LENGTH, SEQUENCES, TOLD = 24, 1000, 4
 """Tokens of a sequence of text, how many are shown and how many held out, and neighbours shown of each relation."""
 
+KEEP = (1.0, 0.99, 0.95)
+"""Shares of unrelated text that the threshold is to leave as they are, one after the other."""
+
 CAPITALS = (
     "France:Paris Germany:Berlin Italy:Rome Spain:Madrid Portugal:Lisbon Greece:Athens Poland:Warsaw "
     "Austria:Vienna Hungary:Budapest Norway:Oslo Sweden:Stockholm Finland:Helsinki Denmark:Copenhagen "
@@ -158,10 +161,11 @@ def measured(before: Program, done: Edited, facts: Facts, count: int, held: torc
 def page(document: dict[str, Any]) -> str:
     """Write the page of results."""
     names = ("reliability", "generality", "locality_text", "locality_neighbours")
-    head = ["edits", "followed before", *(name.replace("_", ", ") for name in names), "separated", "rounds", "seconds"]
+    head = ["edits", "keep", "followed before", *(name.replace("_", ", ") for name in names), "separated", "rounds", "seconds"]
     lines = [
         [
             str(row["edits"]),
+            f"{row['keep']:g}",
             f"{row['before']:.2f}",
             *(f"{row[name]:.2f}" for name in names),
             "yes" if row["clear"] else "no",
@@ -178,6 +182,8 @@ def page(document: dict[str, Any]) -> str:
         " the target is the most likely one; generality: another wording, never shown. Locality: the share of held-out"
         " prompts whose logits are the original's, bit for bit; neighbours are the same relations of other subjects.",
         grid(head, lines),
+        "Keep is the share of unrelated sequences that the threshold is to leave as they are. Edits were given in"
+        f" {document['wordings']} wordings.",
         "Numbers to reach: reliability 0.90, generality 0.80, locality 1.00.",
     ]
     return "\n\n".join(parts) + "\n"
@@ -205,10 +211,11 @@ def main() -> None:
         began, editor = time.perf_counter(), SideEditor(program, unrelated, settings)
         editor.learn_together(facts.edits[:count], lambda _, said: print(said, flush=True))
         learned = time.perf_counter() - began
-        row = measured(original, editor.finish(), facts, count, sequences(text, options.texts, 1)[::5])
-        rows.append({**row, "seconds": learned})
-        print(row, flush=True)
-    rows.reverse()
+        for keep in KEEP:
+            row = measured(original, editor.finish(keep), facts, count, sequences(text, options.texts, 1)[::5])
+            rows.append({"keep": keep, **row, "seconds": learned})
+            print(rows[-1], flush=True)
+    rows.sort(key=lambda row: row["edits"])
     document = {**machine_facts(), "layer": options.layer, "settings": str(settings), "rows": rows}
     document["wordings"] = options.wordings
     what = "edits" if options.wordings == 1 else f"edits-{options.wordings}-wordings"

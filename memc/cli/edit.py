@@ -14,7 +14,7 @@ from memc.cli.options import POSITIVE, declare, invocation, out_argument, seed_o
 @declare(
     "edit",
     "memc edit out --edits facts.jsonl --data notes.txt -o out-edited",
-    "memc edit out --edits facts.jsonl --data notes.txt --steps 80 --force",
+    "memc edit out --edits facts.jsonl --data notes.txt --steps 80 --keep 0.99",
     "memc edit out --edits facts.jsonl --data a.txt --data b.txt --json",
 )
 @out_argument
@@ -38,6 +38,13 @@ from memc.cli.options import POSITIVE, declare, invocation, out_argument, seed_o
 @click.option(
     "--rate", type=click.FloatRange(0, 1, min_open=True), default=0.005, show_default=True, help="Learning rate."
 )
+@click.option(
+    "--keep",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Share of unrelated text that keeps every bit; a little less lets more edits and wordings through.",
+)
 @click.option("--force", is_flag=True, help="Replace an artifact that exists.")
 @seed_option
 @threads_option
@@ -49,6 +56,7 @@ def command(
     output: str | None,
     steps: int,
     rate: float,
+    keep: float,
     force: bool,
     seed: int | None,
     threads: int | None,
@@ -69,7 +77,7 @@ def command(
         made,
         Path(edits),
         data,
-        settings=EditSettings(steps=steps, rate=rate),
+        settings=EditSettings(steps=steps, rate=rate, keep=keep),
         threads=threads,
         seed=seed or 0,
         force=force,

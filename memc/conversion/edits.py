@@ -94,7 +94,7 @@ def edit_artifact(
     document = document.model_copy(
         update={
             "checks": lowered.checks,
-            "warnings": _warnings(document, done),
+            "warnings": _warnings(document, done, (settings or EditSettings()).keep),
             "disk_bytes": folder_bytes(folder.partial),
             "seconds": time.perf_counter() - began,
             "next": next_commands(out, done.program, folder.partial, runs=backend.runs_here(target)),
@@ -224,7 +224,7 @@ def _checks(document: EditDocument, by: str) -> list[CheckFacts]:
     ]
 
 
-def _warnings(document: EditDocument, done: Edited) -> list[str]:
+def _warnings(document: EditDocument, done: Edited, keep: float) -> list[str]:
     found = []
     if missed := sum(not edit.followed for edit in document.edits):
         found.append(
@@ -232,9 +232,10 @@ def _warnings(document: EditDocument, done: Edited) -> list[str]:
         )
     if not done.clear:
         found.append(
-            "no threshold separates every edit from the unrelated text: more --data of its kind, or fewer edits"
+            "no threshold separates every edit from the unrelated text: more --data of its kind, fewer edits, or"
+            " a lower --keep"
         )
-    elif document.kept < 1:
+    elif document.kept < keep:
         found.append(
             f"{1 - document.kept:.0%} of unrelated sequences have changed; more --data of that kind narrows it"
         )

@@ -6,6 +6,7 @@ What lies below the copy never moves, so it is computed once for each edit, and 
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -65,6 +66,9 @@ class EditSettings:
     both bounds hold. Three replayed edits hold some thirty, and not a hundred: more than can be replayed are learned
     together, ``together`` of their prompts to a step and all of them ``steps`` times, the rate falling as a cosine.
     Half of the tokens drawn are the worst there are then.
+
+    ``keep`` is the share of unrelated sequences that the threshold is to leave as they are; one token in a thousand
+    sets it, so that a little less lets many more edits, and other wordings of them, through.
     """
 
     steps: int = 40
@@ -75,6 +79,7 @@ class EditSettings:
     drawn: int = 512
     enough: float = 0.05
     together: int = 8
+    keep: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -135,6 +140,7 @@ class SideEditor:
         self._steps: list[int] = []
         self._hardest: list[int] = []
         self._last: Tensor | None = None
+        self._length = unrelated.shape[1]
         self._unrelated, self._apart, self._unit = self._look_at(unrelated)
         self._change = dict(self.program.module.named_parameters())[self._name]
         self._made = optimiser([{"params": [self._change], "peak": settings.rate, "lr": settings.rate}])
@@ -227,15 +233,28 @@ class SideEditor:
         return False
 
     @torch.no_grad()
-    def finish(self) -> Edited:
-        """Set the threshold between the unrelated tokens and the edits, nearer to what it must not route."""
+    def finish(self, keep: float | None = None) -> Edited:
+        """Set the threshold between the unrelated tokens and the edits, nearer to what it must not route.
+
+        ``keep`` stands in for that of the settings; what was learned stays, so that several may be tried.
+        """
         differences = [
             min(float(self._difference(each.entry[0, each.last])) for each in prompts) for prompts in self._done
         ]
         unrelated = float(self._differences(torch.cat([self._unrelated, self._apart])).max())
-        threshold = max((unrelated * min(differences, default=unrelated)) ** 0.5, 1.05 * unrelated, 1e-6)
+        bound = self._bound(self.settings.keep if keep is None else keep)
+        threshold = max((bound * min(differences, default=bound)) ** 0.5, 1.05 * bound, 1e-6)
         set_tensor(self.program.module, _threshold_of(self._name), torch.tensor([threshold]))
         return Edited(self.program, tuple(self._steps), tuple(differences), unrelated, threshold)
+
+    def _bound(self, keep: float) -> float:
+        """Return the activation difference that no token of a share ``keep`` of the unrelated sequences is above.
+
+        Of those that taught nothing, where there are any: the others have been pushed down. All of both for one.
+        """
+        taught, apart = (self._differences(e).view(-1, self._length).amax(1) for e in (self._unrelated, self._apart))
+        worst = torch.cat([taught, apart]) if keep == 1 or not len(apart) else apart
+        return float(worst.sort().values[math.ceil(keep * len(worst)) - 1])
 
     def _losses(self, prompts: Sequence[_Prepared], first: int) -> tuple[float, Tensor]:
         """Return the worst text of the ``first`` ones, and the loss: texts, and how far differences miss the bounds."""

@@ -78,7 +78,11 @@ def test_edits_are_followed_and_the_rest_stays(source: Path, notes: str, tmp_pat
     assert main(words) == 2 and capsys.readouterr().err.startswith("E204 output folder holds")
     # An edited artifact is edited again.
     more = lines(tmp_path / "more.jsonl", EDITS[0])
-    assert main(["edit", str(made), "--edits", more, "--data", notes, "--steps", "1", "-q"]) == 0
+    again = ["edit", str(made), "--edits", more, "--data", notes, "--steps", "1", "--keep", "0.5", "--json"]
+    assert main(again) == 0
+    document = json.loads(capsys.readouterr().out)
+    least = min(edit["difference"] for edit in document["edits"])
+    assert document["kept"] > 0.4 and document["threshold"] < (document["unrelated"] * least) ** 0.5
 
 
 def test_what_is_not_followed_is_said(source: Path, notes: str, tmp_path: Path, capsys: Capture) -> None:

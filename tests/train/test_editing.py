@@ -101,6 +101,20 @@ def test_a_threshold_that_is_too_low_or_too_high_shows() -> None:
         assert same == (value > 0) and all(follows(broken, edit) for edit in EDITS) == (value == 0)
 
 
+def test_the_threshold_leaves_the_share_that_is_asked_for() -> None:
+    """Of sequences that taught nothing, every fifth; that of all of them is above what any token has."""
+    many = tokens_of(40, 9, seed=4)
+    editor = SideEditor(with_side(tiny()), many, EditSettings(steps=3, rate=2e-2))
+    editor.learn(EDITS[0])
+    before, found = tiny().run(many), []
+    for keep in (0.25, 0.5, 1.0):
+        done = editor.finish(keep)
+        same = (done.program.run(many) == before).flatten(1).all(1)
+        assert same[4::5].float().mean() >= keep and done.unrelated == editor.finish().unrelated
+        found.append(done.threshold)
+    assert found[0] < found[1] < found[2] and done.unrelated < found[2] and same.all()
+
+
 @pytest.mark.parametrize("family", ["gpt2", "opt"])
 def test_families_of_other_shapes_are_edited(family: str) -> None:
     """A projection stored the other way round, and a block that sees flattened tokens.
