@@ -6,10 +6,12 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from memc.artifact import Manifest, read_manifest
@@ -29,7 +31,7 @@ from memc.report.facts import CheckFacts
 from memc.report.models import EditDocument, EditFacts
 from memc.runtime.text import Text
 from memc.target import get_target
-from memc.train.editing import Edit, Edited, EditSettings, edit_program, follows
+from memc.train.editing import Edit, Edited, EditSettings, answers, edit_program, follows
 from memc.verify import token_limit
 
 LENGTH, FEWEST, MOST, EACH = 24, 200, 1000, 10
@@ -192,12 +194,13 @@ def _document(source: Path, out: Path, manifest: Manifest, done: Edited, *, kept
 
 
 def _facts(wanted: Sequence[Wanted], done: Edited, runner: Runner | None) -> list[EditFacts]:
+    followed = partial(follows, done.program) if runner is None else partial(answers, partial(_logits, runner))
     return [
         EditFacts(
             prompt=each.prompt,
             target=each.target,
             wordings=len(each.edit.prompts),
-            followed=follows(done.program, each.edit) if runner is None else _followed(runner, each.edit),
+            followed=followed(each.edit),
             steps=steps,
             difference=difference,
         )
@@ -205,14 +208,11 @@ def _facts(wanted: Sequence[Wanted], done: Edited, runner: Runner | None) -> lis
     ]
 
 
-def _followed(runner: Runner, edit: Edit) -> bool:
-    """Tell of what was lowered what :func:`memc.train.editing.follows` tells of a program."""
-    for prompt in edit.prompts:
-        tokens = np.array([[*prompt, *edit.target[:-1]]], np.int64)
-        logits = runner.run(tokens, np.arange(tokens.shape[1])[None], runner.new_state(1))
-        if (logits[0, len(prompt) - 1 :].argmax(-1) != np.array(edit.target)).any():
-            return False
-    return True
+def _logits(runner: Runner, ids: list[int]) -> NDArray[np.float32]:
+    """Return the logits ``[T,V]`` of what was lowered for a sequence."""
+    tokens = np.array([ids], np.int64)
+    logits: NDArray[np.float32] = runner.run(tokens, np.arange(tokens.shape[1])[None], runner.new_state(1))[0]
+    return logits
 
 
 def _checks(document: EditDocument, by: str) -> list[CheckFacts]:

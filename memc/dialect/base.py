@@ -136,15 +136,8 @@ class OpSpec:
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Name the arguments of a call, defaults filled in."""
-        bound: dict[str, Any] = {}
-        for index, argument in enumerate(self.overload._schema.arguments):
-            if index < len(args):
-                bound[argument.name] = args[index]
-            elif argument.name in kwargs:
-                bound[argument.name] = kwargs[argument.name]
-            elif argument.has_default_value():
-                bound[argument.name] = argument.default_value
-        return bound
+        call = self.arguments(*args, **kwargs)
+        return {f.name: getattr(call, f.name) for f in fields(call)}
 
 
 _SCHEMA_TYPES = {

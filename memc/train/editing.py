@@ -10,6 +10,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -327,15 +328,21 @@ def edit_program(
     return editor.finish()
 
 
+def answers(logits: Callable[[list[int]], Any], edit: Edit) -> bool:
+    """Tell whether the most likely tokens after every prompt are the target's, each after those before it.
+
+    ``logits`` gives those of a sequence, ``[T,V]`` as a tensor or an array.
+    """
+    target = list(edit.target)
+    return all(
+        logits([*prompt, *target[:-1]])[len(prompt) - 1 :].argmax(-1).tolist() == target for prompt in edit.prompts
+    )
+
+
 @torch.no_grad()
 def follows(program: Program, edit: Edit) -> bool:
-    """Tell whether the most likely tokens after every prompt are the target's, each after those before it."""
-    for prompt in edit.prompts:
-        tokens = torch.tensor([[*prompt, *edit.target[:-1]]])
-        found = program.run(tokens)[0, len(prompt) - 1 :].argmax(-1)
-        if found.tolist() != list(edit.target):
-            return False
-    return True
+    """Tell whether a program answers as an edit says."""
+    return answers(lambda ids: program.run(torch.tensor([ids]))[0], edit)
 
 
 def has_side_copy(program: Program) -> bool:
