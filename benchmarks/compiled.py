@@ -33,8 +33,8 @@ from page import grid, save
 from memc.backends.tvm.isa import isa_of
 from memc.backends.tvm.kernels import memory, window
 from memc.backends.tvm.kernels.common import SLOTS, Scores
-from memc.backends.tvm.kernels.dots import dot_linear
-from memc.backends.tvm.kernels.linear import BLOCK, linear, quantised_linear
+from memc.backends.tvm.kernels.dots import maker
+from memc.backends.tvm.kernels.linear import BLOCK
 from memc.backends.tvm.kernels.memory_chunk import Memory
 from memc.backends.tvm.kernels.window_chunk import Ring
 from memc.backends.tvm.library import set_threads
@@ -78,12 +78,12 @@ def product(weights: str, out: int, into: int, isa: Any) -> tuple[Any, list[Any]
     """Compile a product and make its weight, random: what it holds does not change its time."""
     tile, random = isa.tile, np.random.default_rng(0)
     tiles, blocks = -(-out // tile.columns), -(-into // BLOCK)
-    if weights == "fp32":
-        function = linear(out, into, tile, bias=False)
+    bits = 32 if weights == "fp32" else int(weights[3:])
+    make, options = maker(bits, tile)
+    function = make(out, into, tile, bias=False, **options)
+    if bits == 32:
         held = [random.standard_normal((tiles, into, tile.columns), np.float32)]
     else:
-        bits = int(weights[3:])
-        function = (dot_linear if tile.dots else quantised_linear)(out, into, tile, bits=bits, bias=False)
         codes = random.integers(0, 127, (tiles, into * bits // 8, tile.columns), np.int8)
         zeros = np.zeros((tiles, blocks, tile.columns) if bits == 4 else (1,), np.uint8)
         scales = np.full((tiles, blocks, tile.columns), 1e-3, np.float32)

@@ -161,7 +161,15 @@ def measured(before: Program, done: Edited, facts: Facts, count: int, held: torc
 def page(document: dict[str, Any]) -> str:
     """Write the page of results."""
     names = ("reliability", "generality", "locality_text", "locality_neighbours")
-    head = ["edits", "keep", "followed before", *(name.replace("_", ", ") for name in names), "separated", "rounds", "seconds"]
+    head = [
+        "edits",
+        "keep",
+        "followed before",
+        *(name.replace("_", ", ") for name in names),
+        "separated",
+        "rounds",
+        "seconds",
+    ]
     lines = [
         [
             str(row["edits"]),

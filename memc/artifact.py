@@ -84,6 +84,18 @@ class State(BaseModel):
     grows: int | None = None
 
 
+class Table(BaseModel):
+    """A weight of the lowered program of which each token reads a few rows: where it lies in the file of weights."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    file: str = Field(description="path below the artifact's folder")
+    offset: int
+    dtype: str
+    shape: list[int]
+
+
 def held(size: int | str, tokens: Any) -> Any:
     """Return a fixed size as it is, and ``S`` or ``S/n`` at ``tokens`` held ones: their number, or that of their pages.
 
@@ -113,6 +125,7 @@ class Manifest(BaseModel):
     inputs: list[Port]
     outputs: list[Port]
     states: list[State]
+    tables: list[Table] = Field(default_factory=list)
     symbols: dict[str, str] = Field(default_factory=dict)
     capacity: int | None = Field(default=None, description="most tokens one sequence may have; None is unlimited")
     longest_call: int | None = Field(

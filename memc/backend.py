@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from memc.artifact import Manifest, Port, State
+from memc.artifact import Manifest, Port, State, Table
 from memc.errors import MemcError
 
 if TYPE_CHECKING:
@@ -64,6 +64,9 @@ class Lowered:
     how_to_run: str = ""
     forms: dict[str, str] = field(default_factory=dict)
     """For each dialect op, the form it was lowered to."""
+
+    tables: list[Table] = field(default_factory=list)
+    """Weights of which a token reads a few rows, where the runner can leave the others in the file."""
 
 
 class RunState(ABC):

@@ -6,6 +6,7 @@ import os
 import platform
 import resource
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -22,16 +23,32 @@ def cores() -> int:
 
 
 def memory_bytes() -> int | None:
-    """Return the bytes of memory that this process may use: the machine's, or the control group's limit if lower."""
+    """Return the bytes of memory that this process may use: the machine's, or a control group's limit if lower."""
     try:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError):
         return None
-    limit = Path("/sys/fs/cgroup/memory.max")
+    return min([total, *_limits(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
+
+
+def _limits(groups: Path, mounted: Path) -> list[int]:
+    """Return the limits of a process's control groups and of those around them, of version 2 and 1."""
+    found = []
     try:
-        return min(total, int(limit.read_text()))
-    except (OSError, ValueError):  # no control groups, or "max"
-        return total
+        lines = [line.split(":", 2) for line in groups.read_text().splitlines()]
+    except OSError:  # no control groups
+        return []
+    for _, controllers, path in lines:
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root, name = (mounted / "memory", "memory.limit_in_bytes") if controllers else (mounted, "memory.max")
+        inner = root / path.lstrip("/")
+        for folder in (inner, *inner.parents):
+            with suppress(OSError, ValueError):  # none here, or "max"
+                found.append(int((folder / name).read_text()))
+            if folder == root:
+                break
+    return found
 
 
 def cache_bytes() -> int | None:

@@ -13,7 +13,7 @@ from memc.backends.onnx.capability import has_kernel, require_runtime
 from memc.backends.onnx.export import export
 from memc.backends.onnx.graph import prepare
 from memc.backends.onnx.text import how_to_run
-from memc.backends.onnx.weights import place, write
+from memc.backends.onnx.weights import place, tables, write
 from memc.prepare import capacity_of, forms_of, is_memc, ports
 from memc.program import Program
 from memc.target import Target
@@ -58,6 +58,7 @@ def lower(program: Program, target: Target, folder: Path, options: LowerOptions,
         symbols,
         how_to_run(str(FILE), inputs, states),
         {**forms, "weights": weights.summary},
+        tables(folder, FILE),
     )
 
 

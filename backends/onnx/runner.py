@@ -12,6 +12,7 @@ import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
 from memc.artifact import Manifest
+from memc.backends.onnx.rows import map_rows, too_large
 from memc.errors import MemcError
 from memc.runtime.slots import Array, SlotRunner, SlotState
 
@@ -86,7 +87,8 @@ class OnnxRunner(SlotRunner):
             options.intra_op_num_threads = threads
         # A memory that fades passes through subnormal numbers, which are many times slower.
         options.add_session_config_entry("session.set_denormal_as_zero", "1")
-        path = folder / manifest.lowered
+        path, tables = folder / manifest.lowered, manifest.tables
+        self._mapped = map_rows(folder, tables, options) if too_large(folder, tables) else []
         try:
             self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except _LOAD_ERRORS as error:

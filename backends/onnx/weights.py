@@ -10,9 +10,13 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from memc.artifact import Table
 from memc.backends.onnx.calls import DOMAIN, LINEAR
 from memc.backends.onnx.capability import has_kernel
 from memc.quantise import BITS, BLOCK, NARROW, quantise
+
+TABLE = 1 << 20
+"""Bytes of a weight below which its rows are not worth reading one by one."""
 
 
 @dataclass
@@ -253,3 +257,16 @@ def write(model: ir.Model, path: Path) -> None:
     """Write the model and, beside it, one file of weights, in the order of their names."""
     path.parent.mkdir(parents=True, exist_ok=True)
     ir.save(model, path, external_data=f"{path.name}.data", size_threshold_bytes=1024)
+
+
+def tables(folder: Path, file: Path) -> list[Table]:
+    """Return the weights of a written ``file`` below ``folder`` that nothing but ``Gather`` reads, row by row."""
+    found = []
+    for value in ir.load(folder / file).graph.initializers.values():
+        held, uses = value.const_value, value.uses()
+        rows = all(use.node.op_type == "Gather" and not use.idx and not use.node.domain for use in uses)
+        if isinstance(held, ir.ExternalTensor) and held.nbytes >= TABLE and uses and rows:
+            where, kind = (file.parent / held.location).as_posix(), np.dtype(held.dtype.numpy()).name
+            shape = [int(n) for n in held.shape]
+            found.append(Table(name=held.name or "", file=where, offset=held.offset or 0, dtype=kind, shape=shape))
+    return found

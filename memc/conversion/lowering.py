@@ -65,6 +65,7 @@ def lower(
         inputs=lowered.inputs,
         outputs=lowered.outputs,
         states=lowered.states,
+        tables=lowered.tables,
         symbols=lowered.symbols,
         capacity=lowered.capacity,
         longest_call=longest_call(program),
