@@ -123,7 +123,7 @@ class Experiment:
         if not folder.is_dir():
             shutil.copytree(self.work / "bank", folder)
         bank = Bank.open(folder)
-        twice = TrainOptions(epochs=2, held_out=HELD_OUT, seed=seed)
+        twice = TrainOptions(epochs=2, held_out=HELD_OUT, seed=seed, rate=self.options.rate)
         once, learned = replace(twice, epochs=1), ~held_out(bank.passages, HELD_OUT)
         own = [(int(cluster),) for cluster in np.unique(bank.passages.clusters[learned, 0])]
         steps: dict[str, list[tuple[TrainOptions, Sequence[Cluster]]]] = {
@@ -223,8 +223,8 @@ def page(document: dict[str, Any]) -> str:
         f"{document['cpu']}; memc at {document['commit']}. SmolLM2-135M, frozen; {BRANCH} clusters over"
         f" {document['characters']:,} characters of each of {len(TEXTS) + 1} texts ({', '.join((*TEXTS, 'python'))}), a"
         f" third of each held out; every side learns each passage twice, {document['trained_tokens']:,} tokens in all,"
-        f" in sequences of 256. Rates: blocks 0.01, in the clusters after a generic one {document['own_rate']},"
-        f" adapters {document['lora_rate']}. Perplexity of held-out passages over the"
+        f" in sequences of 256. Rates: blocks {document['rate']}, in the clusters after a generic one"
+        f" {document['own_rate']}, adapters {document['lora_rate']}. Perplexity of held-out passages over the"
         f" original's, {original:.2f}, with products in the type of training.",
         grid(["units a layer", "side", "parameters", "mean", "of each seed", "CPU s"], lines),
         "## Numbers to reach",
@@ -243,13 +243,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=numbers, default=[0])
     parser.add_argument("--arms", default=",".join(ARMS))
     parser.add_argument("--characters", type=int, default=30_000, help="of each text")
-    parser.add_argument("--own-rate", type=float, default=0.01)
+    parser.add_argument("--rate", type=float, default=0.003, help="of a generic block")
+    parser.add_argument("--own-rate", type=float, default=0.003, help="of a cluster's block after a generic one")
     parser.add_argument("--lora-rate", type=float, default=0.003)
     name = f"bank-pays-{datetime.date.today()}.json"
     parser.add_argument("--results", type=Path, default=HERE / "results" / name)
     arguments = parser.parse_args()
     document: dict[str, Any] = {"schema": "memc.benchmark.bank-pays/1", **facts()}
-    document |= {name: getattr(arguments, name) for name in ("characters", "own_rate", "lora_rate")} | {"rows": []}
+    document |= {name: getattr(arguments, name) for name in ("characters", "rate", "own_rate", "lora_rate")}
+    document["rows"] = []
     for units in arguments.units:
         experiment = Experiment(arguments, units)
         if "original" not in document:

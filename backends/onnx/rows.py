@@ -19,7 +19,7 @@ def too_large(folder: Path, tables: Sequence[Table]) -> bool:
     """Tell whether the files that hold ``tables`` take more than half of the memory that this process may use.
 
     Where they fit after all, reading row by row costs some time until every row has been read once; where they do not,
-    reading ahead costs twenty times a token's, again and again.
+    reading ahead makes every token several times slower, for good.
     """
     memory = machine.memory_bytes()
     size = sum((folder / name).stat().st_size for name in {table.file for table in tables})
