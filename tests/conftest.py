@@ -8,6 +8,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from memc.conversion.speed import fits_beside
+
 torch.set_num_threads(1)
 
 settings.register_profile(
@@ -25,6 +27,20 @@ def _seeded() -> Iterator[None]:
     """Give every test the same random numbers, whatever ran before it."""
     torch.manual_seed(0)
     yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _alone() -> Iterator[None]:
+    """Have conversions lower their result alone: the original beside it, to be timed, takes as long again."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("memc.conversion.driver.fits_beside", lambda _: False)
+        yield
+
+
+@pytest.fixture
+def beside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have conversions time their result beside the original, as they do."""
+    monkeypatch.setattr("memc.conversion.driver.fits_beside", fits_beside)
 
 
 @pytest.fixture

@@ -107,6 +107,7 @@ def run(llama: Path | Program, out: Path, *passes: str, **options: object) -> Co
     return api.convert(llama, out, passes=passes, backend="eager", recipe=Recipe(recipe=1), **options)  # type: ignore[arg-type]
 
 
+@pytest.mark.usefixtures("beside")
 def test_a_model_becomes_a_verified_artifact(llama: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     document = run(llama, out, "window:window=8,sinks=2", seed=3)
@@ -114,6 +115,8 @@ def test_a_model_becomes_a_verified_artifact(llama: Path, tmp_path: Path) -> Non
     assert [(facts.spec, facts.sites) for facts in document.passes] == [("window:window=8,sinks=2", 2)]
     assert document.passes[0].relation == "perplexity_ratio" and (document.passes[0].value or 0) > 0
     assert {"capture", "raise", "lower", "verify", "window:window=8,sinks=2"} <= set(document.measured.steps)  # type: ignore[union-attr]
+    times = document.measured
+    assert times is not None and times.decode_ms.keys() == times.original_decode_ms.keys() != set()
     names = {check.name for check in document.checks}
     assert names == {"raised_logits", "split_invariance", "perplexity_ratio", "kl_mean", "lowered_logits"}
     manifest = read_manifest(out, verify=True)

@@ -88,6 +88,7 @@ def test_a_promise_needs_every_pass_and_gives_way_to_the_recipe() -> None:
     assert speed_budgets([prune, Window()], {}) == speed_budgets([], {}) == speed_budgets([Prune(amount=0.0)], {}) == {}
 
 
+@pytest.mark.usefixtures("beside")
 @pytest.mark.parametrize("dry_run", [True, False])
 def test_a_conversion_that_is_too_slow_is_refused(dry_run: bool, tmp_path: Path) -> None:
     model = make_llama(tmp_path / "llama")
