@@ -51,6 +51,8 @@ def form(node: Node) -> Yes | No:
         case "sparse_attention" | "refreshed_attention":
             a = arguments(node)
             choice = SELECTORS[a["method"]].choice
+            if choice == "levels":
+                return No("pages ranked in two levels have no function in this backend")
             what = "pages searched for" if choice == "tree" else f"{choice} ranked"
             if SELECTORS[a["method"]].eventful:
                 if a["events"] is None or a["events"].op != "placeholder":

@@ -29,6 +29,8 @@ def refuses(gpu: Gpu, args: Choosing) -> str:
         return f"the softmax of method {args.method}, which is grouped by pages"
     if SELECTORS[args.method].eventful:
         return f"the choice of method {args.method}, which is by events"
+    if SELECTORS[args.method].choice == "levels":
+        return f"the choice of method {args.method}, which is by super-pages"
     past = (args.past_key, args.past_value, args.past_pages)
     reason = refusal(args.query, args.key, args.value, *past, args.sink_logits)
     return reason or unordered(*past, args.past_positions)

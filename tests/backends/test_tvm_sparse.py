@@ -292,6 +292,7 @@ def rule_of(method: str, **others: Any) -> Rule:
 CHOICES = [
     (method, rerank, mass, 1)
     for method in METHODS
+    if method != "bounds2"
     for rerank in (1, 2)
     for mass in (1.0, 0.5)
     if not (method == "landmark" and rerank == 2) and not (method == "hip" and mass < 1)
