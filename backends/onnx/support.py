@@ -107,8 +107,6 @@ def form(node: Node) -> Yes | No:
             reason = plain_reason(scores(node, a))
             product = "Attention-24" if reason is None else f"MatMul, Softmax ({reason})"
             below = f", {product} below {a['dense_below']} tokens" if a["dense_below"] else ""
-            if rule(a).by_level:
-                return No("pages ranked in two levels have no lowered form in this backend")
             if rule(a).by_tree:
                 every = f" every {a['refresh']} tokens" if "refresh" in a else ""
                 return Yes(
