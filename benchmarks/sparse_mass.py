@@ -67,6 +67,13 @@ class _Attended(Interpreter):
         return super().run_node(n)
 
 
+def attended(program: Program, row: Tensor) -> list[tuple[Tensor, Tensor, float]]:
+    """Return queries, keys and scale of every attention of a run over the tokens of ``row``."""
+    run = _Attended(program)
+    run.run(row[None], positions_of(row[None], 0), *program.new_state(1))
+    return run.found
+
+
 def rule_of(choice: dict[str, Any], scale: float, size: int) -> Rule:
     """Return how a choice is made."""
     sizes = {"sinks": SINKS, "window": WINDOW, "dense_below": FIRST, "channels": size // 8}
@@ -85,10 +92,16 @@ def mass(query: Tensor, key: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
     at = positions[:, asked]
     taken = choices.candidates(asked, at, LENGTH // rule.unit, rule)
     read = narrowed(scaled[:, :, asked], key, taken, at, rule)
-    scores = scaled[:, :, asked] @ key.repeat_interleave(query.shape[1] // key.shape[1], 1).mT
-    weight = scores.masked_fill(positions[:, None, None] > at[:, None, :, None], -torch.inf).softmax(-1)
-    held = (weight * read.repeat_interleave(query.shape[1] // key.shape[1], 1)).sum(-1)
-    return held[0], read.sum(-1)[0]
+    return of_softmax(scaled[:, :, asked], key, read, at), read.sum(-1)[0]
+
+
+def of_softmax(query: Tensor, key: Tensor, read: Tensor, at: Tensor) -> Tensor:
+    """Return the share ``[H,T]`` that what is ``read [1,G,T,L]`` has of the softmax of queries, times the scale."""
+    repeat = query.shape[1] // key.shape[1]
+    scores = query @ key.repeat_interleave(repeat, 1).mT
+    later = torch.arange(key.shape[2]) > at[:, None, :, None]
+    weight = scores.masked_fill(later, -torch.inf).softmax(-1)
+    return (weight * read.repeat_interleave(repeat, 1)).sum(-1)[0]
 
 
 def share_read(choice: dict[str, Any], query: Tensor, key: Tensor) -> float:
@@ -109,9 +122,7 @@ def measured(texts: Path, count: int) -> Iterator[dict[str, Any]]:
         tokens = [row for file in TEXTS.values() for row in rows(texts / file, text, LENGTH, count)]
     layers: list[tuple[Tensor, Tensor, float]] = []
     for row in tokens:
-        run = _Attended(program)
-        run.run(row[None], positions_of(row[None], 0), *program.new_state(1))
-        layers += run.found
+        layers += attended(program, row)
     query, key, _ = layers[0]
     for choice in CHOICES:
         found = [mass(q, k, rule_of(choice, scale, q.shape[3])) for q, k, scale in layers]

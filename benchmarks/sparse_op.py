@@ -19,7 +19,7 @@ from memc.conversion.lowering import lower
 from memc.cost import work
 from memc.dialect.quantised_attention import code_bytes
 from memc.dialect.refreshed_attention import most_chosen
-from memc.dialect.sparse_attention import description
+from memc.dialect.sparse_attention import described_tokens, description
 from memc.infer import infer
 from memc.plugins import load_plugin
 from memc.program import InputSpec, ModelInfo, OutputSpec, Program, StateSpec
@@ -64,6 +64,15 @@ SEARCHED: dict[str, dict[str, Any] | None] = {
     "lowbit, for 8": {"method": "lowbit", "page": 64, "rerank": 2, "refresh": 8},
 }
 """A choice for each token beside one for 8, and a tree search."""
+LEVELS: dict[str, dict[str, Any] | None] = {
+    "dense": None,
+    "bounds": {"method": "bounds", "page": 16},
+    "in two levels": {"method": "bounds2", "page": 16},
+    "bounds, ranked again": {"method": "bounds", "page": 16, "rerank": 2},
+    "in two levels, ranked again": {"method": "bounds2", "page": 16, "rerank": 2},
+    "in two levels, for 8": {"method": "bounds2", "page": 16, "rerank": 1, "refresh": 8},
+}
+"""Pages ranked in one level of bounds and in two."""
 COMPILED: dict[str, dict[str, Any] | None] = {
     "dense": None,
     "bounds": {"method": "bounds", "page": 16},
@@ -90,7 +99,8 @@ def states_of(shape: Shape, choice: dict[str, Any] | None) -> list[StateSpec]:
     if choice is None or "method" in choice:
         kept = [spec("key", "S", size), spec("value", "S", size), positions]
         if choice is not None:
-            kept.append(spec("pages", f"S/{page}", *description(choice["method"], page, size)))
+            piece = described_tokens(choice["method"], page)
+            kept.append(spec("pages", f"S/{piece}", *description(choice["method"], page, size)))
         if choice is not None and "refresh" in choice:
             most = most_chosen(choice["method"], page, shape.budget, choice["rerank"])
             kept.append(StateSpec("past_choice", torch.int64, ("B", shape.groups, most), -1.0))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from memc.backends.onnx import eventful, landmarks, listed, tree
+from memc.backends.onnx import eventful, landmarks, levels, listed, tree
 from memc.backends.onnx.attend import Scores, weigh
 from memc.backends.onnx.functions import flat, float_, int_, ints
 from memc.backends.onnx.listed import FORCED, UNSEEN
@@ -23,7 +23,9 @@ FEW = 8
 BLOCK = 32
 """Tokens of a block."""
 
-REACH = {"lowbit": 8192, "bounds": 6144, "moments": 6144, "hcam": 6144, "hip": 6144, "landmark": 4096, "em": 8192}
+PAGES = ("bounds", "bounds2", "moments", "hcam", "hip")
+
+REACH = {"lowbit": 8192, **dict.fromkeys(PAGES, 6144), "landmark": 4096, "em": 8192}
 """Most held tokens that blocks read, by method; past it fetching what each token has chosen is faster."""
 
 
@@ -84,7 +86,7 @@ def scan(s: Scores, c: Rule, made: Sequence[str], held: str) -> str:
     """
 
 
-def held(c: Rule) -> str:
+def held(s: Scores, c: Rule) -> str:
     """Write what all blocks read: ``keys [B,G,D,L]``, ``values [B,G,L,E]``, ``slots [L]`` and the pages in use.
 
     Where pages are read through landmarks, L is whole pages, the last one with zeros past the buffers.
@@ -115,16 +117,17 @@ def held(c: Rule) -> str:
     keys = Transpose<perm = [0, 1, 3, 2]>(held_keys)
     slots = Range(zero, end, one)
     {eventful.rows("end1") if c.by_event else ""}
-    {"" if c.by_token else pages_in_use(c)}
+    {"" if c.by_token else pages_in_use(s, c)}
     """
 
 
-def pages_in_use(c: Rule) -> str:
+def pages_in_use(s: Scores, c: Rule) -> str:
     """Write ``in_use [B,G,N,C]``, its ``descriptions [B,G,C,N]`` and what spreads pages over their tokens."""
+    one_level = "in_use = Slice(next_pages, origin, described, along)\nin_use_count = Identity(described)"
     return f"""
-    in_use = Slice(next_pages, origin, described, along)
+    {levels.pages_in_use(s.key_dim) if c.by_level else one_level}
     descriptions = Transpose<perm = [0, 1, 3, 2]>(in_use)
-    described0 = Squeeze(described)
+    described0 = Squeeze(in_use_count)
     page_numbers = Range(zero, described0, one)
     {ints("page_length", c.page)}
     {ints("leading", 1, 1, 1, 1)}
@@ -297,7 +300,8 @@ def _pages(s: Scores, c: Rule) -> str:
     sunk = Less(page_numbers, sink_pages)
     sure0 = Or(near, sunk)
     sure = And(sure0, seen)
-    {tree.taken(s, c, BLOCK) if c.by_tree else _taken(c, "page", "seen", "sure")}
+    {levels.looked_at(c, BLOCK) if c.by_level else ""}
+    {tree.taken(s, c, BLOCK) if c.by_tree else _taken(c, "page", "seen_level" if c.by_level else "seen", "sure")}
     page_column = Unsqueeze(page_taken, final)
     page_wide = Expand(page_column, expanded)
     {ints("by_token", 0, 0, 0, -1)}

@@ -66,8 +66,8 @@ def attention(
     return _call(name, inputs, (torch.float32, out), (torch.float32, past_key.shape), (torch.float32, past_value.shape))
 
 
-def sparse_plan(name: str, positions: Tensor, buffer: Tensor, pages: Tensor) -> list[Tensor]:
-    """What ``sparse.PLAN`` names; counts are known at run time only."""
+def sparse_plan(name: str, positions: Tensor, by_level: bool, buffer: Tensor, pages: Tensor) -> list[Tensor]:
+    """What ``sparse.planned`` names; counts are known at run time only."""
     batch, tokens = positions.shape
     groups, capacity = buffer.shape[1], buffer.shape[2]
     scalar: list[int] = []
@@ -75,7 +75,9 @@ def sparse_plan(name: str, positions: Tensor, buffer: Tensor, pages: Tensor) -> 
     index = (torch.int64, [batch, groups, tokens, 3])
     slots = (torch.int64, [batch, groups, tokens, 1])
     mask = (torch.bool, [batch, 1, tokens, capacity])
-    outputs = (index, slots, index, one, one, one, flag, flag, one, mask, column, column)
+    page_index = (torch.int64, [batch, groups, tokens, 4]) if by_level else index
+    above = (index,) if by_level else ()
+    outputs = (index, slots, page_index, one, one, one, flag, flag, one, mask, column, column, *above)
     return _call(name, [positions, buffer, pages], *outputs)
 
 

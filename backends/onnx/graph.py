@@ -182,8 +182,7 @@ class _Rewriter:
     ) -> list[Node | None]:
         s, c = scores(node, a), rule(a)
         past = self._paged_states(node, a)
-        plan_of, sizes = sparse.sparse_plan(s.groups, c.page, c.dense_below), [past[0], past[2]]
-        plan = self.parts(self.plan(calls.sparse_plan, plan_of, a["positions"], sizes=sizes), len(sparse.PLAN))
+        plan = self._sparse_plan(s, c, a["positions"], past)
         form = write(s, c, plain_reason(s) is None and not self.portable)
         qkv = [a[name] for name in ("query", "key", "value")]
         rest = [a["positions"], *plan, *_extra(a)]
@@ -195,6 +194,11 @@ class _Rewriter:
         output, *after = self.parts(made, len(past) + (2 if s.lse else 1))
         lse = after.pop(0) if s.lse else None
         return [output, lse, *after[:2], a["past_positions"], *after[2:]]
+
+    def _sparse_plan(self, s: attend.Scores, c: Rule, positions: Node, past: Sequence[Node]) -> list[Node]:
+        of = sparse.sparse_plan(s.groups, c.page, c.dense_below, c.by_level)
+        plan = self.plan(calls.sparse_plan, of, positions, c.by_level, sizes=[past[0], past[2]])
+        return self.parts(plan, len(sparse.planned(c.by_level)))
 
     def events(self, node: Node, a: Mapping[str, Any]) -> list[Node | None]:
         names = list(OPS["events"].states)
@@ -212,8 +216,7 @@ class _Rewriter:
         # Up to the budget everything is read, chosen or not.
         s, c = scores(node, a), rule({**a, "rerank": 1, "dense_below": max(a["budget"], a["dense_below"])})
         past = self._paged_states(node, a)
-        plan_of, sizes = sparse.sparse_plan(s.groups, c.page, c.dense_below), [past[0], past[2]]
-        plan = self.parts(self.plan(calls.sparse_plan, plan_of, a["positions"], sizes=sizes), len(sparse.PLAN))
+        plan = self._sparse_plan(s, c, a["positions"], past)
         turn = compact.Turn(2 * shape(a["inv_freq"])[0], a["interleaved"], a["scaling"])
         form = compact.compact_attention(s, c, turn)
         rest = [a["positions"], *plan, a["inv_freq"], *_extra(a)]

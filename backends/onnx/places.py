@@ -37,11 +37,12 @@ def token_slots(groups: int, page: int) -> str:
     """
 
 
-def touched_pages(groups: int, page: int) -> str:
+def touched_pages(groups: int, page: int, span: int = 1, index: str = "page_index") -> str:
     """Write ``page1 [B,n]``, the numbers of n pages from ``first_page [B,1]`` on, which hold every new token of a row.
 
-    And ``page3 [B,G,n,1]`` and ``page_index [B,G,n,3]``, by group and as an index; pages past the last of ``pages
-    [B,G,M,...]`` are that one. ``count [1]`` is n, ``tokens [1]`` those of a row.
+    And ``page3 [B,G,n,1]`` and ``index [B,G,n,3]``, by group and as an index of that name; pages past the last of
+    ``pages [B,G,M,...]``, each of which has ``span`` of them, are that one. ``count [1]`` is n, ``tokens [1]`` those of
+    a row.
     """
     return f"""
     tokens = Shape<start = 1, end = 2>(positions)
@@ -53,10 +54,12 @@ def touched_pages(groups: int, page: int) -> str:
     ahead = Range(zero, count0, one)
     page0 = Add(first_page, ahead)
     pages_held = Shape<start = 2, end = 3>(pages)
-    last_page = Sub(pages_held, ones)
+    {ints("pages_each", span)}
+    pages_room = Mul(pages_held, pages_each)
+    last_page = Sub(pages_room, ones)
     page1 = Min(page0, last_page)
     {by_group(groups, "page1", "_page")}
     page2 = Unsqueeze(page1, slot_axes)
     page3 = Add(page2, nought_page)
-    page_index = Concat<axis = -1>(row_page, group_page, page3)
+    {index} = Concat<axis = -1>(row_page, group_page, page3)
     """

@@ -178,7 +178,7 @@ def _held(s: Scores, c: Rule, bits: int) -> str:
     end = Add(reached, one)
     end1 = Reshape(end, ones)
     used_codes = Slice(next_key, origin, described, along)
-    {blocks.pages_in_use(c)}
+    {blocks.pages_in_use(s, c)}
     {codes.decode("coded", "used_codes", "in_use", bits, s.key_dim, 3)}
     {ints("in_tokens", 0, 0, -1, s.key_dim)}
     coded_tokens = Reshape(coded, in_tokens)

@@ -6,7 +6,7 @@ take from goes from step to step, and only a token whose turn it is scores what 
 
 from __future__ import annotations
 
-from memc.backends.onnx import listed, tokens, tree
+from memc.backends.onnx import levels, listed, tokens, tree
 from memc.backends.onnx.attend import Scores
 from memc.backends.onnx.functions import Function, flat, int_, ints
 from memc.backends.onnx.sparse import COLUMNS, attending, behind_dense, optional
@@ -84,22 +84,21 @@ def _chosen(s: Scores, c: Rule) -> str:
     rank2 = Concat<axis = 2>(rank1, room)
     """
     searched = f"""
-    {tree.search(s, c)}
-    {tree.scores()}
+    {(levels.search if c.by_level else tree.listed)(s, c)}
     must_rank = Where(must_there, forced_rank, unseen_rank)
-    found_rank = Where(tree_live, tree_found_score, unseen_rank)
     rank2 = Concat<axis = 2>(must_rank, found_rank)
-    number2 = Concat<axis = 2>(must, tree_found)
+    number2 = Concat<axis = 2>(must, found_number)
     """
     few = f"""
     {listed.needed(c, "rank1", "best", 2)}
     there = Identity(needed)
     """
+    looked_for = c.by_tree or c.by_level
     return f"""
-    {searched if c.by_tree else scored}
+    {searched if looked_for else scored}
     {ints("most", c.most)}
     best, place2 = TopK<axis = 2, sorted = 1>(rank2, most)
-    picked0 = {"GatherElements<axis = 2>(number2, place2)" if c.by_tree else "Identity(place2)"}
+    picked0 = {"GatherElements<axis = 2>(number2, place2)" if looked_for else "Identity(place2)"}
     {"there = Greater(best, unseen_rank)" if c.mass == 1 else few}
     relisted0 = Where(there, picked0, no_number)
     relisted = Where(turn, relisted0, listed)

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from memc.backends.onnx import blocks, eventful, tokens
+from memc.backends.onnx import blocks, eventful, levels, tokens
 from memc.backends.onnx.attend import Scores, attend, shape_of
 from memc.backends.onnx.functions import Function, flat, float_, function, int_, ints
 from memc.backends.onnx.places import token_slots, touched_pages
+from memc.dialect.sparse_attention import SPAN
 from memc.kernels.sparse_attention.choose import Rule
 
 PLAN = (
@@ -23,7 +24,12 @@ PLAN = (
 """What :func:`sparse_plan` gives and :func:`sparse_attention` takes."""
 
 
-def sparse_plan(groups: int, page: int, dense_below: int) -> Function:
+def planned(by_level: bool) -> tuple[str, ...]:
+    """Return the same for pages in one level or two."""
+    return (*PLAN, "above_index") if by_level else PLAN
+
+
+def sparse_plan(groups: int, page: int, dense_below: int, by_level: bool = False) -> Function:
     """Where the new tokens go, which pages they touch, and which columns of the call choose.
 
     ``positions [B,T]``, a buffer ``[B,G,C,D]`` whose slot is the position (the last one takes padding) and ``pages
@@ -32,13 +38,16 @@ def sparse_plan(groups: int, page: int, dense_below: int) -> Function:
     ``sparse_from [1]``, the end of the columns that read everything and the start of those that choose, with
     ``is_dense`` and ``is_sparse``, whether there are any; ``reach [1]`` and ``dense_mask [B,1,dense_to,reach]``, what
     the former read; ``choosing`` and ``alive [B,1,T,1]``. A page that is touched is described anew from what the buffer
-    holds, so that one that is named twice, or in vain, does no harm.
+    holds, so that one that is named twice, or in vain, does no harm. In two levels ``page_index [B,G,n,4]`` and
+    ``above_index [B,G,m,3]`` are as :func:`levels.touched` has them.
     """
+    touched = touched_pages(groups, page, SPAN, "flat_index") if by_level else touched_pages(groups, page)
     body = f"""
     {token_slots(groups, page)}
     first_token = ReduceMin(slot0, time)
     first_page = Div(first_token, page)
-    {touched_pages(groups, page)}
+    {touched}
+    {levels.touched() if by_level else ""}
     start = Mul(page3, page)
     inside = Range(zero, page, one)
     each0 = Add(start, inside)
@@ -72,7 +81,7 @@ def sparse_plan(groups: int, page: int, dense_below: int) -> Function:
     choosing = Unsqueeze(chooses, slot_axes)
     alive = Unsqueeze(held, slot_axes)
     """
-    outputs = ", ".join(PLAN)
+    outputs = ", ".join(planned(by_level))
     return function("SparsePlan", "positions, buffer, pages", outputs, body)
 
 
@@ -93,7 +102,15 @@ def attending(name: str, s: Scores, c: Rule, kernel: bool, choosing: str, more: 
     """
     made = ("output", *(["lse"] if s.lse else []))
     states = ("key", "value", "pages", *more)
-    names = ["query", "key", "value", *(f"past_{state}" for state in states), "positions", *PLAN, *s.extra]
+    names = [
+        "query",
+        "key",
+        "value",
+        *(f"past_{state}" for state in states),
+        "positions",
+        *planned(c.by_level),
+        *s.extra,
+    ]
     names += ["events"] if c.by_event else []
     sizes = [("output", s.value_dim), *([("lse", 1)] if s.lse else [])]
     body = f"""
@@ -133,7 +150,7 @@ def attending(name: str, s: Scores, c: Rule, kernel: bool, choosing: str, more: 
 def _describe(s: Scores, c: Rule) -> str:
     halves = "description = Concat<axis = -1>(half0, half1)"
     match c.method:
-        case "bounds":
+        case "bounds" | "bounds2":
             describe = f"""
             half0 = ReduceMax<keepdims = 0>(by_page, last_axis)
             half1 = ReduceMin<keepdims = 0>(by_page, last_axis)
@@ -162,7 +179,7 @@ def _describe(s: Scores, c: Rule) -> str:
     {ints("paged", 0, 0, -1, c.page, s.key_dim)}
     by_page = Reshape(fresh, paged)
     {describe}
-    next_pages = ScatterND(past_pages, page_index, description)
+    {levels.describe(s.key_dim) if c.by_level else "next_pages = ScatterND(past_pages, page_index, description)"}
     """
 
 
@@ -253,7 +270,7 @@ def _sparse(s: Scores, c: Rule) -> str:
         "highest = ReduceMax<keepdims = 0>(positions)",
         "near_enough = Less(highest, reach_of_blocks)",
         "in_blocks_pays = And(many, near_enough)",
-        f"{', '.join(made)} = If<then_branch = {branch('block', blocks.scan(s, c, made, blocks.held(c)))},"
+        f"{', '.join(made)} = If<then_branch = {branch('block', blocks.scan(s, c, made, blocks.held(s, c)))},"
         f" else_branch = {branch('token', single)}>(in_blocks_pays)",
         behind_dense(made),
     ]

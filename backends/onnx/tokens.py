@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from memc.backends.onnx import blocks, eventful, landmarks, listed, tree
+from memc.backends.onnx import blocks, eventful, landmarks, levels, listed, tree
 from memc.backends.onnx.attend import Scores, weigh
 from memc.backends.onnx.functions import float_, int_, ints
 from memc.backends.onnx.listed import FAR, FORCED, UNSEEN
@@ -14,8 +14,7 @@ def step(s: Scores, c: Rule) -> str:
     searched = f"""
     {always(c)}
     {listed.always(s, c)}
-    {tree.search(s, c)}
-    next_listed = Identity(tree_found)
+    {levels.best(s, c) if c.by_level else tree.found(s, c)}
     {listed.picked(c)}
     {slots(c)}
     """
@@ -26,7 +25,7 @@ def step(s: Scores, c: Rule) -> str:
     """
     return f"""
     {start(s, c)}
-    {searched if c.by_tree else scored}
+    {searched if c.by_tree or c.by_level else scored}
     {read(s, c)}
     """
 
@@ -80,6 +79,8 @@ def numbers(c: Rule) -> str:
     """Write ``numbers [N]`` of what is ranked, and what the estimates are made from; nothing where few are searched."""
     if c.by_tree:
         return ""
+    if c.by_level:
+        return levels.in_use()
     if not c.by_token:
         return """
         in_use = Slice(next_pages, origin, described, along)

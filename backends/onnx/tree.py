@@ -29,6 +29,21 @@ def search(s: Scores, c: Rule) -> str:
     """
 
 
+def found(s: Scores, c: Rule) -> str:
+    """Write ``next_listed``, the pages that one token finds, of which nobody asks for the order."""
+    return f"{search(s, c)}\nnext_listed = Identity(tree_found)"
+
+
+def listed(s: Scores, c: Rule) -> str:
+    """Write ``found_number [B,G,K]``, the pages that one token finds, and ``found_rank``, their scores."""
+    return f"""
+    {search(s, c)}
+    {scores()}
+    found_rank = Where(tree_live, tree_found_score, unseen_rank)
+    found_number = Identity(tree_found)
+    """
+
+
 def scores() -> str:
     """Write ``tree_found_score [B,G,K]``, those of what was found."""
     return _fetched("found_left", "tree_found")

@@ -186,13 +186,14 @@ class Converters(Maker):
     def _sparse_attention(self, node: Node, importer: Importer) -> Var:
         given = arguments(node)
         (*tensors, choice, sink_logits, scale, softcap), chosen = given[:11], given[11:]
-        names = ("method", "page", "budget", "sinks", "window", "rerank", "dense_below", "channels", "mass", "refresh")
-        rule = Rule(scale=float(scale), **dict(zip((*names, "contiguity", "delay", "lse"), chosen, strict=True)))
+        names = ("method", "page", "budget", "sinks", "window", "rerank", "dense_below", "channels", "mass", "beam")
+        more = ("refresh", "contiguity", "delay", "lse")
+        rule = Rule(scale=float(scale), **dict(zip((*names, *more), chosen, strict=True)))
         q, k, v, *rest = (importer.env[tensor] for tensor in tensors)
         s = scores_of(q, v, scale, softcap, None, sink_logits)
         made = self.function(importer, sparse_attention, s, rule)
         batch, _, tokens = shape(q)[:3]
-        pages = tirx.ceildiv(size(rest[-1], 2), SLOTS) if rule.rows else size(rest[-1], 2)
+        pages = tirx.ceildiv(size(rest[-1], 2), SLOTS) if rule.by_tree else size(rest[-1], 2)
         needed = memory(s, rule, _units(s, batch, tokens), pages * SLOTS)
         listed = nothing(importer, "int32", 1) if choice is None else importer.env[choice]
         inputs = [q, k, v, *rest, listed, or_nothing(importer, sink_logits)]

@@ -147,13 +147,13 @@ class _Rewriter:
             self.states[pages] = replace(self.states[keys], name=self.states[pages].name)
         else:
             self._pack(a["past_key"])
-        if SELECTORS[a["method"]].choice != "tree":  # a search reads few descriptions, each by itself
+        if not SELECTORS[a["method"]].searches:  # of which few descriptions are read, each by itself
             self._pack(a["past_pages"])
         self.dropped.add(str(a["past_positions"].target))
         names = ("query", "key", "value", "positions", "past_key", "past_value", "past_pages")
         rule = ("scale", "softcap", "method", "page", "budget", "sinks", "window", "rerank", "dense_below", "channels")
         given = [*(a[name] for name in names), self._lists(a), a["sink_logits"], *(a[name] for name in rule), a["mass"]]
-        given += [a.get("refresh", 1), float(a.get("contiguity", 0)), a.get("delay", 0)]
+        given += [a["beam"], a.get("refresh", 1), float(a.get("contiguity", 0)), a.get("delay", 0)]
         made = self.call(ops.sparse_attention, *given, 1 in used_outputs(node))
         return [self.call(operator.getitem, made, index) for index in range(2)]
 

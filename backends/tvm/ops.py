@@ -93,8 +93,8 @@ def window_memory(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tupl
 @_define(
     "(Tensor query, Tensor key, Tensor value, Tensor positions, Tensor keys, Tensor values, Tensor pages,"
     " Tensor? choice, Tensor? sink_logits, float scale, float softcap, str method, int page, int budget, int sinks,"
-    " int window, int rerank, int dense_below, int channels, float mass, int refresh, float contiguity, int delay,"
-    " bool lse) -> (Tensor, Tensor)"
+    " int window, int rerank, int dense_below, int channels, float mass, int beam, int refresh, float contiguity,"
+    " int delay, bool lse) -> (Tensor, Tensor)"
 )
 def sparse_attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """``memc::sparse_attention`` and its like, without states: output and log-sum-exp, ``[1]`` if unread.

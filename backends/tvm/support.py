@@ -51,7 +51,9 @@ def form(node: Node) -> Yes | No:
         case "sparse_attention" | "refreshed_attention":
             a = arguments(node)
             choice = SELECTORS[a["method"]].choice
-            what = "pages searched for" if choice == "tree" else f"{choice} ranked"
+            what = {"tree": "pages searched for", "levels": "pages ranked in two levels"}.get(
+                choice, f"{choice} ranked"
+            )
             if SELECTORS[a["method"]].eventful:
                 if a["events"] is None or a["events"].op != "placeholder":
                     return No("the numbers of its events are no state, whose slots are by position")

@@ -73,7 +73,7 @@ def _columns(positions: Tensor, sequence: Sequence, length: int) -> Tensor:
 def _lists(query: Tensor, pages: Tensor, column: Tensor, at: Tensor, rule: Rule) -> Tensor:
     """Return the lists ``[B,G,A,M]`` that the tokens in ``column [B,A]`` make at ``at [B,A]``, block by block."""
     asking = take(query, column)
-    count = pages.shape[2] * rule.page // rule.unit
+    count = pages.shape[2] * rule.piece // rule.unit
     size = max(1, BLOCK_SCORES // max(1, len(query) * query.shape[1] * count))
     made = []
     for q, p in zip(asking.split(size, 2), at.split(size, 1), strict=True):

@@ -58,7 +58,7 @@ def forward(args: RefreshedAttention) -> tuple[Tensor, ...]:
     q = args.query.to(accumulation_type(args.query))
     asking = q * args.scale
     out, lse = args.query.new_zeros(*q.shape[:3], args.value.shape[3]), q.new_zeros(q.shape[:3])
-    count = pages_of(call.key.shape[2], args.page)
+    count = pages_of(call.key.shape[2], rule.piece)
     next_pages = past.new_zeros(*args.key.shape[:2], count, *past.shape[3:])
     next_choice = args.past_choice.clone()
     current = segments(args.positions)[:, -1]

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from memc.dialect.base import Arguments
 from memc.dialect.selectors import SELECTORS
-from memc.dialect.sparse_attention import forced_pages
+from memc.dialect.sparse_attention import SPAN, described_tokens, entered, forced_pages
 from memc.kernels.softmax_groups import Groups
+from memc.kernels.sparse_attention import levels
 from memc.kernels.sparse_attention.events import Numbered
 from memc.kernels.sparse_attention.tree import reached
 
@@ -39,6 +40,7 @@ class Rule:
     own_page: bool = False
     refresh: int = 1
     mass: float = 1.0
+    beam: int = 4
     contiguity: float = 0.0
     delay: int = 0
 
@@ -57,6 +59,21 @@ class Rule:
     def by_tree(self) -> bool:
         """Whether pages are found by a search that does not look at all of them."""
         return SELECTORS[self.method].choice == "tree"
+
+    @property
+    def by_level(self) -> bool:
+        """Whether the pages of the best super-pages alone are ranked."""
+        return SELECTORS[self.method].choice == "levels"
+
+    @property
+    def entered(self) -> int:
+        """Super-pages that are entered at most, beside the one that the window reaches into."""
+        return entered(self.most, self.beam)
+
+    @property
+    def piece(self) -> int:
+        """Tokens of what is described together."""
+        return described_tokens(self.method, self.page)
 
     @property
     def grouped(self) -> bool:
@@ -150,7 +167,7 @@ def forced(at: Tensor, count: int, rule: Rule) -> tuple[Tensor, Tensor]:
         near = (p - number < rule.window) | (number // rule.page == p // rule.page)
         return seen & (near | (number < rule.sinks)), seen
     seen = number <= p // rule.page
-    near = number >= (p - rule.window + 1).clamp_min(0) // rule.page
+    near = number >= edge_of(at, rule)
     return seen & (near | (number * rule.page < rule.sinks)), seen
 
 
@@ -166,14 +183,26 @@ def groups(at: Tensor, count: int, rule: Rule) -> Groups | None:
     return Groups(through[:, :, None], rule.page)
 
 
+def edge_of(at: Tensor, rule: Rule) -> Tensor:
+    """Return the first page ``[B,1,T,1]`` that the window of queries at ``at [B,T]`` reaches into."""
+    return (at[:, None, :, None] - rule.window + 1).clamp_min(0) // rule.page
+
+
 def found(scores: Tensor, at: Tensor, must: Tensor, rule: Rule) -> Tensor:
     """Mark the pages ``[B,G,T,P]`` that a tree search finds, by ``scores``, beside those that ``must`` be taken."""
-    end = (at[:, None, :, None] - rule.window + 1).clamp_min(0) // rule.page
+    end = edge_of(at, rule)
     start = end.clamp_max(-(-rule.sinks // rule.page))
     count = rule.most - must.sum(-1, keepdim=True)
     # Longest is what few ranges are made of: of at least so many pages as are left when all that may be forced are.
     least = max(1, rule.most - forced_pages(rule.page, rule.sinks, rule.window))
     return reached(scores, start, end, count, rule.most, (-(-scores.shape[3] // least) - 1).bit_length())
+
+
+def looked_at(query: Tensor, held: Tensor, at: Tensor, rule: Rule) -> Tensor:
+    """Mark the pages ``[B,G,T,P]`` of the super-pages that queries enter, by what is ``held [B,G,M,1+SPAN,2D]``."""
+    above = best_of_group(features(query, rule.method), held[:, :, :, 0])
+    rank = levels.ranked(above, -(-rule.sinks // rule.page), edge_of(at, rule))
+    return (first(rank, rule.entered + 1) & (rank > -torch.inf)).repeat_interleave(SPAN, -1)
 
 
 def ranks(query: Tensor, pages: Tensor, at: Tensor, rule: Rule, numbered: Numbered | None = None) -> Tensor:
@@ -185,10 +214,13 @@ def ranks(query: Tensor, pages: Tensor, at: Tensor, rule: Rule, numbered: Number
     if rule.by_token:
         rank = best_of_group(strongest(query, pages.shape[1], rule.channels), pages.mT.flatten(2, 3))
     else:
-        rank = best_of_group(features(query, rule.method), pages)
+        described = levels.lower(pages) if rule.by_level else pages
+        rank = best_of_group(features(query, rule.method), described)
     must, seen = forced(at, rank.shape[3], rule)
     if rule.by_tree:
         rank = rank.masked_fill(~found(rank, at, must, rule), -torch.inf)
+    if rule.by_level:
+        rank = rank.masked_fill(~looked_at(query, pages, at, rule), -torch.inf)
     if numbered is not None:
         rank = numbered.whole(rank)
     return rank.masked_fill(must, torch.inf).masked_fill(~seen, -torch.inf)

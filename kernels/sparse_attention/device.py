@@ -13,7 +13,7 @@ from torch import Tensor
 
 from memc.dialect.refreshed_attention import Choosing
 from memc.dialect.selectors import SELECTORS
-from memc.dialect.sparse_attention import SparseAttention, pages_of
+from memc.dialect.sparse_attention import SPAN, SparseAttention, described_tokens, pages_of
 from memc.kernels.attention.slots import write
 from memc.kernels.common import held_positions
 from memc.kernels.launch import DeviceKernels, Gpu, Tile, power_of_two, precision
@@ -59,14 +59,15 @@ def forward(args: SparseAttention) -> tuple[Tensor, ...]:
     if args.query.shape[2] > 1:
         return reference.forward(args)
     next_positions = held_positions(args.past_positions, args.positions)
-    count = pages_of(next_positions.shape[1], args.page)
+    piece = described_tokens(args.method, args.page)
+    count = pages_of(next_positions.shape[1], piece)
     held = Held(
         args.query.contiguous(),
         args.positions.contiguous(),
         _pages(args.past_pages, args.positions, count),
         torch.cat([args.past_key, args.key], 2),
         torch.cat([args.past_value, args.value], 2),
-        steps.places_of(next_positions, count * args.page),
+        steps.places_of(next_positions, count * piece),
     )
     out, lse = _run(held, args)
     return out, lse, held.key, held.value, next_positions, held.pages
@@ -122,6 +123,7 @@ def describe(held: Held, rule: Rule) -> None:
         "page": rule.page,
         "method": rule.method,
         "described": described,
+        "span": SPAN if rule.by_level else 0,
         "block_page": power_of_two(rule.page),
         "block_described": min(1024, block_of(described)),
     }

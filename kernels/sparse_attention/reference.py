@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from memc.dialect.refreshed_attention import Choosing
-from memc.dialect.sparse_attention import SparseAttention, pages_of
+from memc.dialect.sparse_attention import SparseAttention, described_tokens, pages_of
 from memc.kernels.common import accumulation_type, held_positions, put, segments, take
 from memc.kernels.softmax import attend, attend_backward
 from memc.kernels.softmax_groups import Groups
+from memc.kernels.sparse_attention import levels
 from memc.kernels.sparse_attention.choose import Rule, chosen, describe, groups
 
 # Most scores that one block of queries makes at once: 4 MB in float32.
@@ -48,7 +49,8 @@ class Appended:
     @classmethod
     def of(cls, args: Choosing) -> Appended:
         """Append the call to the state and find the place of each token of each sequence."""
-        length = pages_of(args.past_positions.shape[1] + args.positions.shape[1], args.page) * args.page
+        piece = described_tokens(args.method, args.page)
+        length = pages_of(args.past_positions.shape[1] + args.positions.shape[1], piece) * piece
         sequences = find_sequences(args.positions, args.past_positions, length)
         return cls(torch.cat([args.past_key, args.key], 2), torch.cat([args.past_value, args.value], 2), sequences)
 
@@ -83,6 +85,15 @@ def find_sequences(positions: Tensor, past_positions: Tensor, length: int) -> tu
 
 def describe_pages(keys: Tensor, past_pages: Tensor, sequence: Sequence, method: str, page: int) -> Tensor:
     """Return the descriptions ``[B,G,P,...]`` of a sequence's pages: held, completed now, 0 for the rest."""
+    piece = described_tokens(method, page)
+    if piece > page:
+        ends = torch.arange(1, keys.shape[2] // piece + 1, device=keys.device) * piece
+        pages = _describe_pages(keys, levels.lower(past_pages), sequence, method, page)
+        return levels.joined(pages, sequence.reached[:, None] >= ends)
+    return _describe_pages(keys, past_pages, sequence, method, page)
+
+
+def _describe_pages(keys: Tensor, past_pages: Tensor, sequence: Sequence, method: str, page: int) -> Tensor:
     count = keys.shape[2] // page
     number = torch.arange(count, device=keys.device)
     each = (-1, 1, count, *[1] * (past_pages.dim() - 3))
@@ -219,7 +230,7 @@ def forward(args: SparseAttention) -> tuple[Tensor, ...]:
     rule, call, past = Rule.of(args), Appended.of(args), args.past_pages
     q = args.query.to(accumulation_type(args.query))
     out, lse = args.query.new_zeros(*q.shape[:3], args.value.shape[3]), q.new_zeros(q.shape[:3])
-    count = pages_of(call.key.shape[2], args.page)
+    count = pages_of(call.key.shape[2], rule.piece)
     next_pages = past.new_zeros(*args.key.shape[:2], count, *past.shape[3:])
     current = segments(args.positions)[:, -1]
     for number, (sequence, keys, values, pages) in enumerate(call.contents(args, q.dtype)):

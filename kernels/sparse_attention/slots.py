@@ -17,14 +17,14 @@ from memc.kernels.sparse_attention.reference import Sequence, attend_chosen, des
 def forward(args: SparseAttention) -> tuple[Tensor, Tensor]:
     """Run ``memc::sparse_attention`` on buffers: keys, values and positions as ``memc::attention_`` has them.
 
-    ``past_pages [B,G,ceil(S/page),...]`` describes the pages of S slots, the last of which takes the padding. The
+    ``past_pages [B,G,ceil(S/piece),...]`` describes the pages of S slots, the last of which takes the padding. The
     tokens of a row are of one sequence.
     """
     rule = Rule.of(args)
     held = (args.past_positions.amax(1) + 1).masked_fill((args.positions == 0).any(1), 0)
     write(args.positions, ((args.key, args.past_key), (args.value, args.past_value)), args.past_positions)
     index = torch.arange(args.past_positions.shape[1], device=args.positions.device)
-    room = args.positions.new_full((len(args.positions), args.past_pages.shape[2] * rule.page - len(index)), -1)
+    room = args.positions.new_full((len(args.positions), args.past_pages.shape[2] * rule.piece - len(index)), -1)
     place = torch.cat([torch.where(args.past_positions >= 0, index, -1), room], 1)
     sequence = Sequence(args.positions >= 0, place, held, args.past_positions.amax(1) + 1)
     kind = accumulation_type(args.query)

@@ -12,9 +12,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from memc.dialect.sparse_attention import SPAN
 from memc.kernels.launch import Launch, Tile, launch, power_of_two, precision, tile
 from memc.kernels.softmax_step import merge, splits
-from memc.kernels.sparse_attention.choose import Rule, enough, found
+from memc.kernels.sparse_attention import levels
+from memc.kernels.sparse_attention.choose import Rule, edge_of, enough, first, found
 
 Arguments = Mapping[str, Tensor | int]
 Constants = dict[str, int | float | bool | str]
@@ -67,7 +69,7 @@ def in_blocks(asking: A, rule: Rule, attend: Callable[[A], tuple[Tensor, Tensor]
     """Run ``attend`` for blocks of tokens whose scores fit ``BLOCK_ENTRIES``; return output and log-sum-exp."""
     batch, groups, count = asking.pages.shape[:3]
     listed = max(rule.rerank * rule.budget, rule.dense_below) + rule.page
-    entries = batch * groups * max(count * rule.page if rule.by_token else count, listed)
+    entries = batch * groups * max(count * rule.piece // rule.unit, listed)
     size = max(1, min(asking.tokens, MOST_BLOCKS // batch, BLOCK_ENTRIES // entries))
     done = [attend(asking.part(slice(start, start + size))) for start in range(0, asking.tokens, size)]
     if len(done) == 1:
@@ -128,22 +130,38 @@ def ordered(scores: Tensor, mass: float) -> tuple[Tensor, Tensor]:
 def scores(asking: Asking, rule: Rule) -> Tensor:
     """Return the scores ``[B,G,T,P]`` of pages, or ``[B,G,T,L]`` of tokens.
 
-    A search down a tree looks at its part of them: here all are scored, and those that it does not find get -inf.
+    A search down a tree looks at its part of them: here all are scored, and those that it does not find get -inf. In
+    two levels super-pages are scored, and then the pages of those that are entered.
     """
-    name, block = ("score_tokens", "block_tokens") if rule.by_token else ("score_pages", "block_pages")
-    count = asking.pages.shape[2]
-    cut = cut_for(f"sparse_attention.{name}", block, asking.query.shape[3], asking.pages.dtype, asking.pages.device)
-    scored = count * rule.page if rule.by_token else count
-    made = asking.query.new_empty(*asking.pages.shape[:2], asking.tokens, scored, dtype=torch.float32)
-    arguments = {"scores": made, "query": asking.query, "pages": asking.pages, "positions": asking.positions}
-    own: Constants = {"channels": rule.channels} if rule.by_token else {"method": rule.method}
-    constants: Constants = {**choice(asking, rule), "page": rule.page, **own}
-    grid = (-(-scored // cut.sizes[block]) * asking.tokens, *asking.grid)
-    run(f"sparse_attention.{name}", grid, {**arguments, "tokens": asking.tokens, "count": count}, constants, cut)
+    if rule.by_level:
+        rank = levels.ranked(
+            _scores(asking, rule, above=True), -(-rule.sinks // rule.page), edge_of(asking.positions, rule)
+        )
+        entered = first(rank, rule.entered + 1) & (rank > -torch.inf)
+        return _scores(asking, rule, entered.to(torch.uint8))
+    made = _scores(asking, rule)
     if rule.by_tree:
         must = made == torch.inf
         # What is forced is so for every head.
         made = made.masked_fill(~(found(made, asking.positions, must[:, :1], rule) | must), -torch.inf)
+    return made
+
+
+def _scores(asking: Asking, rule: Rule, entered: Tensor | None = None, *, above: bool = False) -> Tensor:
+    """Run the kernel that scores: super-pages where it is those ``above``, else the pages of those ``entered``."""
+    name, block = ("score_tokens", "block_tokens") if rule.by_token else ("score_pages", "block_pages")
+    count = asking.pages.shape[2] * (SPAN if rule.by_level and not above else 1)
+    cut = cut_for(f"sparse_attention.{name}", block, asking.query.shape[3], asking.pages.dtype, asking.pages.device)
+    scored = count * rule.page if rule.by_token else count
+    made = asking.query.new_empty(*asking.pages.shape[:2], asking.tokens, scored, dtype=torch.float32)
+    arguments = {"scores": made, "query": asking.query, "pages": asking.pages, "positions": asking.positions}
+    own: Constants = {"channels": rule.channels}
+    if not rule.by_token:
+        arguments["entered"] = asking.positions if entered is None else entered
+        own = {"method": rule.method, "span": SPAN if rule.by_level else 0, "above": above}
+    constants: Constants = {**choice(asking, rule), "page": rule.page, **own}
+    grid = (-(-scored // cut.sizes[block]) * asking.tokens, *asking.grid)
+    run(f"sparse_attention.{name}", grid, {**arguments, "tokens": asking.tokens, "count": count}, constants, cut)
     return made
 
 

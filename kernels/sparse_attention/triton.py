@@ -43,16 +43,44 @@ def clear(pages, numbers, block_described: tl.constexpr):
     tl.debug_barrier()
 
 
+@triton.jit
+def page_row(n, span: tl.constexpr):
+    """Return in which row page ``n`` is described: where ``span`` of them share a super-page, behind its own row."""
+    return n if span == 0 else n // span * (span + 1) + 1 + n % span
+
+
+@triton.jit
+def _describe_above(
+    pages, key, places, n, highest, lowest, size: tl.constexpr, page: tl.constexpr, method: tl.constexpr,
+    span: tl.constexpr, block_page: tl.constexpr, block_size: tl.constexpr,
+):  # fmt: skip
+    """Write the bounds of the super-page that page ``n`` completes, if it does; its own are ``highest`` and ``lowest``.
+
+    ``pages`` and ``key`` of one key-value head, ``places`` of one row.
+    """
+    if (n + 1) % span == 0:
+        i = tl.arange(0, block_page)
+        # From the keys again: other programs may write the pages before just now.
+        for m in range(1, span):
+            place = tl.load(places + (n - m) * page + i, mask=i < page, other=-1)
+            k = load_rows(key, place, place >= 0, size, block_size).to(tl.float32)
+            inside = (place >= 0)[:, None]
+            highest = tl.maximum(highest, tl.max(tl.where(inside, k, float("-inf")), 0))
+            lowest = tl.minimum(lowest, tl.min(tl.where(inside, k, float("inf")), 0))
+        above = (n // span).to(tl.int64) * ((span + 1) * 2 * size)
+        _write_page(pages + above, highest, lowest, tl.arange(0, block_size), size, method)
+
+
 @triton.jit(do_not_specialize=["tokens", "held", "length", "count"])
 def describe(
     pages, key, places, positions, tokens, held, length, count,
     groups: tl.constexpr, size: tl.constexpr, page: tl.constexpr, method: tl.constexpr, described: tl.constexpr,
-    block_page: tl.constexpr, block_size: tl.constexpr, block_described: tl.constexpr,
+    span: tl.constexpr, block_page: tl.constexpr, block_size: tl.constexpr, block_described: tl.constexpr,
 ):  # fmt: skip
     """Write the description of the page that a token completes, if it does, to ``pages [B,G,P,...]``. Grid: (T, G, B).
 
     A token that is alone in its call and starts a sequence first sets all to 0. ``key [B,G,N,D]``; ``positions [B,T]``
-    is int64; ``described`` is the numbers to a page.
+    is int64; ``described`` is the numbers to a page, or to a super-page and its ``span`` pages.
     """
     group, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     p = tl.load(positions + batch * tokens + tl.program_id(0)).to(tl.int32)
@@ -66,12 +94,18 @@ def describe(
         place = tl.load(places + batch * length + n * page + i, mask=i < page, other=-1)
         k = load_rows(key + (batch * groups + group) * held * size, place, place >= 0, size, block_size).to(tl.float32)
         inside = (place >= 0)[:, None]
-        pages += n.to(tl.int64) * described
+        first = pages
+        pages += page_row(n, span).to(tl.int64) * (described if span == 0 else 2 * size)
         if method == "lowbit":
             tl.store(pages + c[None, :] * page + i[:, None], k.to(kind), mask=inside & (c < size)[None, :])
-        elif method == "bounds":
+        elif method == "bounds" or method == "bounds2":
             highest = tl.max(tl.where(inside, k, float("-inf")), 0)
-            _write_page(pages, highest, tl.min(tl.where(inside, k, float("inf")), 0), c, size, method)
+            lowest = tl.min(tl.where(inside, k, float("inf")), 0)
+            _write_page(pages, highest, lowest, c, size, method)
+            if span > 0:
+                own = key + (batch * groups + group) * held * size
+                row = places + batch * length
+                _describe_above(first, own, row, n, highest, lowest, size, page, method, span, block_page, block_size)
         elif method == "hip":
             centre = tl.sum(tl.where((i == page // 2)[:, None], k, 0.0), 0)
             _write_page(pages, centre, centre, c, size, method)
@@ -84,13 +118,16 @@ def describe(
 
 @triton.jit(do_not_specialize=["tokens", "count"])
 def score_pages(
-    scores, query, pages, positions, tokens, count,
+    scores, query, pages, positions, entered, tokens, count,
     heads: tl.constexpr, groups: tl.constexpr, size: tl.constexpr, scale: tl.constexpr, page: tl.constexpr,
     sinks: tl.constexpr, window: tl.constexpr, dense_below: tl.constexpr, method: tl.constexpr,
-    precision: tl.constexpr,
+    precision: tl.constexpr, span: tl.constexpr, above: tl.constexpr,
     block_rows: tl.constexpr, block_size: tl.constexpr, block_pages: tl.constexpr,
 ):  # fmt: skip
     """Score ``pages [B,G,P,...]``: ``scores [B,G,T,P]``, inf for those that must be taken, -inf for those to come.
+
+    Where ``span`` of them share a super-page it is these, all of them, with ``above``, and else the pages of those
+    that are ``entered [B,G,T,P/span]`` (uint8); others are not read and get -inf.
 
     Grid: (blocks of pages times T, G, B).
     """
@@ -102,13 +139,25 @@ def score_pages(
     at = p + tl.zeros([block_pages], tl.int32)
     seen = (at >= 0) & (n <= at // page) & (n < count)
     must = (n >= tl.maximum(at - window + 1, 0) // page) | (n * page < sinks) | (at < dense_below)
+    group_of = batch * groups + group
+    if above:
+        seen = n < count
+        must = must & (n < 0)
+        pages += group_of * count * (span + 1) * 2 * size
+        row = n * (span + 1)
+    elif span > 0:
+        opened = tl.load(entered + (group_of * tokens + t) * (count // span) + n // span, mask=seen, other=0)
+        seen = seen & (must | (opened > 0))
+        pages += group_of * (count // span) * (span + 1) * 2 * size
+        row = page_row(n, span)
+    else:
+        row = group_of * count + n
     q, real = load_queries(query, t, tokens, scale, heads, groups, size, block_rows, block_size)
-    row = (batch * groups + group) * count
     each: tl.constexpr = size if method == "hcam" or method == "hip" else 2 * size
-    place = pages + (row + n)[:, None] * each + c[None, :]
+    place = pages + row[:, None].to(tl.int64) * each + c[None, :]
     inside = seen[:, None] & (c < size)[None, :]
     one = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-    if method == "bounds":
+    if method == "bounds" or method == "bounds2":
         found = tl.dot(tl.maximum(q, 0.0), tl.trans(one), input_precision=precision)
         two = tl.load(place + size, mask=inside, other=0.0).to(tl.float32)
         found = tl.dot(tl.minimum(q, 0.0), tl.trans(two), found, input_precision=precision)

@@ -12,7 +12,7 @@ from typing import Literal
 Segmenter = Literal["pages", "events"]
 Descriptor = Literal["bounds", "moments", "mean", "centre", "landmark", "channels", "attended", "representatives"]
 Scorer = Literal["bound", "moments", "product", "channels"]
-Choice = Literal["pages", "tokens", "tree"]
+Choice = Literal["pages", "tokens", "tree", "levels"]
 Positioner = Literal["true", "compact", "clipped"]
 Softmax = Literal["joint", "grouped"]
 
@@ -30,9 +30,9 @@ class Selector:
       ``representatives`` of it to the queries that followed;
     - ``scorer``: what a query makes of a description: its least upper ``bound``, the estimate by ``moments``, the
       ``product``, or that over the query's strongest ``channels``;
-    - ``choice``: what is taken in order of the scores, ``pages``, single ``tokens``, or the pages that a search down a
-      ``tree`` of ranges finds, which does not look at all; behind the forced set, which is the first tokens and the
-      last ones for every method;
+    - ``choice``: what is taken in order of the scores, ``pages``, single ``tokens``, the pages that a search down a
+      ``tree`` of ranges finds, which does not look at all, or those of the best super-pages, the upper of two
+      ``levels``; behind the forced set, which is the first tokens and the last ones for every method;
     - ``positioner``: where keys and query stand to one another when they are rotated: at their ``true`` positions; at
       ``compact`` ones, tokens that are not read left out of the count; or at true ones with every longer distance
       ``clipped`` to the window;
@@ -55,6 +55,11 @@ class Selector:
         return self.positioner != "true"
 
     @property
+    def searches(self) -> bool:
+        """Whether pages are left out that nothing looked at, so that no share of all scores can be told."""
+        return self.choice in ("tree", "levels")
+
+    @property
     def eventful(self) -> bool:
         """Whether tokens are taken by the events that they belong to, which ``memc::events`` finds."""
         return self.segmenter == "events"
@@ -67,6 +72,7 @@ class Selector:
 
 SELECTORS: dict[str, Selector] = {
     "bounds": Selector("bounds", "bound"),
+    "bounds2": Selector("bounds", "bound", choice="levels"),
     "moments": Selector("moments", "moments"),
     "hcam": Selector("mean", "product"),
     "hip": Selector("centre", "product", choice="tree"),

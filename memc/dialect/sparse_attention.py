@@ -19,8 +19,19 @@ EVENTFUL = tuple(name for name, selector in SELECTORS.items() if selector.eventf
 """Methods that take the tokens of whole events."""
 
 
+SPAN = 16
+"""Pages of a super-page: the upper level is then a sixteenth of the lower one, and one vector of scores its pages."""
+
+
+def described_tokens(method: str, page: int) -> int:
+    """Return how many tokens lie in what is described together: a page, or a super-page with its pages."""
+    return page * SPAN if SELECTORS[method].choice == "levels" else page
+
+
 def description(method: str, page: int, channels: int) -> tuple[int, ...]:
-    """Return the shape of a description of a page of keys ``[page, channels]``."""
+    """Return the shape of what is described together, of pages of keys ``[page, channels]``."""
+    if SELECTORS[method].choice == "levels":
+        return 1 + SPAN, 2 * channels
     match SELECTORS[method].descriptor:
         case "channels":
             return channels, page
@@ -58,6 +69,19 @@ def visited(pages: int, most: int, forced: int) -> int:
     return 2 * count * math.ceil(math.log2(pages_of(length, count)))
 
 
+def entered(most: int, beam: int) -> int:
+    """Return how many super-pages are entered to take ``most`` pages: those of ``beam`` times as many pages."""
+    return -(-beam * most // SPAN)
+
+
+def looked_at(context: int, page: int, most: int, beam: int) -> int:
+    """Return how many bounds of pages and super-pages two levels read at most to take ``most`` pages.
+
+    All super-pages, and the pages of those entered and of the one that the window reaches into.
+    """
+    return context // (page * SPAN) + min(int(pages_of(context, page)), (entered(most, beam) + 1) * SPAN)
+
+
 RETURNS = ("out", "lse", "next_key", "next_value", "next_positions", "next_pages")
 STATES = ("past_key", "past_value", "past_positions", "past_pages")
 GRADS_FROM = ("out", "lse", "next_key", "next_value")
@@ -81,6 +105,7 @@ class ChoosingAttention(CausalAttention):
     softcap: float = 0.0
     channels: int = 0
     mass: float = 1.0
+    beam: int = 4
 
     def outputs(self) -> tuple[Tensor, ...]:
         """Return uninitialised tensors of the shapes and types of the results."""
@@ -91,16 +116,17 @@ class ChoosingAttention(CausalAttention):
         some = f"{self.method} reads at least 1 channel and at most all"
         check(not by_channels or 1 <= self.channels <= size, some)
         check(0 < self.mass <= 1, "mass is above 0 and at most 1")
-        check(
-            self.mass == 1 or self.method != "hip", "hip scores too few pages to tell what share of the mass they hold"
-        )
+        few = f"{self.method} scores too few pages to tell what share of the mass they hold"
+        check(self.mass == 1 or not SELECTORS[self.method].searches, few)
+        check(self.beam >= 1, "beam is at least 1: as many pages are looked at as are taken")
         check(not grouped or self.page > 1, "a landmark stands for at least one other token of its page")
         check(not grouped or self.rerank == 1, "a page that is read through its landmark is read whole")
         check(self.rerank >= 1, "rerank is at least 1")
         check_pages(self.page, self.budget, self.sinks, self.window)
         held = self.past_key.shape[2] + self.key.shape[2]
         described = description(self.method, self.page, size)
-        pages = self.key.new_empty(*self.key.shape[:2], pages_of(held, self.page), *described)
+        count = pages_of(held, described_tokens(self.method, self.page))
+        pages = self.key.new_empty(*self.key.shape[:2], count, *described)
         return out, log_sum_exp(self.query), *self.appended(), pages
 
     @property
@@ -124,11 +150,13 @@ class ChoosingAttention(CausalAttention):
         held, scanned = context, 0.0
         scored = context
         if context > self.dense_below:
-            described = math.prod(description(self.method, self.page, key.shape[3]))
+            described = description(self.method, self.page, key.shape[3])[-1]
             selector, pages = SELECTORS[self.method], pages_of(context, self.page)
+            most = self.rerank * self.budget // self.page
             if selector.choice == "tree":
-                forced = forced_pages(self.page, self.sinks, self.window)
-                pages = visited(pages, self.rerank * self.budget // self.page, forced)
+                pages = visited(pages, most, forced_pages(self.page, self.sinks, self.window))
+            elif selector.choice == "levels":
+                pages = looked_at(context, self.page, most, self.beam)
             per_page = self.page * self.channels if selector.scorer == "channels" else described
             scanned = pages * per_page / self.served
             held, scored = min(context, self.budget), min(context, self.rerank * self.budget)
@@ -146,6 +174,11 @@ class SparseAttention(ChoosingAttention):
 
     - ``bounds``: the largest and the smallest value of each channel; the score of a page is the least upper bound of
       q.k that they give (Quest, Tang et al. 2024);
+    - ``bounds2``: the same in two levels; pages are held with their super-page, ``past_pages [B,G,ceil(S/(16
+      page)),17,2D]``, the bounds of all 16 first, 0 until the last of the pages is held, then those of each. Of the
+      super-pages that lie wholly before the window, and not wholly among the sinks, the ``beam`` ``rerank budget`` /
+      (16 ``page``) (rounded up) of the highest scores are entered, and the one that the window reaches into, or would
+      next. Their pages alone are scored;
     - ``moments``: mean and variance of each channel; the score is q.mean + q^2.variance / 2, the logarithm of the mean
       exponential of q.k for normal keys of independent channels;
     - ``hcam``: mean of each channel; the score is q.mean (the summaries of HCAM, Lampinen et al. 2021, whose relevance
@@ -161,8 +194,8 @@ class SparseAttention(ChoosingAttention):
       of a token is q.k over these (SparQ, Ribar et al. 2024);
     - ``em``: the same, and whole events are taken, see below (EM-LLM, Fountas et al. 2024, arXiv 2407.09450).
 
-    The first two describe ``[2D]``, ``hcam``, ``hip`` and ``landmark`` ``[D]``. A query at position p < ``dense_below``
-    reads all earlier tokens. Any other
+    ``bounds`` and ``moments`` describe ``[2D]``, ``hcam``, ``hip`` and ``landmark`` ``[D]``. A query at position p <
+    ``dense_below`` reads all earlier tokens. Any other
 
     1. takes the ``rerank budget / page`` pages of the highest scores (the highest over the heads that share a key-value
        head), among which are always those of the first ``sinks`` tokens and of the last ``window``, p itself included;
@@ -170,7 +203,7 @@ class SparseAttention(ChoosingAttention):
        and the page of p;
        With ``mass`` under 1 it takes of those scored, best first, no more than needed for this share of the sum of the
        exponentials of all scores (top-p; Twilight, Lin et al. 2025), a number for each token and key-value head;
-       ``hip`` scores too few to tell;
+       ``hip`` and ``bounds2`` score too few to tell;
 
     2. with ``rerank`` over 1, takes of their tokens the ``budget`` of the highest q.k (likewise), among which are
        always the sinks and the window.
@@ -198,7 +231,8 @@ class SparseAttention(ChoosingAttention):
     0. the output ``[B,H,T,E]``, 0 for padding,
     1. the log-sum-exp of each row's scores ``[B,H,T]`` (sink logits included; 0 for padding) in float32, or in float64
        when the query is, so that attention to disjoint sets of keys can be joined,
-    2. to 5. the next state: keys, values and positions as in ``memc::attention``, and ``ceil((S + T) / page)`` pages.
+    2. to 5. the next state: keys, values and positions as in ``memc::attention``, and ``ceil((S + T) / page)`` pages
+       (``bounds2``: super-pages, likewise).
 
     One op and not one each for describing, scoring, choosing and attending: what goes from step to step has an entry
     for each pair of a query and a page, or of a query and a candidate token, and stays in a block of queries this way.

@@ -15,7 +15,7 @@ from memc.dialect import OpSpec, arguments, op_spec
 from memc.dialect.quantised_attention import code_bytes
 from memc.dialect.refreshed_attention import most_chosen
 from memc.dialect.selectors import SELECTORS
-from memc.dialect.sparse_attention import description
+from memc.dialect.sparse_attention import described_tokens, description
 from memc.head_split import HeadSplit, of_kept
 from memc.program import StateSpec
 from memc.rewrite import Editor
@@ -44,6 +44,8 @@ def attend_retrieving(
     sizes |= {"method": method, "mass": options["mass"]}
     if SELECTORS[method].scorer == "channels":
         sizes["channels"] = min(size, options["channels"] or max(1, size // 8))
+    if SELECTORS[method].choice == "levels":
+        sizes["beam"] = options["beam"]
     if SELECTORS[method].eventful:
         sizes |= {name: options[name] for name in ("contiguity", "delay")}
     if options["refresh"] > 1:
@@ -51,7 +53,8 @@ def attend_retrieving(
     output, (pages, *choice) = attend_sparse(editor, block, split, inputs, sizes)
     if choice:
         facts |= {"refresh": options["refresh"], "choice_bytes": choice[0].bytes(0)}
-    return output, facts | {"page_bytes_per_token": pages.bytes(page) / page}
+    piece = described_tokens(method, page)
+    return output, facts | {"page_bytes_per_token": pages.bytes(piece) / piece}
 
 
 def attend_sparse(
@@ -64,7 +67,8 @@ def attend_sparse(
     """
     held, page = editor.states_of(block.attention)["past_key"], options["page"]
     sizes = description(options["method"], page, int(held.shape[3]))
-    pages = replace(held, name=_named(held, "pages"), shape=(*held.shape[:2], f"S/{page}", *sizes))
+    count = f"S/{described_tokens(options['method'], page)}"
+    pages = replace(held, name=_named(held, "pages"), shape=(*held.shape[:2], count, *sizes))
     more, op = {"past_pages": pages}, torch.ops.memc.sparse_attention
     if "refresh" in options:
         most = most_chosen(*(options[name] for name in ("method", "page", "budget", "rerank")))

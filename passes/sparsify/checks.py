@@ -20,6 +20,21 @@ def check_bits(bits: int, method: str) -> None:
         raise MemcError("E203", message, where, f"write sparsify:method=bounds,bits={bits}")
 
 
+def check_levels(levels: int, beam: int, *, method: str, bits: int) -> None:
+    """Raise ``MemcError`` E203 where there are no two levels of what pages are ranked by, or ``beam`` is of none."""
+    where = f"sparsify:method={method},levels={levels}"
+    if levels == 1 and beam:
+        raise MemcError("E203", "only two levels have a beam", f"{where},beam={beam}", "write levels=2, or no 'beam'")
+    if levels == 2 and method != "bounds":
+        message = (
+            f"what {method} holds of pages bounds nothing above them: the bounds of a super-page hold for its pages"
+        )
+        raise MemcError("E203", message, where, "write sparsify:method=bounds,levels=2, or leave 'levels' out")
+    if levels == 2 and bits:
+        message = "pages of keys in few bits are ranked in one level: their bounds are read for the codes anyway"
+        raise MemcError("E203", message, f"{where},bits={bits}", "leave 'levels' or 'bits' out")
+
+
 def check_refresh(refresh: int, *, method: str, window: int, bits: int) -> None:
     """Raise ``MemcError`` E203 where a choice cannot serve ``refresh`` tokens, or would save nothing by it."""
     where = f"sparsify:method={method},refresh={refresh}"
@@ -60,8 +75,9 @@ def check_mass(mass: float, *, method: str, bits: int) -> None:
     where = f"sparsify:method={method},mass={mass:g}"
     if mass == 0:
         raise MemcError("E203", "a share of 0 is held by nothing: 'mass' is above 0", where, "leave 'mass' out")
-    if mass < 1 and SELECTORS[method].choice == "tree":
-        message = f"{method} scores too few pages to tell what share of the attention they hold"
+    if mass < 1 and SELECTORS[method].searches:
+        name = "a choice in two levels" if SELECTORS[method].choice == "levels" else method
+        message = f"{name} scores too few pages to tell what share of the attention they hold"
         raise MemcError("E203", message, where, "write sparsify:method=bounds or leave 'mass' out")
     if mass < 1 and SELECTORS[method].extends:
         message = f"{method} has to count what it reads beforehand, and takes as many pages as the budget holds"

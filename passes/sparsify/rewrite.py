@@ -25,6 +25,9 @@ from memc.relation import Bounded, Close, Relation
 from memc.rewrite import Editor, result_of, window_states
 from memc.target import Target
 
+METHODS = tuple(name for name, selector in SELECTORS.items() if selector.choice != "levels")
+"""What ``method`` may be; two levels are an option of ``bounds``."""
+
 EVENT_OPTIONS = ("gamma", "longest", "refine", "contiguity", "calls")
 """Options that only ``method=em`` reads."""
 
@@ -40,6 +43,8 @@ class Sparsify(Pass):
     - ``method=lowbit``: by the few ``channels`` of every key in which the query is strongest (SparQ, Ribar et al.
       2024), read from a second copy of the keys that is laid out channel by channel; the state has half as much again;
     - ``method=bounds``: page by page, by the bounds of each channel (Quest, Tang et al. 2024);
+      with ``levels=2`` the bounds of super-pages, 16 pages each, are ranked first, and the pages of the best of these
+      alone, ``beam`` times as many as are taken (hierarchical, as HISA, arXiv 2603.28458, does it for its indexer);
     - ``method=moments``: page by page, by the mean and variance of each channel;
     - ``method=hcam``: page by page, by the mean of each channel (the summaries of HCAM, Lampinen et al. 2021);
     - ``method=hip``: page by page, by the key in the middle, of those pages alone that a search down a tree of ranges
@@ -92,7 +97,8 @@ class Sparsify(Pass):
     model whose first tokens are its sinks loses them otherwise.
 
     What is read for a token at context N, in keys or values of one head of size D: ``channels`` / D N (``lowbit``),
-    N / ``page`` (``hcam``), at most 2 log2 N keys for each page that is taken (``hip``) or 2 N / ``page`` to choose by,
+    N / ``page`` (``hcam``), at most 2 log2 N keys for each page that is taken (``hip``) or 2 N / ``page`` to choose by
+    (``levels=2``: 2 N / (16 ``page``) and 2 ``beam`` ``rerank`` ``budget`` / ``page``),
     ``rerank`` ``budget`` keys, ``budget`` values, in place of 2 N; with ``refresh`` n, an n-th of what is chosen by, on
     average. Below ``dense_below`` tokens everything is read, which is faster there.
 
@@ -130,7 +136,7 @@ class Sparsify(Pass):
 
     name: ClassVar[str] = "sparsify"
 
-    method: str = option("lowbit", "what tokens, or their pages, are ranked by", choices=tuple(SELECTORS))
+    method: str = option("lowbit", "what tokens, or their pages, are ranked by", choices=METHODS)
     channels: int = option(0, "of every key that lowbit and em rank by; 0 for an eighth", unit="channels", min=0)
     budget: int = option(512, "most tokens that a token reads, sinks and window among them", unit="tokens", min=1)
     page: int = option(
@@ -140,6 +146,10 @@ class Sparsify(Pass):
         unit="tokens",
         min=0,
     )
+    levels: int = option(
+        1, "of bounds: with 2, super-pages of 16 pages are ranked first, and the pages of the best alone", min=1, max=2
+    )
+    beam: int = option(0, "pages that two levels look at for each page that they take; 0 for 4", unit="", min=0)
     sinks: int = option(4, "first tokens of the sequence that every token reads", unit="tokens", min=0)
     window: int = option(48, "most recent tokens that a token reads, itself included", unit="tokens", min=1)
     rerank: int = option(
@@ -184,7 +194,8 @@ class Sparsify(Pass):
         changed = {f.name: value for f in own if (value := getattr(self, f.name)) != f.default}
         checks.check_events(changed, method=self.method, rerank=self.rerank, refresh=self.refresh, mass=self.mass)
         checks.check_refresh(self.refresh, method=self.method, window=self.window, bits=self.bits)
-        checks.check_mass(self.mass, method=self.method, bits=self.bits)
+        checks.check_levels(self.levels, self.beam, method=self.method, bits=self.bits)
+        checks.check_mass(self.mass, method=self._row, bits=self.bits)
         page = self.page_size
         sizes = {"page": page, "window": self.window}
         if self.extends:
@@ -296,15 +307,21 @@ class Sparsify(Pass):
         kept = sites.kept_layers(self.keep, (block.layer for block in blocks))
         return [block for block in blocks if block.layer not in kept and self._refuse(program, block) is None]
 
+    @property
+    def _row(self) -> str:
+        """The row of the table of selectors that chooses."""
+        return "bounds2" if self.levels == 2 else self.method
+
     def _least(self, page: int) -> int:
         """Return the least budget that sinks and window fit into."""
         return forced_pages(page, self.sinks, self.window) * page
 
     def _options(self) -> dict[str, Any]:
         """Return how the heads that retrieve choose, with what follows from other options and the model left open."""
-        names = ("method", "channels", "budget", "sinks", "window", "bits", "refresh", "mass")
+        names = ("channels", "budget", "sinks", "window", "bits", "refresh", "mass")
         options = {name: getattr(self, name) for name in names}
         rerank = self.rerank or (1 if self.grouped or self.eventful else 2)
+        options |= {"method": self._row, "beam": self.beam or 4}
         options |= {"contiguity": self.contiguity, "delay": self.longest + self.calls}
         return options | {"page": self.page_size, "dense_below": self.reads_all_to, "rerank": rerank}
 

@@ -16,7 +16,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 import memc.dialect  # noqa: F401  defines the ops
 from memc.artifact import held
 from memc.dialect.quantised_attention import code_bytes
-from memc.dialect.sparse_attention import description
+from memc.dialect.sparse_attention import described_tokens, description
 from memc.program import InputSpec, ModelInfo, OutputSpec, Program, StateSpec
 
 VOCAB = 37
@@ -142,7 +142,8 @@ def growing(b: Builder, tag: str, groups: int, key: int, value: int) -> list[Nod
 def paged(b: Builder, tag: str, groups: int, key: int, value: int, page: int, method: str) -> list[Node]:
     """The states of ``sparse_attention``."""
     sizes = description(method, page, key)
-    return [*growing(b, tag, groups, key, value), b.state(f"past_pages{tag}", "B", groups, f"S/{page}", *sizes)]
+    count = f"S/{described_tokens(method, page)}"
+    return [*growing(b, tag, groups, key, value), b.state(f"past_pages{tag}", "B", groups, count, *sizes)]
 
 
 def coded(b: Builder, tag: str, groups: int, key: int, value: int, page: int, bits: int) -> list[Node]:

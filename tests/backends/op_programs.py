@@ -419,6 +419,7 @@ CASES: dict[str, Callable[[], Program]] = {
     "sparse, by a tree, refreshed": lambda: sparse_attention(
         method="hip", budget=15, page=3, refresh=2, rerank=2, window=3, dense_below=5, groups=3
     ),
+    "sparse, in two levels": lambda: sparse_attention(method="bounds2", page=1, budget=6, beam=1, layers=2, lse=True),
     "sparse, by landmarks": lambda: sparse_attention(method="landmark", budget=10, layers=2),
     "sparse, by landmarks, every option": lambda: sparse_attention(
         method="landmark", page=3, budget=9, window=1, mass=0.8, softcap=2.0, sink_logits=True, lse=True, groups=3
@@ -456,7 +457,7 @@ CASES: dict[str, Callable[[], Program]] = {
 }
 """Every dialect op, with the options that take forms of their own."""
 
-ASIDE = ("by a tree", "by mass", "by events", "refreshed", "few bits", "compact", "clipped")
+ASIDE = ("by a tree", "two levels", "by mass", "by events", "refreshed", "few bits", "compact", "clipped")
 """Words of the sparse cases that share most of their kernels with the others, or whose own ``tests/kernels`` runs."""
 
 ON_GPUS = tuple(case for case in CASES if "landmarks" not in case and "events" not in case)

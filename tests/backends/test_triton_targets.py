@@ -14,7 +14,7 @@ from memc.backends.triton.bundle import build
 from memc.backends.triton.variants import Variant, variant_of
 from memc.dialect import OPS
 from memc.dialect.quantised_attention import BITS, code_bytes
-from memc.dialect.sparse_attention import description
+from memc.dialect.sparse_attention import described_tokens, description
 from memc.kernels.launch import GPUS, Gpu, Notes, device_kernels, launching
 from memc.kernels.tiles import tiles_of
 from memc.target import get_target
@@ -55,8 +55,9 @@ def calls(size: int, dtype: torch.dtype, tokens: int) -> Iterator[Call]:
         ring = (heads(GROUPS, 132), heads(GROUPS, 132), integers(BATCH, 132))
         window = {**options, "window": 128, "sinks": 4}
         yield "window_memory", "forward", (query, key, value, positions, *ring, slopes, sink_logits), window
-    for method in ("bounds", "lowbit"):  # the kernels of the others hold no more
-        pages = empty(BATCH, GROUPS, HELD // 16, *description(method, 16, size), dtype=dtype)
+    for method in ("bounds", "bounds2", "lowbit"):  # the kernels of the others hold no more
+        pieces = HELD // described_tokens(method, 16)
+        pages = empty(BATCH, GROUPS, pieces, *description(method, 16, size), dtype=dtype)
         sparse = {"scale": 0.1, "method": method, "page": 16, "budget": 128, "sinks": 4, "window": 64, "rerank": 2}
         yield "sparse_attention", "in_place", (*own, pages), {**sparse, "channels": 8 if method == "lowbit" else 0}
     # Each target has one of the two: they differ in how pages are described and where keys are rotated to.

@@ -21,11 +21,12 @@ from memc.backends.tvm.kernels.quantised import memory_of, quantised_attention
 from memc.backends.tvm.kernels.rank import Rule
 from memc.backends.tvm.kernels.sparse import memory, sparse_attention
 from memc.dialect.quantised_attention import code_bytes
-from memc.dialect.sparse_attention import METHODS
+from memc.dialect.sparse_attention import METHODS, SPAN
 from memc.kernels.compact_attention import choose as compact
 from memc.kernels.quantised_attention.codes import decode, encode
 from memc.kernels.refreshed_attention.choose import Choices
 from memc.kernels.sparse_attention.choose import chosen, describe, narrowed
+from memc.kernels.sparse_attention.levels import joined
 from memc.kernels.sparse_attention.reference import Sequence
 from tests.backends.runs import Calls, compare, span
 
@@ -171,7 +172,8 @@ class Tokens:
         described = rule.described(8)
         keys = (rows, 2, capacity, 8) if rule.by_token else (rows, 2, tiles, 8, SLOTS)
         by_tile = (rows, 2, tiles if rule.by_token else -(-pages // SLOTS), described, SLOTS)
-        held = (keys, (rows, 2, capacity, 8), (rows, 2, pages, described) if rule.rows else by_tile)
+        by_row = (rows, 2, capacity // rule.piece, 1 + SPAN, 16) if rule.by_level else (rows, 2, pages, described)
+        held = (keys, (rows, 2, capacity, 8), by_row if rule.rows else by_tile)
         listed = np.full((rows, 2, 2, rule.places) if rule.refresh > 1 else 1, -1, np.int32)
         arrays = [*(np.zeros(size, np.float32) for size in held), listed]
         return [tvm.runtime.tensor(x) for x in arrays], capacity if rule.by_token else -(-pages // SLOTS) * SLOTS
@@ -281,7 +283,10 @@ class Compact(Tokens):
 
 def pages(key: Tensor, rule: Rule) -> Tensor:
     """Describe all pages of ``key [1,G,L,D]``; those that are not full are never looked at."""
-    return describe(key.unflatten(2, (-1, rule.page)), rule.method)
+    described = describe(key.unflatten(2, (-1, rule.page)), rule.method)
+    if rule.by_level:
+        return joined(described, torch.ones(1, described.shape[2] // SPAN, dtype=torch.bool))
+    return described
 
 
 def rule_of(method: str, **others: Any) -> Rule:
@@ -292,6 +297,7 @@ def rule_of(method: str, **others: Any) -> Rule:
 CHOICES = [
     (method, rerank, mass, 1)
     for method in METHODS
+    if method != "bounds2"  # of whose super-pages not all are to be entered
     for rerank in (1, 2)
     for mass in (1.0, 0.5)
     if not (method == "landmark" and rerank == 2) and not (method == "hip" and mass < 1)
@@ -317,6 +323,14 @@ def test_the_tokens_read_are_those_of_the_reference(method: str, rerank: int, ma
     rule = rule_of(method, rerank=rerank, mass=mass, refresh=refresh)
     other = replace(rule, mass=0.75) if mass < 1 else replace(rule, budget=rule.budget - rule.page)
     differ_in(Tokens(rule), other)
+
+
+@pytest.mark.parametrize(("rerank", "refresh"), [(2, 1), pytest.param(1, 5, marks=slow)])
+def test_the_tokens_read_in_two_levels_are_those_of_the_reference(rerank: int, refresh: int) -> None:
+    """One super-page of 16 tokens is entered of those before the window, beside the one that it reaches into."""
+    sizes = {"page": 1, "budget": 16 // rerank, "sinks": 2, "window": 5}
+    rule = rule_of("bounds2", rerank=rerank, refresh=refresh, beam=1, **sizes)
+    differ_in(Tokens(rule), replace(rule, beam=99))
 
 
 @pytest.mark.parametrize(("bits", "rerank"), [(4, 1), pytest.param(4, 2, marks=slow), pytest.param(8, 2, marks=slow)])

@@ -140,7 +140,7 @@ def page_score(query: Tensor, keys: Tensor, method: str) -> float:
     total = 0.0
     for channel, q in enumerate(query.tolist()):
         column = keys[:, channel].tolist()
-        if method == "bounds":
+        if method in ("bounds", "bounds2"):
             total += max(q * x for x in column)
         elif method == "hcam":
             total += q * sum(column) / len(column)
@@ -253,12 +253,30 @@ def by_pages(queries: Tensor, seen: Mapping[int, Tensor], p: int, must: set[int]
         else:
             keys = torch.stack([seen[j] for j in inside])
             pages.append((max(page_score(q, keys, o.get("method", "bounds")) for q in queries), number))
+    if o.get("method") == "bounds2":
+        return entered(queries, seen, p, pages, o)
     if o.get("method") != "hip":
         return pages
     free = [number for score, number in pages if score < math.inf]
     most = o.get("rerank", 1) * o["budget"] // page
     found = tree_search(free, {number: score for score, number in pages}, most - (len(pages) - len(free)))
     return [(score, number) for score, number in pages if score == math.inf or number in found]
+
+
+def entered(queries: Tensor, seen: Mapping[int, Tensor], p: int, pages: Scored, o: Mapping[str, Any]) -> Scored:
+    """Return those of ``pages`` that two levels of bounds look at: of the super-pages entered, or that are forced."""
+    page, span = o["page"], 16
+    window_page = max(p - o["window"] + 1, 0) // page
+    sunk = [number for number, _ in enumerate(pages) if number * page < o["sinks"]]
+    scored = []
+    for above in range(window_page // span):
+        inside = range(above * span, (above + 1) * span)
+        if not set(inside) <= set(sunk):
+            keys = torch.stack([seen[j] for j in range(inside[0] * page, (inside[-1] + 1) * page)])
+            scored.append((max(page_score(q, keys, "bounds") for q in queries), above))
+    count = math.ceil(o.get("beam", 4) * (o.get("rerank", 1) * o["budget"] // page) / span)
+    open_ = {window_page // span, *best(scored, count)}
+    return [(score, number) for score, number in pages if score == math.inf or number // span in open_]
 
 
 def tree_search(free: list[int], score: Mapping[int, float], count: int) -> list[int]:

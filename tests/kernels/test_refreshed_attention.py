@@ -12,6 +12,7 @@ from torch import Tensor
 
 import memc.kernels  # noqa: F401
 from memc.dialect.refreshed_attention import most_chosen
+from memc.dialect.selectors import SELECTORS
 from memc.dialect.sparse_attention import METHODS, description
 from memc.kernels.refreshed_attention.choose import Choices
 from tests.kernels import oracles
@@ -33,8 +34,9 @@ options = st.fixed_dictionaries(
         "dense_below": st.sampled_from([0, 7]),
         "softcap": st.sampled_from([0.0, 1.5]),
         "mass": st.sampled_from([1.0, 0.55]),
+        "beam": st.sampled_from([1, 4]),
     }
-).map(lambda o: {**o, "mass": 1.0} if o["method"] == "hip" else o)
+).map(lambda o: {**o, "mass": 1.0} if SELECTORS[o["method"]].searches else o)
 
 
 def run(call: dict[str, Any], parts: list[slice], **fixed: Any) -> list[Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from memc.dialect.refreshed_attention import most_chosen, refreshed_attention
-from memc.dialect.sparse_attention import description
+from memc.dialect.sparse_attention import described_tokens, description
 from memc.kernels.launch import GPUS, Notes, launching
 from memc.kernels.refreshed_attention import device as device_code
 from memc.kernels.refreshed_attention import reference as reference_code
@@ -44,6 +44,7 @@ CALLS = (
 )
 METHODS = {
     "bounds": {},
+    "bounds2": {"page": 1, "beam": 1},
     "moments": {"rerank": 2, "dense_below": 25, "softcap": 2.0},
     "lowbit": {"channels": 4, "rerank": 2, "mass": 0.7},
     "hip": {"budget": 10},
@@ -62,7 +63,7 @@ def empty(slots: int, options: dict[str, Any]) -> list[Tensor]:
     return [
         *(torch.zeros(*leading, slots, size, dtype=torch.float64) for size in (SHAPE.key_size, SHAPE.value_size)),
         torch.full((SHAPE.batch, slots), -1),
-        torch.zeros(*leading, -(-slots // page), *sizes, dtype=torch.float64),
+        torch.zeros(*leading, -(-slots // described_tokens(method, page)), *sizes, dtype=torch.float64),
         torch.full((*leading, most), -1),
     ]
 

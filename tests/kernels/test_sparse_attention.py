@@ -25,6 +25,7 @@ from memc.kernels.sparse_attention.choose import (
     first,
     ranks,
 )
+from memc.kernels.sparse_attention.levels import joined, lower
 from tests.kernels import oracles
 from tests.kernels.cases import F64, Shape, cut, shapes, walk
 
@@ -41,8 +42,9 @@ options = st.fixed_dictionaries(
         "dense_below": st.sampled_from([0, 7]),
         "softcap": st.sampled_from([0.0, 1.5]),
         "mass": st.sampled_from([1.0, 0.55]),
+        "beam": st.sampled_from([1, 4]),
     }
-).map(lambda o: {**o, "mass": 1.0} if o["method"] == "hip" else o)
+).map(lambda o: {**o, "mass": 1.0} if SELECTORS[o["method"]].searches else o)
 
 
 def fitting(sizes: tuple[int, int, int, int], extra: dict[str, Any]) -> dict[str, Any]:
@@ -97,10 +99,11 @@ def test_sparse_attention_equals_oracle(
     for b, held in enumerate(expected.held):
         assert sorted(p for p in whole[4][b].tolist() if p >= 0) == [token.position for token in held]
         page = fixed["page"]
-        for number in range(whole[5].shape[2]):
+        pages = lower(whole[5]) if fixed["method"] == "bounds2" else whole[5]
+        for number in range(pages.shape[2]):
             keys = [x.key for x in held if x.position // page == number]
             wanted = describe(torch.stack(keys, 1), fixed["method"]) if len(keys) == page else torch.zeros(()).double()
-            torch.testing.assert_close(whole[5][b, :, number], wanted.expand_as(whole[5][b, :, number]))
+            torch.testing.assert_close(pages[b, :, number], wanted.expand_as(pages[b, :, number]))
     for one, other in zip(whole, run(call, cut(shape.tokens, generator), **fixed), strict=True):
         torch.testing.assert_close(one, other)
 
@@ -171,11 +174,14 @@ def test_choices_are_causal_within_the_budget_and_hold_what_is_forced(
     extra["channels"] = min(extra["channels"], shape.key_size)
     rule = Rule(**fitting(sizes, extra))
     q, k, _ = shape.qkv(shape.generator())
-    pages = -(-shape.tokens // rule.page)
-    keys = torch.nn.functional.pad(k, (0, 0, 0, pages * rule.page - shape.tokens))
+    length = -(-shape.tokens // rule.piece) * rule.piece
+    keys = torch.nn.functional.pad(k, (0, 0, 0, length - shape.tokens))
     at = torch.arange(shape.tokens).expand(shape.batch, -1)
-    mask = chosen(q, keys, describe(keys.unflatten(2, (pages, rule.page)), rule.method), at, rule)
-    p, j = torch.arange(shape.tokens)[:, None], torch.arange(pages * rule.page)
+    pages = describe(keys.unflatten(2, (-1, rule.page)), rule.method)
+    if rule.by_level:
+        pages = joined(pages, torch.arange(rule.piece, length + 1, rule.piece) <= at[:, -1:] + 1)
+    mask = chosen(q, keys, pages, at, rule)
+    p, j = torch.arange(shape.tokens)[:, None], torch.arange(length)
     assert not bool((mask & (j > p)).any())
     forced = (j <= p) & ((j < rule.sinks) | (p - j < rule.window))
     assert bool(mask[..., forced].all())
@@ -322,6 +328,8 @@ def test_the_oracle_sees_a_fault(fault: dict[str, Any]) -> None:
         ({"method": "x"}, "one of bounds"),
         ({"mass": 0.0}, "above 0"),
         ({"mass": 0.5, "method": "hip"}, "too few pages"),
+        ({"mass": 0.5, "method": "bounds2"}, "bounds2 scores too few pages"),
+        ({"beam": 0}, "as many pages"),
         ({"method": "landmark", "page": 1}, "at least one other token"),
         ({"method": "landmark", "rerank": 2}, "read whole"),
     ],

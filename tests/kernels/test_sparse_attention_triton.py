@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from memc.dialect.sparse_attention import description, sparse_attention
+from memc.dialect.sparse_attention import described_tokens, description, sparse_attention
 from memc.kernels.launch import GPUS, Notes, launching
 from memc.kernels.sparse_attention import device as device_code
 from memc.kernels.sparse_attention import reference as reference_code
@@ -31,11 +31,13 @@ slots = Code(sparse_attention, slots_code)
 
 SHAPE = Shape(batch=3, groups=1, per_group=2, tokens=71, key_size=12, value_size=20, seed=3)
 RULE: dict[str, Any] = {"scale": 0.4, "page": 8, "budget": 32, "sinks": 2, "window": 5}
-METHODS = ("bounds", "moments", "hcam", "hip", "lowbit")
+METHODS = ("bounds", "bounds2", "moments", "hcam", "hip", "lowbit")
 
 
 def rule(method: str, **options: Any) -> dict[str, Any]:
-    return {**RULE, "method": method, "channels": 4 if method == "lowbit" else 0, **options}
+    # Four super-pages of 16 tokens, of which one is entered.
+    small = {"page": 1, "budget": 16, "beam": 1} if method == "bounds2" else {}
+    return {**RULE, "method": method, "channels": 4 if method == "lowbit" else 0, **small, **options}
 
 
 def state(
@@ -157,7 +159,7 @@ def test_what_is_launched_depends_on_no_length() -> None:
 
 
 def buffers(held: list[Any], slots: int, page: int) -> list[Any]:
-    """Lay a state out in buffers of ``slots``, the last of them for padding."""
+    """Lay a state out in buffers of ``slots``, the last of them for padding; ``page`` tokens described together."""
     key, value, positions, pages = held
     batch = len(positions)
     wide = [x.new_zeros(*x.shape[:2], slots, x.shape[3]) for x in (key, value)]
@@ -191,21 +193,21 @@ CALLS = {
 def test_states_in_place_equal_the_reference(method: str, call: str, options: dict[str, Any]) -> None:
     """Both forms in place, by kernels and in float64, give what the functional form gives, and hold what it holds."""
     fixed, positions = rule(method, **options), CALLS[call]
-    held = state(fixed)
+    held, piece = state(fixed), described_tokens(method, fixed["page"])
     shape = Shape(SHAPE.batch, SHAPE.groups, SHAPE.per_group, positions.shape[1], SHAPE.key_size, SHAPE.value_size, 5)
     tokens = [x.float() for x in shape.qkv(shape.generator())]
     sink_logits = torch.randn(SHAPE.heads) if options else None
     wanted = reference.forward(*in_double([*tokens, positions, *held, sink_logits]), **fixed)
     there = (positions >= 0)[:, None]
     for run, kind in ((slots.forward, torch.float64), (device.in_place, torch.float32)):
-        given = [x.to(kind) if x.is_floating_point() else x for x in buffers(held, 101, fixed["page"])]
+        given = [x.to(kind) if x.is_floating_point() else x for x in buffers(held, 101, piece)]
         sinks = None if sink_logits is None else sink_logits.to(kind)
         with poisoned():
             out, lse = run(*(x.to(kind) for x in tokens), positions, *given, sinks, **fixed)
         assert_near(out.float(), wanted[0])
         assert_near(lse.float(), wanted[1])
         assert (out[~there.expand(out.shape[:3])] == 0).all()
-        following = buffers(list(wanted[2:]), 101, fixed["page"])
+        following = buffers(list(wanted[2:]), 101, piece)
         assert torch.equal(given[2], following[2])
         # What a sequence before left in slots that are not held is nobody's.
         held_now = (given[2] >= 0)[:, None, :, None]
@@ -229,6 +231,23 @@ def test_a_prompt_in_blocks_is_the_prompt_whole() -> None:
         assert run.call_count == (2 if entries == 500 else 1)
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other)  # keys may be shared among other numbers of programs
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+@pytest.mark.usefixtures("cut_small")
+def test_a_super_page_is_described_with_its_last_page(tokens: int) -> None:
+    shape = Shape(1, 1, 2, 79, SHAPE.key_size, SHAPE.value_size, seed=4)
+    fixed, at = rule("bounds2"), torch.arange(79, 79 + tokens)[None]
+    held = state(fixed, Shape(2, 1, 2, 79, SHAPE.key_size, SHAPE.value_size, seed=4))
+    held = [x[:1] for x in held]
+    new = [x.float() for x in Shape(1, 1, 2, tokens, 12, 20, 5).qkv(shape.generator())]
+    wanted = reference.forward(*in_double([*new, at, *held]), **fixed)
+    given = buffers(held, 101, 16)
+    with poisoned():
+        out = device.in_place(*new, at, *given, **fixed)[0]
+    assert_near(out, wanted[0])
+    assert not held[3][:, :, 4, 0].any() and bool(given[3][:, :, 4, 0].any())
+    assert_near(given[3], buffers(list(wanted[2:]), 101, 16)[3])
 
 
 @pytest.mark.usefixtures("cut_small")

@@ -31,6 +31,7 @@ CHOICES: list[dict[str, Any]] = [
     {"method": "lowbit", "rerank": 2, "channels": 2},
     {"method": "bounds", "refresh": 3},
     {"method": "hip", "refresh": 2},
+    {"method": "bounds", "levels": 2, "beam": 1, "page": 1},
     {"method": "bounds", "mass": 0.8},
 ]
 SMALL: dict[str, Any] = {"budget": 12, "page": 3, "sinks": 1, "window": 4, "rerank": 1, "dense_below": 0}
@@ -60,6 +61,7 @@ def chosen_softmax(**options: Any) -> Attention:
                 for group in range(block.num_kv_heads):
                     heads = slice(group * per_group, (group + 1) * per_group)
                     query, o = a["query"][row, heads, t].detach(), {"scale": a["scale"], **options}
+                    o["method"] = "bounds2" if o.pop("levels", 1) == 2 else o["method"]
                     kept = listed[group] if "refresh" in options else None
                     seen[row, heads, t, sparse_choice(query, own, t, group, o, kept)] = True
         weight = s.masked_fill(~seen, -torch.inf).exp()
@@ -100,7 +102,7 @@ def test_short_prompts_give_the_original_logits(pages: int, dense_below: int, re
 @pytest.mark.parametrize("choice", CHOICES)
 def test_long_prompts_equal_a_softmax_over_what_the_oracle_chooses(variant: str, choice: dict[str, Any]) -> None:
     program = tiny(**VARIANTS[variant])
-    tokens, options = tokens_of(2, 30), {**SMALL, **choice}
+    tokens, options = tokens_of(2, 54 if "levels" in choice else 30), {**SMALL, **choice}
     result = rewrite(program, **options).run(tokens)
     torch.testing.assert_close(result, naive_run(program, chosen_softmax(**options), tokens), atol=1e-5, rtol=0)
     other = {**options, "budget": 15}
@@ -184,14 +186,17 @@ def test_bits_that_do_not_fit_are_refused(options: dict[str, Any], reason: str) 
 @settings(max_examples=6, deadline=None)
 @given(
     cuts=st.lists(st.integers(1, 29), max_size=4),
-    method=st.sampled_from([*METHODS, "few bits"]),
+    method=st.sampled_from([*METHODS, "few bits"]).filter(lambda method: method != "bounds2"),
+    levels=st.sampled_from([1, 2]),
     refresh=st.integers(1, 4),
 )
-def test_any_split_equals_one_run(cuts: list[int], method: str, refresh: int) -> None:
+def test_any_split_equals_one_run(cuts: list[int], method: str, refresh: int, levels: int) -> None:
     chosen_by: dict[str, Any] = {"method": method, "refresh": refresh}
+    if method == "bounds":
+        chosen_by |= {"levels": levels, "page": 1}
     if method == "few bits":
         chosen_by = {"method": "bounds", "bits": 4}
-    result = rewrite(tiny(layers=1), **SMALL, **chosen_by)
+    result = rewrite(tiny(layers=1), **{**SMALL, **chosen_by})
     tokens = tokens_of(2, 30)
     positions = torch.arange(30).expand_as(tokens)
     torch.testing.assert_close(run_pieces(result, tokens, positions, cuts), result.run(tokens), atol=2e-5, rtol=0)
@@ -223,6 +228,21 @@ def test_states_grow_with_the_pages_and_survive_the_disk(tmp_path: Path) -> None
     assert torch.equal(loaded.run(tokens), result.run(tokens))
 
 
+def test_two_levels_are_one_state_of_super_pages() -> None:
+    program, sizes = tiny(), {**SMALL, "method": "bounds", "keep": "[1]"}
+    flat, result = rewrite(program, **sizes), rewrite(program, **sizes, levels=2)
+    assert well_formed(result) == []
+    pages = next(spec for spec in result.states if spec.name == "layer0_pages")
+    assert (pages.shape, pages.grows, pages.init) == (("B", 2, "S/48", 17, 20), 2, 0)
+    assert result.state_bytes(480) == flat.state_bytes(480) + 10 * 2 * 20 * 4, "a sixteenth more"
+    tokens = tokens_of(2, 60)
+    wide = rewrite(program, **sizes, levels=2, beam=9)
+    torch.testing.assert_close(wide.run(tokens), flat.run(tokens), atol=2e-5, rtol=0)
+    assert (
+        rewrite(program, **{**sizes, "page": 1}, levels=2, beam=1).run(tokens) - flat.run(tokens)
+    ).abs().max() > 1e-4
+
+
 def test_a_shared_choice_is_state_and_survives_the_disk(tmp_path: Path) -> None:
     program, tokens = tiny(), tokens_of(2, 40)
     once = rewrite(program, **SMALL, method="bounds", keep="[1]")
@@ -249,6 +269,14 @@ def test_a_shared_choice_is_state_and_survives_the_disk(tmp_path: Path) -> None:
         ({"mass": 0.5, "method": "hip"}, "too few pages"),
         ({"mass": 0.5, "method": "infllm", "rerank": 0}, "count what it reads"),
         ({"mass": 0.5, "method": "bounds", "bits": 4}, "as many are taken as the budget"),
+        ({"mass": 0.5, "method": "bounds", "levels": 2}, "choice in two levels scores too few pages"),
+        (
+            {"levels": 2, "method": "moments"},
+            "moments holds of pages bounds nothing.*write sparsify:method=bounds,levels=2",
+        ),
+        ({"levels": 2, "method": "bounds", "bits": 4}, "ranked in one level"),
+        ({"levels": 3, "method": "bounds"}, "between 1 and 2"),
+        ({"beam": 2, "method": "bounds"}, "only two levels have a beam"),
         ({"method": "landmark", "rerank": 2}, "whole pages.*leave 'rerank' out"),
         ({"method": "landmark", "page": 1}, "a page of 1 has none"),
         ({"method": "landmark", "bits": 4}, "bits go with method=bounds"),
@@ -290,6 +318,9 @@ def test_the_sizes_of_lowbit_follow_from_the_heads() -> None:
         ({"method": "bounds", "rerank": 1, "refresh": 4}, 64, 2 * 4096 / 16 / 4),
         # One page is still to be taken of the 253 between sinks and window: 8 rounds of 2 keys.
         ({"method": "hip", "rerank": 1}, 64, 16),
+        # 16 super-pages, and the pages of the 1 that is entered and of the one that the window reaches into.
+        ({"method": "bounds", "rerank": 1, "levels": 2}, 64, 2 * (16 + 32)),
+        ({"method": "bounds", "rerank": 4, "levels": 2, "beam": 8}, 256, 2 * (16 + 9 * 16)),
         # At the most: what a share of the attention takes is not known before.
         ({"method": "bounds", "rerank": 1, "mass": 0.5}, 64, 2 * 4096 / 16),
         ({"method": "bounds", "rerank": 1}, 64, 2 * 4096 / 16),

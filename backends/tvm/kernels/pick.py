@@ -7,9 +7,9 @@ from tvm.script import tirx as T
 from memc.backends.tvm.kernels.choose import FIRST, NEVER, find_least, ordered, take
 from memc.backends.tvm.kernels.common import LOWEST, SLOTS
 from memc.backends.tvm.kernels.eventful import take_events
-from memc.backends.tvm.kernels.rank import find_best, rank_pages
+from memc.backends.tvm.kernels.rank import find_best
 from memc.backends.tvm.kernels.tree import search_pages
-from memc.backends.tvm.kernels.turns import make_list, take_listed
+from memc.backends.tvm.kernels.turns import make_list, rank_all, take_listed
 
 
 @T.inline
@@ -43,7 +43,7 @@ def list_tiles(names, s, r, b, g, t, unit, p, listed):  # noqa: D103
     elif r.by_tree:
         search_pages(names, s, r, b, g, t, unit, p)
     else:
-        rank_pages(names, s, r, b, g, t, unit, p)
+        rank_all(names, s, r, b, g, t, unit, p)
         if r.by_event:
             take_events(names, r, b, unit, p, blocks, least)
         else:

@@ -10,6 +10,7 @@ from memc.backends.tvm.kernels.choose import FIRST, NEVER, find_least, find_shar
 from memc.backends.tvm.kernels.common import LOWEST, SLOTS, Expression
 from memc.backends.tvm.kernels.eventful import whole_events
 from memc.dialect.selectors import SELECTORS, Selector
+from memc.dialect.sparse_attention import SPAN
 from memc.kernels.sparse_attention.choose import Rule as Choosing
 
 
@@ -60,7 +61,7 @@ class Rule(Choosing):
     @property
     def rows(self) -> bool:
         """Whether descriptions lie one by one, as a search reads them, and not a tile of them channel by channel."""
-        return self.by_tree
+        return self.by_tree or self.by_level
 
     def ranked(self, channels: int) -> int:
         """How many numbers a rank is made of."""
@@ -92,11 +93,14 @@ def describe(names, s, r, b, g, n):  # noqa: D103
                     away = names["keys"][b, g, (n * r.page + i) // SLOTS, d, (n * r.page + i) % SLOTS] - sums[0]
                     sums[1] = sums[1] + away * away
                 sums[1] = sums[1] / T.float32(r.page)
-        if r.rows:
+        if r.by_level:
+            names["pages"][b, g, n // SPAN, 1 + n % SPAN, d] = sums[0]
+            names["pages"][b, g, n // SPAN, 1 + n % SPAN, s.key_dim + d] = sums[1]
+        elif r.rows:
             names["pages"][b, g, n, d] = sums[0]
         else:
             names["pages"][b, g, n // SLOTS, d, n % SLOTS] = sums[0]
-        if r.described(s.key_dim) > s.key_dim:
+        if r.described(s.key_dim) > s.key_dim and not r.rows:
             names["pages"][b, g, n // SLOTS, s.key_dim + d, n % SLOTS] = sums[1]
 
 
@@ -128,7 +132,7 @@ def _strongest(names, s, r, b, g, t, channel, feature):
 
 
 @T.inline
-def _features(names, s, r, b, g, t, channel, feature):
+def features(names, s, r, b, g, t, channel, feature):  # noqa: D103
     # What of a query is multiplied with which number of a description.
     for c in T.serial(r.ranked(s.key_dim)):
         channel[c] = c
@@ -172,7 +176,7 @@ def rank_pages(names, s, r, b, g, t, unit, p):  # noqa: D103
     if r.by_token:
         _strongest(names, s, r, b, g, t, channel, feature)
     else:
-        _features(names, s, r, b, g, t, channel, feature)
+        features(names, s, r, b, g, t, channel, feature)
     for tile in T.serial(p // r.unit // SLOTS + 1):
         for j in T.vectorized(SLOTS):
             best[j] = T.float32(LOWEST)

@@ -12,10 +12,12 @@ from tvm.script import tirx as T
 
 from memc.backends.tvm.kernels.common import SLOTS, PrimFunc, Scores
 from memc.backends.tvm.kernels.eventful import begin_events
+from memc.backends.tvm.kernels.levels import describe_above
 from memc.backends.tvm.kernels.pick import keep_tokens, list_tiles, score_tiles, score_tokens
 from memc.backends.tvm.kernels.rank import Rule, describe
 from memc.backends.tvm.kernels.turns import hold_list, save_list
 from memc.backends.tvm.kernels.weigh import attend, clear
+from memc.dialect.sparse_attention import SPAN
 
 SHARES = 8
 """Units of work that the tokens of one key-value head are dealt to at most, each with memory of its own."""
@@ -53,11 +55,11 @@ def sparse_attention(s: Scores, r: Rule) -> PrimFunc:
 
     ``keys [B,G,P,D,SLOTS]`` and ``values [B,G,S,E]`` hold the token at position p in slot p, ``pages [B,G,N,C,SLOTS]``
     the description of page n; where tokens are ranked ``keys [B,G,S,D]`` are as they are read one by one, and ``pages
-    [B,G,P,D,SLOTS]`` the same channel by channel, and where pages are searched ``pages [B,G,N,D]``; what ``choice``
-    holds is said in ``turns`` and ``eventful``. The new tokens are written first, so that no sequence may start in a
-    call after tokens of another one in the same row. A unit of work is some tokens of one key-value head; of each it
-    ranks the pages, lists the tiles of keys on which the best ones lie, and makes the scores of these, which are ranked
-    again where that is asked for and then weigh the values.
+    [B,G,P,D,SLOTS]`` the same channel by channel, where pages are searched ``pages [B,G,N,D]``, and in two levels as
+    ``levels`` has it; what ``choice`` holds is said in ``turns`` and ``eventful``. The new tokens are written first, so
+    that no sequence may start in a call after tokens of another one in the same row. A unit of work is some tokens
+    of one key-value head; of each it ranks the pages, lists the tiles of keys on which the best ones lie, and makes
+    the scores of these, which are ranked again where that is asked for and then weigh the values.
     """
     heads, groups, key_dim, value_dim = s.heads, s.groups, s.key_dim, s.value_dim
     share, together, size = s.share, s.together, r.described(s.key_dim)
@@ -78,6 +80,8 @@ def sparse_attention(s: Scores, r: Rule) -> PrimFunc:
                         names["keys"][b, g, position // SLOTS, d, position % SLOTS] = names["k"][b, g, t, d]
                     if (position + 1) % r.page == 0:
                         describe(names, s, r, b, g, position // r.page)
+                    if r.by_level and (position + 1) % r.piece == 0:
+                        describe_above(names, s, b, g, position // r.piece)
 
     @T.inline
     def step(names, b, g, t, unit, p):
@@ -127,7 +131,8 @@ def sparse_attention(s: Scores, r: Rule) -> PrimFunc:
             keys_, (batch, groups, tiles, *((key_dim,) if r.by_token else (key_dim, SLOTS))), "float32"
         )
         values = T.match_buffer(values_, (batch, groups, held, value_dim), "float32")
-        pages = T.match_buffer(pages_, (batch, groups, described, *((size,) if r.rows else (size, SLOTS))), "float32")
+        one = T.meta_var((1 + SPAN, size) if r.by_level else (size,) if r.rows else (size, SLOTS))
+        pages = T.match_buffer(pages_, (batch, groups, described, *one), "float32")
         listed = T.meta_var((batch, groups, 2, r.places) if r.refresh > 1 else (batch, held) if r.by_event else (1,))
         choice = T.match_buffer(choice_, listed, "int64" if r.by_event else "int32")
         sinks = T.match_buffer(sinks_, (heads if s.sink_logits else 1,), "float32")

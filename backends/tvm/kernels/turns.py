@@ -10,8 +10,18 @@ from tvm.script import tirx as T
 
 from memc.backends.tvm.kernels.choose import FIRST, NEVER, find_least, take
 from memc.backends.tvm.kernels.common import SLOTS
+from memc.backends.tvm.kernels.levels import rank_levels
 from memc.backends.tvm.kernels.rank import find_best, first_near, force, rank_pages
 from memc.backends.tvm.kernels.tree import search_pages
+
+
+@T.inline
+def rank_all(names, s, r, b, g, t, unit, p):  # noqa: D103
+    # Ranks every page or token for the token at position ``p``, in one level or two.
+    if r.by_level:
+        rank_levels(names, s, r, b, g, t, unit, p)
+    else:
+        rank_pages(names, s, r, b, g, t, unit, p)
 
 
 @T.inline
@@ -26,7 +36,7 @@ def make_list(names, s, r, b, g, t, unit, p):  # noqa: D103
         if r.by_tree:
             search_pages(names, s, r, b, g, t, unit, p)
         else:
-            rank_pages(names, s, r, b, g, t, unit, p)
+            rank_all(names, s, r, b, g, t, unit, p)
         find_best(names, r, unit, blocks, least)
         count[0] = T.int64(0)
         for n in T.serial(p // r.unit + 1):
