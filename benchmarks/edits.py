@@ -190,8 +190,8 @@ def page(document: dict[str, Any]) -> str:
         " the target is the most likely one; generality: another wording, never shown. Locality: the share of held-out"
         " prompts whose logits are the original's, bit for bit; neighbours are the same relations of other subjects.",
         grid(head, lines),
-        "Keep is the share of unrelated sequences that the threshold is to leave as they are. Edits were given in"
-        f" {document['wordings']} wordings.",
+        "Keep is the share of unrelated sequences that the threshold is to leave as they are. An edit is taught in"
+        f" {document['wordings']} wording{'s' if document['wordings'] > 1 else ''}.",
         "Numbers to reach: reliability 0.90, generality 0.80, locality 1.00.",
     ]
     return "\n\n".join(parts) + "\n"
