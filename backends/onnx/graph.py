@@ -100,7 +100,7 @@ class _Rewriter:
             "full_attention": self.full_attention,
             "attention": self.attention,
             "sparse_attention": self.sparse_attention,
-            "refreshed_attention": self.refreshed_attention,
+            "refreshed_attention": self.sparse_attention,
             "quantised_attention": self.quantised_attention,
             "compact_attention": self.compact_attention,
             "events": self.events,
@@ -172,14 +172,7 @@ class _Rewriter:
         return [*self.parts(out, 3), a["past_positions"]]
 
     def sparse_attention(self, node: Node, a: Mapping[str, Any]) -> list[Node | None]:
-        return self._choosing(node, a, sparse.sparse_attention)
-
-    def refreshed_attention(self, node: Node, a: Mapping[str, Any]) -> list[Node | None]:
-        return self._choosing(node, a, refreshed.refreshed_attention)
-
-    def _choosing(
-        self, node: Node, a: Mapping[str, Any], write: Callable[[attend.Scores, Rule, bool], Function]
-    ) -> list[Node | None]:
+        write = refreshed.refreshed_attention if "refresh" in a else sparse.sparse_attention
         s, c = scores(node, a), rule(a)
         past = self._paged_states(node, a)
         plan = self._sparse_plan(s, c, a["positions"], past)

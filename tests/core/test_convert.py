@@ -388,6 +388,7 @@ def test_a_sparse_artifact_is_checked_where_it_chooses(llama: Path, tmp_path: Pa
         ("method=bounds,bits=4,rerank=2", 4, "eager"),
         ("method=bounds,bits=4,rerank=2", 4, "onnx"),
         ("method=hip,refresh=4,rerank=1", 24, "eager"),
+        ("method=bounds,levels=2,beam=1", 24, "onnx"),
         ("method=lowbit,refresh=4,mass=0.6", 24, "onnx"),
         ("method=em,rerank=1,longest=4,calls=9", 24, "onnx"),
         pytest.param(
