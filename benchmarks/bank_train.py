@@ -25,7 +25,7 @@ from memc.bank.learner import Learner
 from memc.bank.measure import measure_bank
 from memc.bank.train import TrainOptions, parse_job, train_bank
 from memc.cli.console import Console
-from memc.report.bank import BankTrainDocument
+from memc.report.models.banks import BankTrainDocument
 
 HERE = Path(__file__).parent
 TEXTS = ("austen-northanger-abbey.txt", "jargon.txt")

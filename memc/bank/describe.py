@@ -6,7 +6,7 @@ import numpy as np
 
 from memc.bank.bank import Bank
 from memc.bank.layout import Cluster, name
-from memc.report.bank import BankCluster, BankDocument, BankLevel, BankPassage
+from memc.report.models.banks import BankCluster, BankDocument, BankLevel, BankPassage
 
 NEAREST = 5
 """Passages that are shown of a cluster."""

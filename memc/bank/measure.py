@@ -15,7 +15,7 @@ from memc.bank.sequences import PackedSequence, held_out, pack
 from memc.bank.train import TrainOptions
 from memc.bank.tree import TreePath
 from memc.progress import Progress
-from memc.report.bank import BankHeldOut, BankJob, BankTrainDocument
+from memc.report.models.banks import BankHeldOut, BankJob, BankTrainDocument
 
 SEQUENCES = 8
 """Most held-out sequences of each cluster of the first level that are looked at."""

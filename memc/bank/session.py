@@ -16,7 +16,7 @@ from memc.bank.layout import name
 from memc.bank.manifest import require_model
 from memc.bank.tree import TreePath
 from memc.errors import MemcError
-from memc.report.bank import BankUse
+from memc.report.models.banks import BankUse
 from memc.runtime.inputs import Fetched
 from memc.runtime.rows import Ids, full_rows, id_rows
 from memc.runtime.session import Session, SessionState

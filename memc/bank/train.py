@@ -31,7 +31,7 @@ from memc.bank.sequences import PackedSequence, held_out, pack
 from memc.conversion.folder import require_space
 from memc.errors import MemcError
 from memc.progress import Progress
-from memc.report.bank import BankJob
+from memc.report.models.banks import BankJob
 from memc.train.device import CPU
 from memc.train.loop import (
     Checkpoints,

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from memc.report.bank import BankUse
+    from memc.report.models.banks import BankUse
     from memc.runtime import Session
 
 

@@ -24,7 +24,7 @@ from memc.plugins import load_kernels, load_plugin
 from memc.program import Program
 from memc.program_io import load_program, save_program
 from memc.progress import Progress, Silent
-from memc.report.bank import BankFuseDocument
+from memc.report.models.banks import BankFuseDocument
 from memc.target import get_target
 from memc.verify import CheckResult, inputs_of, sample_text, take
 

@@ -6,9 +6,9 @@ from typing import Literal
 
 from pydantic import Field
 
-from memc.report.bank import BankUse
 from memc.report.facts import Document, Facts, Shown
 from memc.report.files import AblationFacts
+from memc.report.models.banks import BankUse
 
 
 class PositionBucket(Facts):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from memc.report import bank as b
+from memc.report.models import banks as b
 from tests.cli.documents.models import MODEL
 
 
