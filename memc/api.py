@@ -26,6 +26,7 @@ from memc.recipe import Recipe, load_recipe
 from memc.report.facts import CONTEXTS
 from memc.report.models import AnalysisDocument, ConvertDocument, InspectDocument
 from memc.target import get_target
+from memc.verify.relations import finite
 from memc.weights import materialize
 
 
@@ -60,7 +61,7 @@ def analyse(
 
     The model is computed with in float32, on ``data`` as a recipe names them, else on text that it makes itself. Raises
     ``MemcError``: E202 and E203 for a method that is not right, E301 to E306 as capture does, E207 and E308 for data,
-    and what :meth:`memc.analysis.methods.Analysis.run` does.
+    E403 for weights that are not finite, and what :meth:`memc.analysis.methods.Analysis.run` does.
     """
     chosen, progress = parse_analysis(method), progress or Silent()
     captured = capture_source(model, remote_code=remote_code)
@@ -68,6 +69,7 @@ def analyse(
         raise MemcError("E301", "there are no weights to analyse", str(model))
     with progress.step("load weights"):
         program = materialize(raise_program(captured.program).program, captured.weights, torch.float32)
+    finite(program)
     tokens = None
     if data:
         with tempfile.TemporaryDirectory() as folder:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from memc.errors import MemcError
+from memc.partial import partial_of
 
 MANIFEST = "memc.json"
 SCHEMA = "memc.artifact/1"
@@ -178,7 +179,7 @@ def read_manifest(folder: Path, *, verify: bool = False, unread: str = "") -> Ma
     """
     path = folder / MANIFEST
     if not path.is_file():
-        partial = folder.with_name(folder.name + ".partial")
+        partial = partial_of(folder)
         hint = "run the same memc convert again: it resumes" if partial.is_dir() else "memc convert MODEL -o OUT"
         raise MemcError("E309", "no artifact here", where=str(folder), next=hint)
     try:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from memc.errors import MemcError
+from memc.partial import partial_of
 
 _NAMES = {
     torch.float64: "F64",
@@ -59,7 +60,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor | LateTensor]) -> Non
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     # Through a second file: the tensors written may be mapped from the one that is replaced.
-    partial = path.with_name(path.name + ".partial")
+    partial = partial_of(path)
     with partial.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little"))
         stream.write(text)

@@ -118,7 +118,7 @@ def build_bank(
     progress, workers = progress or Silent(), workers or Workers()
     digests = [source_digest(source) for source in data]
     folder = OutFolder(out)
-    folder.refuse_existing("", {}, force=force)
+    folder.refuse_existing("", {}, force=force, sources=data)
     shape = BankShape(options.branch, options.ranks, model.layers, model.width, options.dtype)
     _require_disk(out, data, shape)
     key = resume_key("bank", repr(model), repr(options), *digests)

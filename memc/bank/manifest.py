@@ -12,6 +12,7 @@ from memc.artifact import sha256
 from memc.bank.encoder import EncoderFacts
 from memc.bank.layout import BankShape, Dtype
 from memc.errors import MemcError
+from memc.partial import partial_of
 
 MANIFEST, RECORDS, TREE, PASSAGES, ENCODER = "bank.json", "records.bank", "tree.safetensors", "passages", "encoder"
 """The names in a bank's folder."""
@@ -67,7 +68,7 @@ def read_manifest(folder: Path, *, verify: bool = False) -> BankManifest:
     """
     path = folder / MANIFEST
     if not path.is_file():
-        partial = folder.with_name(folder.name + ".partial")
+        partial = partial_of(folder)
         hint = "run the same memc bank build again: it resumes" if partial.is_dir() else "memc bank build -o BANK"
         raise MemcError("E310", "no bank here", str(folder), hint)
     try:

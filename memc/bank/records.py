@@ -26,6 +26,7 @@ from xxhash import xxh3_128, xxh3_128_digest
 
 from memc.bank.layout import BankShape, Cluster, Dtype, name
 from memc.errors import MemcError
+from memc.partial import partial_of
 
 F32 = npt.NDArray[np.float32]
 
@@ -56,7 +57,7 @@ def write_records(path: Path, shape: BankShape, records: Iterable[tuple[Cluster,
     """
     header = _Header(**vars(shape)).model_dump_json().encode()
     index = _empty_index(shape)
-    partial = path.with_name(path.name + ".partial")
+    partial = partial_of(path)
     with partial.open("wb") as stream:
         stream.seek(_align(_PREFIX.size + len(header) + index.nbytes))
         for cluster, record in records:

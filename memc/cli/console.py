@@ -41,10 +41,12 @@ class Console:
     def show(self, document: Document, view: Callable[[], RenderableType]) -> None:
         """Print a result: the document with ``--json``, else its view."""
         if self.json:
-            sys.stdout.write(document.to_json() + "\n")
-        else:
-            self.rich().print(view())
-        sys.stdout.flush()
+            self.text(document.to_json() + "\n")
+            return
+        console = self.rich()
+        with console.capture() as shown:  # rich would end the process where nobody reads it
+            console.print(view())
+        self.text(shown.get())
 
     def text(self, piece: str) -> None:
         """Write a piece of a result's text at once, as it is."""

@@ -8,6 +8,7 @@ import shlex
 import sys
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 import click
@@ -20,6 +21,9 @@ INTERNAL = 1
 
 KEPT_LOGS = 20
 
+_PLACES = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
+"""What the system refuses because of where a file is, or whose."""
+
 
 def fail(error: BaseException, invocation: Invocation) -> int:
     """Print one line about ``error`` (and with ``--json`` a document), keep its traceback, return the exit code."""
@@ -28,21 +32,25 @@ def fail(error: BaseException, invocation: Invocation) -> int:
             return error.code if isinstance(error.code, int) else INTERNAL
         case click.exceptions.Exit():
             return error.exit_code
-        case BrokenPipeError():  # whoever read the output has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return int(Exit.OK)
     code, known = classify(error)
     log = "" if code in (Exit.USAGE, Exit.INTERRUPTED) else write_log(error, invocation)
     line = str(known) if isinstance(known, MemcError) else known
     if code == INTERNAL:
         line += f" [{log or 'the log could not be written'}] Next: MEMC_DEBUG=1 shows the traceback; please report it"
-    sys.stdout.flush()
-    click.echo(line, err=True)
+    _say(line, error=True)
     if os.environ.get("MEMC_DEBUG") == "1":
         traceback.print_exception(error, file=sys.stderr)
     if invocation.json:
-        click.echo(document(known, code, log))
+        _say(document(known, code, log))
     return int(code)
+
+
+def _say(line: str, *, error: bool = False) -> None:
+    """Write a line where anybody reads it: what failed may be the very output."""
+    with suppress(OSError, ValueError, AttributeError):
+        sys.stdout.flush()
+    with suppress(OSError, ValueError):
+        click.echo(line, err=error)
 
 
 def classify(error: BaseException) -> tuple[int, MemcError | str]:
@@ -60,6 +68,9 @@ def classify(error: BaseException) -> tuple[int, MemcError | str]:
             known = MemcError("E501", "out of memory", next="free some, or use a smaller --context or --weights int4")
         case OSError() if error.errno in (errno.ENOSPC, errno.EDQUOT):
             known = MemcError("E502", "no space left on the disk", str(error.filename or ""), "free some, then again")
+        case OSError() if error.errno in _PLACES:
+            where, other = str(error.filename or ""), "give another place, or one that may be read and written"
+            known = MemcError("E200", f"file cannot be used: {error.strerror}", where, other)
         case RuntimeError() if "can't allocate memory" in str(error):  # how torch on a CPU says it
             return classify(MemoryError())
         case _:

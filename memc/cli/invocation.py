@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from memc.machine import cache_folder
+from memc.partial import partial_of
 
 
 @dataclass
@@ -25,7 +26,7 @@ class Invocation:
     def log_folder(self) -> Path:
         """Folder for the traceback of a failure."""
         if self.out is not None:
-            partial = self.out.with_name(self.out.name + ".partial")
+            partial = partial_of(self.out)
             if partial.is_dir():
                 return partial / "log"
         return cache_folder() / "log"

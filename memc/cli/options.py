@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec
 
@@ -12,7 +15,8 @@ import click
 from memc.cli import completing
 from memc.cli.console import Console
 from memc.cli.invocation import Invocation
-from memc.errors import MemcError
+from memc.errors import Exit, MemcError
+from memc.partial import partial_of
 
 P = ParamSpec("P")
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -46,7 +50,11 @@ def declare(name: str, *examples: str) -> Callable[[Callable[Concatenate[Console
     def decorate(function: Callable[Concatenate[Console, P], int | None]) -> Command:
         @functools.wraps(function)
         def call(*args: Any, json: bool, no_color: bool, quiet: bool, **kwargs: Any) -> int | None:
-            return function(Console(json=json, color=not no_color, quiet=quiet), *args, **kwargs)
+            try:
+                return function(Console(json=json, color=not no_color, quiet=quiet), *args, **kwargs)
+            except BrokenPipeError:  # whoever read the output has seen enough; click would call it a failure
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                return int(Exit.OK)
 
         decorated: Callable[..., Any] = call
         for option in (
@@ -104,12 +112,19 @@ def html_option(help: str) -> Decorator:
 
 
 def write_page(console: Console, path: str, page: str) -> None:
-    """Write a page and say so. Raises ``MemcError`` E200 where its folder does not exist."""
+    """Write a page, whole or not at all, and say so. Raises ``MemcError`` E200 where its folder does not exist."""
+    place = Path(path)
+    beside = partial_of(place)
     try:
-        Path(path).write_text(page, encoding="utf-8")
+        beside.write_text(page, encoding="utf-8")
+        beside.replace(place)
     except FileNotFoundError:
         hint = "make it, or give another file"
         raise MemcError("E200", "folder of the page does not exist", path, hint) from None
+    except (OSError, UnicodeError):
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise
     console.note(f"wrote {path}")
 
 

@@ -85,15 +85,13 @@ def lower_again(
     return document
 
 
-def require_out(source: Path, out: Path, *, force: bool) -> OutFolder:
-    """Return the folder ``out`` of an artifact made from ``source``; nothing is touched yet.
+def require_out(source: Path, out: Path, *others: str | Path, force: bool) -> OutFolder:
+    """Return the folder ``out`` of an artifact made from ``source`` and ``others``; nothing is touched yet.
 
     Raises ``MemcError`` E204 when it is in the way and E502 for too little disk.
     """
-    if out.resolve() == source.resolve():
-        raise MemcError("E204", "the result would replace what it is made from", str(out), "give another -o OUT")
     folder = OutFolder(out)
-    folder.refuse_existing("", {"lowered": ""}, force=force)
+    folder.refuse_existing("", {"lowered": ""}, force=force, sources=(source, *others))
     require_space(out, 2 * folder_bytes(source / PROGRAM))
     return folder
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import time
 from collections.abc import Callable
@@ -108,7 +109,8 @@ def _convert(request: Request, steps: Steps, processes: Processes) -> ConvertDoc
     training = limits is None and trains(request.recipe, passes)
     if not request.dry_run and processes.leads:
         facts = {"source": source_name(request.model), "target": request.target.name, "backend": request.backend.name}
-        folder.refuse_existing(recipe, facts, force=request.force)
+        sources = [*request.recipe.data, *([] if isinstance(request.model, Program) else [request.model])]
+        folder.refuse_existing(recipe, facts, force=request.force, sources=sources)
     load_kernels()
     if request.threads is not None:
         torch.set_num_threads(request.threads)
@@ -347,6 +349,7 @@ def next_commands(out: str | Path, program: Program, folder: Path, *, runs: bool
 
     ``runs``: whether this machine runs what was lowered; else the same program may be lowered for it.
     """
+    out = shlex.quote(str(out))
     generates = program.model.decoder and (folder / "tokenizer.json").is_file()
     if not runs:
         return [f"memc report {out}", f"memc lower {out} -o OUT --target cpu"]
@@ -361,7 +364,7 @@ def require_passed(checks: list[CheckResult]) -> None:
             budget = f", over its budget of {check.budget:.3g}" if check.budget is not None else ""
             code = "E401" if check.value - check.value == 0 else "E403"
             reason = f"check {check.name} failed: {check.value:.3g}{budget}"
-            raise MemcError(code, reason, check.detail, "memc report OUT shows what was measured")
+            raise MemcError(code, reason, check.detail, "memc report, on the folder OUT, shows what was measured")
 
 
 def _share(raw: Program, original: Program) -> Program | None:

@@ -72,7 +72,7 @@ def edit_artifact(
     """
     began, progress = time.perf_counter(), progress or Silent()
     manifest = read_manifest(source, verify=True, unread="lowered")
-    folder = require_out(source, out, force=force)
+    folder = require_out(source, out, edits, *data, force=force)
     target = get_target(manifest.target)
     backend: Backend = load_plugin("memc.backends", require_backend(target, manifest.backend))()
     load_kernels()

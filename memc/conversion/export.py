@@ -52,7 +52,7 @@ def export(source: Path, out: Path, *, force: bool = False, progress: Progress |
         raise MemcError("E208", reason, str(source), HINT)
     load_kernels()
     folder = OutFolder(out)
-    folder.refuse_existing("", {}, force=force)
+    folder.refuse_existing("", {}, force=force, sources=[source])
     require_space(out, 2 * folder_bytes(source / "program"))
     program, config = load_program(source / "program"), load_config(source, remote_code=False)
     folder.open(resume_key("export", str(source)), fresh=True)

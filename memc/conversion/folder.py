@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from memc import __version__
 from memc.artifact import MANIFEST, read_manifest
 from memc.errors import MemcError
+from memc.partial import partial_of
 from memc.program_io import link
 from memc.report.facts import Document
 from memc.report.models import ErrorDocument
@@ -23,15 +25,20 @@ class OutFolder:
     """Where an artifact is written. ``partial`` is the folder to write into between :meth:`open` and :meth:`finish`."""
 
     def __init__(self, out: Path) -> None:
-        """Note the folder; nothing is touched yet."""
+        """Note the folder; nothing is touched yet. Raises ``MemcError`` E200 for one without a name."""
+        if not out.name:
+            raise MemcError("E200", "output folder has no name of its own", f"-o {str(out)!r}", "give a new folder")
         self.out = out
-        self.partial = out.with_name(out.name + ".partial")
+        self.partial = partial_of(out)
 
-    def refuse_existing(self, recipe: str, facts: dict[str, str], *, force: bool) -> None:
+    def refuse_existing(
+        self, recipe: str, facts: dict[str, str], *, force: bool, sources: Iterable[str | Path] = ()
+    ) -> None:
         """Raise ``MemcError`` E204 when OUT holds something, unless ``force``.
 
         ``recipe`` and ``facts`` (manifest fields) tell whether what is there is what was asked for. With ``force``
-        still refuses to replace a file, or a folder that this process or the user's home lives in.
+        still refuses to replace a file, or a folder that this process, the user's home or one of the ``sources`` that
+        it is made from lives in.
         """
         if not self.out.exists():
             return
@@ -39,8 +46,12 @@ class OutFolder:
             raise MemcError("E204", "output is a file", str(self.out), "give a folder that does not exist")
         if not any(self.out.iterdir()):
             return
+        here = self.out.resolve()
+        for source in map(Path, sources):
+            if source.exists() and source.resolve().is_relative_to(here):
+                reason = f"the result would replace what it is made from, {source}"
+                raise MemcError("E204", reason, str(self.out), "give another -o OUT")
         if force:
-            here = self.out.resolve()
             if any(place.is_relative_to(here) for place in (Path.cwd().resolve(), Path.home().resolve())):
                 raise MemcError("E204", "output folder cannot be replaced", str(self.out), "give another folder")
             return
@@ -97,7 +108,7 @@ class OutFolder:
 
     def finish(self) -> None:
         """Put ``OUT.partial`` in the place of OUT, in one rename."""
-        old = self.out.with_name(self.out.name + ".old.partial")
+        old = partial_of(self.out, ".old.partial")
         if self.out.exists():
             shutil.rmtree(old, ignore_errors=True)
             self.out.rename(old)

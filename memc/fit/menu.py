@@ -14,6 +14,7 @@ from memc.blocks import AttentionBlock, Block
 from memc.cost import Demand, demands
 from memc.errors import MemcError
 from memc.fit.weights import quantised
+from memc.partial import partial_of
 from memc.pipeline import Calibration, Pass, Plan
 from memc.plugins import load_plugin, registered
 from memc.program import Program
@@ -121,7 +122,7 @@ class Kept:
         if self.path is None:
             return
         held = {key: astuple(one) for key, one in self.found.items()}
-        partial = self.path.with_name(self.path.name + ".partial")
+        partial = partial_of(self.path)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             partial.write_text(json.dumps(held) + "\n")

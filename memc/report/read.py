@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from memc.artifact import MANIFEST
 from memc.errors import MemcError
+from memc.partial import partial_of
 from memc.report import facts as f
 from memc.report import files
 from memc.report import models as m
@@ -27,7 +28,7 @@ def report_folder(out: Path) -> Path:
 
     Raises ``MemcError`` E309 when neither has a report.
     """
-    partial = out.with_name(out.name + ".partial")
+    partial = partial_of(out)
     for folder in (out, partial):
         if (folder / FOLDER).is_dir():
             return folder

@@ -17,6 +17,7 @@ from torch import Tensor
 from memc.analysis import branches
 from memc.analysis import layers as analysis
 from memc.errors import MemcError
+from memc.partial import partial_of
 from memc.pipeline import Pass, PassReport, Plan
 from memc.program import Program, get_tensor, set_tensor
 from memc.progress import Progress
@@ -378,7 +379,7 @@ def _sequences(batches: Batches, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
+    partial = partial_of(path)
     partial.write_text(text + "\n")
     partial.replace(path)
 
