@@ -66,10 +66,12 @@ def in_use() -> str:
     {int_("span_less", SPAN - 1)}
     above_rounded = Add(described, span_less)
     above_used = Div(above_rounded, span)
-    above_held = Slice(next_pages, origin, above_used, along)
     {ints("above_first", 1)}
     {ints("above_level", 3)}
-    above_rows = Slice(above_held, origin, above_first, above_level)
+    {ints("level_axes", 2, 3)}
+    {ints("above_begin", 0, 0)}
+    above_end = Concat<axis = 0>(above_used, above_first)
+    above_rows = Slice(next_pages, above_begin, above_end, level_axes)
     above_in_use = Squeeze(above_rows, above_level)
     above_used0 = Squeeze(above_used)
     above_numbers = Range(zero, above_used0, one)
@@ -81,8 +83,10 @@ def pages_in_use(size: int) -> str:
     return f"""
     {in_use()}
     above_descriptions = Transpose<perm = [0, 1, 3, 2]>(above_in_use)
-    {ints("below_end", 1 + SPAN)}
-    below_rows = Slice(above_held, above_first, below_end, above_level)
+    {ints("below_begin", 0, 1)}
+    {ints("below_last", 1 + SPAN)}
+    below_end = Concat<axis = 0>(above_used, below_last)
+    below_rows = Slice(next_pages, below_begin, below_end, level_axes)
     {ints("below_flat", 0, 0, -1, 2 * size)}
     in_use = Reshape(below_rows, below_flat)
     in_use_count = Mul(above_used, span)
