@@ -5,27 +5,33 @@
 
 Rows of 8,192 tokens of an Austen novel and of the Jargon File run through SmolLM2-135M; every 97th token from 4,096 on
 chooses in every layer, from the queries and keys of that run. Then one attention for one new token through the onnx
-backend and through tvm, the sides taking turns. Writes ``results/sparse-levels-DATE.json`` and ``.md``.
+backend and through tvm, the sides taking turns. Writes ``results/sparse-levels-DATE.json`` and ``.md``; ``--parts``
+measures some of the three and keeps the others.
 """
 
 from __future__ import annotations
 
+import argparse
+import datetime
+import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from page import grid
+from cpu import facts
+from page import grid, save
 from sparse_mass import SINKS, WINDOW, attended, of_softmax
 from sparse_model import TEXTS, original, rows
 from sparse_op import LEVELS, SHAPES, times
-from sparse_page import conditions, run_on_texts, sides_page
+from sparse_page import conditions, sides_page
 from torch import Tensor
 
 from memc.dialect.sparse_attention import SPAN, SparseAttention
 from memc.kernels.sparse_attention.choose import Rule, candidates, describe, narrowed
 from memc.kernels.sparse_attention.levels import joined
+from memc.plugins import load_kernels
 
 LENGTH, FIRST, EVERY = 8192, 4096, 97
 CONTEXTS = (8192, 32768, 131072)
@@ -57,23 +63,23 @@ def bytes_read(choice: dict[str, Any], key: Tensor, context: int) -> float:
 
 
 @torch.no_grad()
-def measured(texts: Path, count: int) -> Iterator[dict[str, Any]]:
-    """Yield one line for each choice, over ``count`` rows of each text, and then one for each context."""
+def held(texts: Path, count: int) -> Iterator[dict[str, Any]]:
+    """Yield what each choice holds, over ``count`` rows of each text."""
     with tempfile.TemporaryDirectory() as folder:
         program, text = original(Path(folder))
         tokens = [row for file in TEXTS.values() for row in rows(texts / file, text, LENGTH, count)]
-    at, held, same = torch.arange(FIRST, LENGTH, EVERY)[None], [[] for _ in CHOICES], [[] for _ in CHOICES]
+    at, shares, same = torch.arange(FIRST, LENGTH, EVERY)[None], [[] for _ in CHOICES], [[] for _ in CHOICES]
     for row in tokens:
         for query, key, scale in attended(program, row):
             asking = query[:, :, at[0]] * scale
             flat: dict[tuple[int, int], Tensor] = {}
             for n, choice in enumerate(CHOICES):
                 read = read_by(asking, key, at, Rule(scale=scale, sinks=SINKS, window=WINDOW, **choice))
-                held[n].append(of_softmax(asking, key, read, at))
+                shares[n].append(of_softmax(asking, key, read, at))
                 like = flat.setdefault((choice["budget"], choice["rerank"]), read)
                 same[n].append((read & like).sum(-1) / like.sum(-1))
     for n, choice in enumerate(CHOICES):
-        share, alike = torch.stack(held[n]).double(), torch.stack(same[n]).double()
+        share, alike = torch.stack(shares[n]).double(), torch.stack(same[n]).double()
         yield {
             "choice": ",".join(f"{name}={value}" for name, value in choice.items()),
             "bytes": {context: bytes_read(choice, key, context) for context in CONTEXTS},
@@ -82,13 +88,42 @@ def measured(texts: Path, count: int) -> Iterator[dict[str, Any]]:
             "alike": float(alike.mean()),
             "asked": share.numel(),
         }
-    for backend in ("onnx", "tvm"):
-        for one in times(SHAPES[1], CONTEXTS, LEVELS, (backend,)):
-            yield {"backend": backend, **one}
+
+
+def main() -> None:
+    """Measure, and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--texts", type=Path, required=True, help="folder that texts.py filled")
+    parser.add_argument("--rows", type=int, default=1, help="rows of each text")
+    parser.add_argument("--parts", default="held,onnx,tvm", help="what to measure; the rest is left as it is")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    load_kernels()
+    path = given.results / f"sparse-levels-{datetime.date.today()}.json"
+    document = json.loads(path.read_text()) if path.exists() else {}
+    for part in given.parts.split(","):
+        found = {**facts(), "rows": given.rows, "lines": []}
+        for line in held(given.texts, given.rows) if part == "held" else times(SHAPES[1], CONTEXTS, LEVELS, (part,)):
+            found["lines"].append(line)
+            print(json.dumps(line), flush=True)
+        document[part] = found
+        save(path, document, page)
 
 
 def page(document: dict[str, Any]) -> str:
-    """Write the page of a run."""
+    """Write the page of the parts that were measured."""
+    parts = ["# Two levels of bounds", "See [README](../README.md)."]
+    if "held" in document:
+        parts += held_page(document["held"])
+    for backend in ("onnx", "tvm"):
+        if backend in document:
+            parts += sides_page(document[backend], f"Through the {backend} backend", "")
+    return "\n\n".join(parts) + "\n"
+
+
+def held_page(part: dict[str, Any]) -> list[str]:
+    """Write the section on what choices hold."""
     lines = [
         [
             one["choice"].replace(",", ", "),
@@ -97,28 +132,20 @@ def page(document: dict[str, Any]) -> str:
             f"{one['mass_p5']:.3f}",
             f"{one['alike']:.3f}",
         ]
-        for one in document["lines"]
-        if "choice" in one
+        for one in part["lines"]
     ]
     head = ["choice", *(f"bytes read / dense, {context} tokens" for context in CONTEXTS)]
-    head += ["mass held, mean", "5th percentile", "as one level"]
-    parts = [
-        "# Two levels of bounds",
-        conditions(document),
+    return [
         f"## What choices hold of the softmax, SmolLM2-135M, {LENGTH} tokens",
-        f"{document['rows']} row(s) of each text, every {EVERY}th token from {FIRST} on, all layers and heads:"
-        f" {document['lines'][0]['asked']} softmaxes. Sinks {SINKS}, window {WINDOW}. `bounds2` is `bounds` with"
+        conditions(part),
+        f"{part['rows']} row(s) of each text, every {EVERY}th token from {FIRST} on, all layers and heads:"
+        f" {part['lines'][0]['asked']} softmaxes. Sinks {SINKS}, window {WINDOW}. `bounds2` is `bounds` with"
         " `levels=2`. Bytes are those of keys, values and descriptions for one token, as they are predicted. The last"
         " column is the share of what one level reads that is read. The first choice is the oracle: every token ranked"
-        " by its own key. See [README](../README.md).",
-        grid(head, lines),
+        " by its own key.",
+        grid([*head, "mass held, mean", "5th percentile", "as one level"], lines),
     ]
-    for backend in ("onnx", "tvm"):
-        found = [one for one in document["lines"] if one.get("backend") == backend]
-        if found:
-            parts += sides_page({**document, "lines": found}, f"Through the {backend} backend", "")[1:]
-    return "\n\n".join(parts) + "\n"
 
 
 if __name__ == "__main__":
-    run_on_texts(__doc__, "sparse-levels", 1, measured, page)
+    main()

@@ -76,7 +76,7 @@ def sparse_plan(name: str, positions: Tensor, by_level: bool, buffer: Tensor, pa
     slots = (torch.int64, [batch, groups, tokens, 1])
     mask = (torch.bool, [batch, 1, tokens, capacity])
     page_index = (torch.int64, [batch, groups, tokens, 4]) if by_level else index
-    above = (index,) if by_level else ()
+    above = (slots,) if by_level else ()
     outputs = (index, slots, page_index, one, one, one, flag, flag, one, mask, column, column, *above)
     return _call(name, [positions, buffer, pages], *outputs)
 

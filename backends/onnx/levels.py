@@ -15,11 +15,11 @@ from memc.dialect.sparse_attention import SPAN
 from memc.kernels.sparse_attention.choose import Rule
 
 
-def touched() -> str:
-    """Write ``page_index [B,G,n,4]``, of pages within their super-pages, and ``above_index [B,G,m,3]``, of these.
+def touched(page: int) -> str:
+    """Write ``page_index [B,G,n+m,4]``, of pages in their super-pages and then of these, and ``above_slots``.
 
-    Takes the former ``[B,G,n,3]`` of pages in a row as ``flat_index``: a sixteenth of them and the last lie on all of
-    their super-pages.
+    Those are the slots ``[B,G,m SPAN page,1]`` of all of their tokens. Takes the index ``[B,G,n,3]`` of pages in a row
+    as ``flat_index``: a sixteenth of them and the last lie on all of their super-pages.
     """
     return f"""
     {ints("span_parts", 2, 1)}
@@ -28,8 +28,9 @@ def touched() -> str:
     above_number = Div(flat_page, span)
     on_above = Mod(flat_page, span)
     below_first = Add(on_above, one)
-    page_index = Concat<axis = -1>(flat_lead, above_number, below_first)
-    above_each = Concat<axis = -1>(flat_lead, above_number)
+    below_index = Concat<axis = -1>(flat_lead, above_number, below_first)
+    above_first = Mul(above_number, zero)
+    above_each = Concat<axis = -1>(flat_lead, above_number, above_first)
     {ints("every_from", 0)}
     {ints("last_from", -1)}
     {ints("above_end", FAR)}
@@ -37,25 +38,34 @@ def touched() -> str:
     {ints("above_step", SPAN)}
     above_some = Slice(above_each, every_from, above_end, above_axis, above_step)
     above_last = Slice(above_each, last_from, above_end, above_axis)
-    above_index = Concat<axis = 2>(above_some, above_last)
+    page_index = Concat<axis = 2>(below_index, above_some, above_last)
+    number_some = Slice(above_number, every_from, above_end, above_axis, above_step)
+    number_last = Slice(above_number, last_from, above_end, above_axis)
+    numbers_above = Concat<axis = 2>(number_some, number_last)
+    {int_("above_tokens", SPAN * page)}
+    above_starts = Mul(numbers_above, above_tokens)
+    above_inside = Range(zero, above_tokens, one)
+    above_slots0 = Add(above_starts, above_inside)
+    above_slots1 = Min(above_slots0, spare)
+    {ints("above_flat", 0, 0, -1, 1)}
+    above_slots = Reshape(above_slots1, above_flat)
     """
 
 
-def describe(size: int) -> str:
-    """Write ``next_pages``: ``past_pages`` with the ``description`` of pages, and the bounds of the super-pages."""
+def describe(size: int, page: int) -> str:
+    """Write ``next_pages``: ``past_pages`` with the ``description`` of pages, and the bounds of the super-pages.
+
+    From their keys and not from their pages, so that the state is written once and stays where it is.
+    """
     return f"""
-    pages_below = ScatterND(past_pages, page_index, description)
-    above_whole = GatherND(pages_below, above_index)
-    {ints("below_from", 1)}
-    {ints("below_to", 1 + SPAN)}
-    above_parts = Slice(above_whole, below_from, below_to, last_axis)
-    {ints("above_halves", size, size)}
-    parts_top, parts_low = Split<axis = 4>(above_parts, above_halves)
-    above_top = ReduceMax(parts_top, last_axis)
-    above_low = ReduceMin(parts_low, last_axis)
-    above_bounds = Concat<axis = 4>(above_top, above_low)
-    above_new = Concat<axis = 3>(above_bounds, above_parts)
-    next_pages = ScatterND(pages_below, above_index, above_new)
+    above_keys = GatherND<batch_dims = 2>(next_key, above_slots)
+    {ints("above_shape", 0, 0, -1, SPAN * page, size)}
+    above_by_page = Reshape(above_keys, above_shape)
+    above_top = ReduceMax<keepdims = 0>(above_by_page, last_axis)
+    above_low = ReduceMin<keepdims = 0>(above_by_page, last_axis)
+    above_bounds = Concat<axis = -1>(above_top, above_low)
+    every_bound = Concat<axis = 2>(description, above_bounds)
+    next_pages = ScatterND(past_pages, page_index, every_bound)
     """
 
 
@@ -66,10 +76,12 @@ def in_use() -> str:
     {int_("span_less", SPAN - 1)}
     above_rounded = Add(described, span_less)
     above_used = Div(above_rounded, span)
-    above_held = Slice(next_pages, origin, above_used, along)
     {ints("above_first", 1)}
     {ints("above_level", 3)}
-    above_rows = Slice(above_held, origin, above_first, above_level)
+    {ints("level_axes", 2, 3)}
+    {ints("above_begin", 0, 0)}
+    above_end = Concat<axis = 0>(above_used, above_first)
+    above_rows = Slice(next_pages, above_begin, above_end, level_axes)
     above_in_use = Squeeze(above_rows, above_level)
     above_used0 = Squeeze(above_used)
     above_numbers = Range(zero, above_used0, one)
@@ -81,8 +93,10 @@ def pages_in_use(size: int) -> str:
     return f"""
     {in_use()}
     above_descriptions = Transpose<perm = [0, 1, 3, 2]>(above_in_use)
-    {ints("below_end", 1 + SPAN)}
-    below_rows = Slice(above_held, above_first, below_end, above_level)
+    {ints("below_begin", 0, 1)}
+    {ints("below_last", 1 + SPAN)}
+    below_end = Concat<axis = 0>(above_used, below_last)
+    below_rows = Slice(next_pages, below_begin, below_end, level_axes)
     {ints("below_flat", 0, 0, -1, 2 * size)}
     in_use = Reshape(below_rows, below_flat)
     in_use_count = Mul(above_used, span)

@@ -26,7 +26,7 @@ PLAN = (
 
 def planned(by_level: bool) -> tuple[str, ...]:
     """Return the same for pages in one level or two."""
-    return (*PLAN, "above_index") if by_level else PLAN
+    return (*PLAN, "above_slots") if by_level else PLAN
 
 
 def sparse_plan(groups: int, page: int, dense_below: int, by_level: bool = False) -> Function:
@@ -38,8 +38,8 @@ def sparse_plan(groups: int, page: int, dense_below: int, by_level: bool = False
     ``sparse_from [1]``, the end of the columns that read everything and the start of those that choose, with
     ``is_dense`` and ``is_sparse``, whether there are any; ``reach [1]`` and ``dense_mask [B,1,dense_to,reach]``, what
     the former read; ``choosing`` and ``alive [B,1,T,1]``. A page that is touched is described anew from what the buffer
-    holds, so that one that is named twice, or in vain, does no harm. In two levels ``page_index [B,G,n,4]`` and
-    ``above_index [B,G,m,3]`` are as :func:`levels.touched` has them.
+    holds, so that one that is named twice, or in vain, does no harm. In two levels ``page_index
+    [B,G,n+m,4]`` and ``above_slots`` are as :func:`levels.touched` has them.
     """
     touched = touched_pages(groups, page, SPAN, "flat_index") if by_level else touched_pages(groups, page)
     body = f"""
@@ -47,7 +47,7 @@ def sparse_plan(groups: int, page: int, dense_below: int, by_level: bool = False
     first_token = ReduceMin(slot0, time)
     first_page = Div(first_token, page)
     {touched}
-    {levels.touched() if by_level else ""}
+    {levels.touched(page) if by_level else ""}
     start = Mul(page3, page)
     inside = Range(zero, page, one)
     each0 = Add(start, inside)
@@ -174,12 +174,13 @@ def _describe(s: Scores, c: Rule) -> str:
             half1 = ReduceMean<keepdims = 0>(square, last_axis)
             {halves}
             """
+    written = "next_pages = ScatterND(past_pages, page_index, description)"
     return f"""
     fresh = GatherND<batch_dims = 2>(next_key, touched)
     {ints("paged", 0, 0, -1, c.page, s.key_dim)}
     by_page = Reshape(fresh, paged)
     {describe}
-    {levels.describe(s.key_dim) if c.by_level else "next_pages = ScatterND(past_pages, page_index, description)"}
+    {levels.describe(s.key_dim, c.page) if c.by_level else written}
     """
 
 

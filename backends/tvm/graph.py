@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -147,7 +148,10 @@ class _Rewriter:
             self.states[pages] = replace(self.states[keys], name=self.states[pages].name)
         else:
             self._pack(a["past_key"])
-        if not SELECTORS[a["method"]].searches:  # of which few descriptions are read, each by itself
+        if SELECTORS[a["method"]].choice == "levels":  # what is held of a super-page is one piece
+            spec = self.states[pages]
+            self.states[pages] = replace(spec, shape=(*spec.shape[:3], math.prod(map(int, spec.shape[3:]))))
+        elif SELECTORS[a["method"]].choice != "tree":  # a search reads few descriptions, each by itself
             self._pack(a["past_pages"])
         self.dropped.add(str(a["past_positions"].target))
         names = ("query", "key", "value", "positions", "past_key", "past_value", "past_pages")

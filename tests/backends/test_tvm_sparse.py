@@ -172,7 +172,7 @@ class Tokens:
         described = rule.described(8)
         keys = (rows, 2, capacity, 8) if rule.by_token else (rows, 2, tiles, 8, SLOTS)
         by_tile = (rows, 2, tiles if rule.by_token else -(-pages // SLOTS), described, SLOTS)
-        by_row = (rows, 2, capacity // rule.piece, 1 + SPAN, 16) if rule.by_level else (rows, 2, pages, described)
+        by_row = (rows, 2, capacity // rule.piece, (1 + SPAN) * 16) if rule.by_level else (rows, 2, pages, described)
         held = (keys, (rows, 2, capacity, 8), by_row if rule.rows else by_tile)
         listed = np.full((rows, 2, 2, rule.places) if rule.refresh > 1 else 1, -1, np.int32)
         arrays = [*(np.zeros(size, np.float32) for size in held), listed]

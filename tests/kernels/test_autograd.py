@@ -14,7 +14,7 @@ import memc.kernels  # noqa: F401
 from memc.dialect import OPS
 from memc.dialect.quantised_attention import code_bytes
 from memc.dialect.refreshed_attention import most_chosen
-from memc.dialect.sparse_attention import description
+from memc.dialect.sparse_attention import described_tokens, description
 
 B, H, G, T, D, E = 2, 4, 2, 7, 3, 5
 POSITIONS = torch.tensor([[3, 4, -1, 0, 1, 2, -1], [-1, 5, 6, 7, 8, 9, 10]])
@@ -49,7 +49,8 @@ def sparse_case(held: int, bias: bool, **options: Any) -> Callable[[], Case]:
         past, page = torch.arange(held).expand(B, held).contiguous(), options.get("page", 2)
         described = description(options["method"], page, D)
         positions = torch.stack([torch.arange(held, held + T), torch.tensor([held, -1, 0, 1, 2, 3, 4])])
-        state = (real(B, G, held, D), real(B, G, held, E), past, real(B, G, -(-held // page), *described))
+        count = -(-held // described_tokens(options["method"], page))
+        state = (real(B, G, held, D), real(B, G, held, E), past, real(B, G, count, *described))
         extra = (real(H),) if bias else ()
         args = (real(B, H, T, D), real(B, G, T, D), real(B, G, T, E), positions, *state, *extra)
         return Case("sparse_attention", args, {"scale": 0.4, "page": page, "sinks": 1, "window": 1, **options})
@@ -147,6 +148,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "window": softmax_case("window_memory", [[0, 1, 2], [0, 3, 4]], True, scale=0.4, window=2, sinks=1, softcap=2.0),
     "window-long": softmax_case("window_memory", [[2, 0, 1, -1], [4, 1, 2, 3]], False, scale=0.4, window=4),
     "sparse": sparse_case(5, True, method="bounds", budget=4, softcap=2.0),
+    "sparse-levels": sparse_case(5, True, method="bounds2", page=1, budget=4, beam=1),
     "sparse-again": sparse_case(5, False, method="moments", budget=4, rerank=2, dense_below=3),
     "sparse-channels": sparse_case(5, True, method="lowbit", channels=2, budget=4, rerank=2),
     "sparse-landmarks": sparse_case(5, True, method="landmark", page=3, budget=9, softcap=2.0),

@@ -98,6 +98,23 @@ def test_entering_every_super_page_is_flat_bounds(shape: Shape, sizes: tuple[int
         torch.testing.assert_close(one, other)
 
 
+def test_gradients_are_those_of_what_is_read() -> None:
+    shape = Shape(batch=1, groups=1, per_group=2, tokens=90, key_size=3, value_size=2, seed=3)
+    call, _ = make(shape, True, padding=0.0, restart=0.0)
+    fixed: dict[str, Any] = {"scale": 0.7, **sized((1, 16, 1, 3))}
+    leaves = [call[name].requires_grad_() for name in ("query", "key", "value")]
+
+    def gradients(parts: list[slice], **options: Any) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(run(call, parts, **fixed, **options)[0].square().sum(), leaves)
+
+    flat, few = gradients([slice(None)], method="bounds"), gradients([slice(None)], method="bounds2", beam=1)
+    for one, other in zip(gradients([slice(None)], method="bounds2", beam=90), flat, strict=True):
+        torch.testing.assert_close(one, other)
+    for one, other in zip(gradients([slice(0, 37), slice(37, 90)], method="bounds2", beam=1), few, strict=True):
+        torch.testing.assert_close(one, other)
+    assert (few[1] - flat[1]).abs().max() > 1e-3, "what is not entered gets none"
+
+
 def test_equal_super_pages_go_by_the_lower_index_and_few_are_entered() -> None:
     rule = Rule(1.0, "bounds2", page=1, budget=16, sinks=1, window=3, beam=1)
     assert rule.entered == entered(16, 1) == 1

@@ -1,9 +1,12 @@
 """Two levels of bounds that ``bounds2`` ranks by: super-pages are ranked, and the pages of the best ones.
 
-``pages [B,G,M,1+SPAN,2D]`` has a super-page's bounds and then those of its pages. ``SPAN`` pages are a vector of ranks.
+``pages [B,G,M,(1+SPAN) 2D]`` has a super-page's bounds and then those of its pages, channel by channel: a vector of
+scores is the product of a query with ``SPAN`` pages.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from tvm.script import tirx as T
 
@@ -13,39 +16,74 @@ from memc.backends.tvm.kernels.rank import features, first_near, force
 from memc.dialect.sparse_attention import SPAN
 
 
+def place_of(channels: int, number: Any, channel: Any) -> Any:
+    """Return where a number of page ``number`` of a super-page is, of ``channels`` to each."""
+    return channels + channel * SPAN + number
+
+
 @T.inline
 def describe_above(names, s, b, g, m):  # noqa: D103
     # Writes the bounds of super-page ``m``, whose pages have all been described.
+    size = T.meta_var(2 * s.key_dim)
     for d in T.serial(s.key_dim):
-        names["pages"][b, g, m, 0, d] = names["pages"][b, g, m, 1, d]
-        names["pages"][b, g, m, 0, s.key_dim + d] = names["pages"][b, g, m, 1, s.key_dim + d]
-    for k in T.serial(SPAN - 1):
-        for d in T.serial(s.key_dim):
-            names["pages"][b, g, m, 0, d] = T.max(names["pages"][b, g, m, 0, d], names["pages"][b, g, m, 2 + k, d])
-            names["pages"][b, g, m, 0, s.key_dim + d] = T.min(
-                names["pages"][b, g, m, 0, s.key_dim + d], names["pages"][b, g, m, 2 + k, s.key_dim + d]
+        names["pages"][b, g, m, d] = T.float32(LOWEST)
+        names["pages"][b, g, m, s.key_dim + d] = T.float32(-LOWEST)
+        for n in T.serial(SPAN):
+            names["pages"][b, g, m, d] = T.max(
+                names["pages"][b, g, m, d], names["pages"][b, g, m, place_of(size, n, d)]
+            )
+            names["pages"][b, g, m, s.key_dim + d] = T.min(
+                names["pages"][b, g, m, s.key_dim + d], names["pages"][b, g, m, place_of(size, n, s.key_dim + d)]
             )
 
 
 @T.inline
-def _score(names, s, b, g, m, row, feature, best):
-    # Leaves in ``best[0]`` the number that a row of super-page ``m`` is ranked by.
-    product = T.alloc_buffer((s.vector,), "float32", scope="local")
+def _score_above(names, s, b, g, m, feature, best):
+    # Leaves in ``best[0]`` the number that super-page ``m`` is ranked by.
+    product = T.alloc_buffer((s.together, s.vector), "float32", scope="local")
     total = T.alloc_buffer((2,), "float32", scope="local")
     total[1] = T.float32(LOWEST)
-    for i in T.serial(s.share):
-        for j in T.vectorized(s.vector):
-            product[j] = T.float32(0)
-        for c in T.serial(2 * s.key_dim // s.vector):
+    for part in T.serial(s.share // s.together):
+        for i in T.unroll(s.together):
             for j in T.vectorized(s.vector):
-                product[j] = product[j] + (
-                    feature[i, c * s.vector + j] * names["pages"][b, g, m, row, c * s.vector + j]
-                )
-        total[0] = T.float32(0)
-        for j in T.serial(s.vector):
-            total[0] = total[0] + product[j]
-        total[1] = T.max(total[1], total[0])
+                product[i, j] = T.float32(0)
+        for c in T.serial(2 * s.key_dim // s.vector):
+            for i in T.unroll(s.together):
+                for j in T.vectorized(s.vector):
+                    product[i, j] = product[i, j] + (
+                        feature[part * s.together + i, c * s.vector + j] * names["pages"][b, g, m, c * s.vector + j]
+                    )
+        for i in T.unroll(s.together):
+            total[0] = T.float32(0)
+            for j in T.serial(s.vector):
+                total[0] = total[0] + product[i, j]
+            total[1] = T.max(total[1], total[0])
     best[0] = ordered(total[1])
+
+
+@T.inline
+def _score_below(names, s, b, g, m, unit, feature):
+    # Writes into row ``unit`` of ``rank`` what each page of super-page ``m`` is ranked by.
+    size = T.meta_var(2 * s.key_dim)
+    product = T.alloc_buffer((s.together, SPAN), "float32", scope="local")
+    best = T.alloc_buffer((SPAN,), "float32", scope="local")
+    for j in T.vectorized(SPAN):
+        best[j] = T.float32(LOWEST)
+    for part in T.serial(s.share // s.together):
+        for i in T.unroll(s.together):
+            for j in T.vectorized(SPAN):
+                product[i, j] = T.float32(0)
+        for c in T.serial(size):
+            for i in T.unroll(s.together):
+                for j in T.vectorized(SPAN):
+                    product[i, j] = product[i, j] + (
+                        feature[part * s.together + i, c] * names["pages"][b, g, m, size + c * SPAN + j]
+                    )
+        for i in T.unroll(s.together):
+            for j in T.vectorized(SPAN):
+                best[j] = T.max(best[j], product[i, j])
+    for j in T.vectorized(SPAN):
+        names["rank"][unit, m * SPAN + j] = ordered(best[j])
 
 
 @T.inline
@@ -64,7 +102,7 @@ def rank_levels(names, s, r, b, g, t, unit, p):  # noqa: D103
     for m in T.serial(blocks * SLOTS):
         names["rank"][unit, m] = T.int32(NEVER)
     for k in T.serial(reached - sunk):
-        _score(names, s, b, g, sunk + k, 0, feature, best)
+        _score_above(names, s, b, g, sunk + k, feature, best)
         names["rank"][unit, sunk + k] = best[0]
     find_least(names["rank"], unit, blocks, T.int32(r.entered), least)
     for m in T.serial(reached):
@@ -74,9 +112,7 @@ def rank_levels(names, s, r, b, g, t, unit, p):  # noqa: D103
         m = reached - k
         best[0] = T.if_then_else(k == 0, 1, names["rank"][unit, m])
         if best[0] > 0:
-            for n in T.serial(SPAN):
-                _score(names, s, b, g, m, 1 + n, feature, best)
-                names["rank"][unit, m * SPAN + n] = best[0]
+            _score_below(names, s, b, g, m, unit, feature)
         else:
             for j in T.vectorized(SPAN):
                 names["rank"][unit, m * SPAN + j] = T.int32(NEVER)

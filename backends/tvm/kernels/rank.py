@@ -94,8 +94,8 @@ def describe(names, s, r, b, g, n):  # noqa: D103
                     sums[1] = sums[1] + away * away
                 sums[1] = sums[1] / T.float32(r.page)
         if r.by_level:
-            names["pages"][b, g, n // SPAN, 1 + n % SPAN, d] = sums[0]
-            names["pages"][b, g, n // SPAN, 1 + n % SPAN, s.key_dim + d] = sums[1]
+            names["pages"][b, g, n // SPAN, 2 * s.key_dim + d * SPAN + n % SPAN] = sums[0]
+            names["pages"][b, g, n // SPAN, 2 * s.key_dim + (s.key_dim + d) * SPAN + n % SPAN] = sums[1]
         elif r.rows:
             names["pages"][b, g, n, d] = sums[0]
         else:

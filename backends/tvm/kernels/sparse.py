@@ -131,7 +131,7 @@ def sparse_attention(s: Scores, r: Rule) -> PrimFunc:
             keys_, (batch, groups, tiles, *((key_dim,) if r.by_token else (key_dim, SLOTS))), "float32"
         )
         values = T.match_buffer(values_, (batch, groups, held, value_dim), "float32")
-        one = T.meta_var((1 + SPAN, size) if r.by_level else (size,) if r.rows else (size, SLOTS))
+        one = T.meta_var(((1 + SPAN) * size,) if r.by_level else (size,) if r.rows else (size, SLOTS))
         pages = T.match_buffer(pages_, (batch, groups, described, *one), "float32")
         listed = T.meta_var((batch, groups, 2, r.places) if r.refresh > 1 else (batch, held) if r.by_event else (1,))
         choice = T.match_buffer(choice_, listed, "int64" if r.by_event else "int32")
