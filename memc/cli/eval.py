@@ -101,6 +101,9 @@ def command(
 
     if text is None and task is None:
         raise MemcError("E200", "there is nothing to measure", next="give --text FILE, --task NAME, or both")
+    if text is None and (context or contexts):
+        reason = "windows are those of a text, and none is given"
+        raise MemcError("E200", reason, "--contexts" if contexts else "--context", "write --lengths for tasks")
     windows = _windows(context, contexts)
     tasks = [] if task is None else parse_tasks(task)
     ids_given = text is not None and holds_ids(text)
@@ -117,6 +120,8 @@ def command(
         if against is not None:
             _check_tokenizers(sides["a"], sides["b"], against, needed=text is not None and not ids_given)
         if text is not None:
+            if not (context or contexts):
+                windows = [min([CONTEXT, *(side.capacity for side in sides.values() if side.capacity)])]
             document.text = text
             ids = tokenize([text], None if ids_given else sides["a"].text.tokenizer, limit=tokens)
             measure_text(document, sides, ids, windows, free_run, console)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -78,7 +79,8 @@ def lower_again(
         made = lower_copy(document, folder, program, chosen, hardware, options, progress or Silent())
     found = {"disk_bytes": folder_bytes(folder.partial), "seconds": time.perf_counter() - began}
     runs = chosen.runs_here(hardware)
-    then = [f"memc bench {out} --against {source}" if runs else f"memc report {out}"]
+    made_at, made_from = shlex.quote(str(out)), shlex.quote(str(source))
+    then = [f"memc bench {made_at} --against {made_from}" if runs else f"memc report {made_at}"]
     document = made.model_copy(update={**found, "next": then})
     folder.write_report("lower.json", document)
     folder.finish()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -73,7 +74,7 @@ def export(source: Path, out: Path, *, force: bool = False, progress: Progress |
         checks=[check_facts(check) for check in checks],
         disk_bytes=folder_bytes(folder.partial),
         seconds=time.perf_counter() - began,
-        next=[f"memc inspect {out}"],
+        next=[f"memc inspect {shlex.quote(str(out))}"],
     )
     folder.finish()
     return document

@@ -28,8 +28,8 @@ PROMPT, PROMPTS = 128, 8
 STEPS = 32
 """Tokens of a prompt, prompts that are timed, and tokens after the last that are."""
 
-LEAST = 0.02
-"""Least share of the time that counts as a difference."""
+LEAST, SHORT = 0.02, 5e-5
+"""Least share of the time that counts as a difference, and least seconds: what a call costs that computes nothing."""
 
 ROUNDING = 3.0
 """How far apart two timings of the same program may be, in what they were found apart."""
@@ -193,6 +193,6 @@ def _compare(name: str, what: str, seconds: Sequence[list[float]], budgets: Mapp
     mine, first, second = (statistics.median(each) for each in seconds)
     dense = (first + second) / 2
     value, noise = mine / dense, abs(first - second) / dense
-    budget = budgets[name] * (1 + max(LEAST, ROUNDING * noise)) if name in budgets else None
+    budget = budgets[name] * (1 + max(LEAST, ROUNDING * noise, SHORT / dense)) if name in budgets else None
     detail = f"{1e3 * mine:.3g} ms of CPU a {what}, the original {1e3 * dense:.3g}, of {len(seconds[0])}"
     return CheckResult(name, value, budget, noise, budget is None or value <= budget, detail)

@@ -60,7 +60,7 @@ def load_config(folder: Path, *, remote_code: bool) -> Any:
         hint = "transformers must know the model_type; for other models use python:package.module:factory"
         raise MemcError("E305", f"unknown architecture {kind!r}", where, hint) from error
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise MemcError("E302", f"configuration does not validate: {reason}", where, "correct config.json") from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,13 +21,13 @@ def id_rows(ids: Ids, manifest: Manifest, folder: Path) -> list[I64]:
     """Return the ids as one array a row.
 
     Raises ``MemcError``: E208 for a model in ``folder`` that takes no tokens, E205 for no row, E200 for an id outside
-    of the vocabulary.
+    of the vocabulary, or what is no id.
     """
     if not any(port.role == "tokens" for port in manifest.inputs):
         hint = f"give by name: {', '.join(port.name for port in manifest.inputs)}"
         raise MemcError("E208", f"{manifest.family} takes no tokens", str(folder), hint)
     single = len(ids) > 0 and np.ndim(ids[0]) == 0
-    rows = [np.asarray(row, np.int64).reshape(-1) for row in ([ids] if single else ids)]
+    rows = [_whole(row) for row in ([ids] if single else ids)]
     if not rows:
         raise MemcError("E205", "there are no tokens")
     limit = manifest.vocab_size
@@ -36,6 +37,16 @@ def id_rows(ids: Ids, manifest: Manifest, folder: Path) -> list[I64]:
             size = "" if limit is None else f" of {limit} tokens"
             raise MemcError("E200", f"token id {bad[0]} in row {index} is outside of the vocabulary{size}")
     return rows
+
+
+def _whole(row: Any) -> I64:
+    """Return a row of ids as integers. Raises ``MemcError`` E200 for what is none, or a row of rows."""
+    array = np.asarray(row)
+    if array.size and (array.dtype.kind not in "iu" or array.ndim != 1):
+        raise MemcError(
+            "E200", f"token ids are whole numbers, a list for each row, and no {array.dtype}", repr(row)[:40]
+        )
+    return array.astype(np.int64).reshape(-1)
 
 
 def full_rows(ids: Ids, manifest: Manifest, folder: Path) -> list[I64]:

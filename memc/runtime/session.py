@@ -248,7 +248,7 @@ class Session:
         ``fetched`` and what is raised are as with ``prefill``. Returns the logits ``[B,vocab]`` of each row's last
         token.
         """
-        return self.prefill([[] if number == -1 else [int(number)] for number in ids], state, fetched=fetched)
+        return self.prefill([[] if number == -1 else [number] for number in ids], state, fetched=fetched)
 
     @overload
     def generate(

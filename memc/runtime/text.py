@@ -114,8 +114,14 @@ class Text:
         return Sampling(1.0 if temperature is None else temperature, top_k or None, 1.0 if top_p is None else top_p)
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Return the token ids of a text, with the tokens that start and end a text when ``special``."""
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=special).ids
+        """Return the token ids of a text, with the tokens that start and end a text when ``special``.
+
+        Raises ``MemcError`` E200 for what is no text, or bytes that were none.
+        """
+        try:
+            ids: list[int] = self.tokenizer.encode(text, add_special_tokens=special).ids
+        except TypeError as error:
+            raise MemcError("E200", "text is no UTF-8", repr(text)[:40], "give text in UTF-8") from error
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:

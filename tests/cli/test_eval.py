@@ -131,6 +131,8 @@ def test_eval_of_tasks(out: str, tmp_path: Path, capsys: Capture) -> None:
         (["--text", "TEXT", "--context", "4", "--contexts", "4,8"], "E200", "exclude each other"),
         (["--text", "TEXT", "--contexts", "1,8"], "E200", "at least 2 tokens"),
         (["--text", "TEXT", "--contexts", "8,64"], "E206", "past the capacity of 40"),
+        (["--task", "copy", "--contexts", "8,16"], "E200", "--lengths"),
+        (["--task", "copy", "--context", "8"], "E200", "none is given"),
     ],
 )
 def test_eval_refuses(tmp_path: Path, text: str, capsys: Capture, words: list[str], code: str, said: str) -> None:
@@ -140,6 +142,14 @@ def test_eval_refuses(tmp_path: Path, text: str, capsys: Capture, words: list[st
     shown = capsys.readouterr()
     assert shown.err.startswith(code) and said in shown.err
     assert shown.out == ""
+
+
+def test_a_window_that_nobody_asked_for_is_no_longer_than_the_capacity(
+    tmp_path: Path, text: str, capsys: Capture
+) -> None:
+    small = str(make_artifact(tmp_path / "small", tokenizer=byte_tokenizer(), capacity=40))
+    assert main(["eval", small, "--text", text, "--tokens", "90", "--json", "-q"]) == 0
+    assert json.loads(capsys.readouterr().out)["window"] == 40
 
 
 def test_eval_refuses_tasks_that_an_artifact_cannot_do(tmp_path: Path, out: str, capsys: Capture) -> None:

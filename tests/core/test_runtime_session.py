@@ -170,6 +170,9 @@ def test_bad_ids(tmp_path):
     assert str(VOCAB) in refused("E200", session.logits, [[0, VOCAB]])
     refused("E200", session.prefill, [[-1]], session.new_state())
     refused("E200", session.prefill, [[1], [2]], session.new_state())
+    for wrong in ([[1.5]], [["x"]], [[2**70]], [[True]], np.zeros((1, 2, 2), np.int64)):
+        refused("E200", session.prefill, wrong, session.new_state())
+    refused("E200", session.step, [1.5], session.new_state())
     refused("E200", session.new_state, 0)
     refused("E200", session.new_state, 1, 0)
 

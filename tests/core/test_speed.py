@@ -131,3 +131,10 @@ def test_tokens_are_timed_where_there_is_room_and_time(monkeypatch: pytest.Monke
     monkeypatch.setattr(speed, "SECONDS", 60.0)
     monkeypatch.setattr("memc.machine.memory_bytes", lambda: 100)
     assert speed.decode_times([runner], (128, 512), threads=1) == [{}], "no memory for a copy of the states"
+
+
+def test_what_a_call_costs_that_computes_nothing_is_no_difference() -> None:
+    """A twentieth of a millisecond decides of a model that takes three tenths, and not of one that takes thirty."""
+    for dense, mine, passed in ((3e-4, 3.3e-4, True), (3e-4, 4e-4, False), (3e-2, 3.1e-2, False)):
+        check = speed._compare("decode_time_ratio", "token", [[mine], [dense], [dense]], PROMISED)
+        assert check.passed == passed
