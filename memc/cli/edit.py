@@ -61,7 +61,7 @@ def command(
     seed: int | None,
     threads: int | None,
 ) -> None:
-    """Teach a model facts, one after the other, that change no bit of what is not about them.
+    """Teach a model facts that change no bit of what is not about them.
 
     OUT was converted with --pass memory_bank:kind=side. Text that no edit is about keeps its very logits, as far as
     the result says.
