@@ -2,9 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 
 def partial_of(path: Path, ending: str = ".partial") -> Path:
     """Return where what becomes ``path`` is made; for one without a name (``.``) a place that is never there."""
     return path.with_name(path.name + ending) if path.name else path / ending
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[IO[bytes]]:
+    """Enter a stream of what is ``path`` at the end; where that fails ``path`` is as it was, and nothing beside it.
+
+    What is read from the file that it takes the place of may be mapped meanwhile.
+    """
+    partial = partial_of(path)
+    try:
+        with partial.open("wb") as stream:
+            yield stream
+        partial.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` in UTF-8 as the file ``path``, whole or not at all."""
+    with writing(path) as stream:
+        stream.write(text.encode())

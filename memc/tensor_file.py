@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from memc.errors import MemcError
-from memc.partial import partial_of
+from memc.partial import writing
 
 _NAMES = {
     torch.float64: "F64",
@@ -59,9 +59,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor | LateTensor]) -> Non
         header[name] = {"dtype": _NAMES[value.dtype], "shape": list(value.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    # Through a second file: the tensors written may be mapped from the one that is replaced.
-    partial = partial_of(path)
-    with partial.open("wb") as stream:
+    # The tensors may be mapped from the file that this one takes the place of.
+    with writing(path) as stream:
         stream.write(len(text).to_bytes(8, "little"))
         stream.write(text)
         for name in order:
@@ -69,7 +68,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor | LateTensor]) -> Non
             value = (given.make() if isinstance(given, LateTensor) else given).detach().contiguous().cpu()
             if value.numel():
                 stream.write(value.reshape(-1).view(torch.uint8).numpy().data)
-    partial.replace(path)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -26,6 +26,7 @@ from memc.data import source_digest
 from memc.errors import MemcError
 from memc.frontend import capture_source
 from memc.machine import memory_bytes
+from memc.partial import writing
 from memc.progress import Progress, Silent
 from memc.raising import raise_program
 
@@ -246,9 +247,8 @@ def _fit_level(levels: Levels, level: int, seed: int, progress: Progress, worker
 
 
 def _save(path: Path, array: npt.NDArray[np.generic]) -> None:
-    with (partial := path.with_suffix(".partial")).open("wb") as stream:
+    with writing(path) as stream:
         np.save(stream, array)
-    partial.replace(path)
 
 
 def _limit(distances: F32, sizes: I64) -> float:

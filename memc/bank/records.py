@@ -26,7 +26,7 @@ from xxhash import xxh3_128, xxh3_128_digest
 
 from memc.bank.layout import BankShape, Cluster, Dtype, name
 from memc.errors import MemcError
-from memc.partial import partial_of
+from memc.partial import writing
 
 F32 = npt.NDArray[np.float32]
 
@@ -57,8 +57,7 @@ def write_records(path: Path, shape: BankShape, records: Iterable[tuple[Cluster,
     """
     header = _Header(**vars(shape)).model_dump_json().encode()
     index = _empty_index(shape)
-    partial = partial_of(path)
-    with partial.open("wb") as stream:
+    with writing(path) as stream:
         stream.seek(_align(_PREFIX.size + len(header) + index.nbytes))
         for cluster, record in records:
             _write_record(stream, index, shape, cluster, record)
@@ -68,7 +67,6 @@ def write_records(path: Path, shape: BankShape, records: Iterable[tuple[Cluster,
         stream.write(_PREFIX.pack(_MAGIC, VERSION, len(header), xxh3_128_digest(body)) + body)
         stream.flush()
         os.fsync(stream.fileno())
-    partial.replace(path)
 
 
 def _write_record(stream: IO[bytes], index: npt.NDArray[Any], shape: BankShape, cluster: Cluster, record: F32) -> None:

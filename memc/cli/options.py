@@ -6,7 +6,6 @@ import functools
 import os
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec
 
@@ -16,7 +15,7 @@ from memc.cli import completing
 from memc.cli.console import Console
 from memc.cli.invocation import Invocation
 from memc.errors import Exit, MemcError
-from memc.partial import partial_of
+from memc.partial import write_text
 
 P = ParamSpec("P")
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -113,18 +112,11 @@ def html_option(help: str) -> Decorator:
 
 def write_page(console: Console, path: str, page: str) -> None:
     """Write a page, whole or not at all, and say so. Raises ``MemcError`` E200 where its folder does not exist."""
-    place = Path(path)
-    beside = partial_of(place)
     try:
-        beside.write_text(page, encoding="utf-8")
-        beside.replace(place)
+        write_text(Path(path), page)
     except FileNotFoundError:
         hint = "make it, or give another file"
         raise MemcError("E200", "folder of the page does not exist", path, hint) from None
-    except (OSError, UnicodeError):
-        with suppress(OSError):
-            beside.unlink(missing_ok=True)
-        raise
     console.note(f"wrote {path}")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from memc import __version__
 from memc.artifact import MANIFEST, read_manifest
 from memc.errors import MemcError
-from memc.partial import partial_of
+from memc.partial import partial_of, write_text
 from memc.program_io import link
 from memc.report.facts import Document
 from memc.report.models import ErrorDocument
@@ -94,7 +94,7 @@ class OutFolder:
         """Write one report file."""
         folder = self.partial / "report"
         folder.mkdir(exist_ok=True)
-        (folder / name).write_text(document.to_json() + "\n")
+        write_text(folder / name, document.to_json() + "\n")
 
     def write_error(self, error: MemcError) -> None:
         """Write down why the conversion stopped, where there is a folder to write it in."""

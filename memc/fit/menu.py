@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import astuple, dataclass, field, replace
 from functools import cache
 from itertools import chain
@@ -14,7 +15,7 @@ from memc.blocks import AttentionBlock, Block
 from memc.cost import Demand, demands
 from memc.errors import MemcError
 from memc.fit.weights import quantised
-from memc.partial import partial_of
+from memc.partial import write_text
 from memc.pipeline import Calibration, Pass, Plan
 from memc.plugins import load_plugin, registered
 from memc.program import Program
@@ -122,13 +123,9 @@ class Kept:
         if self.path is None:
             return
         held = {key: astuple(one) for key, one in self.found.items()}
-        partial = partial_of(self.path)
-        try:
+        with suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps(held) + "\n")
-            partial.replace(self.path)
-        except OSError:
-            partial.unlink(missing_ok=True)
+            write_text(self.path, json.dumps(held) + "\n")
 
 
 def make_menu(
