@@ -5,8 +5,8 @@
 
 Rows of 8,192 tokens of an Austen novel and of the Jargon File run through SmolLM2-135M; every 97th token from 4,096 on
 chooses in every layer, from the queries and keys of that run. Then one attention for one new token through the onnx
-backend and through tvm, the sides taking turns. Writes ``results/sparse-levels-DATE.json`` and ``.md``; ``--parts``
-measures some of the three and keeps the others.
+backend and through tvm, the sides taking turns; and what the whole model loses. Writes
+``results/sparse-levels-DATE.json`` and ``.md``; ``--parts`` measures some of the four and keeps the others.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import torch
 from cpu import facts
 from page import grid, save
 from sparse_mass import SINKS, WINDOW, attended, of_softmax
-from sparse_model import TEXTS, original, rows
+from sparse_model import TEXTS, Rows, fidelity, original, rows
 from sparse_op import LEVELS, SHAPES, times
-from sparse_page import conditions, sides_page
+from sparse_page import conditions, fidelity_page, sides_page
 from torch import Tensor
 
 from memc.dialect.sparse_attention import SPAN, SparseAttention
@@ -44,6 +44,12 @@ CHOICES: list[dict[str, Any]] = [
         for method, beam in (("bounds", {}), *(("bounds2", {"beam": beam}) for beam in BEAMS))
     ),
 ]
+WHOLE = Rows(
+    LENGTH,
+    256,
+    (256, 512, 1024),
+    ("method=bounds,rerank=2", *(f"method=bounds,levels=2,beam={beam},rerank=2" for beam in BEAMS[1:])),
+)
 
 
 def read_by(query: Tensor, key: Tensor, at: Tensor, rule: Rule) -> Tensor:
@@ -95,7 +101,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--texts", type=Path, required=True, help="folder that texts.py filled")
     parser.add_argument("--rows", type=int, default=1, help="rows of each text")
-    parser.add_argument("--parts", default="held,onnx,tvm", help="what to measure; the rest is left as it is")
+    parser.add_argument("--parts", default="held,kl,onnx,tvm", help="what to measure; the rest is left as it is")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -104,11 +110,22 @@ def main() -> None:
     document = json.loads(path.read_text()) if path.exists() else {}
     for part in given.parts.split(","):
         found = {**facts(), "rows": given.rows, "lines": []}
-        for line in held(given.texts, given.rows) if part == "held" else times(SHAPES[1], CONTEXTS, LEVELS, (part,)):
+        for line in measured(part, given):
             found["lines"].append(line)
             print(json.dumps(line), flush=True)
         document[part] = found
         save(path, document, page)
+
+
+def measured(part: str, given: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield the lines of one part."""
+    match part:
+        case "held":
+            return held(given.texts, given.rows)
+        case "kl":
+            return fidelity(given.texts, given.rows, (WHOLE,))
+        case _:
+            return times(SHAPES[1], CONTEXTS, LEVELS, (part,))
 
 
 def page(document: dict[str, Any]) -> str:
@@ -116,6 +133,8 @@ def page(document: dict[str, Any]) -> str:
     parts = ["# Two levels of bounds", "See [README](../README.md)."]
     if "held" in document:
         parts += held_page(document["held"])
+    if "kl" in document:
+        parts += fidelity_page(document["kl"])
     for backend in ("onnx", "tvm"):
         if backend in document:
             parts += sides_page(document[backend], f"Through the {backend} backend", "")

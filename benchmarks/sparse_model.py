@@ -19,10 +19,13 @@ from memc.backends.onnx import OnnxBackend
 from memc.conversion.lowering import lower
 from memc.cost import work
 from memc.data import tokenize
+from memc.dialect.selectors import SELECTORS
+from memc.dialect.sparse_attention import SPAN
 from memc.evaluate.score import run_tasks
 from memc.evaluate.tasks import parse_tasks
 from memc.frontend import capture_source
 from memc.kernels.sparse_attention.choose import describe
+from memc.kernels.sparse_attention.levels import joined
 from memc.pipeline import parse_spec
 from memc.program import Program, StateSpec
 from memc.raising import raise_program
@@ -138,7 +141,10 @@ def pages(program: Program, spec: StateSpec, held: Mapping[str, Tensor]) -> Tens
     """Describe the pages of the keys that are held; they are whole."""
     keys = held[spec.name.replace("_pages", "_key")]
     node = next(n for n in program.module.graph.nodes if n.target is torch.ops.memc.sparse_attention.default)
-    return describe(keys.unflatten(2, (-1, node.kwargs["page"])), node.kwargs["method"])
+    found = describe(keys.unflatten(2, (-1, node.kwargs["page"])), node.kwargs["method"])
+    if SELECTORS[node.kwargs["method"]].choice != "levels":
+        return found
+    return joined(found, torch.ones(len(found), found.shape[2] // SPAN, dtype=torch.bool))
 
 
 def compared(dense: Sequence[Tensor], sparse: Iterator[Tensor], row: Tensor, first: int) -> dict[str, float]:
@@ -162,12 +168,12 @@ def share_read(program: Program, sparse: Program, length: int) -> float:
     return less / dense
 
 
-def fidelity(texts: Path, count: int) -> Iterator[dict[str, Any]]:
+def fidelity(texts: Path, count: int, lengths: Sequence[Rows] = LENGTHS) -> Iterator[dict[str, Any]]:
     """Yield one line for each length and choice, over ``count`` rows of each text."""
     with tempfile.TemporaryDirectory() as folder:
         program, text = original(Path(folder))
         lines = {
-            at: [r for file in TEXTS.values() for r in rows(texts / file, text, at.length, count)] for at in LENGTHS
+            at: [r for file in TEXTS.values() for r in rows(texts / file, text, at.length, count)] for at in lengths
         }
     for at, found_rows in lines.items():
         held = [prefilled(program, row, at.prefix) for row in found_rows]
