@@ -106,26 +106,48 @@ class Naturals(click.ParamType[list[int]]):
         return [int(part) for part in parts]
 
 
+def require_place(context: click.Context, parameter: click.Parameter, path: str | None) -> str | None:
+    """Return the file that a result is to be written to, as the callback of its option: told before any work.
+
+    Raises ``MemcError`` E200 where its folder does not exist or takes no file, or the file is a folder.
+    """
+    place = Path(path or "")
+    if path is not None and not _is_special(place):
+        if place.is_dir():
+            raise MemcError("E200", "the file is a folder", path, "give the name of a file in it")
+        if not place.parent.is_dir():
+            raise MemcError("E200", "folder of the file does not exist", path, "make it, or give another file")
+        if not os.access(place.parent, os.W_OK | os.X_OK):
+            raise MemcError("E200", "folder of the file cannot be written to", path, "give another file")
+    return path
+
+
 def html_option(help: str) -> Decorator:
     """Return the option ``--html FILE`` of a command whose result has a page."""
-    return click.option("--html", metavar="FILE", help=help, shell_complete=completing.files)
+    return click.option("--html", metavar="FILE", help=help, callback=require_place, shell_complete=completing.files)
 
 
-def write_page(console: Console, path: str, page: str) -> None:
-    """Write a page, whole or not at all, and say so. Raises ``MemcError`` E200 where its folder does not exist."""
+def write_file(console: Console, path: str, text: str) -> None:
+    """Write what a command made, whole or not at all, and say so. Raises ``MemcError`` E200 without its folder."""
     place = Path(path)
     beside = partial_of(place)
     try:
-        beside.write_text(page, encoding="utf-8")
-        beside.replace(place)
+        (place if _is_special(place) else beside).write_text(text, encoding="utf-8")
+        if not _is_special(place):
+            beside.replace(place)
     except FileNotFoundError:
         hint = "make it, or give another file"
-        raise MemcError("E200", "folder of the page does not exist", path, hint) from None
+        raise MemcError("E200", "folder of the file does not exist", path, hint) from None
     except (OSError, UnicodeError):
         with suppress(OSError):
             beside.unlink(missing_ok=True)
         raise
     console.note(f"wrote {path}")
+
+
+def _is_special(place: Path) -> bool:
+    """Tell whether a path is a pipe or a device like /dev/stdout, which is written to and not replaced."""
+    return place.exists() and not place.is_file() and not place.is_dir()
 
 
 POSITIVE = click.IntRange(min=1)
