@@ -138,8 +138,13 @@ def train_bank(
     what was interrupted goes on. Of several ``processes`` each takes every so many-th job; the leader writes the bank
     and returns what all of them did. Where clusters start from the generic block it goes first, by the leader. Raises
     ``MemcError``: E200 where there is none to start from, E204 for checkpoints of another training without ``fresh``,
-    E207 for a job without passages, E403 for values that are not finite, E502 for too little disk.
+    E206 for sequences longer than the model takes, E207 for a job without passages, E403 for values that are not
+    finite, E502 for too little disk.
     """
+    limit = learner.program.model.longest
+    if limit is not None and options.length > limit:
+        reason = f"sequences of {options.length} tokens are past the model's {limit} positions"
+        raise MemcError("E206", reason, "--length", f"--length {limit}")
     training = _Training(bank, learner, options, progress, fresh, device, products)
     jobs = [job for job in all_jobs(bank) if training.members(job).any()] if only is None else list(only)
     _require_disk(bank, jobs)
