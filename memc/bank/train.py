@@ -30,6 +30,7 @@ from memc.bank.records import RecordFile, write_records
 from memc.bank.sequences import PackedSequence, held_out, pack
 from memc.conversion.folder import require_space
 from memc.errors import MemcError
+from memc.partial import write_whole
 from memc.progress import Progress
 from memc.report.models.banks import BankJob
 from memc.train.device import CPU
@@ -265,9 +266,7 @@ class _Training:
             loss_last=losses[-1] if losses else None,
             seconds=time.perf_counter() - began,
         )
-        partial = self._facts(job).with_suffix(".partial")
-        partial.write_text(json.dumps({"key": key, "facts": facts.model_dump()}) + "\n")
-        partial.replace(self._facts(job))
+        write_whole(self._facts(job), json.dumps({"key": key, "facts": facts.model_dump()}) + "\n")
         shutil.rmtree(place, ignore_errors=True)
         return facts
 

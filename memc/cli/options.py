@@ -6,7 +6,6 @@ import functools
 import os
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec
 
@@ -16,7 +15,7 @@ from memc.cli import completing
 from memc.cli.console import Console
 from memc.cli.invocation import Invocation
 from memc.errors import Exit, MemcError
-from memc.partial import partial_of
+from memc.partial import write_whole
 
 P = ParamSpec("P")
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -130,18 +129,14 @@ def html_option(help: str) -> Decorator:
 def write_file(console: Console, path: str, text: str) -> None:
     """Write what a command made, whole or not at all, and say so. Raises ``MemcError`` E200 without its folder."""
     place = Path(path)
-    beside = partial_of(place)
     try:
-        (place if _is_special(place) else beside).write_text(text, encoding="utf-8")
-        if not _is_special(place):
-            beside.replace(place)
+        if _is_special(place):
+            place.write_text(text, encoding="utf-8")
+        else:
+            write_whole(place, text)
     except FileNotFoundError:
         hint = "make it, or give another file"
         raise MemcError("E200", "folder of the file does not exist", path, hint) from None
-    except (OSError, UnicodeError):
-        with suppress(OSError):
-            beside.unlink(missing_ok=True)
-        raise
     console.note(f"wrote {path}")
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from memc.analysis import branches
 from memc.analysis import layers as analysis
 from memc.errors import MemcError
-from memc.partial import partial_of
+from memc.partial import write_whole
 from memc.pipeline import Pass, PassReport, Plan
 from memc.program import Program, get_tensor, set_tensor
 from memc.progress import Progress
@@ -253,7 +253,7 @@ class Trainer:
             facts.errors["initial"] = transfer.errors(*guard)
         if path is not None and not begun and self.processes.leads:
             checkpoints.save(0, *transfer.start())
-            _write(path, facts.model_dump_json())
+            write_whole(path, facts.model_dump_json() + "\n")
         self.processes.wait()
         schedule = Schedule(self.transfer_steps)
         facts.curve = _curve(
@@ -292,7 +292,7 @@ class Trainer:
             seconds=time.perf_counter() - began,
         )
         if path is not None:
-            _write(path, facts.model_dump_json())
+            write_whole(path, facts.model_dump_json() + "\n")
         return facts
 
     def _recover(
@@ -376,12 +376,6 @@ def _sequences(batches: Batches, count: int) -> tuple[Tensor, Tensor]:
         tokens, positions = torch.cat([tokens, more[0]]), torch.cat([positions, more[1]])
         step += 1
     return tokens[:count], positions[:count]
-
-
-def _write(path: Path, text: str) -> None:
-    partial = partial_of(path)
-    partial.write_text(text + "\n")
-    partial.replace(path)
 
 
 @torch.no_grad()
