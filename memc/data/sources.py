@@ -120,9 +120,17 @@ def _plain(path: Path) -> Iterator[str]:
 
 
 def _jsonl(path: Path) -> Iterator[str]:
+    return (_field(line, where) for line, where in read_lines(path))
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield the lines of a file of JSON lines that are not blank, and where each is; only line feeds end one.
+
+    Raises ``MemcError`` E207 when the file is missing, binary or not UTF-8.
+    """
     for number, line in enumerate(_lines(_characters(path)), start=1):
         if line.strip():
-            yield _field(line, f"{path}:{number}")
+            yield line, f"{path}:{number}"
 
 
 def _field(line: str, where: str) -> str:
