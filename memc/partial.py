@@ -30,7 +30,7 @@ def writing(path: Path) -> Iterator[IO[bytes]]:
         raise
 
 
-def write_text(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
     """Write ``text`` in UTF-8 as the file ``path``, whole or not at all."""
     with writing(path) as stream:
         stream.write(text.encode())

@@ -12,6 +12,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from memc.errors import MemcError
+from memc.partial import write_whole
 from memc.plugins import did_you_mean
 
 
@@ -62,8 +63,8 @@ def targets() -> dict[str, Target]:
     for folder in _folders():
         for path in sorted(folder.glob("*.toml")):
             try:
-                target = Target.model_validate(tomllib.loads(path.read_text()))
-            except (tomllib.TOMLDecodeError, ValidationError) as error:
+                target = Target.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+            except (tomllib.TOMLDecodeError, UnicodeDecodeError, ValidationError) as error:
                 reason = str(error).splitlines()[0]
                 raise MemcError("E201", f"target file does not parse: {reason}", where=str(path)) from error
             found[target.name] = target
@@ -87,7 +88,7 @@ def write_target(target: Target, path: Path) -> None:
         lines += ["", f"[{name}]", *(f"{weights} = {json.dumps(rate)}" for weights, rate in rates.items())]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_whole(path, "\n".join(lines) + "\n")
     except OSError as error:
         raise MemcError("E502", f"the target cannot be written: {error.strerror}", str(path), "give -o FILE") from error
     targets.cache_clear()

@@ -55,11 +55,12 @@ class Encoder:
     def _ends(self) -> tuple[list[int], list[int]]:
         return ends(self.session.text.tokenizer)
 
-    def encode(self, texts: Sequence[str]) -> F32:
+    def encode(self, texts: Sequence[str], *, blank: bool = False) -> F32:
         """Return one vector a text, ``[N, width]``. A text past the limit is the mean of its parts, by their tokens.
 
-        Raises ``MemcError``: E205 a text without tokens, E310 the model gives vectors of another width, E403 vectors
-        that are not finite.
+        With ``blank`` a text without tokens, like one of invisible characters alone, gets the vector of the tokens that
+        start and end every text, zeros where there are none. Raises ``MemcError``: E205 such a text otherwise, E310 the
+        model gives vectors of another width, E403 vectors that are not finite.
         """
         before, after = self._ends
         room = self.facts.limit - len(before) - len(after)
@@ -67,17 +68,21 @@ class Encoder:
         owners: list[int] = []
         for number, text in enumerate(texts):
             ids = self.session.text.encode(text, special=False)
-            if not ids:
+            if not ids and not blank:
                 raise MemcError("E205", "the text has no tokens that the encoder knows", next="give at least one word")
-            for start in range(0, len(ids), room):
+            if not ids and not (before or after):
+                continue
+            for start in range(0, len(ids) or 1, room):
                 rows.append([*before, *ids[start : start + room], *after])
                 owners.append(number)
         vectors = self._pooled(rows)
         weights = np.array([len(row) for row in rows], np.float32)[:, None]
         sums = np.zeros((len(texts), vectors.shape[1]), np.float32)
-        np.add.at(sums, owners, vectors * weights)
+        at = np.array(owners, np.int64)
+        np.add.at(sums, at, vectors * weights)
         counts = np.zeros((len(texts), 1), np.float32)
-        np.add.at(counts, owners, weights)
+        np.add.at(counts, at, weights)
+        counts[counts == 0] = 1
         return self._scaled(sums / counts)
 
     def _pooled(self, rows: list[list[int]]) -> F32:

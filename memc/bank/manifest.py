@@ -12,7 +12,7 @@ from memc.artifact import sha256
 from memc.bank.encoder import EncoderFacts
 from memc.bank.layout import BankShape, Dtype
 from memc.errors import MemcError
-from memc.partial import partial_of, write_text
+from memc.partial import partial_of, write_whole
 
 MANIFEST, RECORDS, TREE, PASSAGES, ENCODER = "bank.json", "records.bank", "tree.safetensors", "passages", "encoder"
 """The names in a bank's folder."""
@@ -55,7 +55,7 @@ def seal(folder: Path, manifest: BankManifest) -> None:
     named = [folder / TREE, *sorted((folder / PASSAGES).iterdir())]
     files = {str(path.relative_to(folder)): sha256(path) for path in named}
     text = manifest.model_copy(update={"files": files}).model_dump_json(by_alias=True, indent=1)
-    write_text(folder / MANIFEST, text + "\n")
+    write_whole(folder / MANIFEST, text + "\n")
 
 
 def read_manifest(folder: Path, *, verify: bool = False) -> BankManifest:

@@ -45,7 +45,8 @@ class EmbedBlock:
         """Return the embeddings ``[BLOCK,width]``, fewer of the last block."""
         start = number * BLOCK
         found = texts(self.place / PASSAGES, start, min(start + BLOCK, self.count))
-        return self.encoder.encode(found).astype("<f4")
+        # One passage of a crawl that no encoder can read is no reason to build nothing of the others.
+        return self.encoder.encode(found, blank=True).astype("<f4")
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from memc.bank.records import RecordFile, write_records
 from memc.bank.sequences import PackedSequence, held_out, pack
 from memc.conversion.folder import require_space
 from memc.errors import MemcError
-from memc.partial import write_text
+from memc.partial import write_whole
 from memc.progress import Progress
 from memc.report.models.banks import BankJob
 from memc.train.device import CPU
@@ -139,8 +139,13 @@ def train_bank(
     what was interrupted goes on. Of several ``processes`` each takes every so many-th job; the leader writes the bank
     and returns what all of them did. Where clusters start from the generic block it goes first, by the leader. Raises
     ``MemcError``: E200 where there is none to start from, E204 for checkpoints of another training without ``fresh``,
-    E207 for a job without passages, E403 for values that are not finite, E502 for too little disk.
+    E206 for sequences longer than the model takes, E207 for a job without passages, E403 for values that are not
+    finite, E502 for too little disk.
     """
+    limit = learner.program.model.longest
+    if limit is not None and options.length > limit:
+        reason = f"sequences of {options.length} tokens are past the model's {limit} positions"
+        raise MemcError("E206", reason, "--length", f"--length {limit}")
     training = _Training(bank, learner, options, progress, fresh, device, products)
     jobs = [job for job in all_jobs(bank) if training.members(job).any()] if only is None else list(only)
     _require_disk(bank, jobs)
@@ -261,7 +266,7 @@ class _Training:
             loss_last=losses[-1] if losses else None,
             seconds=time.perf_counter() - began,
         )
-        write_text(self._facts(job), json.dumps({"key": key, "facts": facts.model_dump()}) + "\n")
+        write_whole(self._facts(job), json.dumps({"key": key, "facts": facts.model_dump()}) + "\n")
         shutil.rmtree(place, ignore_errors=True)
         return facts
 

@@ -6,8 +6,7 @@ import click
 
 from memc.cli import completing
 from memc.cli.console import Console
-from memc.cli.options import declare, html_option, model_argument, remote_code_option, write_page
-from memc.errors import MemcError
+from memc.cli.options import declare, html_option, model_argument, remote_code_option, require_place, write_file
 
 
 @declare(
@@ -34,6 +33,7 @@ from memc.errors import MemcError
     "-o",
     "--output",
     metavar="FILE",
+    callback=require_place,
     help="Write the document, for prune:analysis=FILE.",
     shell_complete=completing.files,
 )
@@ -59,18 +59,12 @@ def command(
     What is found can stay, or go, when the model is pruned: --pass prune:analysis=FILE protects it, and with
     score=analysis what is found least goes first.
     """
-    from pathlib import Path
-
     from memc import api
     from memc.report.analysis import analysis_view
 
     document = api.analyse(model, method, data=data, remote_code=remote_code, progress=console)
     if output is not None:
-        try:
-            Path(output).write_text(document.to_json() + "\n", encoding="utf-8")
-        except OSError as error:
-            raise MemcError("E200", f"the file cannot be written: {error.strerror}", output) from None
-        console.note(f"wrote {output}")
+        write_file(console, output, document.to_json() + "\n")
     if html is not None:
-        write_page(console, html, document.to_html())
+        write_file(console, html, document.to_html())
     console.show(document, lambda: analysis_view(document))

@@ -18,7 +18,7 @@ from memc.cli.options import (
     out_argument,
     seed_option,
     threads_option,
-    write_page,
+    write_file,
 )
 from memc.cli.sessions import open_sessions
 from memc.llamacpp import PREFIX, LlamaCpp
@@ -75,5 +75,5 @@ def command(
             sides, contexts, threads=threads, steps=steps, seed=seed or 0, sources=sources, progress=console
         )
     if html is not None:
-        write_page(console, html, document.to_html())
+        write_file(console, html, document.to_html())
     console.show(document, lambda: bench_view(document))

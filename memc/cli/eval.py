@@ -18,7 +18,7 @@ from memc.cli.options import (
     out_argument,
     seed_option,
     threads_option,
-    write_page,
+    write_file,
 )
 from memc.cli.sessions import open_sessions
 from memc.errors import MemcError
@@ -128,7 +128,7 @@ def command(
         if tasks:
             measure_tasks(document, sides, tasks, lengths, samples, seed or 0, console)
     if html is not None:
-        write_page(console, html, document.to_html())
+        write_file(console, html, document.to_html())
     console.show(document, lambda: eval_view(document))
 
 

@@ -15,7 +15,7 @@ from memc.cli import completing
 from memc.cli.console import Console
 from memc.cli.invocation import Invocation
 from memc.errors import Exit, MemcError
-from memc.partial import write_text
+from memc.partial import write_whole
 
 P = ParamSpec("P")
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -105,19 +105,44 @@ class Naturals(click.ParamType[list[int]]):
         return [int(part) for part in parts]
 
 
+def require_place(context: click.Context, parameter: click.Parameter, path: str | None) -> str | None:
+    """Return the file that a result is to be written to, as the callback of its option: told before any work.
+
+    Raises ``MemcError`` E200 where its folder does not exist or takes no file, or the file is a folder.
+    """
+    place = Path(path or "")
+    if path is not None and place.is_dir():
+        raise MemcError("E200", "the file is a folder", path, "give the name of a file in it")
+    if path is not None and not _is_special(place):
+        if not place.parent.is_dir():
+            raise MemcError("E200", "folder of the file does not exist", path, "make it, or give another file")
+        if not os.access(place.parent, os.W_OK | os.X_OK):
+            raise MemcError("E200", "folder of the file cannot be written to", path, "give another file")
+    return path
+
+
 def html_option(help: str) -> Decorator:
     """Return the option ``--html FILE`` of a command whose result has a page."""
-    return click.option("--html", metavar="FILE", help=help, shell_complete=completing.files)
+    return click.option("--html", metavar="FILE", help=help, callback=require_place, shell_complete=completing.files)
 
 
-def write_page(console: Console, path: str, page: str) -> None:
-    """Write a page, whole or not at all, and say so. Raises ``MemcError`` E200 where its folder does not exist."""
+def write_file(console: Console, path: str, text: str) -> None:
+    """Write what a command made, whole or not at all, and say so. Raises ``MemcError`` E200 without its folder."""
+    place = Path(path)
     try:
-        write_text(Path(path), page)
+        if _is_special(place):
+            place.write_text(text, encoding="utf-8")
+        else:
+            write_whole(place, text)
     except FileNotFoundError:
         hint = "make it, or give another file"
-        raise MemcError("E200", "folder of the page does not exist", path, hint) from None
+        raise MemcError("E200", "folder of the file does not exist", path, hint) from None
     console.note(f"wrote {path}")
+
+
+def _is_special(place: Path) -> bool:
+    """Tell whether a path is a pipe, a device, or a link like /dev/stdout: written to, and not replaced."""
+    return place.is_symlink() or (place.exists() and not place.is_file())
 
 
 POSITIVE = click.IntRange(min=1)

@@ -10,7 +10,7 @@ import click
 
 from memc.cli import completing
 from memc.cli.console import Console
-from memc.cli.options import NATURAL, declare, write_page
+from memc.cli.options import NATURAL, declare, write_file
 from memc.errors import MemcError
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def _one_pass(document: ReportDocument, name: str) -> PassReportFile:
 def _write_html(console: Console, document: ReportDocument, html: str) -> None:
     if console.json:
         console.text(document.to_json() + "\n")
-    write_page(console, html or str(Path(document.out) / "report" / "report.html"), document.to_html())
+    write_file(console, html or str(Path(document.out) / "report" / "report.html"), document.to_html())
 
 
 def _compare(console: Console, outs: Sequence[str], html: str | None) -> None:
@@ -105,7 +105,7 @@ def _compare(console: Console, outs: Sequence[str], html: str | None) -> None:
         raise MemcError("E200", "a comparison belongs to no one OUT", "--html", "give a file: --html choice.html")
     document = compare([read_report(Path(out)) for out in outs])
     if html is not None:
-        write_page(console, html, document.to_html())
+        write_file(console, html, document.to_html())
     console.show(document, lambda: compare_view(document))
 
 

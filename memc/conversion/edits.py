@@ -20,7 +20,7 @@ from memc.conversion.again import PROGRAM, copy_artifact, lower_copy, lowering_o
 from memc.conversion.driver import next_commands
 from memc.conversion.folder import folder_bytes
 from memc.conversion.text import tokenizer_for
-from memc.data import read_tokens
+from memc.data import read_lines, read_tokens
 from memc.doctor import require_backend
 from memc.errors import MemcError
 from memc.plugins import load_kernels, load_plugin
@@ -113,14 +113,7 @@ def read_edits(path: Path, folder: Path, limit: int) -> list[Wanted]:
     Raises ``MemcError``: E207 for a file or a line that cannot be used, E205 for an empty prompt or target, E308.
     """
     text = Text(folder)
-    try:
-        written = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise MemcError("E207", f"edits cannot be read: {error}", str(path), "give a file of JSON lines") from error
-    found = []
-    for number, line in enumerate(written.splitlines(), 1):
-        if line.strip():
-            found.append(_edit(line, f"{path}:{number}", text, limit))
+    found = [_edit(line, where, text, limit) for line, where in read_lines(path)]
     if not found:
         raise MemcError("E207", "there is no edit in the file", str(path), _EXAMPLE)
     return found

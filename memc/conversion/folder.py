@@ -11,7 +11,7 @@ from pathlib import Path
 from memc import __version__
 from memc.artifact import MANIFEST, read_manifest
 from memc.errors import MemcError
-from memc.partial import partial_of, write_text
+from memc.partial import partial_of, write_whole
 from memc.program_io import link
 from memc.report.facts import Document
 from memc.report.models import ErrorDocument
@@ -76,7 +76,7 @@ class OutFolder:
         not ``fresh``, or one that memc did not make.
         """
         marker = self.partial / RESUME
-        if self.partial.exists():
+        if self.partial.exists() and not self._is_empty():  # what a kill before the marker leaves is
             if not marker.is_file():
                 raise MemcError("E204", "folder is in the way", str(self.partial), "remove it")
             if not fresh and _read_key(marker) == key:
@@ -86,15 +86,20 @@ class OutFolder:
                 reason = "unfinished output of another recipe, source or version is here"
                 raise MemcError("E204", reason, str(self.partial), "add --fresh to start over, or give another OUT")
             shutil.rmtree(self.partial)
-        marker.parent.mkdir(parents=True)
-        marker.write_text(json.dumps({"key": key}) + "\n")
+        marker.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(marker, json.dumps({"key": key}) + "\n")
         return False
+
+    def _is_empty(self) -> bool:
+        """Tell whether ``OUT.partial`` holds no file but a marker that was being written."""
+        files = {path for path in self.partial.rglob("*") if path.is_symlink() or not path.is_dir()}
+        return self.partial.is_dir() and files <= {partial_of(self.partial / RESUME)}
 
     def write_report(self, name: str, document: Document) -> None:
         """Write one report file."""
         folder = self.partial / "report"
         folder.mkdir(exist_ok=True)
-        write_text(folder / name, document.to_json() + "\n")
+        write_whole(folder / name, document.to_json() + "\n")
 
     def write_error(self, error: MemcError) -> None:
         """Write down why the conversion stopped, where there is a folder to write it in."""

@@ -14,6 +14,7 @@ from typing import Any
 
 from memc.errors import MemcError
 from memc.machine import peak_rss_bytes
+from memc.partial import write_whole
 from memc.pipeline import Calibration, Pass, PassReport, Plan
 from memc.plugins import load_plugin
 from memc.program import Program
@@ -165,7 +166,7 @@ class Pipeline:
     def _write_report(self, index: int, document: PassReportFile) -> None:
         path = self._report(index)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(document.to_json() + "\n")
+        write_whole(path, document.to_json() + "\n")
 
     def _read_report(self, index: int) -> PassReportFile:
         return PassReportFile.model_validate_json(self._report(index).read_text())

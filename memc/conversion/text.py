@@ -11,7 +11,7 @@ import torch
 
 from memc.data import TokenStream, holds_ids, read_tokens, tokenize
 from memc.errors import MemcError
-from memc.partial import write_text
+from memc.partial import write_whole
 from memc.program import Program
 from memc.progress import Progress
 from memc.recipe import Recipe
@@ -51,7 +51,7 @@ def verification_text(
 def keep_text(text: VerificationText, folder: Path) -> VerificationText:
     """Write a text to ``report/text.json`` and return it."""
     facts = {"origin": text.origin, "tokens": text.tokens.tolist()}
-    write_text(folder / "report" / "text.json", json.dumps(facts) + "\n")
+    write_whole(folder / "report" / "text.json", json.dumps(facts) + "\n")
     return text
 
 

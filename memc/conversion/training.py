@@ -119,9 +119,8 @@ def training_data(
     corpus = own
     if settings.sampled:
         sampled = _sampled(recipe, original, folder, settings, tokens, progress)
-        sizes = [len(stream) for stream in streams]
-        weights = [(1 - settings.sampled) * size / sum(sizes) for size in sizes]
-        corpus = Corpus([*streams, sampled], [*weights, settings.sampled], guard=settings.guard, block=settings.length)
+        shares = [1 - settings.sampled, settings.sampled]
+        corpus = Corpus([streams, sampled], shares, guard=settings.guard, block=settings.length)
     guard, text = _held_out(corpus, settings.length)
     return TrainingData(corpus, corpus.sequences(settings.length, recipe.seed), guard, text, tokens)
 

@@ -3,7 +3,7 @@
 from memc.data.cache import read_tokens
 from memc.data.corpus import Batch, Corpus, Sequences
 from memc.data.ids import holds_ids, read_ids
-from memc.data.sources import read_documents, require_file, source_digest
+from memc.data.sources import read_documents, read_lines, require_file, source_digest
 from memc.data.stream import TokenStream
 from memc.data.tokens import tokenize
 
@@ -15,6 +15,7 @@ __all__ = [
     "holds_ids",
     "read_documents",
     "read_ids",
+    "read_lines",
     "read_tokens",
     "require_file",
     "source_digest",

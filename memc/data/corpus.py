@@ -67,36 +67,43 @@ class Corpus:
     """Streams of tokens, each with its end held out.
 
     The last ``guard`` of each stream (a share, in whole blocks of ``block`` tokens, at least one) is in no training
-    sequence; streams shorter than two blocks are first joined. Without ``weights`` an epoch is every token once. With
-    them (one a stream, on any positive scale) each stream gives its share of the sequences of an epoch, which ends when
-    the scarcest is used up; a stream gives no sequence twice before it has given all.
+    sequence; of several streams those shorter than two blocks are first joined. Without ``weights`` an epoch is every
+    token once. With them (one for each of ``streams``, which may be several together, on any positive scale) each gives
+    its share of the sequences of an epoch, which ends when the scarcest is used up; none gives a sequence twice before
+    it has given all.
 
-    Raises ``ValueError`` for no streams, a guard outside [0, 0.5], or weights that are not positive and one a stream.
+    Raises ``ValueError`` for no streams, a guard outside [0, 0.5], or weights that are not positive and one for each.
     """
 
     def __init__(
         self,
-        streams: Sequence[TokenStream],
+        streams: Sequence[TokenStream | Sequence[TokenStream]],
         weights: Sequence[float] | None = None,
         *,
         guard: float = 0.05,
         block: int = 512,
     ) -> None:
-        """Split the streams; nothing is copied but those shorter than two blocks."""
+        """Split the streams; nothing is copied but those that are joined."""
         if not streams:
             raise ValueError("a corpus needs at least one stream")
         if not 0 <= guard <= 0.5:
             raise ValueError(f"guard of {guard} is no share between 0 and 0.5")
         if weights is not None and (len(weights) != len(streams) or not all(0 < w < float("inf") for w in weights)):
             raise ValueError("weights have to be positive numbers, one a stream")
-        self.names = [stream.name for stream in streams]
-        facts = [[stream.digest for stream in streams], weights and list(weights), guard, block]
-        self.digest = digest_of(facts)
+        sources = [[source] if isinstance(source, TokenStream) else list(source) for source in streams]
+        every = [stream for several in sources for stream in several]
+        self.names = [stream.name for stream in every]
+        grouped = [[stream.digest for stream in several] for several in sources]
+        self.digest = digest_of([grouped, weights and list(weights), guard, block])
         self.weights = [1.0] if weights is None else [weight / sum(weights) for weight in weights]
-        parts = [_split(stream, guard, block) for stream in (_joined(streams, block) if weights is None else streams)]
-        train = [segment for segment, _ in parts]
-        self.train = [_Pool(train)] if weights is None else [_Pool([segment]) for segment in train]
-        self.held_out = [_Pool([segment]) for _, segment in parts]
+        pools = [every] if weights is None else sources
+        self.pool_names = [", ".join(stream.name for stream in pool) for pool in pools]
+        parts = [
+            [_split(stream, guard, block) for stream in (_joined(pool, block) if len(pool) > 1 else pool)]
+            for pool in pools
+        ]
+        self.train = [_Pool([segment for segment, _ in pool]) for pool in parts]
+        self.held_out = [_Pool([segment]) for pool in parts for _, segment in pool]
 
     @classmethod
     def read(
@@ -167,7 +174,7 @@ class Sequences:
         self._available = [pool.tokens // length for pool in corpus.train]
         if not all(self._available):
             fewest = int(np.argmin(self._available))
-            where = corpus.where if len(corpus.train) == 1 else corpus.names[fewest]
+            where = corpus.pool_names[fewest]
             reason = f"data give {corpus.train[fewest].tokens} tokens for training, fewer than one sequence of {length}"
             raise MemcError("E207", reason, where, "give more --data, or shorter sequences")
         scale = min(count / weight for count, weight in zip(self._available, corpus.weights, strict=True))

@@ -120,21 +120,29 @@ def _plain(path: Path) -> Iterator[str]:
 
 
 def _jsonl(path: Path) -> Iterator[str]:
+    return (_field(line, where) for line, where in read_lines(path))
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield the lines of a file of JSON lines that are not blank, and where each is; only line feeds end one.
+
+    Raises ``MemcError`` E207 when the file is missing, binary or not UTF-8.
+    """
     for number, line in enumerate(_lines(_characters(path)), start=1):
         if line.strip():
-            yield _field(line, f"{path}:{number}")
+            yield line, f"{path}:{number}"
 
 
 def _field(line: str, where: str) -> str:
     hint = f'write {{"{COLUMN}": "..."}} on each line'
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise MemcError("E207", f"line is not JSON: {error}", where, hint) from error
     text = record.get(COLUMN) if isinstance(record, dict) else None
     if not isinstance(text, str):
         raise MemcError("E207", f"line is no object with a {COLUMN!r} string", where, hint)
-    return text
+    return _encodable(text, where)
 
 
 def _parquet(path: Path) -> Iterator[str]:
@@ -195,7 +203,17 @@ def _string(value: object, column: str, where: str) -> str:
     if not isinstance(value, str):
         reason = f"column {column!r} holds {type(value).__name__}, not strings"
         raise MemcError("E207", reason, where, "give a column of strings")
-    return value
+    return _encodable(value, where)
+
+
+def _encodable(text: str, where: str) -> str:
+    """Return a text that UTF-8 can hold: JSON may escape half of a surrogate pair, which is no character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        reason = f"text has half of a surrogate pair (U+{ord(text[error.start]):04X} at character {error.start})"
+        raise MemcError("E207", reason, where, "write the whole character, or U+FFFD in its place") from error
+    return text
 
 
 def _no_column(column: str, names: list[str], where: str, hint: str) -> MemcError:

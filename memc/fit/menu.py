@@ -15,7 +15,7 @@ from memc.blocks import AttentionBlock, Block
 from memc.cost import Demand, demands
 from memc.errors import MemcError
 from memc.fit.weights import quantised
-from memc.partial import write_text
+from memc.partial import write_whole
 from memc.pipeline import Calibration, Pass, Plan
 from memc.plugins import load_plugin, registered
 from memc.program import Program
@@ -125,7 +125,7 @@ class Kept:
         held = {key: astuple(one) for key, one in self.found.items()}
         with suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(self.path, json.dumps(held) + "\n")
+            write_whole(self.path, json.dumps(held) + "\n")
 
 
 def make_menu(

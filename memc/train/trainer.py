@@ -17,7 +17,7 @@ from torch import Tensor
 from memc.analysis import branches
 from memc.analysis import layers as analysis
 from memc.errors import MemcError
-from memc.partial import write_text
+from memc.partial import write_whole
 from memc.pipeline import Pass, PassReport, Plan
 from memc.program import Program, get_tensor, set_tensor
 from memc.progress import Progress
@@ -253,7 +253,7 @@ class Trainer:
             facts.errors["initial"] = transfer.errors(*guard)
         if path is not None and not begun and self.processes.leads:
             checkpoints.save(0, *transfer.start())
-            write_text(path, facts.model_dump_json() + "\n")
+            write_whole(path, facts.model_dump_json() + "\n")
         self.processes.wait()
         schedule = Schedule(self.transfer_steps)
         facts.curve = _curve(
@@ -292,7 +292,7 @@ class Trainer:
             seconds=time.perf_counter() - began,
         )
         if path is not None:
-            write_text(path, facts.model_dump_json() + "\n")
+            write_whole(path, facts.model_dump_json() + "\n")
         return facts
 
     def _recover(

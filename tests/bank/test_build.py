@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from memc.bank import Bank
+from memc.bank import Bank, tasks
 from memc.bank.build import BankModel, BuildOptions, build_bank
 from memc.bank.encoder import Encoder
 from memc.bank.manifest import ENCODER
@@ -63,7 +63,7 @@ def test_a_build_that_is_killed_goes_on(
     child = os.fork()
     if child == 0:
         encode = Encoder.encode
-        Encoder.encode = lambda self, texts: (time.sleep(0.5), encode(self, texts))[1]  # type: ignore[method-assign]
+        Encoder.encode = lambda self, *texts, **how: (time.sleep(0.5), encode(self, *texts, **how))[1]  # type: ignore[method-assign]
         build_bank(owner, sources, out, options)
         os._exit(0)
     embedded = tmp_path / "bank.partial" / "passages" / EMBEDDINGS
@@ -157,6 +157,21 @@ def test_texts_past_the_limit_and_blank_ones(built: Path) -> None:
     np.testing.assert_allclose(encoder.encode([" ".join(long)])[0], mean / np.linalg.norm(mean), atol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(encoder.encode([words(1)[0], long[0]]), axis=1), 1, atol=1e-5)
     refused("E205", encoder.encode, ["  "])
+    marks, alone = encoder.encode(["", words(1)[0]], blank=True)
+    np.testing.assert_array_equal(alone, encoder.encode([words(1)[0]])[0])
+    np.testing.assert_allclose(np.linalg.norm(marks), 1, atol=1e-5)
+    encoder.__dict__["_ends"] = [], []
+    assert not encoder.encode([""], blank=True).any()
+
+
+def test_a_passage_that_the_encoder_cannot_read_stops_no_build(
+    owner: BankModel, options: BuildOptions, sources: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = tasks.texts
+    monkeypatch.setattr(tasks, "texts", lambda *where: ["", *read(*where)[1:]])
+    made = build_bank(owner, sources, tmp_path / "bank", options)
+    passages = Bank.open(tmp_path / "bank").passages
+    assert len(passages) == made.passages and np.isfinite(passages.embeddings).all()
 
 
 def test_vectors_are_those_of_the_model_itself(place: Path, built: Path) -> None:

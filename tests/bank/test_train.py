@@ -246,6 +246,10 @@ def test_another_training_needs_fresh(trained: Bank, bank: Bank, learner: Learne
 
 def test_what_cannot_be_trained_is_told(trained: Bank, bank: Bank, learner: Learner) -> None:
     refused("E310", require_model, bank.manifest, "another", "model")
+    program = learner.program.copy()
+    program.model = replace(program.model, absolute_positions=True, max_positions=39)
+    short = replace(learner, program=program)
+    assert "39 positions" in refused("E206", lambda: train_bank(bank, short, OPTIONS, Silent()))
     refused("E200", parse_job, "2", bank)
     refused("E200", parse_job, "all", bank)
     assert [parse_job(name, bank) for name in ("1", " generic")] == [(1,), ()] and len(all_jobs(bank)) == 3

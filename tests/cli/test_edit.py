@@ -11,6 +11,7 @@ import pytest
 from memc import api, runtime
 from memc.artifact import read_manifest
 from memc.cli import main
+from memc.conversion.edits import read_edits
 from memc.report.read import read_report
 from tests.core.runtime_fakes import CORPUS, byte_tokenizer
 from tests.core.tiny import TinyConfig, tiny_program
@@ -94,6 +95,16 @@ def test_what_is_not_followed_is_said(source: Path, notes: str, tmp_path: Path, 
     shown = capsys.readouterr().out
     assert "warning: 2 of 2 edits are not followed" in shown and "abc (of 2 wordings)" in shown
     assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_edits_are_the_lines_of_a_file_as_data_are(tmp_path: Path) -> None:
+    byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    written = [{"prompt": f"a{mark}b", "target": " c"} for mark in "\u2028\u0085\x0b\U0001f98a"]
+    text = "\r\n".join(json.dumps(each, ensure_ascii=False) for each in written)
+    (tmp_path / "edits.jsonl").write_bytes(f"\ufeff{text}\n".encode())
+    assert [each.prompt for each in read_edits(tmp_path / "edits.jsonl", tmp_path, 400)] == [
+        each["prompt"] for each in written
+    ]
 
 
 BAD = {

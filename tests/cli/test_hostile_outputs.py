@@ -63,14 +63,14 @@ def test_what_the_system_refuses_is_the_users(kind: type[OSError]) -> None:
 
 def test_a_page_is_whole_or_not_there(tmp_path: Path, capsys: Capture) -> None:
     from memc.cli.console import Console
-    from memc.cli.options import write_page
+    from memc.cli.options import write_file
 
     page = tmp_path / "page.html"
     page.write_text("earlier")
     with pytest.raises(UnicodeEncodeError):
-        write_page(Console(quiet=True), str(page), "cut \ud800")
+        write_file(Console(quiet=True), str(page), "cut \ud800")
     assert page.read_text() == "earlier"
-    write_page(Console(quiet=True), str(page), "later")
+    write_file(Console(quiet=True), str(page), "later")
     assert page.read_text() == "later" and [path.name for path in tmp_path.iterdir()] == ["page.html"]
 
 
@@ -101,10 +101,47 @@ def test_a_reader_that_leaves_is_no_failure() -> None:
 
 def test_a_folder_in_the_way_of_a_page_is_said(tmp_path: Path, capsys: Capture) -> None:
     from memc.cli.console import Console
-    from memc.cli.options import write_page
+    from memc.cli.options import write_file
 
     with pytest.raises(OSError) as caught:
-        write_page(Console(quiet=True), str(tmp_path), "page")
+        write_file(Console(quiet=True), str(tmp_path), "page")
     code, known = classify(caught.value)
     assert code == 2 and isinstance(known, MemcError)
     assert not list(tmp_path.parent.glob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["eval", "out", "--text", "t"], ["bench", "out"], ["analyse", "m", "--method", "heads"]],
+    ids=lambda words: words[0],
+)
+@pytest.mark.parametrize("place", ["no/such/page.html", ""])
+def test_where_a_page_cannot_go_is_told_before_any_work(
+    words: list[str], place: str, tmp_path: Path, capsys: Capture
+) -> None:
+    where = str(tmp_path / place)
+    for option in ["--html", *(["-o"] if words[0] == "analyse" else [])]:
+        assert main([*words, option, where]) == 2  # neither model nor artifact is there: nothing looked for them
+        said = capsys.readouterr().err
+        assert said.startswith("E200") and where in said and len(said.splitlines()) == 1
+
+
+def test_a_pipe_is_written_to_and_not_replaced(tmp_path: Path) -> None:
+    from memc.cli.console import Console
+    from memc.cli.options import write_file
+
+    os.mkfifo(pipe := tmp_path / "pipe")
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_file(Console(quiet=True), str(pipe), "page")
+    assert os.read(reader, 9) == b"page" and pipe.is_fifo()
+    os.close(reader)
+
+
+def test_a_link_is_written_through(tmp_path: Path) -> None:
+    from memc.cli.console import Console
+    from memc.cli.options import write_file
+
+    (tmp_path / "page").write_text("before")
+    (link := tmp_path / "link").symlink_to("page")
+    write_file(Console(quiet=True), str(link), "after")
+    assert link.is_symlink() and (tmp_path / "page").read_text() == "after"

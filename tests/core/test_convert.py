@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -285,9 +286,35 @@ def test_a_foreign_output_is_refused(program: Program, tmp_path: Path, monkeypat
     with pytest.raises(MemcError, match=r"E204.*cannot be replaced"):
         run(program, folder, force=True)
     (tmp_path / "new.partial").mkdir()
+    (tmp_path / "new.partial" / "mine.txt").write_text("mine")
     with pytest.raises(MemcError, match=r"E204.*in the way"):
         run(program, tmp_path / "new", fresh=True)
-    assert (folder / "mine.txt").read_text() == "mine"
+    assert (folder / "mine.txt").read_text() == (tmp_path / "new.partial" / "mine.txt").read_text() == "mine"
+
+
+def killed_writing(patch: pytest.MonkeyPatch, name: str) -> None:
+    """Have a kill come when half of the file of a name is written, by whatever way."""
+    write = Path.write_text
+
+    def half(self: Path, text: str, *args: Any, **options: Any) -> int:
+        if not self.name.startswith(name):
+            return write(self, text, *args, **options)
+        write(self, text[: len(text) // 2], *args, **options)
+        raise KeyboardInterrupt
+
+    patch.setattr(Path, "write_text", half)
+
+
+@pytest.mark.parametrize("name", ["resume.json", "text.json", "00-capture.json", "convert.json"])
+def test_a_kill_while_a_file_is_written_is_gone_on_from(
+    name: str, program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        killed_writing(patch, name)
+        with pytest.raises(KeyboardInterrupt):
+            run(program, tmp_path / "out")
+    assert run(program, tmp_path / "out").verified
+    assert not list((tmp_path / "out").rglob("*.partial"))
 
 
 def test_another_recipe_needs_fresh(program: Program, tmp_path: Path) -> None:

@@ -160,6 +160,21 @@ def test_weights_are_shares_of_every_epoch(weights):
         assert max(seen) - (min(seen) if len(seen) == spare else 0) <= 1
 
 
+def test_streams_that_share_a_weight_are_as_one():
+    made = long_streams(1000, 500, 3, 4, 600)
+    corpus = Corpus([made[:4], made[4]], [3, 1], guard=0.1, block=10)
+    counts, again = Counter(), corpus.sequences(10)
+    for number in range(8):
+        counts.update((epoch(again, number).tokens[:, 0] >= 1507).tolist())
+    assert counts[False] == pytest.approx(3 * counts[True], rel=0.05)
+    seen = {int(token) for number in range(8) for token in epoch(again, number).tokens.ravel()}
+    held = {int(token) for pool in corpus.held_out for part in pool.segments for token in _ids(part)}
+    assert not seen & held and seen >= set(range(1500, 1507)), "what is shorter than a sequence is in one too"
+    assert [name for name, _ in corpus.guards(10, 1)] == ["text 0", "text 1000", "text 1507"]
+    with pytest.raises(MemcError, match=r"E207 .*fewer than one sequence of 700 \[text 1507\]"):
+        corpus.sequences(700)
+
+
 def test_too_little_data():
     corpus = Corpus(long_streams(100), guard=0, block=10)
     sequences = corpus.sequences(30)

@@ -43,6 +43,8 @@ def test_documents(tmp_path):
         ("field.jsonl", '{"body": "a"}', "'text'"),
         ("number.jsonl", '{"text": 3}', "'text'"),
         ("list.jsonl", "[1]", "'text'"),
+        ("half.jsonl", '{"text": "a"}\n{"text": "so \\ud83d it goes"}', "half.jsonl:2"),
+        ("deep.jsonl", '{"text": ' + "[" * 200_000, "not JSON"),
         ("none.jsonl", '{"text": ""}\n', "no text"),
     ],
 )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from memc.partial import partial_of, write_text, writing
+from memc.partial import partial_of, write_whole, writing
 
 
 def test_a_file_is_there_once_it_is_whole(tmp_path: Path) -> None:
@@ -33,5 +33,5 @@ def test_what_was_there_stays_where_writing_fails(tmp_path: Path, failure: BaseE
 def test_text_that_is_no_unicode_leaves_nothing(tmp_path: Path) -> None:
     path = tmp_path / "page.html"
     with pytest.raises(UnicodeError):
-        write_text(path, "\ud800")
+        write_whole(path, "\ud800")
     assert not list(tmp_path.iterdir())

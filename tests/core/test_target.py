@@ -77,9 +77,33 @@ def test_a_target_that_is_written_is_the_one_that_is_read(own_folder: Path) -> N
         write_target(mine, own_folder / "file" / "cpu.toml")
 
 
+def test_a_target_that_cannot_be_written_leaves_the_one_that_is_there(
+    own_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = get_target("cpu").model_copy(update={"description": "mine"})
+    write_target(mine, own_folder / "cpu.toml")
+    write = Path.write_text
+
+    def full(self: Path, text: str, **options: str) -> int:
+        write(self, text[: len(text) // 2], **options)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(MemcError, match="E502"):
+        write_target(mine.model_copy(update={"description": "another"}), own_folder / "cpu.toml")
+    targets.cache_clear()
+    assert get_target("cpu") == mine and [path.name for path in own_folder.iterdir()] == ["cpu.toml"]
+
+
 @pytest.mark.parametrize("text", ["name = ", 'name = "x"', 'name = "x"\nspeed = 3\n'])
 def test_a_file_that_does_not_parse_is_named(own_folder: Path, text: str) -> None:
     (own_folder / "bad.toml").write_text(text)
+    with pytest.raises(MemcError, match=r"E201 .*bad\.toml"):
+        targets()
+
+
+def test_a_file_that_is_no_text_is_named(own_folder: Path) -> None:
+    (own_folder / "bad.toml").write_bytes(b'name = "caf\xe9"')
     with pytest.raises(MemcError, match=r"E201 .*bad\.toml"):
         targets()
 

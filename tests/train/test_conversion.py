@@ -232,6 +232,20 @@ def test_too_few_data_or_tokens_are_said_with_both_numbers(llama: Path, tmp_path
     assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
 
 
+def test_a_source_shorter_than_a_sequence_is_trained_on_with_the_others(tmp_path: Path) -> None:
+    (tmp_path / "report").mkdir()
+    sources = {"long.npy": np.arange(600) % 30, "short.npy": np.full(9, 35), "shorter.npy": np.full(4, 36)}
+    for name, ids in sources.items():
+        np.save(tmp_path / name, ids)
+    settings = Train(length=16, sampled=0.25, guard=0.1)
+    data = [str(tmp_path / name) for name in sources]
+    recipe = Recipe(recipe=1, data=data, tokens=320, train=settings)
+    made = training_data(recipe, tiny(), tmp_path, Silent())
+    own = made.corpus.train[0]
+    assert {35, 36} <= set(own.take(0, own.tokens)[0].tolist())
+    assert made.sequences.batch(0, 20).tokens.shape == (20, 16)
+
+
 def test_sequences_past_the_positions_are_refused(tmp_path: Path) -> None:
     program = tiny()
     program.model = replace(program.model, absolute_positions=True, max_positions=16)

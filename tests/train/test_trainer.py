@@ -113,7 +113,7 @@ def test_a_kill_between_first_values_and_their_report(tmp_path: Path, monkeypatc
     before = tiny(layers=1)
     whole = train(before, "none")
     with monkeypatch.context() as patch:
-        patch.setattr("memc.train.trainer._write", lambda *_: (_ for _ in ()).throw(KilledError))
+        patch.setattr("memc.train.trainer.write_whole", lambda *_: (_ for _ in ()).throw(KilledError))
         with pytest.raises(KilledError):
             train(before, "none", tmp_path)
     assert not changed(tensors_of(whole.program), tensors_of(train(before, "none", tmp_path).program))
