@@ -125,8 +125,12 @@ class Text:
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of token ids; special tokens are left out."""
-        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        """Return the text of token ids; special tokens are left out. Raises ``MemcError`` E200 for what is no id."""
+        try:
+            text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        except (TypeError, OverflowError) as error:
+            hint = "give a list of whole numbers from 0 on"
+            raise MemcError("E200", f"token ids cannot be decoded: {error}", repr(ids)[:40], hint) from error
         return text
 
     def cuts_like(self, other: Text) -> bool:
