@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from memc.arguments import LARGEST
 from memc.artifact import sha256
 from memc.errors import MemcError
 from memc.frontend.names import fit
@@ -22,6 +23,17 @@ from memc.weights import Weights, open_safetensors
 
 TOKENS = Port("tokens", "tokens", torch.int64, ("B", "T"))
 POSITIONS = Port("positions", "positions", torch.int64, ("B", "T"))
+SIZES = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+)
+"""What every model that has it has at least one of, by the names that transformers gives all configurations."""
+
 DECODER_TOKENS = Port("decoder_tokens", "other", torch.int64, ("B", "U"))
 
 
@@ -88,8 +100,10 @@ def model_class(config: Any, where: str) -> Any:
 def build(config: Any, where: str, *, dtype: torch.dtype, remote_code: bool = False) -> nn.Module:
     """Build the model that a configuration describes, on SDPA unless the class refuses it, experts as plain ATen.
 
-    Raises ``MemcError`` E305 for an unknown architecture or a configuration that its class does not take.
+    Raises ``MemcError``: E305 for an unknown architecture or a configuration that its class does not take, E302 for
+    sizes that no model has.
     """
+    _check_sizes(config, where)
     cls = model_class(config, where)
     keywords: dict[str, Any] = {"dtype": dtype, "experts_implementation": "batched_mm"}
     if hasattr(cls, "from_config"):
@@ -108,6 +122,15 @@ def build(config: Any, where: str, *, dtype: torch.dtype, remote_code: bool = Fa
             raise capture_failure(error, where, "correct config.json") from error
     built: nn.Module = module.eval()
     return built
+
+
+def _check_sizes(config: Any, where: str) -> None:
+    """Raise ``MemcError`` E302 for a size below 1, from which transformers may build a model without layers."""
+    part = config.get_text_config() if hasattr(config, "get_text_config") else config
+    for name in SIZES:
+        value = getattr(part, name, None)
+        if isinstance(value, int) and not 1 <= value <= LARGEST:
+            raise MemcError("E302", f"configuration says {name} = {value}", where, "correct config.json")
 
 
 def build_empty(config: Any, where: str, *, dtype: torch.dtype, remote_code: bool = False) -> nn.Module:
@@ -190,6 +213,7 @@ def model_info(config: Any, source: str, digest: str) -> ModelInfo:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     limit = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
     limit = limit or getattr(text, "max_seq_len", None)
+    limit = None if isinstance(limit, int) and limit < 1 else limit  # how some say that there is none
     return ModelInfo(source, digest, config.model_type, getattr(text, "vocab_size", None), limit)
 
 

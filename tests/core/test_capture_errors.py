@@ -142,6 +142,30 @@ def test_missing_and_extra_tensors(folder: Path) -> None:
     assert "transformer.extra" in refused(folder, "E303").message
 
 
+@pytest.mark.parametrize("kind", [torch.int64, torch.int8, torch.bool])
+def test_integers_where_the_model_has_none(folder: Path, kind: torch.dtype) -> None:
+    path, name = folder / "model.safetensors", "transformer.h.0.ln_1.weight"
+    tensors = load_file(path)
+    save_file({**tensors, name: torch.ones_like(tensors[name]).to(kind)}, path)
+    assert name in refused(folder, "E303").message
+
+    class Late(SafetensorsWeights):
+        def dtype(self, name: str) -> torch.dtype:
+            return kind
+
+    captured = capture_source(folder, weights=False)
+    with pytest.raises(MemcError, match=r"E303.* is "):
+        materialize(captured.program, Late([path], str(path)))
+
+
+@pytest.mark.parametrize("value", [0, -1])
+@pytest.mark.parametrize("name", ["n_layer", "n_embd", "n_head", "vocab_size"])
+def test_sizes_that_no_model_has(folder: Path, name: str, value: int) -> None:
+    edit_config(folder, **{name: value})
+    for weights in (True, False):
+        assert "config" in refused(folder, "E302", weights=weights).next
+
+
 def test_more_layers_than_the_configuration(folder: Path) -> None:
     edit_config(folder, n_layer=1)
     assert "transformer.h.1." in refused(folder, "E303").message
