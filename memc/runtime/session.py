@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from memc.arguments import MOST_THREADS, path_of, short, whole_number, whole_numbers
-from memc.artifact import Manifest, read_manifest
+from memc.artifact import Manifest, beyond_trained, read_manifest
 from memc.backend import Runner, RunState
 from memc.errors import MemcError
 from memc.plugins import load_plugin
@@ -93,6 +94,7 @@ class Session:
         self.runner = runner
         self.chunk = min(chunk, manifest.longest_call or chunk)
         self.text = Text(folder)
+        self._told = False
 
     @property
     def capacity(self) -> int | None:
@@ -151,6 +153,7 @@ class Session:
         longest = max(map(len, rows))
         named = named_inputs(self.manifest, inputs or {}, {"B": len(rows), "T": longest})
         self.require_room(longest, self.capacity)
+        self._tell_beyond_trained(longest)
         whole = any("T" in port.shape for port in self.manifest.inputs if port.name in named)
         width = longest if whole else min(chunk or self.chunk, self.manifest.longest_call or longest)
         state = self.runner.new_state(len(rows), longest)
@@ -222,7 +225,9 @@ class Session:
         total = state.lengths + sizes
         if not total.all():
             raise MemcError("E205", f"row {int(total.argmin())} has no tokens")
-        self.require_room(int(total[sizes > 0].max(initial=0)), state.capacity)
+        reached = int(total[sizes > 0].max(initial=0))
+        self.require_room(reached, state.capacity)
+        self._tell_beyond_trained(reached)
         state.fetched = {**state.fetched, **fetched_inputs(self.manifest, fetched or {}, state.batch)}
         longest = int(sizes.max())
         for start in range(0, longest, self.chunk):
@@ -361,6 +366,17 @@ class Session:
         fetched = fetched_inputs(self.manifest, _below(arrays, "fetched."), len(lengths))
         run = self.runner.restore(held, capacity)
         return SessionState(self.runner, run, lengths, arrays.get("last"), limit, fetched)
+
+    def beyond_trained(self, tokens: int) -> str:
+        """Return the warning of a sequence of so many tokens, empty where the model was trained on as many."""
+        trained = self.manifest.trained_positions
+        return "" if trained is None or tokens <= trained else beyond_trained(f"{tokens} tokens are", trained)
+
+    def _tell_beyond_trained(self, tokens: int) -> None:
+        """Warn Python callers, once a session; commands say it in a line of their own."""
+        if not self._told and (warning := self.beyond_trained(tokens)):
+            self._told = True
+            warnings.warn(warning, stacklevel=3)
 
     def _limit(self, capacity: int | None) -> int | None:
         """Return the capacity of a state: the room allocated counts only where a state grows."""

@@ -121,6 +121,7 @@ def test_a_model_becomes_a_verified_artifact(llama: Path, tmp_path: Path) -> Non
     assert names == {"raised_logits", "split_invariance", "perplexity_ratio", "kl_mean", "lowered_logits"}
     manifest = read_manifest(out, verify=True)
     assert manifest.backend == "eager" and manifest.source == llama.name
+    assert manifest.trained_positions == TRAINED
     assert {"recipe.yaml", "tokenizer.json", "program/program.json", "program/params.safetensors"} <= set(
         manifest.files
     )

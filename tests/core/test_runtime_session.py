@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -240,6 +241,25 @@ def test_capacity(tmp_path):
     # A state of constant size has no room to run out of.
     steady = make_session(tmp_path)
     assert steady.new_state(1, capacity=3).capacity is None
+
+
+def test_a_sequence_past_the_training_is_warned_of_once(tmp_path):
+    session = make_session(tmp_path, trained_positions=9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        session.logits(ROWS[0])
+        state = session.new_state()
+        session.prefill(ROWS[0], state)
+        session.step([1], state)
+        session.step([1], state)
+        assert session.beyond_trained(9) == ""
+    with pytest.warns(UserWarning, match="beyond_trained: 10 tokens are past the 9 positions") as told:
+        session.step([1], state)
+        session.step([1], state)
+        session.logits(ROWS[2])
+    assert len(told) == 1
+    with pytest.warns(UserWarning, match="12 tokens"):
+        make_session(tmp_path, trained_positions=9).logits(ROWS[2])
 
 
 def test_bad_ids(tmp_path):
