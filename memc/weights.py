@@ -169,7 +169,8 @@ def read_header(path: Path) -> dict[str, Entry]:
                 raise _corrupt(path, f"header says {length} bytes, the file has {size}")
             header = json.loads(file.read(length))
     except OSError as error:
-        raise _corrupt(path, f"cannot be read: {error.strerror}") from error
+        hint = "make the file readable"
+        raise MemcError("E302", f"weights cannot be read: {error.strerror}", str(path), hint) from error
     except (ValueError, RecursionError) as error:
         raise _corrupt(path, "header is not JSON") from error
     if not isinstance(header, dict):

@@ -30,6 +30,12 @@ RANKS = [256, 64, 16, 0]
 class BankGroup(Command, click.Group):
     """The commands of a bank."""
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Ask for a command, in one line, where none is given."""
+        if not args:
+            raise click.UsageError(f"which of {', '.join(self.commands)}?", ctx)
+        return super().parse_args(ctx, args)
+
 
 @click.group(
     "bank",

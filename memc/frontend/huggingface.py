@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,7 +51,10 @@ def read_config(folder: Path, *, remote_code: bool) -> dict[str, Any]:
         raise MemcError("E301", "no config.json in the model's folder", str(folder), "give a Hugging Face model folder")
     try:
         config = json.loads(path.read_text())
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        hint = "make the file readable"
+        raise MemcError("E302", f"config.json cannot be read: {error.strerror}", str(path), hint) from error
+    except (ValueError, RecursionError) as error:
         raise MemcError("E302", f"config.json does not parse: {error}", str(path), "get the model again") from error
     if not isinstance(config, dict):
         raise MemcError("E302", "config.json is not a JSON object", str(path), "get the model again")
@@ -66,7 +71,8 @@ def load_config(folder: Path, *, remote_code: bool) -> Any:
     raw = read_config(folder, remote_code=remote_code)
     where = str(folder / "config.json")
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=remote_code, local_files_only=True)
+        with _unheard():
+            return AutoConfig.from_pretrained(folder, trust_remote_code=remote_code, local_files_only=True)
     except (ValueError, KeyError) as error:
         kind = raw.get("model_type")
         hint = "transformers must know the model_type; for other models use python:package.module:factory"
@@ -74,6 +80,19 @@ def load_config(folder: Path, *, remote_code: bool) -> Any:
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise MemcError("E302", f"configuration does not validate: {reason}", where, "correct config.json") from error
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """Have transformers print nothing of its own: what stops it is raised, and told in one line."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def model_class(config: Any, where: str) -> Any:
@@ -111,7 +130,7 @@ def build(config: Any, where: str, *, dtype: torch.dtype, remote_code: bool = Fa
         keywords["trust_remote_code"] = remote_code
     else:
         make = cls._from_config
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _unheard():
         warnings.simplefilter("ignore")
         try:
             try:

@@ -330,6 +330,13 @@ def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str], words: list[s
     assert status == int(code[1])
 
 
+def test_a_group_without_a_command_asks_for_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bank"]) == 2
+    shown = capsys.readouterr()
+    assert shown.err == "E200 which of build, fuse, train, inspect? [memc bank] Next: memc bank --help\n"
+    assert main(["bank", "--help"]) == 0
+
+
 def test_a_corrupt_report_file_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     out = d.write_artifact(tmp_path / "out")
     (out / "report" / "verify.json").write_text('{"schema": "memc.report.verify/1"')

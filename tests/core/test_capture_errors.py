@@ -67,6 +67,27 @@ def test_config_that_is_no_json(folder: Path) -> None:
     refused(folder, "E302")
 
 
+def test_a_configuration_of_rotary_positions_that_is_wrong_is_told_once(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    families.build("llama")[0].save_pretrained(tmp_path)
+    capfd.readouterr()
+    edit_config(tmp_path, rope_scaling={"rope_type": "yarn", "factor": "x", "odd": 1}, rope_parameters=None)
+    with pytest.raises(MemcError):
+        capture_source(tmp_path, weights=False)
+    shown = capfd.readouterr()
+    assert shown.out == shown.err == ""
+
+
+def test_a_file_that_may_not_be_read_is_not_told_to_be_had_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(path: Path, *args: object, **options: object) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", denied)
+    error = refused(folder, "E302")
+    assert "Permission denied" in error.message and "readable" in error.next
+
+
 def header(length: int, text: bytes = b"") -> bytes:
     return struct.pack("<Q", length) + text
 
