@@ -50,7 +50,7 @@ class Side:
         """Give it a random state of ``context`` tokens: a step takes as long as after a prompt, which takes hours."""
         room = context + STEPS + WARM_UP
         run = self.session.runner.restore(random_states(self.session.manifest, context), room)
-        self.state = SessionState(run, np.array([context]), None, self.session.capacity)
+        self.state = SessionState(self.session.runner, run, np.array([context]), None, self.session.capacity)
         self.wall, self.cpu = [], []
 
     def step(self, token: int) -> None:

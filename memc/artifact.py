@@ -133,9 +133,17 @@ class Manifest(BaseModel):
         default=None, description="most tokens of a call up to which any split is the same; None is unlimited"
     )
     vocab_size: int | None = None
+    trained_positions: int | None = Field(
+        default=None, description="positions that the model was trained on, where it can go past them and that matters"
+    )
     decoder: bool = True
     how_to_run: str = ""
     files: dict[str, str] = Field(default_factory=dict, description="sha256 of every file but reports")
+
+
+def beyond_trained(what: str, positions: int) -> str:
+    """Return the warning of ``what``, with its verb, that goes past the positions of the training."""
+    return f"beyond_trained: {what} past the {positions} positions that the model was trained on"
 
 
 def sha256(path: Path) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
+from memc.arguments import LARGEST
 from memc.errors import MemcError
 from memc.plugins import did_you_mean
 
@@ -86,6 +88,10 @@ def check_option(owner: str, spec: dataclasses.Field[Any], value: Any) -> None:
     if "choices" in limits and value not in limits["choices"]:
         raise MemcError("E203", f"option {spec.name!r} is one of {', '.join(limits['choices'])}", where=where)
     low, high = limits.get("min"), limits.get("max")
+    if type(value) is int and high is None and value > LARGEST:
+        low, high = low or 0, LARGEST
+    if isinstance(value, float) and not math.isfinite(value):
+        raise MemcError("E203", f"option {spec.name!r} takes a finite number", where=where)
     if (low is not None and value < low) or (high is not None and value > high):
         bounds = f"at least {low}" if high is None else f"between {low} and {high}"
         raise MemcError("E203", f"option {spec.name!r} is {bounds}", where=where)

@@ -14,20 +14,26 @@ def partial_of(path: Path, ending: str = ".partial") -> Path:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[IO[bytes]]:
-    """Enter a stream of what is ``path`` at the end; where that fails ``path`` is as it was, and nothing beside it.
+def replacing(path: Path) -> Iterator[Path]:
+    """Enter the place of a file that is ``path`` at the end; where that fails ``path`` is as it was, without remains.
 
     What is read from the file that it takes the place of may be mapped meanwhile.
     """
     partial = partial_of(path)
     try:
-        with partial.open("wb") as stream:
-            yield stream
+        yield partial
         partial.replace(path)
     except BaseException:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[IO[bytes]]:
+    """Enter a stream of what is ``path`` at the end, as :func:`replacing`."""
+    with replacing(path) as partial, partial.open("wb") as stream:
+        yield stream
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
+from memc.arguments import LARGEST, LARGEST_SEED
 from memc.errors import MemcError
 from memc.plugins import did_you_mean
 
@@ -33,6 +34,8 @@ Metric = Literal[
 Onto = Literal["result", "original"]
 Shard = Literal["auto", "always", "never"]
 
+Whole = Annotated[int, Field(le=LARGEST)]
+
 Location = tuple[str | int, ...]
 MAX_BYTES = 1 << 16
 
@@ -47,15 +50,15 @@ class Train(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    length: int = Field(default=512, ge=8, description="tokens of a training sequence")
-    batch: int = Field(default=1, ge=1, description="sequences of a step")
+    length: Whole = Field(default=512, ge=8, description="tokens of a training sequence")
+    batch: Whole = Field(default=1, ge=1, description="sequences of a step")
     transfer: float = Field(default=0.7, ge=0, le=1, description="share of the tokens for block-wise transfer, if any")
     rate: float = Field(default=1e-2, gt=0, description="learning rate of new parameters in transfer")
-    adapters: int = Field(default=8, ge=0, description="rank of the adapters; 0 trains every parameter in recovery")
+    adapters: Whole = Field(default=8, ge=0, description="rank of the adapters; 0 trains every parameter in recovery")
     adapter_rate: float = Field(default=5e-4, gt=0, description="learning rate of adapters, or of every parameter")
     onto: Onto = Field(default="result", description="what adapters change: `result`, or the `original` (LoRAM)")
     memory_rate: float = Field(default=1e-3, gt=0, description="learning rate of new parameters in recovery")
-    accumulate: int = Field(default=2, ge=1, description="batches of a recovery step")
+    accumulate: Whole = Field(default=2, ge=1, description="batches of a recovery step")
     text: float = Field(default=0.0, ge=0, description="weight of cross-entropy on the text beside the KL")
     sampled: float = Field(default=0.25, ge=0, lt=1, description="share of sequences sampled from the original")
     guard: float = Field(default=0.05, gt=0, le=0.5, description="share of the data that is held out")
@@ -96,11 +99,11 @@ class Recipe(BaseModel):
     fit: str | None = None
     train: Train | None = None
     data: list[str] = Field(default_factory=list)
-    tokens: int | None = Field(default=None, ge=0)
+    tokens: Whole | None = Field(default=None, ge=0)
     weights: Weights | None = None
-    context: int | None = Field(default=None, ge=1)
+    context: Whole | None = Field(default=None, ge=1)
     verify: Verify = Field(default_factory=Verify)
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
 
     _where: str = PrivateAttr(default="")
     _lines: dict[Location, int] = PrivateAttr(default_factory=dict)

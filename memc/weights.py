@@ -169,7 +169,8 @@ def read_header(path: Path) -> dict[str, Entry]:
                 raise _corrupt(path, f"header says {length} bytes, the file has {size}")
             header = json.loads(file.read(length))
     except OSError as error:
-        raise _corrupt(path, f"cannot be read: {error.strerror}") from error
+        hint = "make the file readable"
+        raise MemcError("E302", f"weights cannot be read: {error.strerror}", str(path), hint) from error
     except (ValueError, RecursionError) as error:
         raise _corrupt(path, "header is not JSON") from error
     if not isinstance(header, dict):
@@ -289,7 +290,8 @@ def materialize(program: Program, weights: Weights, dtype: torch.dtype | None = 
     Every parameter and persistent buffer is read once, tied names share one tensor, computed buffers keep their values.
     Floating tensors get the program's dtype, which is the checkpoint's own unless ``dtype`` asks for another.
 
-    Raises ``MemcError`` E303 for a tensor that is missing or has another shape, and E302 for unreadable data.
+    Raises ``MemcError`` E303 for a tensor that is missing, has another shape, or is of integers where the model has
+    none, and E302 for unreadable data.
     """
     if dtype is not None and dtype != program_dtype(program):
         from memc.frontend.recast import recast
@@ -343,7 +345,20 @@ def _checked(weights: Weights, available: set[str], name: str, like: Tensor) -> 
     if weights.shape(name) != tuple(like.shape):
         reason = f"{name!r} is {list(weights.shape(name))} in the weights and {list(like.shape)} by configuration"
         raise MemcError("E303", reason, weights.source, "config.json and the weights belong to different models")
+    check_kind(weights, name, like)
     return weights.get(name)
+
+
+def check_kind(weights: Weights, name: str, like: Tensor) -> None:
+    """Raise ``MemcError`` E303 for a tensor of integers where a model computes with others.
+
+    What such a file means by them (a scale, codes of some quantisation) it does not say.
+    """
+    kind = weights.dtype(name)
+    if like.is_floating_point() and not kind.is_floating_point:
+        reason = f"{name!r} is {kind} in the weights, and of floating point in the model"
+        hint = "get the checkpoint that is not quantised, or write it anew from the original"
+        raise MemcError("E303", reason.replace("torch.", ""), weights.source, hint)
 
 
 def _replace(module: nn.Module, name: str, value: nn.Parameter) -> None:

@@ -20,6 +20,7 @@ def require_runtime() -> None:
     except ImportError as error:
         hint = "pip install onnxruntime"
         raise MemcError("E602", f"onnxruntime cannot be imported: {error}", "backend onnx", hint) from error
+    onnxruntime.disable_telemetry_events()
     version = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])
     if version < MINIMUM:
         wanted = ".".join(map(str, MINIMUM))

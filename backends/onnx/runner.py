@@ -16,6 +16,8 @@ from memc.backends.onnx.rows import map_rows, too_large
 from memc.errors import MemcError
 from memc.runtime.slots import Array, SlotRunner, SlotState
 
+onnxruntime.disable_telemetry_events()  # its own, on by default in the packages of some systems
+
 _LOAD_ERRORS = (
     errors.Fail,
     errors.InvalidArgument,

@@ -67,7 +67,11 @@ def read_manifest(folder: Path, *, verify: bool = False) -> BankManifest:
     path = folder / MANIFEST
     if not path.is_file():
         partial = partial_of(folder)
-        hint = "run the same memc bank build again: it resumes" if partial.is_dir() else "memc bank build -o BANK"
+        hint = (
+            "run the same memc bank build again: it resumes"
+            if partial.is_dir()
+            else "memc bank build --model MODEL --data FILE -o BANK"
+        )
         raise MemcError("E310", "no bank here", str(folder), hint)
     try:
         data = json.loads(path.read_text())

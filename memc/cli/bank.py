@@ -12,7 +12,8 @@ from memc.cli.console import Console
 from memc.cli.options import (
     POSITIVE,
     Command,
-    Naturals,
+    Numbers,
+    Whole,
     declare,
     invocation,
     out_argument,
@@ -28,6 +29,12 @@ RANKS = [256, 64, 16, 0]
 
 class BankGroup(Command, click.Group):
     """The commands of a bank."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Ask for a command, in one line, where none is given."""
+        if not args:
+            raise click.UsageError(f"which of {', '.join(self.commands)}?", ctx)
+        return super().parse_args(ctx, args)
 
 
 @click.group(
@@ -70,9 +77,17 @@ def command() -> None:
 )
 @click.option("-o", "--out", required=True, metavar="BANK", help="Folder to make.", shell_complete=completing.folders)
 @click.option("--levels", type=POSITIVE, default=LEVELS, show_default=True, help="Levels of the tree.")
-@click.option("--branch", type=click.IntRange(2), default=BRANCH, show_default=True, help="Children of a cluster.")
-@click.option("--ranks", type=Naturals(), help="Hidden units of each level.  [default: 256,64,16,0]")
-@click.option("--layers", type=Naturals(), help="Layers that get blocks, like 0,5,7.  [default: all]")
+@click.option("--branch", type=Whole(2), default=BRANCH, show_default=True, help="Children of a cluster.")
+@click.option(
+    "--ranks",
+    type=Numbers(0, ordered=True, example="64,16,0"),
+    help="Hidden units of each level.  [default: 256,64,16,0]",
+)
+@click.option(
+    "--layers",
+    type=Numbers(0, ordered=True, example="0,5,7"),
+    help="Layers that get blocks, like 0,5,7.  [default: all]",
+)
 @click.option(
     "--encoder",
     default="sentence-transformers/all-MiniLM-L6-v2",
@@ -81,7 +96,7 @@ def command() -> None:
     help="Sentence encoder: hub id, folder, or an artifact of one.",
     shell_complete=completing.files,
 )
-@click.option("--passage", type=click.IntRange(100), default=1000, show_default=True, help="Characters of a passage.")
+@click.option("--passage", type=Whole(100), default=1000, show_default=True, help="Characters of a passage.")
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16"]),
@@ -187,7 +202,7 @@ def _show(console: Console, folder: str, cluster: str | None, *, verify: bool = 
     shell_complete=completing.files,
 )
 @click.option("--epochs", type=POSITIVE, default=1, show_default=True, help="Times that each passage comes.")
-@click.option("--length", type=click.IntRange(2), default=256, show_default=True, help="Tokens of a sequence.")
+@click.option("--length", type=Whole(2), default=256, show_default=True, help="Tokens of a sequence.")
 @click.option(
     "--rate", type=click.FloatRange(0, 1, min_open=True), default=0.01, show_default=True, help="Peak learning rate."
 )

@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -33,6 +34,8 @@ def fail(error: BaseException, invocation: Invocation) -> int:
         case click.exceptions.Exit():
             return error.exit_code
     code, known = classify(error)
+    if isinstance(known, MemcError) and known.code == "E502" and not known.where and invocation.out is not None:
+        known = replace(known, where=str(invocation.out))  # the system names no file when writing to one fails
     log = "" if code in (Exit.USAGE, Exit.INTERRUPTED) else write_log(error, invocation)
     line = str(known) if isinstance(known, MemcError) else known
     if code == INTERNAL:

@@ -105,6 +105,8 @@ def command(
         console.text(document.to_json() + "\n")
     else:
         console.text("\n")
+    if warning := session.beyond_trained(result.prompt_tokens + len(result.ids)):
+        console.warn(warning)
     rates = f"prefill {number(result.timing.prefill_tokens_per_s)}, decode {number(result.timing.decode_tokens_per_s)}"
     counts = f"{result.prompt_tokens} + {len(result.ids)} tokens"
     console.note(f"{counts}; {rates} tokens/s; state {size(result.state_bytes)}; seed {result.seed}")

@@ -11,6 +11,7 @@ from typing import Any, Concatenate, ParamSpec
 
 import click
 
+from memc.arguments import LARGEST, LARGEST_SEED, MOST_THREADS
 from memc.cli import completing
 from memc.cli.console import Console
 from memc.cli.invocation import Invocation
@@ -19,10 +20,6 @@ from memc.partial import write_whole
 
 P = ParamSpec("P")
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
-
-
-COMMON = 3
-"""How many options ``declare`` adds."""
 
 
 class Command(click.Command):
@@ -55,15 +52,13 @@ def declare(name: str, *examples: str) -> Callable[[Callable[Concatenate[Console
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 return int(Exit.OK)
 
-        decorated: Callable[..., Any] = call
-        for option in (
-            click.option("-q", "--quiet", is_flag=True, help="No progress and notes."),
-            click.option("--no-color", is_flag=True, help="No colour (NO_COLOR does the same)."),
-            click.option("--json", is_flag=True, help="One JSON document on stdout."),
-        ):
-            decorated = option(decorated)
-        made = click.command(name, cls=Command, examples=examples)(decorated)
-        made.params = made.params[COMMON:] + made.params[:COMMON]  # a command's own options come first in its help
+        made = click.command(name, cls=Command, examples=examples)(call)
+        # After a command's own, in its help.
+        made.params += [
+            click.Option(["--json"], is_flag=True, help="One JSON document on stdout."),
+            click.Option(["--no-color"], is_flag=True, help="No colour (NO_COLOR does the same)."),
+            click.Option(["-q", "--quiet"], is_flag=True, help="No progress and notes."),
+        ]
         return made
 
     return decorate
@@ -75,25 +70,30 @@ def invocation() -> Invocation:
     return found if found is not None else Invocation([])
 
 
+class Whole(click.IntRange):
+    """A whole number from ``min`` to ``most``, of which help tells only the first."""
+
+    def __init__(self, min: int, most: int = LARGEST) -> None:
+        """Say what it is between."""
+        super().__init__(min=min)
+        self.most = most
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Read and check."""
+        number: int = super().convert(value, param, ctx)
+        if number > self.most:
+            self.fail(f"{_shortened(value)} is out of range: at most {self.most}", param, ctx)
+        return number
+
+
 class Numbers(click.ParamType[list[int]]):
-    """Positive whole numbers, separated by commas."""
+    """Whole numbers from ``least`` on, separated by commas; in the order given where ``ordered``, else sorted, once."""
 
     name = "N,N,..."
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
-        """Split and check."""
-        if isinstance(value, list):
-            return value
-        parts = [part.strip() for part in str(value).split(",")]
-        if not all(part.isdecimal() and int(part) > 0 for part in parts):
-            self.fail(f"{value!r} is not a list of positive numbers like 512,4096", param, ctx)
-        return sorted({int(part) for part in parts})
-
-
-class Naturals(click.ParamType[list[int]]):
-    """Whole numbers from 0 on in their order, separated by commas."""
-
-    name = "N,N,..."
+    def __init__(self, least: int = 1, *, ordered: bool = False, example: str = "512,4096") -> None:
+        """Say which numbers are taken."""
+        self.least, self.ordered, self.example = least, ordered, example
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
         """Split and check."""
@@ -101,8 +101,15 @@ class Naturals(click.ParamType[list[int]]):
             return value
         parts = [part.strip() for part in str(value).split(",")]
         if not all(part.isdecimal() for part in parts):
-            self.fail(f"{value!r} is not a list of numbers like 64,16,0", param, ctx)
-        return [int(part) for part in parts]
+            self.fail(f"{_shortened(value)!r} is not a list of numbers like {self.example}", param, ctx)
+        each = Whole(self.least)
+        numbers = [each.convert(part, param, ctx) for part in parts]
+        return numbers if self.ordered else sorted(set(numbers))
+
+
+def _shortened(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 def require_place(context: click.Context, parameter: click.Parameter, path: str | None) -> str | None:
@@ -145,8 +152,8 @@ def _is_special(place: Path) -> bool:
     return place.is_symlink() or (place.exists() and not place.is_file())
 
 
-POSITIVE = click.IntRange(min=1)
-NATURAL = click.IntRange(min=0)
+POSITIVE = Whole(1)
+NATURAL = Whole(0)
 
 model_argument = click.argument("model", metavar="MODEL", shell_complete=completing.files)
 out_argument = click.argument("out", metavar="OUT", shell_complete=completing.folders)
@@ -158,5 +165,5 @@ tune_option = click.option(
     metavar="TRIALS",
     help="Time so many other tiles for each kind of product, and keep what is faster (backend tvm).",
 )
-threads_option = click.option("--threads", type=POSITIVE, help="Threads of the runtime.")
-seed_option = click.option("--seed", type=NATURAL, help="Seed of everything random.")
+threads_option = click.option("--threads", type=Whole(1, MOST_THREADS), help="Threads of the runtime.")
+seed_option = click.option("--seed", type=Whole(0, LARGEST_SEED), help="Seed of everything random.")

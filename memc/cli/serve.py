@@ -82,6 +82,9 @@ def command(
         session = runtime.load(out, threads=threads, verify=True)
         if bank is not None:
             session = BankSession(session, Bank.open(bank, threads=threads))
+        most = min(max_tokens, session.capacity or max_tokens)
+        if warning := session.beyond_trained(most):
+            console.warn(f"{warning}, and conversations may grow so long: --max-tokens says how long")
         shown = f"[{host}]" if ":" in host else host
         url = f"http://{shown}:{place.getsockname()[1]}/v1"
         model = name or Path(out).resolve().name

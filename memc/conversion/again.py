@@ -15,7 +15,7 @@ from memc.backend import Backend, LowerOptions, Runner
 from memc.conversion.driver import next_commands, require_passed
 from memc.conversion.facts import check_facts
 from memc.conversion.folder import OutFolder, folder_bytes, require_space, resume_key
-from memc.conversion.lowering import CHOSEN_ROWS, chosen_rows, lower, require_tuning, verify_lowered
+from memc.conversion.lowering import CHOSEN_ROWS, chosen_rows, lower, past_training, require_tuning, verify_lowered
 from memc.conversion.speed import SPEED_CHECKS
 from memc.cost import curve, predict
 from memc.doctor import require_backend
@@ -57,7 +57,7 @@ def lower_again(
     is in the way, E202 unknown names, E200 there is nothing to tune, E601 and E602 the backend refuses or is missing,
     E401 the check fails, E502 too little disk.
     """
-    began = time.perf_counter()
+    began, watching = time.perf_counter(), progress or Silent()
     manifest = read_manifest(source, verify=True, unread="lowered")
     hardware = get_target(target)
     chosen: Backend = load_plugin("memc.backends", require_backend(hardware, backend))()
@@ -76,7 +76,9 @@ def lower_again(
     with undone(folder):
         load_kernels()
         program = load_program(folder.partial / PROGRAM)
-        made = lower_copy(document, folder, program, chosen, hardware, options, progress or Silent())
+        for warning in past_training(context, program):
+            watching.note(f"warning: {warning}")
+        made = lower_copy(document, folder, program, chosen, hardware, options, watching)
     found = {"disk_bytes": folder_bytes(folder.partial), "seconds": time.perf_counter() - began}
     runs = chosen.runs_here(hardware)
     made_at, made_from = shlex.quote(str(out)), shlex.quote(str(source))

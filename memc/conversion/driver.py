@@ -20,11 +20,7 @@ from memc.analysis.gates import half_lives
 from memc.artifact import seal
 from memc.backend import LowerOptions, Runner
 from memc.conversion.calibration import CalibrationText
-from memc.conversion.facts import (
-    ablations,
-    check_facts,
-    pass_facts,
-)
+from memc.conversion.facts import ablations, check_facts, pass_facts
 from memc.conversion.fitting import fit_recipe
 from memc.conversion.folder import OutFolder, folder_bytes, link_folder, require_space, resume_key
 from memc.conversion.lowering import chooses_from, lower, require_tuning, verify_lowered
@@ -43,7 +39,7 @@ from memc.conversion.speed import (
     modelled,
     speed_budgets,
 )
-from memc.conversion.text import keep_text, verification_text
+from memc.conversion.text import keep_text, require_text_files, verification_text
 from memc.conversion.training import (
     TrainingData,
     make_trainer,
@@ -85,9 +81,10 @@ def convert_model(request: Request, progress: Progress | None = None) -> Convert
     """Convert a model as asked and return the document that says what was done; ``OUT`` is whole or not there.
 
     Where ``torchrun`` has started several processes they share the training, and the first does all the rest; the
-    others return what was planned. Raises ``MemcError``: what capture raises, E204 an output is in the way, E306 the
-    model cannot be raised, E307 a pass matches nothing, E401 or E403 a check fails, E501 or E502 too little memory or
-    disk, E503 another process is gone, E601 the backend refuses, E602 it lacks a tool for the target.
+    others return what was planned. Raises ``MemcError``: what capture raises, E302 a file beside the weights cannot be
+    read, E204 an output is in the way, E306 the model cannot be raised, E307 a pass matches nothing, E401 or E403 a
+    check fails, E501 or E502 too little memory or disk, E503 another process is gone, E601 the backend refuses, E602 it
+    lacks a tool for the target.
     """
     with joined() as processes:
         return _convert(request, Steps((progress if processes.leads else None) or Silent()), processes)
@@ -115,6 +112,7 @@ def _convert(request: Request, steps: Steps, processes: Processes) -> ConvertDoc
     if request.threads is not None:
         torch.set_num_threads(request.threads)
     captured, program, raised = capture_and_raise(request, steps)
+    require_text_files(captured.tokenizer_files)
     fitted = None
     if limits is not None:
         require_shareable(request.recipe, training, processes)

@@ -6,11 +6,13 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable
+from fnmatch import fnmatch
 from pathlib import Path
 
 from memc import __version__
 from memc.artifact import MANIFEST, read_manifest
 from memc.errors import MemcError
+from memc.frontend.source import SIDE_FILES
 from memc.partial import partial_of, write_whole
 from memc.program_io import link
 from memc.report.facts import Document
@@ -72,8 +74,9 @@ class OutFolder:
     def open(self, key: str, *, fresh: bool) -> bool:
         """Make or go on with ``OUT.partial`` and tell whether it goes on.
 
-        Raises ``MemcError`` E204 when there is one of another recipe, source or version (see :func:`resume_key`) and
-        not ``fresh``, or one that memc did not make.
+        One of another recipe, source or version (see :func:`resume_key`) is started over where ``fresh`` or where
+        nothing in it was finished. Raises ``MemcError`` E204 for one in which something was, and for one that memc did
+        not make.
         """
         marker = self.partial / RESUME
         if self.partial.exists() and not self._is_empty():  # what a kill before the marker leaves is
@@ -82,7 +85,7 @@ class OutFolder:
             if not fresh and _read_key(marker) == key:
                 (self.partial / "report" / "error.json").unlink(missing_ok=True)
                 return True
-            if not fresh:
+            if not fresh and not self._only_begun():
                 reason = "unfinished output of another recipe, source or version is here"
                 raise MemcError("E204", reason, str(self.partial), "add --fresh to start over, or give another OUT")
             shutil.rmtree(self.partial)
@@ -94,6 +97,12 @@ class OutFolder:
         """Tell whether ``OUT.partial`` holds no file but a marker that was being written."""
         files = {path for path in self.partial.rglob("*") if path.is_symlink() or not path.is_dir()}
         return self.partial.is_dir() and files <= {partial_of(self.partial / RESUME)}
+
+    def _only_begun(self) -> bool:
+        """Tell whether the partial folder holds nothing that took work: what is copied from the model, and reports."""
+        begun = ("report", "log", RECIPE, *SIDE_FILES)
+        sampled = any((self.partial / "report").glob("*.safetensors"))  # tokens that the original was asked for
+        return not sampled and all(any(fnmatch(p.name, name) for name in begun) for p in self.partial.iterdir())
 
     def write_report(self, name: str, document: Document) -> None:
         """Write one report file."""

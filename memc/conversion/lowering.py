@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from memc import __version__
-from memc.artifact import Manifest
+from memc.artifact import Manifest, beyond_trained
 from memc.backend import Backend, Lowered, LowerOptions, Runner
 from memc.dialect import arguments, op_spec
 from memc.errors import MemcError
@@ -70,10 +70,47 @@ def lower(
         capacity=lowered.capacity,
         longest_call=longest_call(program),
         vocab_size=program.model.vocab_size,
+        trained_positions=trained_positions(program),
         decoder=program.model.decoder,
         how_to_run=lowered.how_to_run,
     )
     return lowered, manifest
+
+
+def past_training(context: int | None, program: Program) -> list[str]:
+    """Return the warning of a context past the positions that a model was trained on, where it reads that far.
+
+    Raises ``MemcError`` E206 where its positions are the rows of a table.
+    """
+    limit = program.model.max_positions
+    if context is None or limit is None or context <= limit:
+        return []
+    if program.model.absolute_positions:
+        hint = f"--context {limit} or less"
+        raise MemcError(
+            "E206", f"context {context} is past the model's {limit} positions", f"--context {context}", hint
+        )
+    return [] if _reads_within(program, limit) else [beyond_trained(f"context {context} is", limit)]
+
+
+def trained_positions(program: Program) -> int | None:
+    """Return the positions that a model was trained on, None where going past them is refused or changes nothing."""
+    limit = program.model.max_positions
+    free = limit is None or program.model.absolute_positions or not program.model.decoder
+    return None if free or _reads_within(program, limit or 0) else limit
+
+
+def _reads_within(program: Program, limit: int) -> bool:
+    """Tell whether no token stands further than ``limit`` positions from any that it reads, as far as it can tell."""
+    for node in program.module.graph.nodes:
+        spec = op_spec(node.target)
+        if spec is None or not spec.mixes_tokens or spec.name == "compact_attention":
+            continue  # whose pass has seen to it
+        bound = arguments(node)
+        near = [bound.get(name, 0) for name in ("window", "chunk")]
+        if spec.name != "attention" or not any(0 < size <= limit for size in near):
+            return False
+    return True
 
 
 def require_tuning(backend: Backend, target: Target, trials: int) -> None:

@@ -20,12 +20,11 @@ from memc.conversion.facts import (
     planned_facts,
 )
 from memc.conversion.folder import RECIPE, OutFolder
-from memc.conversion.lowering import chosen_rows
+from memc.conversion.lowering import chosen_rows, past_training
 from memc.conversion.pipeline import plan_all
 from memc.conversion.request import Request, Steps, source_name
 from memc.conversion.training import TOKENS
 from memc.cost import SMALL, WORKING, curve, predict, prefill_ms
-from memc.dialect import arguments, op_spec
 from memc.errors import MemcError
 from memc.frontend import Captured, capture_source
 from memc.frontend.recast import recast
@@ -160,34 +159,7 @@ def _again(request: Request) -> str:
 
 def _warnings(request: Request, program: Program, planned: Program) -> list[str]:
     rows = chosen_rows(planned, request.weights)
-    return [*_past_training(request, program, planned), *([rows] if rows else [])]
-
-
-def _past_training(request: Request, program: Program, planned: Program) -> list[str]:
-    context, limit = request.recipe.context, program.model.max_positions
-    if context is None or limit is None or context <= limit:
-        return []
-    if program.model.absolute_positions:
-        hint = f"--context {limit} or less"
-        raise MemcError(
-            "E206", f"context {context} is past the model's {limit} positions", f"--context {context}", hint
-        )
-    if _reads_within(planned, limit):
-        return []
-    return [f"beyond_trained: context {context} is past the {limit} positions that the model was trained on"]
-
-
-def _reads_within(program: Program, limit: int) -> bool:
-    """Tell whether no token stands further than ``limit`` positions from any that it reads, as far as it can tell."""
-    for node in program.module.graph.nodes:
-        spec = op_spec(node.target)
-        if spec is None or not spec.mixes_tokens or spec.name == "compact_attention":
-            continue  # whose pass has seen to it
-        bound = arguments(node)
-        near = [bound.get(name, 0) for name in ("window", "chunk")]
-        if spec.name != "attention" or not any(0 < size <= limit for size in near):
-            return False
-    return True
+    return [*past_training(request.recipe.context, planned), *([rows] if rows else [])]
 
 
 def write_plan(

@@ -48,6 +48,19 @@ def verification_text(
     return keep_text(_from_data(recipe, original, folder) if recipe.data else _sampled(recipe, original), folder)
 
 
+def require_text_files(files: Sequence[Path]) -> None:
+    """Look at the files of a model that tokenize text and say how to go on with it, before they become an artifact's.
+
+    Raises ``MemcError`` E302 that names one which cannot be read.
+    """
+    for folder in dict.fromkeys(path.parent for path in files):
+        try:
+            Text(folder).require_readable()
+        except MemcError as error:
+            hint = "get the file again, correct it, or leave it out: the model itself does not need it"
+            raise MemcError("E302", error.message, error.where, hint) from error
+
+
 def keep_text(text: VerificationText, folder: Path) -> VerificationText:
     """Write a text to ``report/text.json`` and return it."""
     facts = {"origin": text.origin, "tokens": text.tokens.tolist()}

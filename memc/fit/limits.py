@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from memc.arguments import LARGEST
 from memc.errors import MemcError
 from memc.plugins import did_you_mean
 
@@ -146,6 +147,8 @@ def _parse(part: str, context: int) -> Limit:
     if value <= 0:
         raise _refusal("a limit is over 0", part, HELP)
     at = int(match["context"]) * (1024 if match["kilo"] else 1) if match["context"] else context
+    if at > LARGEST:
+        raise _refusal(f"a context is at most {LARGEST} tokens", part, HELP)
     most = 1 / value if sign == ">=" else value * _BYTES.get(unit, 1)
     return Limit(part, what, 0 if what in ("ppl", "kl") else at, most, unit == "x")  # type: ignore[arg-type]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from memc.arguments import short
 from memc.errors import MemcError
 from memc.frontend.factory import PREFIX, capture_factory
 from memc.frontend.gguf_model import capture_gguf
@@ -26,8 +27,12 @@ def capture_source(model: str | Path, *, remote_code: bool = False, weights: boo
     own values.
 
     Raises ``MemcError``: E301 not found, E302 unreadable or corrupt, E303 configuration and weights disagree, E304
-    pickled or in need of ``remote_code``, E305 cannot be captured, E308 tokenizer cannot be converted.
+    pickled or in need of ``remote_code``, E305 cannot be captured, E308 tokenizer cannot be converted, E200 what is
+    neither text nor a path.
     """
+    if not isinstance(model, str | Path):
+        hint = "give what the command line takes; memc.capture makes a program of a module, which convert takes"
+        raise MemcError("E200", f"model is {short(model)}", next=hint)
     text = str(model)
     path = Path(text).expanduser()
     if text.startswith(PREFIX):

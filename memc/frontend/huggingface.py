@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from memc.arguments import LARGEST
 from memc.artifact import sha256
 from memc.errors import MemcError
 from memc.frontend.names import fit
@@ -22,6 +25,17 @@ from memc.weights import Weights, open_safetensors
 
 TOKENS = Port("tokens", "tokens", torch.int64, ("B", "T"))
 POSITIONS = Port("positions", "positions", torch.int64, ("B", "T"))
+SIZES = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+)
+"""What every model that has it has at least one of, by the names that transformers gives all configurations."""
+
 DECODER_TOKENS = Port("decoder_tokens", "other", torch.int64, ("B", "U"))
 
 
@@ -37,7 +51,10 @@ def read_config(folder: Path, *, remote_code: bool) -> dict[str, Any]:
         raise MemcError("E301", "no config.json in the model's folder", str(folder), "give a Hugging Face model folder")
     try:
         config = json.loads(path.read_text())
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        hint = "make the file readable"
+        raise MemcError("E302", f"config.json cannot be read: {error.strerror}", str(path), hint) from error
+    except (ValueError, RecursionError) as error:
         raise MemcError("E302", f"config.json does not parse: {error}", str(path), "get the model again") from error
     if not isinstance(config, dict):
         raise MemcError("E302", "config.json is not a JSON object", str(path), "get the model again")
@@ -54,7 +71,8 @@ def load_config(folder: Path, *, remote_code: bool) -> Any:
     raw = read_config(folder, remote_code=remote_code)
     where = str(folder / "config.json")
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=remote_code, local_files_only=True)
+        with _unheard():
+            return AutoConfig.from_pretrained(folder, trust_remote_code=remote_code, local_files_only=True)
     except (ValueError, KeyError) as error:
         kind = raw.get("model_type")
         hint = "transformers must know the model_type; for other models use python:package.module:factory"
@@ -62,6 +80,19 @@ def load_config(folder: Path, *, remote_code: bool) -> Any:
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise MemcError("E302", f"configuration does not validate: {reason}", where, "correct config.json") from error
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """Have transformers print nothing of its own: what stops it is raised, and told in one line."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def model_class(config: Any, where: str) -> Any:
@@ -88,8 +119,10 @@ def model_class(config: Any, where: str) -> Any:
 def build(config: Any, where: str, *, dtype: torch.dtype, remote_code: bool = False) -> nn.Module:
     """Build the model that a configuration describes, on SDPA unless the class refuses it, experts as plain ATen.
 
-    Raises ``MemcError`` E305 for an unknown architecture or a configuration that its class does not take.
+    Raises ``MemcError``: E305 for an unknown architecture or a configuration that its class does not take, E302 for
+    sizes that no model has.
     """
+    _check_sizes(config, where)
     cls = model_class(config, where)
     keywords: dict[str, Any] = {"dtype": dtype, "experts_implementation": "batched_mm"}
     if hasattr(cls, "from_config"):
@@ -97,7 +130,7 @@ def build(config: Any, where: str, *, dtype: torch.dtype, remote_code: bool = Fa
         keywords["trust_remote_code"] = remote_code
     else:
         make = cls._from_config
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _unheard():
         warnings.simplefilter("ignore")
         try:
             try:
@@ -108,6 +141,15 @@ def build(config: Any, where: str, *, dtype: torch.dtype, remote_code: bool = Fa
             raise capture_failure(error, where, "correct config.json") from error
     built: nn.Module = module.eval()
     return built
+
+
+def _check_sizes(config: Any, where: str) -> None:
+    """Raise ``MemcError`` E302 for a size below 1, from which transformers may build a model without layers."""
+    part = config.get_text_config() if hasattr(config, "get_text_config") else config
+    for name in SIZES:
+        value = getattr(part, name, None)
+        if isinstance(value, int) and not 1 <= value <= LARGEST:
+            raise MemcError("E302", f"configuration says {name} = {value}", where, "correct config.json")
 
 
 def build_empty(config: Any, where: str, *, dtype: torch.dtype, remote_code: bool = False) -> nn.Module:
@@ -190,6 +232,7 @@ def model_info(config: Any, source: str, digest: str) -> ModelInfo:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     limit = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
     limit = limit or getattr(text, "max_seq_len", None)
+    limit = None if isinstance(limit, int) and limit < 1 else limit  # how some say that there is none
     return ModelInfo(source, digest, config.model_type, getattr(text, "vocab_size", None), limit)
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from memc.arguments import short
 from memc.errors import MemcError
 from memc.frontend.trace import Port, capture_failure, fake_mode_of, first_output, trace
 from memc.program import Dim, ModelInfo, Program, named_tensors
@@ -16,7 +18,7 @@ from memc.program import Dim, ModelInfo, Program, named_tensors
 
 def capture(
     module: nn.Module,
-    example_inputs: tuple[Tensor, ...],
+    example_inputs: Tensor | Sequence[Tensor],
     *,
     name: str = "",
     decoder: bool | None = None,
@@ -25,13 +27,18 @@ def capture(
     """Capture a module with its own parameters, which the program shares.
 
     The first int64 input ``[B, T]`` is ``tokens``, of a decoder the second is ``positions``; others are ``other``, keep
-    their names, and are dynamic in the axes whose example sizes equal those of ``B`` and ``T``. A decoder that takes no
-    positions gets an unused ``positions`` input. ``decoder`` None means: look whether an earlier output depends on a
-    later token. ``max_positions`` is the longest sequence that the module takes. The module's first output is captured.
+    their names, and are dynamic in the axes whose example sizes equal those of ``B`` and ``T``. These are the first two
+    axes of the first example where it is of integers or has three axes ``[B, T, ...]``; any other has a batch alone,
+    such as ``[B, features]`` or ``[B, channels, height, width]``. A decoder that takes no positions gets an unused
+    ``positions`` input. ``decoder`` None means: look whether an earlier output depends on a later token.
+    ``max_positions`` is the longest sequence that the module takes. The module's first output is captured.
 
     Raises ``MemcError`` E305 for unsuitable examples and for what cannot be traced, naming the user's own line.
     """
     where = name or type(module).__qualname__
+    if not isinstance(module, nn.Module):
+        raise MemcError("E305", f"{short(module)} is no nn.Module", where, "give a module and example inputs")
+    example_inputs = _examples(example_inputs, where)
     ports, arguments = _ports(module, example_inputs, where)
     if decoder is None:
         decoder = ports[0].role == "tokens" and is_causal(module, example_inputs)
@@ -77,15 +84,26 @@ def is_causal(module: nn.Module, example_inputs: tuple[Tensor, ...]) -> bool:
     return bool(torch.equal(before[:, :-1], after[:, :-1])) if before.ndim == 3 else False
 
 
+def _examples(given: object, where: str) -> tuple[Tensor, ...]:
+    several = (given,) if isinstance(given, Tensor) else given
+    if isinstance(several, list | tuple) and several and all(isinstance(one, Tensor) and one.ndim for one in several):
+        return tuple(several)
+    hint = "give tensors with a batch, such as (torch.zeros(2, 7, dtype=torch.int64),)"
+    raise MemcError("E305", f"example inputs are {short(given)}", where, hint)
+
+
 def _ports(module: nn.Module, example_inputs: tuple[Tensor, ...], where: str) -> tuple[list[Port], list[str | None]]:
     names = [n for n, p in inspect.signature(module.forward).parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
     if not example_inputs or len(example_inputs) > len(names):
         raise MemcError("E305", f"{len(example_inputs)} example inputs for forward({', '.join(names)})", where)
     first = example_inputs[0]
-    sizes = dict(zip(first.shape[:2], ("B", "T"), strict=False)) if first.ndim >= 2 else {first.shape[0]: "B"}
-    if first.ndim >= 2 and (min(first.shape[:2]) < 2 or first.shape[0] == first.shape[1]):
-        reason = f"example input {list(first.shape)} is ambiguous"
-        raise MemcError("E305", reason, where, "give batch and length of at least 2 and different, such as [2, 7]")
+    has_length = first.ndim == 3 or (first.ndim == 2 and not first.is_floating_point())
+    named = first.shape[:2] if has_length else first.shape[:1]
+    sizes = dict(zip(named, ("B", "T"), strict=False))
+    if min(named) < 2 or any(list(first.shape).count(size) > 1 for size in named):
+        what = "batch and length" if has_length else "a batch"
+        reason = f"example input {list(first.shape)} is ambiguous: {what} cannot be told from its other sizes"
+        raise MemcError("E305", reason, where, f"give {what} of at least 2 that no other axis has, such as 2 and 7")
     ports: list[Port] = []
     for parameter, value in zip(names, example_inputs, strict=False):
         roles = {port.role for port in ports}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from memc.errors import MemcError
 from memc.frontend.graph import first_names
 from memc.program import named_tensors
-from memc.weights import Recipe, RenamedWeights, Weights, check_names
+from memc.weights import Recipe, RenamedWeights, Weights, check_kind, check_names
 
 
 def fit(checkpoint: Weights, module: nn.Module) -> Weights:
@@ -20,7 +20,8 @@ def fit(checkpoint: Weights, module: nn.Module) -> Weights:
 
     Names are converted as transformers itself does for the model; a converted tensor's shape is found on meta.
 
-    Raises ``MemcError`` E303 for tensors that are missing, unknown to the model, or of another shape.
+    Raises ``MemcError`` E303 for tensors that are missing, unknown to the model, of another shape, or of integers where
+    the model has none.
     """
     first = first_names(module)
     persistent = set(module.state_dict(keep_vars=True))
@@ -33,7 +34,11 @@ def fit(checkpoint: Weights, module: nn.Module) -> Weights:
             canonical.setdefault(primary, found.recipes[name])
     required = {first[name] for name in persistent}
     check_names(found, shapes, sorted(required - set(canonical)))
-    return RenamedWeights(checkpoint, canonical)
+    fitted = RenamedWeights(checkpoint, canonical)
+    for name, value in named_tensors(module):
+        if name in canonical:
+            check_kind(fitted, name, value)
+    return fitted
 
 
 def _recipes(checkpoint: Weights, module: Any, shapes: dict[str, tuple[int, ...]]) -> dict[str, Recipe]:

@@ -9,7 +9,7 @@ from memc.report import facts as f
 from memc.report import models as m
 from memc.report.page import page, table
 from memc.report.terminal import steps_done
-from memc.report.text import FETCHED, amount, duration, escaped, layers, number, ratio, size
+from memc.report.text import FETCHED, amount, duration, escaped, layers, number, past_training, ratio, size
 
 MOVED = ("perplexity_ratio", "kl_mean")
 """Checks that say how far the outputs moved."""
@@ -107,7 +107,11 @@ def _costs(done: m.ConvertDocument) -> str:
     if done.measured is not None:
         rows.append(("disk", "", size(done.measured.disk_bytes), ""))
         rows.append(("peak memory of the conversion", "", size(done.measured.peak_rss_bytes), ""))
-    return table("Cost", ["", ">original", ">converted", ">ratio"], rows)
+    limit = done.model.max_positions if done.model is not None else None
+    past = past_training({*after.state_bytes, *after.decode_ms, *after.prefill_ms}, limit)
+    return table("Cost", ["", ">original", ">converted", ">ratio"], rows) + (
+        f"<p>{escaped(past)}.</p>\n" if past else ""
+    )
 
 
 def _fit(facts: files.FitFacts) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -13,7 +13,7 @@ from memc.report import facts as f
 from memc.report import models as m
 from memc.report.evaluation import eval_view
 from memc.report.layout import Cell, lines, stack, table, text, titled
-from memc.report.text import FETCHED, amount, brief, duration, layers, number, plain, ratio, size
+from memc.report.text import FETCHED, amount, brief, duration, layers, number, past_training, plain, ratio, size
 
 WORK_OF_INPUT = "work for an input"
 
@@ -111,7 +111,13 @@ def cost_lines(document: m.InspectDocument) -> RenderableType:
         rows.insert(0, ["state of a sequence", *(size(document.state_bytes[context]) for context in contexts)])
     if read := document.bytes_read_per_token:
         rows.insert(1, ["read for a token", *(size(read.get(context)) for context in contexts)])
-    return table(["at a context of", *(f">{context}" for context in contexts)], rows)
+    made = table(["at a context of", *(f">{context}" for context in contexts)], rows)
+    return Group(made, *_past_training(contexts, document.model))
+
+
+def _past_training(contexts: Iterable[int], model: f.ModelFacts | None) -> list[Text]:
+    note = past_training(contexts, model.max_positions if model is not None else None)
+    return [text(note)] if note else []
 
 
 def _work_label(model: f.ModelFacts | None) -> str:
@@ -251,7 +257,9 @@ def costs_table(document: m.ConvertDocument) -> RenderableType:
         ("time of converting", duration(after.seconds), duration(done.seconds)),
     ):
         shown.append([name, "", measured if measured != "-" else f"about {predicted}", ""])
-    return table(["cost", ">original", ">converted", ">"], shown)
+    made = table(["cost", ">original", ">converted", ">"], shown)
+    contexts = {*after.state_bytes, *after.decode_ms, *done.decode_ms, *after.prefill_ms}
+    return Group(made, *_past_training(contexts, document.model))
 
 
 def checks_table(checks: Sequence[f.CheckFacts]) -> RenderableType | None:

@@ -74,6 +74,12 @@ def duration(seconds: float | None) -> str:
     return f"{seconds / unit:.1f} {name}"
 
 
+def past_training(contexts: Iterable[int], limit: int | None) -> str:
+    """Name the contexts that go past the positions of a model's training, if it has some; empty where none does."""
+    past = [str(context) for context in sorted(contexts) if limit is not None and context > limit]
+    return f"{', '.join(past)}: past the {limit} positions that the model was trained on" if past else ""
+
+
 def layers(numbers: Iterable[int]) -> str:
     """Render layer numbers in short: ``0-29``, ``0-28 by 2``, ``0-2, 5, 7``."""
     found = sorted(set(numbers))

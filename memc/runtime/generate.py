@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeGuard
 
 import numpy as np
 
+from memc.arguments import LARGEST_SEED, whole_number, whole_numbers
 from memc.errors import MemcError
+from memc.plugins import did_you_mean
 from memc.runtime.inputs import Fetched, fetched_inputs
-from memc.runtime.sampling import Sampler, Sampling, at_least
+from memc.runtime.rows import require_list
+from memc.runtime.sampling import Sampler, Sampling
 from memc.runtime.text import Text, TextStream
 
 if TYPE_CHECKING:
@@ -84,9 +87,10 @@ class Generation:
 
 
 def one_prompt(prompt: Any) -> TypeGuard[str | list[int] | Conversation]:
-    """Tell one prompt from a list of them. Raises ``MemcError`` E205 for an empty list."""
+    """Tell one prompt from a list of them. Raises ``MemcError`` E205 for an empty list, E200 for what is neither."""
     if isinstance(prompt, str):
         return True
+    require_list(prompt)
     if len(prompt) == 0:
         raise MemcError("E205", "the prompt is empty", next="give at least one token")
     return isinstance(prompt[0], (int, np.integer, dict))
@@ -171,11 +175,17 @@ class Run:
     ) -> None:
         """Check prompts and options and allocate the state; raises as ``Session.generate`` does."""
         session.require_decoder()
+        if unknown := sorted(options.keys() - GenerateOptions.__annotations__.keys()):
+            hint = did_you_mean(unknown[0], GenerateOptions.__annotations__)
+            raise MemcError("E200", f"generate has no option {unknown[0]!r}", next=hint)
+        if state is not None:
+            session.require_own(state)
         self.session = session
-        self.limit = at_least("max_new_tokens", options.get("max_new_tokens", MAX_NEW_TOKENS), 1)
+        self.limit = whole_number("max_new_tokens", options.get("max_new_tokens", MAX_NEW_TOKENS))
         sampling = _sampling(session.text, options)
         seed = options.get("seed")
-        self.seed = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else at_least("seed", seed, 0)
+        drawn = int(np.random.SeedSequence().generate_state(1)[0])
+        self.seed = drawn if seed is None else whole_number("seed", seed, 0, LARGEST_SEED)
         self.sampler = Sampler(sampling, self.seed, len(prompts))
         stops, stop_ids = _stops(options.get("stop"))
         self.stop_ids = session.text.stop_ids | stop_ids
@@ -261,15 +271,18 @@ def _sampling(text: Text, options: GenerateOptions) -> Sampling:
 
 
 def _stops(stop: str | int | Sequence[str | int] | None) -> tuple[list[str], frozenset[int]]:
-    several = [stop] if isinstance(stop, (str, int)) else list(stop or ())
+    single = isinstance(stop, str) or not isinstance(stop, Iterable)
+    several: list[Any] = [] if stop is None else [stop] if single else list(stop)  # type: ignore[arg-type]
     texts = [one for one in several if isinstance(one, str)]
     if "" in texts:
         raise MemcError("E200", "a stop text is empty", next="leave it out")
-    return texts, frozenset(one for one in several if not isinstance(one, str))
+    return texts, frozenset(whole_numbers("stop", [one for one in several if not isinstance(one, str)], 0))
 
 
 def _ids(text: Text, prompt: Any, chat: bool, fresh: bool) -> list[int]:
     """Return the token ids of one prompt; a text that goes on from an earlier one gets no starting tokens."""
+    if not isinstance(prompt, str):
+        require_list(prompt)
     if len(prompt) == 0:
         raise MemcError("E205", "the prompt is empty", next="give at least one token")
     if isinstance(prompt, str):
@@ -284,7 +297,7 @@ def _ids(text: Text, prompt: Any, chat: bool, fresh: bool) -> list[int]:
     else:
         if chat:
             raise MemcError("E200", "chat takes a text or messages, not token ids", next="leave out chat")
-        ids = [int(number) for number in prompt]
+        ids = whole_numbers("prompt", prompt, 0)
     if not ids:
         raise MemcError("E205", "the prompt has no tokens", next="give a prompt that the tokenizer knows")
     return ids

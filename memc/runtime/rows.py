@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ def id_rows(ids: Ids, manifest: Manifest, folder: Path) -> list[I64]:
     if not any(port.role == "tokens" for port in manifest.inputs):
         hint = f"give by name: {', '.join(port.name for port in manifest.inputs)}"
         raise MemcError("E208", f"{manifest.family} takes no tokens", str(folder), hint)
+    require_list(ids)
     single = len(ids) > 0 and np.ndim(ids[0]) == 0
     rows = [_whole(row) for row in ([ids] if single else ids)]
     if not rows:
@@ -37,6 +38,12 @@ def id_rows(ids: Ids, manifest: Manifest, folder: Path) -> list[I64]:
             size = "" if limit is None else f" of {limit} tokens"
             raise MemcError("E200", f"token id {bad[0]} in row {index} is outside of the vocabulary{size}")
     return rows
+
+
+def require_list(ids: Any) -> None:
+    """Raise ``MemcError`` E200 for what cannot be a list of token ids, or of rows of them."""
+    if isinstance(ids, str | bytes) or not isinstance(ids, Sized) or getattr(ids, "ndim", 1) == 0:
+        raise MemcError("E200", "token ids are whole numbers, a list for each row", repr(ids)[:40])
 
 
 def _whole(row: Any) -> I64:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-import operator
 from dataclasses import dataclass
+from numbers import Real
 
 import numpy as np
 import numpy.typing as npt
 
+from memc.arguments import whole_number
 from memc.errors import MemcError
 
 F64 = npt.NDArray[np.float64]
@@ -29,23 +30,12 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise MemcError("E200", f"temperature is {self.temperature}", next="give 0 (greedy) or a positive number")
+        if not (isinstance(self.temperature, Real) and math.isfinite(self.temperature) and self.temperature >= 0):
+            raise MemcError("E200", f"temperature is {self.temperature!r}", next="give 0 (greedy) or a positive number")
         if self.top_k is not None:
-            at_least("top_k", self.top_k, 1)
-        if not 0 < self.top_p <= 1:
-            raise MemcError("E200", f"top_p is {self.top_p}", next="give a number above 0 and at most 1")
-
-
-def at_least(name: str, value: int, least: int) -> int:
-    """Return ``value`` as an int; raises ``MemcError`` E200 unless it is a whole number of at least ``least``."""
-    try:
-        whole = operator.index(value)
-    except TypeError:
-        whole = least - 1
-    if whole < least:
-        raise MemcError("E200", f"{name} is {value!r}", next=f"give a whole number of at least {least}")
-    return whole
+            whole_number("top_k", self.top_k)
+        if not (isinstance(self.top_p, Real) and 0 < self.top_p <= 1):
+            raise MemcError("E200", f"top_p is {self.top_p!r}", next="give a number above 0 and at most 1")
 
 
 def distribution(logits: npt.NDArray[np.floating], sampling: Sampling) -> F64:

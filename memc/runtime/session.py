@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,14 +11,14 @@ from typing import TYPE_CHECKING, Any, Unpack, overload
 import numpy as np
 import numpy.typing as npt
 
-from memc.artifact import Manifest, read_manifest
+from memc.arguments import MOST_THREADS, path_of, short, whole_number, whole_numbers
+from memc.artifact import Manifest, beyond_trained, read_manifest
 from memc.backend import Runner, RunState
 from memc.errors import MemcError
 from memc.plugins import load_plugin
 from memc.runtime.generate import Conversation, GenerateOptions, Generation, generate, one_prompt, stream
 from memc.runtime.inputs import Array, Fetched, fetched_inputs, named_inputs
-from memc.runtime.rows import I64, Ids, columns, full_rows, id_rows
-from memc.runtime.sampling import at_least
+from memc.runtime.rows import I64, Ids, columns, full_rows, id_rows, require_list
 from memc.runtime.state_file import read_state, write_state
 from memc.runtime.text import Text
 
@@ -35,12 +36,12 @@ def load(out: str | Path, *, threads: int | None = None, verify: bool = False, c
     ``threads`` of the backend, None for its own choice; ``verify`` checks the digest of every file that is read;
     ``chunk`` is the number of tokens per call when a longer sequence is run, fewer where the artifact's calls have to
     be shorter. Raises ``MemcError``: E309 no artifact, E402 a digest differs, E202 or E602 the backend is unknown or
-    missing, E200 ``threads`` or ``chunk`` below 1.
+    missing, E200 ``out`` is no path, or ``threads`` or ``chunk`` out of range.
     """
     if threads is not None:
-        at_least("threads", threads, 1)
-    at_least("chunk", chunk, 1)
-    folder = Path(out)
+        whole_number("threads", threads, 1, MOST_THREADS)
+    whole_number("chunk", chunk)
+    folder = path_of("out", out)
     manifest = read_manifest(folder, verify=verify, unread="program")
     runner: Runner = load_plugin("memc.backends", manifest.backend)().load(folder, manifest, threads)
     return Session(folder, manifest, runner, chunk=chunk)
@@ -50,11 +51,13 @@ def load(out: str | Path, *, threads: int | None = None, verify: bool = False, c
 class SessionState:
     """What a batch of sequences remembers: the backend's states, tokens seen by each row, each row's last logits.
 
-    A session advances it in place; ``Session.fork`` makes an independent copy. ``lengths [B]`` int64;
-    ``last [B,vocab]`` float32, None before the first token. ``capacity`` is the most tokens a row may have, None for
-    no limit. ``fetched`` holds what was fetched, by input name, and is given to every call.
+    A session advances it in place; ``Session.fork`` makes an independent copy. ``runner`` is the one that holds
+    ``run``, and no other can go on from it. ``lengths [B]`` int64; ``last [B,vocab]`` float32, None before the first
+    token. ``capacity`` is the most tokens a row may have, None for no limit. ``fetched`` holds what was fetched, by
+    input name, and is given to every call.
     """
 
+    runner: Runner
     run: RunState
     lengths: I64
     last: F32 | None = None
@@ -91,6 +94,7 @@ class Session:
         self.runner = runner
         self.chunk = min(chunk, manifest.longest_call or chunk)
         self.text = Text(folder)
+        self._told = False
 
     @property
     def capacity(self) -> int | None:
@@ -149,6 +153,7 @@ class Session:
         longest = max(map(len, rows))
         named = named_inputs(self.manifest, inputs or {}, {"B": len(rows), "T": longest})
         self.require_room(longest, self.capacity)
+        self._tell_beyond_trained(longest)
         whole = any("T" in port.shape for port in self.manifest.inputs if port.name in named)
         width = longest if whole else min(chunk or self.chunk, self.manifest.longest_call or longest)
         state = self.runner.new_state(len(rows), longest)
@@ -190,15 +195,15 @@ class Session:
 
         ``capacity`` is how many tokens growing states have room for; None for all that the artifact allows. ``fetched``
         is held with the sequences, and zero where it is not given. Raises ``MemcError``: E208 for an encoder, E206 when
-        the artifact allows fewer, E200 for numbers below 1 and for a fetched input of another name, type or shape.
+        the artifact allows fewer, E200 for numbers out of range and for a fetched input of another name, type or shape.
         """
         self.require_decoder()
-        at_least("batch", batch, 1)
+        whole_number("batch", batch)
         if capacity is not None:
-            self.require_room(at_least("capacity", capacity, 1), self.capacity)
+            self.require_room(whole_number("capacity", capacity), self.capacity)
         given = fetched_inputs(self.manifest, fetched or {}, batch)
         run = self.runner.new_state(batch, capacity)
-        return SessionState(run, np.zeros(batch, np.int64), None, self._limit(capacity), given)
+        return SessionState(self.runner, run, np.zeros(batch, np.int64), None, self._limit(capacity), given)
 
     def fetch(self, rows: Sequence[I64]) -> Fetched:
         """Return what sequences that start with these tokens are given beside them: nothing without a bank."""
@@ -209,9 +214,10 @@ class Session:
 
         What is ``fetched`` takes the place of what the state holds, from here on. Returns the logits ``[B,vocab]`` of
         each row's last token. A row without tokens stays as it is. Raises ``MemcError``: E205 a row has no token and
-        has seen none, E206 a row gets past the capacity, E200 wrong number of rows, an id outside the vocabulary, or a
-        fetched input of another name, type or shape.
+        has seen none, E206 a row gets past the capacity, E200 another session's state, wrong number of rows, an id
+        outside the vocabulary, or a fetched input of another name, type or shape.
         """
+        self.require_own(state)
         rows = id_rows(ids, self.manifest, self.folder)
         if len(rows) != state.batch:
             raise MemcError("E200", f"{len(rows)} rows of tokens for a state of {state.batch} sequences")
@@ -219,7 +225,9 @@ class Session:
         total = state.lengths + sizes
         if not total.all():
             raise MemcError("E205", f"row {int(total.argmin())} has no tokens")
-        self.require_room(int(total[sizes > 0].max(initial=0)), state.capacity)
+        reached = int(total[sizes > 0].max(initial=0))
+        self.require_room(reached, state.capacity)
+        self._tell_beyond_trained(reached)
         state.fetched = {**state.fetched, **fetched_inputs(self.manifest, fetched or {}, state.batch)}
         longest = int(sizes.max())
         for start in range(0, longest, self.chunk):
@@ -248,6 +256,7 @@ class Session:
         ``fetched`` and what is raised are as with ``prefill``. Returns the logits ``[B,vocab]`` of each row's last
         token.
         """
+        require_list(ids)
         return self.prefill([[] if number == -1 else [number] for number in ids], state, fetched=fetched)
 
     @overload
@@ -314,20 +323,27 @@ class Session:
     def fork(self, state: SessionState, rows: list[int] | None = None) -> SessionState:
         """Return an independent copy of a state, or of some of its rows, in this order, repeats allowed.
 
-        What is fetched goes with its row.
+        What is fetched goes with its row. Raises ``MemcError`` E200 for another session's state, and for a row that it
+        does not have.
         """
-        run = state.run.copy() if rows is None else state.run.select(rows)
-        chosen = list(range(state.batch)) if rows is None else rows
+        self.require_own(state)
+        chosen = list(range(state.batch)) if rows is None else whole_numbers("rows", rows, 0)
+        if not chosen or max(chosen) >= state.batch:
+            has = f"give rows from 0 to {state.batch - 1}"
+            raise MemcError("E200", f"rows are {chosen}, of a state of {state.batch} sequences", next=has)
+        run = state.run.copy() if rows is None else state.run.select(chosen)
         last = None if state.last is None else state.last[chosen]
         rows_of = {name: array[chosen] for name, array in state.fetched.items()}
         fetched = fetched_inputs(self.manifest, rows_of, len(chosen))
-        return SessionState(run, state.lengths[chosen], last, state.capacity, fetched)
+        return SessionState(self.runner, run, state.lengths[chosen], last, state.capacity, fetched)
 
     def save(self, state: SessionState, path: str | Path) -> None:
         """Write a state, and what is fetched, to one safetensors file, with the digest of this artifact.
 
-        Raises ``MemcError`` E502 when it cannot be written.
+        The file is whole or not there. Raises ``MemcError``: E502 when it cannot be written, E200 for another session's
+        state and what is no path.
         """
+        self.require_own(state)
         arrays = {f"state.{name}": array for name, array in state.run.arrays().items()}
         arrays |= {f"fetched.{name}": array for name, array in state.fetched.items()}
         arrays["lengths"] = state.lengths
@@ -338,8 +354,8 @@ class Session:
     def load_state(self, path: str | Path, capacity: int | None = None) -> SessionState:
         """Read a state that ``save`` wrote, with room for ``capacity`` tokens (None: all that the artifact allows).
 
-        Raises ``MemcError``: E309 when the file is missing or holds no state, E402 when another artifact made it, E206
-        when the capacity is less than what it has seen.
+        Raises ``MemcError``: E309 when the file is missing or holds no state, E402 when it was changed or another
+        artifact made it, E206 when the capacity is less than what it has seen, E200 for what is no path.
         """
         arrays = read_state(path, self.manifest)
         self.require_decoder()
@@ -348,12 +364,33 @@ class Session:
         self.require_room(int(lengths.max()), limit)
         held = _below(arrays, "state.")
         fetched = fetched_inputs(self.manifest, _below(arrays, "fetched."), len(lengths))
-        return SessionState(self.runner.restore(held, capacity), lengths, arrays.get("last"), limit, fetched)
+        run = self.runner.restore(held, capacity)
+        return SessionState(self.runner, run, lengths, arrays.get("last"), limit, fetched)
+
+    def beyond_trained(self, tokens: int) -> str:
+        """Return the warning of a sequence of so many tokens, empty where the model was trained on as many."""
+        trained = self.manifest.trained_positions
+        return "" if trained is None or tokens <= trained else beyond_trained(f"{tokens} tokens are", trained)
+
+    def _tell_beyond_trained(self, tokens: int) -> None:
+        """Warn Python callers, once a session; commands say it in a line of their own."""
+        if not self._told and (warning := self.beyond_trained(tokens)):
+            self._told = True
+            warnings.warn(warning, stacklevel=3)
 
     def _limit(self, capacity: int | None) -> int | None:
         """Return the capacity of a state: the room allocated counts only where a state grows."""
         grows = any(state.grows is not None for state in self.manifest.states)
         return capacity if grows and capacity is not None else self.capacity
+
+    def require_own(self, state: SessionState) -> None:
+        """Raise ``MemcError`` E200 for what is no state, or one that another session made."""
+        if not isinstance(state, SessionState):
+            hint = "give what new_state, fork or load_state returned"
+            raise MemcError("E200", f"state is {short(state)}", str(self.folder), hint)
+        if state.runner is not self.runner:
+            hint = "to go on here, save it there and load_state it here"
+            raise MemcError("E200", "the state is another session's", str(self.folder), hint)
 
     def require_decoder(self) -> None:
         """Raise ``MemcError`` E208 when the artifact is an encoder, which has no next token."""

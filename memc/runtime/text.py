@@ -14,6 +14,7 @@ import jinja2.ext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer, processors
 
+from memc.arguments import short
 from memc.errors import MemcError
 from memc.runtime.sampling import Sampling
 
@@ -24,6 +25,9 @@ _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cl
 # A text that two tokenizers hardly cut the same way unless they are one.
 PROBE = "The quick brown fox, 12345 naïve Übergrößen; def f(x):\n\treturn x ** 2  # 日本語"
 """A text that tokenizers are told apart by."""
+
+WITHOUT_CHAT = "leave out --chat (from Python chat=True; of memc serve ask /v1/completions)"
+"""What to do where there is no chat template, or none that works."""
 
 _CONTEXT = 6
 _LONGEST = 64
@@ -97,8 +101,13 @@ class Text:
         match self.generation.get("eos_token_id"):
             case int(one):
                 return frozenset([one])
-            case list(several):
-                return frozenset(int(one) for one in several)
+            case list(several) if all(isinstance(one, int) for one in several):
+                return frozenset(several)
+            case None:
+                pass
+            case other:
+                where = str(self.folder / "generation_config.json")
+                raise MemcError("E302", f"eos_token_id is {short(other)}", where, "write a token id, or a list of them")
         if "eos_token" not in self.special or not (self.folder / "tokenizer.json").is_file():
             return frozenset()
         number = self.tokenizer.token_to_id(self.special["eos_token"])
@@ -113,6 +122,19 @@ class Text:
         temperature, top_k, top_p = (config.get(name) for name in ("temperature", "top_k", "top_p"))
         return Sampling(1.0 if temperature is None else temperature, top_k or None, 1.0 if top_p is None else top_p)
 
+    def require_readable(self) -> None:
+        """Read every file that there is, of which none has to be. Raises ``MemcError`` E302 that names one."""
+        if (self.folder / "tokenizer.json").is_file():
+            self.encode(PROBE)
+        _ = self.config, self.stop_ids
+        if (self.folder / "chat_template.jinja").is_file():
+            self._template()
+        try:
+            _ = self.defaults
+        except MemcError as error:
+            where = str(self.folder / "generation_config.json")
+            raise MemcError("E302", error.message, where, "correct it, or leave the file out") from error
+
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Return the token ids of a text, with the tokens that start and end a text when ``special``.
 
@@ -125,8 +147,12 @@ class Text:
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of token ids; special tokens are left out."""
-        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        """Return the text of token ids; special tokens are left out. Raises ``MemcError`` E200 for what is no id."""
+        try:
+            text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        except (TypeError, OverflowError) as error:
+            hint = "give a list of whole numbers from 0 on"
+            raise MemcError("E200", f"token ids cannot be decoded: {error}", repr(ids)[:40], hint) from error
         return text
 
     def cuts_like(self, other: Text) -> bool:
@@ -153,12 +179,15 @@ class Text:
                 )
             )
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
-            raise MemcError("E208", f"chat template fails: {error}", path, "generate without chat") from error
+            raise MemcError("E208", f"chat template fails: {error}", path, WITHOUT_CHAT) from error
 
     def _template(self) -> tuple[str, str]:
         file = self.folder / "chat_template.jinja"
         if file.is_file():
-            return file.read_text(encoding="utf-8"), str(file)
+            try:
+                return file.read_text(encoding="utf-8"), str(file)
+            except UnicodeError as error:
+                raise MemcError("E302", "chat template is no UTF-8", str(file), "convert again") from error
         path = str(self.folder / "tokenizer_config.json")
         match self.config.get("chat_template"):
             case str(template):
@@ -167,7 +196,7 @@ class Text:
                 named = {entry.get("name"): entry.get("template") for entry in several if isinstance(entry, dict)}
                 if isinstance(default := named.get("default"), str):
                     return default, path
-        raise MemcError("E208", "artifact has no chat template", str(self.folder), "generate without chat")
+        raise MemcError("E208", "artifact has no chat template", str(self.folder), WITHOUT_CHAT)
 
     def _json(self, name: str) -> dict[str, Any]:
         path = self.folder / name
@@ -175,7 +204,7 @@ class Text:
             return {}
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise MemcError("E302", f"file does not parse: {error}", str(path), "convert again") from error
         if not isinstance(data, dict):
             raise MemcError("E302", "file holds no JSON object", str(path), "convert again")

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import hmac
 import json
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
@@ -24,6 +25,8 @@ from memc.serve.engine import Engine, Finished, Job, Limits, Order, Piece, Start
 from memc.serve.protocol import Answer, ChatRequest, CompletionRequest, RequestError
 
 T = TypeVar("T")
+
+_HOST = re.compile(r"(?:\[(?P<address>[0-9A-Fa-f:.]+)\]|(?P<name>[A-Za-z0-9._-]+))(?::[0-9]*)?")
 
 BODY_SECONDS = 30.0
 """Time that a caller has to send a request."""
@@ -116,7 +119,7 @@ class _Service:
         return handler
 
     def _admit(self, request: Request) -> None:
-        """Refuse a request without the key, before any of it is read; how long that takes tells nothing of the key."""
+        """Refuse a request without the key, before any of it is read; any wrong key takes as long to tell."""
         kind, _, given = request.headers.get("authorization", "").partition(" ")
         if self.key is not None and not (kind.lower() == "bearer" and hmac.compare_digest(given.encode(), self.key)):
             headers = {"WWW-Authenticate": "Bearer", "Connection": "close"}
@@ -151,8 +154,8 @@ class _Service:
 
     async def _body(self, request: Request) -> bytes:
         """Read the body of a request that is meant for this server."""
-        if self.hosts is not None and request.url.hostname not in self.hosts:
-            raise RequestError(403, f"this server is not {request.url.hostname!r}")
+        if self.hosts is not None and (host := _host(request)) not in self.hosts:
+            raise RequestError(403, f"this server is not {host!r}")
         # A page in a browser may send any other type to any address without asking first.
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise RequestError(415, "the content type must be application/json")
@@ -168,6 +171,16 @@ class _Service:
         except TimeoutError:
             raise RequestError(408, "the request took too long to arrive", headers={"Connection": "close"}) from None
         return bytes(body)
+
+
+def _host(request: Request) -> str:
+    """Return the name in the ``Host`` header, without its port; what is no name of a host as it stands.
+
+    ``request.url`` says the address of the socket in place of one that it cannot read.
+    """
+    given = request.headers.get("host", "")
+    read = _HOST.fullmatch(given)
+    return (read["address"] or read["name"]).lower() if read else given
 
 
 class _Events(StreamingResponse):

@@ -191,7 +191,7 @@ def parse(body: bytes, kind: type[Request]) -> Request:
         raise RequestError(400, f"the body is no JSON: {error}") from None
     if not isinstance(given, dict):
         raise RequestError(400, "the body is no JSON object")
-    for name in given.keys() & NEUTRAL.keys():
+    for name in (name for name in NEUTRAL if name in given):
         value = given.pop(name)
         if value is not None and not any(type(value) is type(each) and value == each for each in NEUTRAL[name]):
             raise RequestError(400, f"{name} is not supported here", name, "unsupported_parameter")

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 from torch.fx import Node
 
+from memc.arguments import LARGEST
 from memc.blocks import FeedForwardBlock
 from memc.errors import MemcError
 from memc.passes.memory_bank.beside import ROOT, Inserted
@@ -109,6 +110,9 @@ class MemoryBank(Pass):
         if not _RANKS.fullmatch(self.ranks) or not self.units:
             where, hint = f"{self.name}:ranks={self.ranks}", f"write {self.name}:ranks=256:64:16"
             raise MemcError("E203", "option 'ranks' is numbers joined by colons, not all 0", where, hint)
+        if self.units > LARGEST:
+            where = f"{self.name}:ranks={self.ranks}"
+            raise MemcError("E203", f"option 'ranks' adds up to at most {LARGEST}", where)
         if self.layers not in ("all", "auto") and not _LISTED.fullmatch(self.layers):
             where, hint = f"{self.name}:layers={self.layers}", f"write {self.name}:layers=[0,5,7]"
             raise MemcError("E203", "option 'layers' is all, auto or a list of layers", where, hint)

@@ -16,7 +16,7 @@ import pytest
 
 from memc.cli import main
 from memc.cli.app import COMMANDS, EXAMPLES, memc
-from memc.cli.options import Command
+from memc.cli.options import Command, Numbers
 from memc.report import facts as f
 from memc.report import models as m
 from tests.cli import documents as d
@@ -90,6 +90,37 @@ def test_every_command_takes_the_common_options(name: str) -> None:
     for each in found.commands.values() if isinstance(found, click.Group) else [found]:
         options = {option for parameter in each.params for option in parameter.opts}
         assert {"--json", "--no-color", "--quiet", "-q"} <= options
+
+
+def every_command() -> list[tuple[str, click.Command]]:
+    found = []
+    for name in COMMANDS:
+        each = memc.get_command(click.Context(memc), name)
+        members = each.commands.items() if isinstance(each, click.Group) else [("", each)]
+        found += [(f"{name} {member}".strip(), one) for member, one in members]
+    return found
+
+
+def test_no_whole_number_is_too_large_for_any_option() -> None:
+    checked = 0
+    for name, each in every_command():
+        assert each is not None
+        for parameter in each.params:
+            if not isinstance(parameter.type, click.types.IntParamType | Numbers):
+                continue
+            for value in (str(2**63), "9" * 30):
+                with pytest.raises(click.UsageError, match=r"range|at most"):
+                    parameter.type.convert(value, parameter, click.Context(each, info_name=name))
+                checked += 1
+    assert checked > 50
+
+
+def test_numbers_are_read_as_they_are_meant() -> None:
+    assert Numbers().convert("4096, 512,512", None, None) == [512, 4096]
+    assert Numbers(0, ordered=True).convert("64,16,0", None, None) == [64, 16, 0]
+    for wrong in ("0", "512,x", "", "-1", "1.5", "9" * 5000):
+        with pytest.raises(click.UsageError):
+            Numbers().convert(wrong, None, None)
 
 
 def test_help_of_a_command_of_a_bank_ends_with_examples_that_parse(capsys: pytest.CaptureFixture[str]) -> None:
@@ -286,6 +317,8 @@ def test_html_page_is_escaped_and_needs_no_network(capsys: pytest.CaptureFixture
         (["recipes", "streamin"], "E202"),
         (["targets", "cqu"], "E202"),
         (["targets", "cpu", "--threads", "1"], "E200"),
+        (["generate", "missing", "--prompt", "x", "--threads", "1000000000"], "E200"),
+        (["convert", "missing", "-o", "out", "--pass", f"window:window={10**20}"], "E203"),
     ],
 )
 def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str], words: list[str], code: str) -> None:
@@ -295,6 +328,13 @@ def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str], words: list[s
     assert shown.err.count("\n") == 1
     assert shown.out == ""
     assert status == int(code[1])
+
+
+def test_a_group_without_a_command_asks_for_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bank"]) == 2
+    shown = capsys.readouterr()
+    assert shown.err == "E200 which of build, fuse, train, inspect? [memc bank] Next: memc bank --help\n"
+    assert main(["bank", "--help"]) == 0
 
 
 def test_a_corrupt_report_file_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -65,6 +65,12 @@ def test_every_exception_is_one_line(
     assert shown.out == ""
 
 
+def test_a_full_disk_names_the_output_where_the_system_names_no_file(capsys: pytest.CaptureFixture[str]) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device")
+    assert fail(full, Invocation(["convert"], Path("made"))) == 5
+    assert capsys.readouterr().err.startswith("E502 no space left on the disk [made]")
+
+
 def test_traceback_goes_to_a_log_that_the_line_names(
     raising: Arrange, capsys: pytest.CaptureFixture[str], cache: Path
 ) -> None:

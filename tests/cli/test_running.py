@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from memc.artifact import read_manifest
 from memc.cli import main
 from memc.report import models as m
 from memc.report.read import read_report
+from tests.core.runtime_fakes import byte_tokenizer, make_artifact
 from tests.core.test_convert import make_llama
 from tests.core.tiny import tiny_program
 
@@ -36,6 +38,25 @@ def test_generate_streams_to_stdout_and_figures_to_stderr(out: str, capsys: Capt
 def test_generate_refuses_options_out_of_range(out: str, capsys: Capture, words: list[str]) -> None:
     assert main(["generate", out, "--prompt", "a", *words]) == 2
     assert capsys.readouterr().err.startswith("E200")
+
+
+def test_generating_past_the_training_is_warned_of_in_one_line(tmp_path: Path, capsys: Capture) -> None:
+    out = str(make_artifact(tmp_path / "out", tokenizer=byte_tokenizer(), trained_positions=20))
+    words = ["generate", out, "--prompt", "the quick", "--quiet", "--max-new-tokens"]
+    assert main([*words, "4"]) == 0 and capsys.readouterr().err == ""
+    assert main([*words, "40"]) == 0
+    told = capsys.readouterr().err
+    assert told.startswith("warning: beyond_trained: ") and "past the 20 positions" in told and told.count("\n") == 1
+
+
+def test_lowering_for_a_context_past_the_training_is_warned_of(tmp_path: Path, capsys: Capture) -> None:
+    program = replace(tiny_program(), model=replace(tiny_program().model, max_positions=64))
+    api.convert(program, tmp_path / "out", recipe="dense", backend="eager")
+    capsys.readouterr()
+    words = ["lower", str(tmp_path / "out"), "--target", "cpu", "--backend", "eager", "--force"]
+    for context, told in (("64", 0), ("65", 1)):
+        assert main([*words, "-o", str(tmp_path / "second"), "--context", context]) == 0
+        assert capsys.readouterr().err.count("beyond_trained: context 65 is past the 64 positions") == told
 
 
 def test_lower_makes_a_second_artifact(tmp_path: Path, capsys: Capture) -> None:

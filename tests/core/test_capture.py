@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -180,6 +181,38 @@ def test_module_is_captured_with_its_own_parameters() -> None:
 def test_ambiguous_example_is_refused(shape: tuple[int, int]) -> None:
     with pytest.raises(MemcError, match="ambiguous"):
         capture(Oddities(), (torch.zeros(shape, dtype=torch.int64),))
+
+
+@pytest.mark.parametrize(
+    ("module", "example", "expected"),
+    [
+        (torch.nn.Linear(8, 5), (3, 8), ("B", 8)),
+        (torch.nn.Linear(8, 5), (2, 7, 8), ("B", "T", 8)),
+        (torch.nn.Conv2d(3, 4, 3), (2, 3, 9, 9), ("B", 3, 9, 9)),
+    ],
+)
+def test_floats_have_a_length_where_there_is_one(
+    module: torch.nn.Module, example: tuple[int, ...], expected: tuple[int | str, ...]
+) -> None:
+    value = torch.randn(example)
+    program = capture(module, value)
+    assert program.inputs[0].shape == expected and not program.model.decoder
+    more = torch.randn(example[0] + 2, *example[1:])
+    torch.testing.assert_close(program(more)[0], module(more))
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (1, 8), (2, 7, 7), (2, 2, 8), (2, 8, 2)])
+def test_an_example_of_floats_that_is_ambiguous_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(MemcError, match=r"E305 example input .* is ambiguous"):
+        capture(torch.nn.Linear(8, 5), (torch.randn(shape),))
+
+
+@pytest.mark.parametrize("examples", [None, 3, (), ("x",), (torch.tensor(1.0),)])
+def test_what_is_no_example_is_refused(examples: Any) -> None:
+    with pytest.raises(MemcError, match="E305 example inputs are"):
+        capture(torch.nn.Linear(8, 5), examples)
+    with pytest.raises(MemcError, match="E305 3 is no nn"):
+        capture(3, examples)  # type: ignore[arg-type]
 
 
 class Branches(nn.Module):

@@ -67,6 +67,27 @@ def test_config_that_is_no_json(folder: Path) -> None:
     refused(folder, "E302")
 
 
+def test_a_configuration_of_rotary_positions_that_is_wrong_is_told_once(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    families.build("llama")[0].save_pretrained(tmp_path)
+    capfd.readouterr()
+    edit_config(tmp_path, rope_scaling={"rope_type": "yarn", "factor": "x", "odd": 1}, rope_parameters=None)
+    with pytest.raises(MemcError):
+        capture_source(tmp_path, weights=False)
+    shown = capfd.readouterr()
+    assert shown.out == shown.err == ""
+
+
+def test_a_file_that_may_not_be_read_is_not_told_to_be_had_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(path: Path, *args: object, **options: object) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", denied)
+    error = refused(folder, "E302")
+    assert "Permission denied" in error.message and "readable" in error.next
+
+
 def header(length: int, text: bytes = b"") -> bytes:
     return struct.pack("<Q", length) + text
 
@@ -140,6 +161,30 @@ def test_missing_and_extra_tensors(folder: Path) -> None:
     assert "transformer.ln_f.bias" in refused(folder, "E303").message
     save_file(tensors | {"transformer.extra": torch.ones(3)}, folder / "model.safetensors", {"format": "pt"})
     assert "transformer.extra" in refused(folder, "E303").message
+
+
+@pytest.mark.parametrize("kind", [torch.int64, torch.int8, torch.bool])
+def test_integers_where_the_model_has_none(folder: Path, kind: torch.dtype) -> None:
+    path, name = folder / "model.safetensors", "transformer.h.0.ln_1.weight"
+    tensors = load_file(path)
+    save_file({**tensors, name: torch.ones_like(tensors[name]).to(kind)}, path)
+    assert name in refused(folder, "E303").message
+
+    class Late(SafetensorsWeights):
+        def dtype(self, name: str) -> torch.dtype:
+            return kind
+
+    captured = capture_source(folder, weights=False)
+    with pytest.raises(MemcError, match=r"E303.* is "):
+        materialize(captured.program, Late([path], str(path)))
+
+
+@pytest.mark.parametrize("value", [0, -1])
+@pytest.mark.parametrize("name", ["n_layer", "n_embd", "n_head", "vocab_size"])
+def test_sizes_that_no_model_has(folder: Path, name: str, value: int) -> None:
+    edit_config(folder, **{name: value})
+    for weights in (True, False):
+        assert "config" in refused(folder, "E302", weights=weights).next
 
 
 def test_more_layers_than_the_configuration(folder: Path) -> None:

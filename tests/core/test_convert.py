@@ -122,6 +122,7 @@ def test_a_model_becomes_a_verified_artifact(llama: Path, tmp_path: Path) -> Non
     assert names == {"raised_logits", "split_invariance", "perplexity_ratio", "kl_mean", "lowered_logits"}
     manifest = read_manifest(out, verify=True)
     assert manifest.backend == "eager" and manifest.source == llama.name
+    assert manifest.trained_positions == TRAINED
     assert {"recipe.yaml", "tokenizer.json", "program/program.json", "program/params.safetensors"} <= set(
         manifest.files
     )
@@ -317,13 +318,48 @@ def test_a_kill_while_a_file_is_written_is_gone_on_from(
     assert not list((tmp_path / "out").rglob("*.partial"))
 
 
-def test_another_recipe_needs_fresh(program: Program, tmp_path: Path) -> None:
+def test_another_recipe_needs_fresh_where_something_was_finished(program: Program, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(MemcError, match="E401"):
+        run(program, out, "toy:op=shift,by=0", "toy:op=shift,by=0.01,relation=close")
+    assert list((tmp_path / "out.partial").glob("stage-*"))
+    with pytest.raises(MemcError, match=r"E204.*--fresh"):
+        run(program, out)
+    assert list((tmp_path / "out.partial").glob("stage-*"))
+    assert run(program, out, fresh=True).verified
+
+
+def test_another_recipe_starts_over_where_nothing_was_finished(program: Program, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(MemcError, match="E401"):
         run(program, out, "toy:op=shift,by=0.01,relation=close")
-    with pytest.raises(MemcError, match=r"E204.*--fresh"):
-        run(program, out)
-    assert run(program, out, fresh=True).verified
+    assert (tmp_path / "out.partial" / "report" / "error.json").is_file()
+    assert run(program, out).verified and not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", '{"model"'),
+        ("tokenizer.json", "[]"),
+        ("tokenizer_config.json", "{"),
+        ("special_tokens_map.json", "3"),
+        ("generation_config.json", "[" * 100_000),
+        ("generation_config.json", '{"eos_token_id": "w1"}'),
+        ("generation_config.json", '{"do_sample": true, "temperature": "hot"}'),
+        ("chat_template.jinja", b"\xff\xfe"),
+    ],
+)
+def test_a_broken_file_beside_the_weights_is_refused_by_name(
+    llama: Path, tmp_path: Path, name: str, content: str | bytes
+) -> None:
+    folder = Path(shutil.copytree(llama, tmp_path / "model"))
+    (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    for dry_run in (True, False):
+        with pytest.raises(MemcError) as caught:
+            run(folder, tmp_path / "out", dry_run=dry_run)
+        assert caught.value.code == "E302" and caught.value.where.endswith(name) and "leave it out" in caught.value.next
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_a_full_disk_is_said_before(program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

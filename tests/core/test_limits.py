@@ -54,6 +54,7 @@ def test_limits_without_a_context_are_at_that_of_the_conversion() -> None:
         ("ppl@32k<=1.05x", "measured on text"),
         ("state<=1MB,state<=2MB", "two limits"),
         ("decode>=0x", "over 0"),
+        ("state@100000000000000000000k<=0.2x", "at most 2147483647"),
     ],
 )
 def test_what_is_no_limit_is_refused(text: str, said: str) -> None:

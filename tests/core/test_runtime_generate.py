@@ -247,8 +247,21 @@ def test_prompts_and_options_that_are_refused(tmp_path):
         {"top_p": 2},
         {"seed": -1},
         {"stop": ""},
+        {"stop": 3.5},
+        {"stop": [None]},
+        {"temperature": "hot"},
+        {"top_p": "most"},
+        {"top_k": 1.5},
+        {"seed": 2**63},
+        {"max_new_tokens": 10**14},
     ):
         refused("E200", session.generate, "a", **{"max_new_tokens": 4, **options})
+    assert "max_new_tokens" in refused("E200", session.generate, "a", max_tokens=4)
+    for prompt in (None, 3, [1.5], [None], [1, 1.5], [["a"]], [-1]):
+        refused("E200", session.generate, prompt, max_new_tokens=4)
+        refused("E200", session.stream, prompt, max_new_tokens=4)
+    for ids in (None, 3, ["a"], [-1], [2**40], [1.5]):
+        refused("E200", session.decode, ids)
     refused("E200", session.stream, ["a", "b"])
 
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -146,6 +147,87 @@ def test_load_state_refuses(tmp_path):
     refused("E502", session.save, state, tmp_path / "no" / "folder")
 
 
+def test_a_damaged_state_is_refused_wherever_the_damage_is(tmp_path):
+    session = make_session(tmp_path / "out", grows=True, capacity=64)
+    state = session.new_state()
+    session.prefill(ROWS[0], state)
+    path = tmp_path / "state"
+    session.save(state, path)
+    whole = path.read_bytes()
+    data = 8 + int.from_bytes(whole[:8], "little")
+    places = range(data, len(whole), max(1, (len(whole) - data) // 40))
+    for place in places:
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x10]) + whole[place + 1 :])
+        assert "changed" in refused("E402", session.load_state, path)
+    path.write_bytes(whole)
+    np.testing.assert_array_equal(session.step([1], session.load_state(path)), session.step([1], state))
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["out", "state"]
+
+
+def test_a_state_without_a_digest_is_refused(tmp_path):
+    from safetensors import safe_open
+    from safetensors.numpy import load_file, save_file
+
+    session = make_session(tmp_path / "out")
+    session.save(session.new_state(), tmp_path / "state")
+    with safe_open(tmp_path / "state", framework="np") as file:
+        metadata = file.metadata()
+    arrays = load_file(tmp_path / "state")
+    save_file(arrays, tmp_path / "older", metadata={**metadata, "schema": "memc.state/1"})
+    assert "prefill again" in refused("E309", session.load_state, tmp_path / "older")
+    del metadata["arrays"]
+    save_file(arrays, tmp_path / "bare", metadata=metadata)
+    refused("E402", session.load_state, tmp_path / "bare")
+
+
+def test_a_state_of_another_session_is_refused(tmp_path):
+    session, other = make_session(tmp_path, grows=True), make_session(tmp_path, grows=True)
+    state = session.new_state()
+    session.prefill(ROWS[0], state)
+    before = state.lengths.copy()
+    for call, *args in (
+        (other.prefill, [[1]]),
+        (other.step, [1]),
+        (other.generate, [1]),
+        (other.fork,),
+        (other.save,),
+    ):
+        options = {"state": state} if call == other.generate else {}
+        given = [*args, *([] if options else [state]), *([tmp_path / "file"] if call == other.save else [])]
+        assert "another session" in refused("E200", call, *given, **options)
+    np.testing.assert_array_equal(state.lengths, before)
+    session.save(state, tmp_path / "file")
+    np.testing.assert_array_equal(
+        other.step([1], other.load_state(tmp_path / "file")), session.step([1], session.fork(state))
+    )
+
+
+@pytest.mark.parametrize("wrong", [None, 3, "x", [1]])
+def test_what_is_no_state_is_refused(tmp_path, wrong):
+    session = make_session(tmp_path)
+    for call in (
+        lambda: session.fork(wrong),
+        lambda: session.prefill([[1]], wrong),
+        lambda: session.step([1], wrong),
+        lambda: session.save(wrong, tmp_path / "file"),
+    ):
+        assert str(wrong)[:4] in refused("E200", call)
+
+
+@pytest.mark.parametrize("rows", [[1], [-1], [], ["a"], [0.0], 5])
+def test_rows_that_a_state_does_not_have_are_refused(tmp_path, rows):
+    session = make_session(tmp_path)
+    refused("E200", session.fork, session.new_state(), rows)
+
+
+def test_what_is_no_path_is_refused(tmp_path):
+    session = make_session(tmp_path)
+    for wrong in (None, 3, b"bytes"):
+        refused("E200", load, wrong)
+        refused("E200", session.load_state, wrong)
+        refused("E200", session.save, session.new_state(), wrong)
+
+
 def test_capacity(tmp_path):
     session = make_session(tmp_path, grows=True, capacity=10)
     message = refused("E206", session.prefill, ROWS[2], session.new_state())
@@ -161,6 +243,25 @@ def test_capacity(tmp_path):
     assert steady.new_state(1, capacity=3).capacity is None
 
 
+def test_a_sequence_past_the_training_is_warned_of_once(tmp_path):
+    session = make_session(tmp_path, trained_positions=9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        session.logits(ROWS[0])
+        state = session.new_state()
+        session.prefill(ROWS[0], state)
+        session.step([1], state)
+        session.step([1], state)
+        assert session.beyond_trained(9) == ""
+    with pytest.warns(UserWarning, match="beyond_trained: 10 tokens are past the 9 positions") as told:
+        session.step([1], state)
+        session.step([1], state)
+        session.logits(ROWS[2])
+    assert len(told) == 1
+    with pytest.warns(UserWarning, match="12 tokens"):
+        make_session(tmp_path, trained_positions=9).logits(ROWS[2])
+
+
 def test_bad_ids(tmp_path):
     session = make_session(tmp_path)
     refused("E205", session.logits, [])
@@ -173,6 +274,11 @@ def test_bad_ids(tmp_path):
     for wrong in ([[1.5]], [["x"]], [[2**70]], [[True]], np.zeros((1, 2, 2), np.int64)):
         refused("E200", session.prefill, wrong, session.new_state())
     refused("E200", session.step, [1.5], session.new_state())
+    for wrong in (3, "x", np.array(5), object()):
+        refused("E200", session.logits, wrong)
+        refused("E200", session.prefill, wrong, session.new_state())
+        refused("E200", session.step, wrong, session.new_state())
+    refused("E200", session.prefill, None, session.new_state())
     refused("E200", session.new_state, 0)
     refused("E200", session.new_state, 1, 0)
 
@@ -194,7 +300,8 @@ def test_load(tmp_path, monkeypatch):
         session = load(out, threads=1, verify=True)
         assert session.logits([[1, 2]]).shape == (1, 2, VOCAB) and session.capacity is None
         assert isinstance(memc.load(str(out)), memc.Session)
-        refused("E200", load, out, threads=0)
+        for threads in (0, 1.5, "2", 10**14):
+            refused("E200", load, out, threads=threads)
         refused("E200", load, out, chunk=0)
         refused("E309", load, tmp_path / "nothing")
         (out / "lowered/fake/model.bin").write_bytes(b"altered")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,10 @@ def test_bodies_and_hosts_that_are_not_taken(session: Session) -> None:
         here = {**kind, "host": "localhost:8000"}
         path = "/v1/completions"
         assert (await made.post(path, json=PROMPT)).status_code == 403
+        for host in ("[abc", "localhost]", "[::1", "localhost@evil", "local host", "evil:8000", "localhost.evil", ""):
+            assert (await made.post(path, json=PROMPT, headers={**kind, "host": host})).status_code == 403, host
+        for host in ("LOCALHOST", "127.0.0.1:", "[::1]"):
+            assert (await made.post(path, json=PROMPT, headers={**kind, "host": host})).status_code == 200, host
         assert (await made.post(path, json=PROMPT, headers={"host": "[::1]:8000"})).status_code == 200
         assert (await made.post(path, content=b"{}", headers={"host": "localhost"})).status_code == 415
         for content in (b"{", b"[]", b"\xff", b"[" * 150_000):
@@ -88,6 +93,15 @@ def test_bodies_and_hosts_that_are_not_taken(session: Session) -> None:
         assert large.status_code == 413 and large.json()["error"]["message"]
 
     talk(session, script, Limits(body_bytes=200_000), LOOPBACK_NAMES)
+
+
+def test_of_several_parameters_the_first_listed_is_named() -> None:
+    names = list(NEUTRAL)
+    for first, second in pairwise(names):
+        body = json.dumps({"model": "tiny", "prompt": "x", second: "?", first: "?"}).encode()
+        with pytest.raises(RequestError) as caught:
+            parse(body, CompletionRequest)
+        assert caught.value.param == first
 
 
 def test_with_a_key_nothing_but_health_is_answered_without_it(session: Session) -> None:

@@ -250,7 +250,17 @@ def test_what_it_leaves_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     "spec",
-    ["ranks=", "ranks=0:0", "ranks=4;2", "ranks=-1", "layers=[]", "layers=some", "kind=table", "rank=4"],
+    [
+        "ranks=",
+        "ranks=0:0",
+        "ranks=4;2",
+        "ranks=-1",
+        "ranks=99999999999999999999:0",
+        "layers=[]",
+        "layers=some",
+        "kind=table",
+        "rank=4",
+    ],
 )
 def test_options_that_are_refused(spec: str) -> None:
     with pytest.raises(MemcError) as caught:

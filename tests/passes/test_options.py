@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from memc import sites
+from memc import plugins, sites
 from memc.blocks import (
     AttentionBlock,
     Bidirectional,
@@ -193,6 +195,22 @@ def test_bad_options_are_refused(spec: str, message: str) -> None:
     with pytest.raises(MemcError, match=message) as caught:
         parse_spec(spec)
     assert caught.value.code == "E203"
+
+
+def test_no_number_is_too_large_or_none_for_any_option() -> None:
+    from memc.analysis.methods import METHODS
+    from memc.evaluate.tasks import TASKS
+
+    checked = 0
+    for cls in (*map(type, map(parse_spec, plugins.BUILTIN["memc.passes"])), *METHODS.values(), *TASKS.values()):
+        for spec in dataclasses.fields(cls):
+            values = {int: [10**20], float: [math.inf, math.nan]}.get(type(spec.default), [])
+            for value in values:
+                with pytest.raises(MemcError, match=spec.name) as caught:
+                    cls.from_options({spec.name: value})
+                assert caught.value.code == "E203"
+                checked += 1
+    assert checked > 50
 
 
 def test_every_refusal_is_documented() -> None:
