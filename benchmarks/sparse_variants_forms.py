@@ -95,8 +95,8 @@ class Streaming:
     - ``mean``: q.k of the mean of the dropped keys, rotated as they are (RazorAttention, arXiv 2407.15891, 3.3);
     - ``before``: the same, keys averaged before rotation and rotated to the middle of where they stood;
     - ``edge``: likewise, rotated to the last that was dropped;
-    - ``constant``, ``affine``: a number, or w.q + b with q before rotation, fitted for each query head offline to the
-      log of the mean exponential of the dropped scores;
+    - ``affine``: w.q + b with q before rotation, fitted for each query head offline to the log of the mean exponential
+      of the dropped scores;
     - ``normal``: q.k of the mean and half the variance of q.k for independent channels, as ``moments`` ranks by;
     - ``true``: the log of the mean exponential of the dropped scores, which no state of constant size gives.
 
@@ -163,11 +163,11 @@ class Streaming:
                 last = layer.at - self.window
                 where = last if self.token == "edge" else (last + self.sinks) / 2
                 return (q * layer.over_heads(rotated(plain, where, layer.inv_freq))).sum(-1)
-            case "constant" | "affine":
+            case "affine":
                 assert self.fitted is not None
                 weights = self.fitted[layer.number]
                 weights = weights if layer.heads is None else weights[list(layer.heads)]
-                return (regressors(layer, self.token) @ weights[..., None].to(q.dtype))[..., 0]
+                return (regressors(layer) @ weights[..., None].to(q.dtype))[..., 0]
             case "normal":
                 mean = self.mean(layer, layer.key)
                 variance = (self.mean(layer, layer.key.square()) - mean.square()).clamp_min(0)
@@ -178,17 +178,17 @@ class Streaming:
                 return layer.scores().masked_fill(~gone, -torch.inf).logsumexp(-1) - count.log()
 
 
-def regressors(layer: Layer, token: str) -> Tensor:
-    """Return what a logit is linear in ``[H,R,.]``: one, and for ``affine`` the query before rotation."""
+def regressors(layer: Layer) -> Tensor:
+    """Return what an affine logit is linear in ``[H,R,1+D]``: one, and the query before rotation."""
     one = torch.ones_like(layer.query[..., :1])
-    return one if token == "constant" else torch.cat([one, rotated(layer.query, -layer.at, layer.inv_freq)], -1)
+    return torch.cat([one, rotated(layer.query, -layer.at, layer.inv_freq)], -1)
 
 
-def fitted(layers: Sequence[Layer], window: int, token: str) -> Tensor:
-    """Fit the weights ``[H,.]`` of a logit to one layer's calls, by least squares weighed by what was dropped."""
+def fitted(layers: Sequence[Layer], window: int) -> Tensor:
+    """Fit the weights ``[H,1+D]`` of an affine logit to one layer's calls, by least squares weighed by what was dropped."""
     true, gram, right = Streaming(window, "true"), 0.0, 0.0
     for layer in layers:
-        given, wanted = regressors(layer, token).double(), true.logit(layer).double()
+        given, wanted = regressors(layer).double(), true.logit(layer).double()
         dropped = (wanted + true.count(layer).log() - seen_sum(layer)).exp()
         gram = gram + (given * dropped[..., None]).mT @ given
         right = right + ((given * dropped[..., None]).mT @ wanted[..., None])[..., 0]
