@@ -185,7 +185,7 @@ def regressors(layer: Layer) -> Tensor:
 
 
 def fitted(layers: Sequence[Layer], window: int) -> Tensor:
-    """Fit the weights ``[H,1+D]`` of an affine logit to one layer's calls, by least squares weighed by what was dropped."""
+    """Fit the weights ``[H,1+D]`` of an affine logit to a layer's calls, by least squares weighed by what was dropped."""
     true, gram, right = Streaming(window, "true"), 0.0, 0.0
     for layer in layers:
         given, wanted = regressors(layer).double(), true.logit(layer).double()
