@@ -185,7 +185,7 @@ def regressors(layer: Layer) -> Tensor:
 
 
 def fitted(layers: Sequence[Layer], window: int) -> Tensor:
-    """Fit the weights ``[H,1+D]`` of an affine logit to a layer's calls, by least squares weighed by what was dropped."""
+    """Fit ``[H,1+D]`` weights of an affine logit to calls of one layer, least squares weighed by what was missed."""
     true, gram, right = Streaming(window, "true"), 0.0, 0.0
     for layer in layers:
         given, wanted = regressors(layer).double(), true.logit(layer).double()

@@ -85,9 +85,9 @@ SECTIONS: dict[str, tuple[str, str, Callable[[list[Line]], str]]] = {
         "The heads that retrieve (by echo and induction) read everything, the others 4 sinks, the window, and one token"
         " of weight N for the N others. Its key: `mean`, of their keys (RazorAttention); `edge`, of the keys before"
         " rotation, rotated to the last of them; `normal`, mean and half the variance of q.k; `affine`, w.q + b for"
-        " each query head, fitted on two other texts; `true`, the log of the mean exponential itself, which no small state"
-        " gives. Its value is the mean of theirs; `first order`, the expansion of their softmax around it, for which a"
-        " state would hold a matrix.",
+        " each query head, fitted on two other texts; `true`, the log of the mean exponential itself, which no small"
+        " state gives. Its value is the mean of theirs; `first order`, the expansion of their softmax around it, for"
+        " which a state would hold a matrix.",
         tokens,
     ),
     "heads": (
