@@ -10,16 +10,16 @@ from torch.fx import Node
 
 from memc import sites
 from memc.analysis.heads import head_roles
+from memc.analysis.reach import farthest, reaches
 from memc.blocks import Alibi, AttentionBlock, Chunked, SlidingWindow
 from memc.dialect import arguments
 from memc.dialect.events import REFINEMENTS
 from memc.dialect.selectors import SELECTORS
 from memc.dialect.sparse_attention import forced_pages
-from memc.errors import MemcError
 from memc.head_split import HeadSplit, attend_window, join_heads, split_states
 from memc.passes.sparsify import checks, events, extend
 from memc.passes.sparsify.attention import attend_retrieving
-from memc.pipeline import Pass, PassReport, Plan, option
+from memc.pipeline import Calibration, Pass, PassReport, Plan, option
 from memc.program import Program
 from memc.relation import Bounded, Close, Relation
 from memc.rewrite import Editor, result_of, window_states
@@ -27,6 +27,9 @@ from memc.target import Target
 
 METHODS = tuple(name for name, selector in SELECTORS.items() if selector.choice != "levels")
 """What ``method`` may be; two levels are an option of ``bounds``."""
+
+SEQUENCES, LONG = 8, 4
+"""How many sequences ``retrieve=reach`` looks at, and how many times as long as what a head that streams holds."""
 
 EVENT_OPTIONS = ("gamma", "longest", "refine", "contiguity", "calls")
 """Options that only ``method=em`` reads."""
@@ -104,7 +107,9 @@ class Sparsify(Pass):
 
     ``retrieve=heads:P%`` does so for the P percent of the key-value heads (each with the query heads that read it)
     whose best query head looks up earlier tokens most by the scores of :mod:`memc.analysis.heads`, fewer where no more
-    do at all. The others stream (DuoAttention, Xiao et al. 2025; RazorAttention, Tang et al. 2025):
+    do at all; ``retrieve=reach:P%`` for the P percent whose best query head attends most to what sinks and
+    ``stream_window`` leave out, in the conversion's data or in text sampled from the original
+    (:mod:`memc.analysis.reach`). The others stream (DuoAttention, Xiao et al. 2025; RazorAttention, Tang et al. 2025):
     ``memc::window_memory`` of ``stream_window`` tokens and the sinks, whose state does not grow.
 
     ``bits=8`` or ``bits=4`` hold keys and values in so many bits a channel, for which ``method=bounds`` is needed: keys
@@ -177,7 +182,8 @@ class Sparsify(Pass):
     retrieve: str = option(
         "all",
         "key-value heads that choose among all tokens: all; heads:P%, the P percent whose query heads look up earlier"
-        " tokens most; or heads:[3.0,3.2], by LAYER.HEAD. The others stream: they hold sinks and window",
+        " tokens most; reach:P%, those that attend most to what sinks and stream_window leave out of the data, or of"
+        " sampled text; or heads:[3.0,3.2], by LAYER.HEAD. The others stream: they hold sinks and window",
     )
     stream_window: int = option(256, "most recent tokens that a head that streams reads", unit="tokens", min=1)
     keep: str = option("none", sites.KEEP_HELP)
@@ -186,9 +192,7 @@ class Sparsify(Pass):
         """Check every option, and those that go together."""
         super().__post_init__()
         sites.check_keep(self.name, self.keep)
-        if self.retrieve != "all" and not sites.check_heads(self.name, self.retrieve, "retrieve"):
-            where = f"{self.name}:retrieve={self.retrieve}"
-            raise MemcError("E203", "option 'retrieve' is all, heads:P% or heads:[LAYER.HEAD,...]", where)
+        checks.check_retrieve(self.retrieve)
         checks.check_bits(self.bits, self.method)
         own = (f for f in fields(self) if f.name in EVENT_OPTIONS)
         changed = {f.name: value for f in own if (value := getattr(self, f.name)) != f.default}
@@ -251,6 +255,10 @@ class Sparsify(Pass):
         kept = roles.best(share, [(block.layer, block.path) for block in blocks])
         return replace(self, retrieve=sites.listed_groups(kept)), {"heads": roles.to_json(kept)}
 
+    def calibrates(self) -> tuple[int, int] | None:
+        """Ask for sequences long past sinks and window where text is to tell which heads look there."""
+        return (SEQUENCES, LONG * (self.stream_window + self.sinks)) if sites.reach_share(self.retrieve) else None
+
     def offers(self) -> tuple[Sparsify, ...]:
         """Offer two budgets, from where on the larger one pays; none of a method that has to be trained."""
         if self.grouped:
@@ -270,15 +278,16 @@ class Sparsify(Pass):
         chosen, rejections = sites.choose_sites(blocks, self.keep, lambda block: self._refuse(program, block))
         exact = self.exact_to
         if self.retrieve != "all":
-            heads = sites.kept_groups(self.retrieve, blocks, self._open(program), "retrieve")
-            by_layer = {site: sorted(group for layer, group in heads if layer == site.layer) for site in chosen}
-            chosen = tuple(replace(site, kept=tuple(kept)) for site, kept in by_layer.items())
+            spread = self.retrieve.replace("reach:", "heads:")
+            chosen = sites.keeping(chosen, sites.kept_groups(spread, blocks, self._open(program), "retrieve"))
             exact = min(exact, self.stream_window)
         relations: tuple[Relation, ...] = (Close(1e-4, tokens=exact), Bounded("perplexity_ratio", None))
         return Plan(self.spec, chosen, rejections, relations)
 
     def apply(self, program: Program, plan: Plan) -> tuple[Program, PassReport]:
-        """Rewrite the plan's sites."""
+        """Rewrite the plan's sites, of heads that the plan's text chooses where that is left to it."""
+        if plan.calibration is not None and (share := sites.reach_share(self.retrieve)):
+            return self._by_reach(program, plan, plan.calibration, share)
         editor = Editor(program)
         blocks = sites.planned_blocks(editor.program, plan)
         last = blocks[-1][0]
@@ -300,6 +309,20 @@ class Sparsify(Pass):
             adapts=changed,
         )
         return editor.finish(), report
+
+    def _by_reach(self, program: Program, plan: Plan, text: Calibration, share: float) -> tuple[Program, PassReport]:
+        """Rewrite the plan's sites with the heads retrieving that look past sinks and window most in a text."""
+        checks.check_reach(text.tokens.shape[1], self.stream_window, self.sinks, self.retrieve)
+        blocks = [block for block, _ in sites.planned_blocks(program, plan)]
+        found = reaches(program, blocks, text, window=self.stream_window, sinks=self.sinks)
+        kept = farthest(found, share)
+        settled = replace(self, retrieve=sites.listed_groups(kept))
+        chosen = sites.keeping(plan.sites, kept)
+        result, report = settled.apply(program, replace(plan, spec=settled.spec, sites=chosen))
+        by_layer = {str(one.layer): {"beyond_window": list(one.beyond)} for one in found}
+        details = {layer: facts | by_layer.get(layer, {}) for layer, facts in report.details.items()}
+        read = f"{text.tokens.numel()} tokens: {text.origin}"
+        return result, replace(report, details={**details, "total": {"calibration": read}})
 
     def _open(self, program: Program) -> list[AttentionBlock]:
         """Return the blocks that can be rewritten and are."""
