@@ -1,7 +1,7 @@
 """What forms of sparse attention that no pass offers cost SmolLM2-135M, beside those that are offered.
 
     python benchmarks/texts.py texts
-    python benchmarks/sparse_variants.py --texts texts [--parts token,heads,groups,channels]
+    python benchmarks/sparse_variants.py --texts texts [--parts token,heads,recall,groups,channels]
 
 Rows of 2,048 tokens of an Austen novel and of the Jargon File: the first 1,536 read everything, KL to the original is
 that of the last 512. Writes ``results/sparse-variants-DATE.json`` and ``.md``; lines that are there already stay.
@@ -41,14 +41,18 @@ from sparse_variants_page import page
 from torch import Tensor
 from torch.fx import Interpreter, Node
 
-from memc.analysis.heads import head_roles
+from memc.analysis.heads import head_roles, repeated_tokens
 from memc.dialect import arguments
+from memc.evaluate.score import words_in
+from memc.evaluate.tasks import Sample
+from memc.evaluate.tasks.needles import Passkey
 from memc.kernels.sparse_attention.choose import Rule
 from memc.plugins import load_kernels
 from memc.program import Program
 from memc.runtime.text import Text
 from memc.sites import Group, attention_blocks
 from memc.verify.execute import positions_of, run
+from memc.verify.inputs import token_limit
 
 LENGTH, FIRST, RECENT = 2048, 1536, 32
 LEARNED = ("austen-emma.txt", "foldoc.txt")
@@ -122,6 +126,12 @@ class Bench:
     @torch.no_grad()
     def row(self, tokens: Tensor) -> Row:
         """Run the original over a row."""
+        held, asked, overall = self.held(tokens, FIRST)
+        return Row(tokens, held, self.predicted(tokens, held, dense), asked, overall)
+
+    @torch.no_grad()
+    def held(self, tokens: Tensor, first: int) -> tuple[dict[str, Tensor], dict[int, Tensor], dict[int, Tensor]]:
+        """Return the states after the first tokens, and the energies of their key channels."""
         asked, overall = dict[int, Tensor](), dict[int, Tensor]()
 
         def score(layer: Layer) -> Tensor:
@@ -129,20 +139,49 @@ class Bench:
             overall[layer.number] = energy(layer.query, layer.key)
             return dense(layer)
 
-        part = tokens[None, :FIRST]
+        part = tokens[None, :first]
         state = Patched(self.program, score).run(part, positions_of(part, 0), *self.program.new_state(1))[1:]
-        held = dict(zip((spec.name for spec in self.program.states), state, strict=True))
-        return Row(tokens, held, self.predicted(tokens, held, dense), asked, overall)
+        return dict(zip((spec.name for spec in self.program.states), state, strict=True)), asked, overall
 
     @torch.no_grad()
-    def predicted(self, tokens: Tensor, held: Mapping[str, Tensor], attend: Attend) -> Tensor:
-        """Return the log-probabilities of the last tokens of a row."""
-        part, state = tokens[None, FIRST:], [held[spec.name] for spec in self.program.states]
-        return Patched(self.program, attend).run(part, positions_of(part, FIRST), *state)[0][0].log_softmax(-1)
+    def predicted(self, tokens: Tensor, held: Mapping[str, Tensor], attend: Attend, first: int = FIRST) -> Tensor:
+        """Return the log-probabilities of the tokens from ``first`` on."""
+        part, state = tokens[None, first:], [held[spec.name] for spec in self.program.states]
+        return Patched(self.program, attend).run(part, positions_of(part, first), *state)[0][0].log_softmax(-1)
 
     def kl(self, attend: Attend) -> list[float]:
         """Return the divergence, in nats a token, of each row."""
         return [divergence(row, self.predicted(row.tokens, row.held, attend)) for row in self.rows]
+
+    @cached_property
+    def rankings(self) -> dict[str, dict[Group, float]]:
+        """Scores of the key-value heads by each way to rank them, the highest to retrieve."""
+        known = sorted(self.roles)
+        texts, tokens = (self.seen(row) for row in self.learned), repeated_tokens(token_limit(self.program), None)[0]
+        made = {
+            "echo and induction": self.roles,
+            "positional decay": decay(texts),
+            "positional decay, on random tokens": decay(self.whole(row) for row in tokens),
+        }
+        both = [ranks(scores) for scores in made.values()][::2]
+        made["echo and induction and decay on random tokens"] = {
+            group: sum(one[group] for one in both) for group in known
+        }
+        made["mass missed"] = missed(self, 256)
+        for seed in (0, 1):
+            order = random.Random(seed).sample(known, len(known))
+            made[f"random, seed {seed}"] = {group: -float(order.index(group)) for group in known}
+        return made
+
+    @torch.no_grad()
+    def found(self, asked: list[tuple[Sample, dict[str, Tensor]]], attend: Attend) -> list[float]:
+        """Return for each sample whether its answer is what is most likely, from the question on."""
+        right = []
+        for sample, held in asked:
+            one, tokens = sample.questions[0], torch.from_numpy(sample.ids)
+            found = self.predicted(tokens[: one.stop], held, attend, one.ask)[one.start - one.ask - 1 : -1]
+            right.append(float(torch.equal(found.argmax(-1), tokens[one.start : one.stop])))
+        return right
 
     def narrowed(self, share: float, prompt: int | None) -> list[float]:
         """Return the divergence of each row with fewer channels of each key-value head's keys."""
@@ -161,6 +200,18 @@ class Bench:
             return dense(layer)
 
         self.predicted(row.tokens, row.held, keep)
+        return found
+
+    @torch.no_grad()
+    def whole(self, tokens: Tensor) -> dict[int, Layer]:
+        """Return what the attention of each layer is given in a run of the original over a sequence from its start."""
+        found: dict[int, Layer] = {}
+
+        def keep(layer: Layer) -> Tensor:
+            found[layer.number] = layer
+            return dense(layer)
+
+        Patched(self.program, keep).run(tokens[None], positions_of(tokens[None], 0), *self.program.new_state(1))
         return found
 
     @torch.no_grad()
@@ -216,16 +267,16 @@ def token(bench: Bench) -> Iterator[Measurement]:
             yield {"kept": share, "window": window, "token": name}, partial(bench.kl, Split(kept, form))
 
 
-def decay(bench: Bench, length: int = 500) -> dict[Group, float]:
+def decay(calls: Iterable[Mapping[int, Layer]], length: int = 500) -> dict[Group, float]:
     """Score key-value heads by how far the mean query reaches into mean keys, as kvpress does on the fly.
 
-    The mean query and key of a text before rotation, at ``length`` positions; the softmax of the last query, summed
+    The mean query and key of each call before rotation, at ``length`` positions; the softmax of the last query, summed
     from the first key on, and the mean of these sums.
     """
     scores: dict[Group, float] = {}
     at = torch.arange(length)
-    for row in bench.learned:
-        for number, layer in bench.seen(row).items():
+    for call in calls:
+        for number, layer in call.items():
             query = rotated(layer.query, -layer.at, layer.inv_freq).mean(1, keepdim=True)
             keys = rotated(layer.key[:, layer.at], -layer.at, layer.inv_freq).mean(1, keepdim=True)
             q, k = (rotated(x.expand(-1, length, -1), at, layer.inv_freq) for x in (query, keys))
@@ -234,6 +285,11 @@ def decay(bench: Bench, length: int = 500) -> dict[Group, float]:
             for group, score in enumerate(area.tolist()):
                 scores[number, group] = scores.get((number, group), 0.0) + score
     return scores
+
+
+def ranks(scores: Mapping[Group, float]) -> dict[Group, int]:
+    """Return how many heads each is ranked above."""
+    return {group: place for place, group in enumerate(sorted(scores, key=lambda one: (scores[one], one)))}
 
 
 def missed(bench: Bench, window: int) -> dict[Group, float]:
@@ -253,14 +309,25 @@ def missed(bench: Bench, window: int) -> dict[Group, float]:
 
 def heads(bench: Bench) -> Iterator[Measurement]:
     """Yield what streaming costs the heads that each ranking leaves to it."""
-    known = sorted(bench.roles)
-    rankings = {"echo and induction": bench.roles, "positional decay": decay(bench), "mass missed": missed(bench, 256)}
-    for seed in (0, 1):
-        order = random.Random(seed).sample(known, len(known))
-        rankings[f"random, seed {seed}"] = {group: -float(order.index(group)) for group in known}
     for share in (0.5, 0.25):
-        for name, scores in rankings.items():
+        for name, scores in bench.rankings.items():
             yield {"kept": share, "ranking": name}, partial(bench.kl, Split(best(scores, share), Streaming(256)))
+
+
+PROMPT = 512
+
+
+def recall(bench: Bench) -> Iterator[Measurement]:
+    """Yield how many passkeys are found, a quarter of the tokens before the question in the window at most."""
+    words = words_in(bench.text.tokenizer, bench.program.model.vocab_size)
+    asked = Passkey().samples(words, PROMPT, 2, 0)
+    made = [(one, bench.held(torch.from_numpy(one.ids), one.questions[0].ask)[0]) for one in asked]
+    forms: dict[str, Attend] = {"dense": dense}
+    for share in (0.5, 0.25):
+        for name, scores in bench.rankings.items():
+            forms[f"{share:.0%} by {name}"] = Split(best(scores, share), Streaming(64))
+    for name, form in forms.items():
+        yield {"heads that retrieve": name, "asked": len(asked)}, partial(bench.found, made, form)
 
 
 RULES: dict[str, dict[str, Any]] = {
@@ -299,6 +366,7 @@ def channels(bench: Bench) -> Iterator[Measurement]:
 PARTS: dict[str, Callable[[Bench], Iterator[Measurement]]] = {
     "token": token,
     "heads": heads,
+    "recall": recall,
     "groups": groups,
     "channels": channels,
 }
@@ -324,7 +392,7 @@ def main() -> None:
             for line, measure in PARTS[part](bench):
                 if any(line.items() <= one.items() for one in made["lines"]):
                     continue
-                made["lines"].append(line | {"kl": measure()})
+                made["lines"].append(line | {"found" if part == "recall" else "kl": measure()})
                 print(json.dumps({"part": part, **made["lines"][-1]}), flush=True)
                 save(path, document, page)
 
