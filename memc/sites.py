@@ -45,7 +45,7 @@ _COUNTED = re.compile(r"(every|first|last):([1-9][0-9]*)")
 _HEADS = re.compile(
     r"heads:(?:(?P<share>[0-9]+(?:\.[0-9]+)?)%|\[\s*(?:[0-9]+\.[0-9]+\s*(?:,\s*[0-9]+\.[0-9]+\s*)*)?\])"
 )
-_REACH = re.compile(r"reach:(?P<share>[0-9]+(?:\.[0-9]+)?)%")
+_DECAY = re.compile(r"decay:(?P<share>[0-9]+(?:\.[0-9]+)?)%")
 _LISTED = re.compile(r"\[\s*([0-9]+\s*(,\s*[0-9]+\s*)*)?\]")
 
 
@@ -104,9 +104,9 @@ def heads_share(keep: str) -> float | None:
     return float(match["share"]) / 100 if match and match["share"] else None
 
 
-def reach_share(option: str) -> float | None:
-    """Return the share of key-value heads that ``reach:P%`` leaves to text to choose, None for any other form."""
-    match = _REACH.fullmatch(option)
+def decay_share(option: str) -> float | None:
+    """Return the share of key-value heads that ``decay:P%`` leaves to the weights to choose, None otherwise."""
+    match = _DECAY.fullmatch(option)
     return float(match["share"]) / 100 if match else None
 
 

@@ -126,22 +126,13 @@ def check_extending(method: str, *, page: int, window: int, rerank: int, retriev
 
 def check_retrieve(retrieve: str) -> None:
     """Raise ``MemcError`` E203 for heads that are named in none of the ways there are."""
-    share = sites.reach_share(retrieve)
+    share = sites.decay_share(retrieve)
     if (
         retrieve == "all"
         or (share is not None and 0 < share < 1)
         or sites.check_heads("sparsify", retrieve, "retrieve")
     ):
         return
-    message = "option 'retrieve' is all, heads:P%, reach:P% or heads:[LAYER.HEAD,...], P between 0 and 100"
-    next_step = "write sparsify:retrieve=heads:50% or sparsify:retrieve=reach:50%"
+    message = "option 'retrieve' is all, heads:P%, decay:P% or heads:[LAYER.HEAD,...], P between 0 and 100"
+    next_step = "write sparsify:retrieve=heads:50% or sparsify:retrieve=decay:50%"
     raise MemcError("E203", message, f"sparsify:retrieve={retrieve}", next_step)
-
-
-def check_reach(tokens: int, stream_window: int, sinks: int, retrieve: str) -> None:
-    """Raise ``MemcError`` E207 where text has nothing that a head that streams would not hold."""
-    if tokens > stream_window + sinks:
-        return
-    message = f"sequences of {tokens} tokens show nothing beyond {sinks} sinks and a window of {stream_window}"
-    where = f"sparsify:stream_window={stream_window},retrieve={retrieve}"
-    raise MemcError("E207", message, where, "lower 'stream_window', or name heads by retrieve=heads:P%")

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 from torch.fx import Node
 
 from memc import sites
+from memc.analysis.decay import farthest, head_decay
 from memc.analysis.heads import head_roles
-from memc.analysis.reach import farthest, reaches
 from memc.blocks import Alibi, AttentionBlock, Chunked, SlidingWindow
 from memc.dialect import arguments
 from memc.dialect.events import REFINEMENTS
@@ -19,7 +19,7 @@ from memc.dialect.sparse_attention import forced_pages
 from memc.head_split import HeadSplit, attend_window, join_heads, split_states
 from memc.passes.sparsify import checks, events, extend
 from memc.passes.sparsify.attention import attend_retrieving
-from memc.pipeline import Calibration, Pass, PassReport, Plan, option
+from memc.pipeline import Pass, PassReport, Plan, option
 from memc.program import Program
 from memc.relation import Bounded, Close, Relation
 from memc.rewrite import Editor, result_of, window_states
@@ -27,9 +27,6 @@ from memc.target import Target
 
 METHODS = tuple(name for name, selector in SELECTORS.items() if selector.choice != "levels")
 """What ``method`` may be; two levels are an option of ``bounds``."""
-
-SEQUENCES, LONG = 8, 4
-"""How many sequences ``retrieve=reach`` looks at, and how many times as long as what a head that streams holds."""
 
 EVENT_OPTIONS = ("gamma", "longest", "refine", "contiguity", "calls")
 """Options that only ``method=em`` reads."""
@@ -107,9 +104,9 @@ class Sparsify(Pass):
 
     ``retrieve=heads:P%`` does so for the P percent of the key-value heads (each with the query heads that read it)
     whose best query head looks up earlier tokens most by the scores of :mod:`memc.analysis.heads`, fewer where no more
-    do at all; ``retrieve=reach:P%`` for the P percent whose best query head attends most to what sinks and
-    ``stream_window`` leave out, in the conversion's data or in text sampled from the original
-    (:mod:`memc.analysis.reach`). The others stream (DuoAttention, Xiao et al. 2025; RazorAttention, Tang et al. 2025):
+    do at all; ``retrieve=decay:P%`` for the P percent whose attention decays least with the distance, whatever stands
+    there (:mod:`memc.analysis.decay`). The others stream (DuoAttention, Xiao et al. 2025; RazorAttention, Tang et al.
+    2025):
     ``memc::window_memory`` of ``stream_window`` tokens and the sinks, whose state does not grow.
 
     ``bits=8`` or ``bits=4`` hold keys and values in so many bits a channel, for which ``method=bounds`` is needed: keys
@@ -182,8 +179,8 @@ class Sparsify(Pass):
     retrieve: str = option(
         "all",
         "key-value heads that choose among all tokens: all; heads:P%, the P percent whose query heads look up earlier"
-        " tokens most; reach:P%, those that attend most to what sinks and stream_window leave out of the data, or of"
-        " sampled text; or heads:[3.0,3.2], by LAYER.HEAD. The others stream: they hold sinks and window",
+        " tokens most; decay:P%, those whose attention decays least with the distance; or heads:[3.0,3.2], by"
+        " LAYER.HEAD. The others stream: they hold sinks and window",
     )
     stream_window: int = option(256, "most recent tokens that a head that streams reads", unit="tokens", min=1)
     keep: str = option("none", sites.KEEP_HELP)
@@ -247,17 +244,21 @@ class Sparsify(Pass):
         return min(self.reads_all_to, self.page_size) if self.bits else self.reads_all_to
 
     def resolve(self, program: Program, target: Target) -> tuple[Sparsify, dict[str, Any]]:
-        """Name the heads that ``retrieve=heads:P%`` stands for, by their scores on repeated random tokens."""
-        share, blocks = sites.heads_share(self.retrieve), self._open(program)
+        """Name the heads that ``retrieve`` gives a share of, by their scores on random tokens."""
+        decays = sites.decay_share(self.retrieve)
+        share, blocks = decays or sites.heads_share(self.retrieve), self._open(program)
         if share is None or not blocks or program.is_fake:
             return self, {}
-        roles = head_roles(program)
-        kept = roles.best(share, [(block.layer, block.path) for block in blocks])
-        return replace(self, retrieve=sites.listed_groups(kept)), {"heads": roles.to_json(kept)}
-
-    def calibrates(self) -> tuple[int, int] | None:
-        """Ask for sequences long past sinks and window where text is to tell which heads look there."""
-        return (SEQUENCES, LONG * (self.stream_window + self.sinks)) if sites.reach_share(self.retrieve) else None
+        among = [(block.layer, block.path) for block in blocks]
+        facts: dict[str, Any]
+        if decays is not None:
+            layers = head_decay(program)
+            kept, facts = farthest(layers, share, among), {"decay": {str(one.layer): list(one.areas) for one in layers}}
+        else:
+            roles = head_roles(program)
+            kept = roles.best(share, among)
+            facts = {"heads": roles.to_json(kept)}
+        return replace(self, retrieve=sites.listed_groups(kept)), facts
 
     def offers(self) -> tuple[Sparsify, ...]:
         """Offer two budgets, from where on the larger one pays; none of a method that has to be trained."""
@@ -278,16 +279,14 @@ class Sparsify(Pass):
         chosen, rejections = sites.choose_sites(blocks, self.keep, lambda block: self._refuse(program, block))
         exact = self.exact_to
         if self.retrieve != "all":
-            spread = self.retrieve.replace("reach:", "heads:")
+            spread = self.retrieve.replace("decay:", "heads:")
             chosen = sites.keeping(chosen, sites.kept_groups(spread, blocks, self._open(program), "retrieve"))
             exact = min(exact, self.stream_window)
         relations: tuple[Relation, ...] = (Close(1e-4, tokens=exact), Bounded("perplexity_ratio", None))
         return Plan(self.spec, chosen, rejections, relations)
 
     def apply(self, program: Program, plan: Plan) -> tuple[Program, PassReport]:
-        """Rewrite the plan's sites, of heads that the plan's text chooses where that is left to it."""
-        if plan.calibration is not None and (share := sites.reach_share(self.retrieve)):
-            return self._by_reach(program, plan, plan.calibration, share)
+        """Rewrite the plan's sites."""
         editor = Editor(program)
         blocks = sites.planned_blocks(editor.program, plan)
         last = blocks[-1][0]
@@ -309,20 +308,6 @@ class Sparsify(Pass):
             adapts=changed,
         )
         return editor.finish(), report
-
-    def _by_reach(self, program: Program, plan: Plan, text: Calibration, share: float) -> tuple[Program, PassReport]:
-        """Rewrite the plan's sites with the heads retrieving that look past sinks and window most in a text."""
-        checks.check_reach(text.tokens.shape[1], self.stream_window, self.sinks, self.retrieve)
-        blocks = [block for block, _ in sites.planned_blocks(program, plan)]
-        found = reaches(program, blocks, text, window=self.stream_window, sinks=self.sinks)
-        kept = farthest(found, share)
-        settled = replace(self, retrieve=sites.listed_groups(kept))
-        chosen = sites.keeping(plan.sites, kept)
-        result, report = settled.apply(program, replace(plan, spec=settled.spec, sites=chosen))
-        by_layer = {str(one.layer): {"beyond_window": list(one.beyond)} for one in found}
-        details = {layer: facts | by_layer.get(layer, {}) for layer, facts in report.details.items()}
-        read = f"{text.tokens.numel()} tokens: {text.origin}"
-        return result, replace(report, details={**details, "total": {"calibration": read}})
 
     def _open(self, program: Program) -> list[AttentionBlock]:
         """Return the blocks that can be rewritten and are."""
