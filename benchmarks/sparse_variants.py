@@ -349,18 +349,22 @@ def groups(bench: Bench) -> Iterator[Measurement]:
 
 def channels(bench: Bench) -> Iterator[Measurement]:
     """Yield what keys without some channels cost, beside keys and values in few bits, all of them read."""
+    forms = (("of all keys", 0.4, None), ("of all keys", 0.2, None), ("of the prompt", 0.4, FIRST))
+    for form, share, prompt in forms[:1]:
+        yield _line(form, share), partial(bench.narrowed, share, prompt)
     for bits in (8, 4):
         spec = f"sparsify:method=bounds,bits={bits},page=64,budget={LENGTH},dense_below={FIRST}"
         held = applied(bench.program, spec).state_bytes(LENGTH) / bench.program.state_bytes(LENGTH)
         yield {"form": f"bits={bits}", "held": held}, partial(bench.kl_of, spec)
-    alike = {number: sum(one.overall[number] for one in bench.learned) for number in bench.learned[0].overall}
-    for share in (0.4, 0.2, 0.6):
-        line = {"share": share, "held": 1 - share / 2}
-        yield {"form": "of all keys", **line}, partial(bench.narrowed, share, None)
-        if share == 0.4:
-            yield {"form": "of the prompt", **line}, partial(bench.narrowed, share, FIRST)
-            gone = {number: weakest(rank, share) for number, rank in alike.items()}
-            yield {"form": "settled on other texts", **line}, partial(bench.kl, Narrowed(gone, RECENT))
+    for form, share, prompt in forms[1:]:
+        yield _line(form, share), partial(bench.narrowed, share, prompt)
+    overall = [one.overall for one in bench.learned]
+    gone = {number: weakest(sum(one[number] for one in overall), 0.4) for number in overall[0]}
+    yield _line("settled on other texts", 0.4), partial(bench.kl, Narrowed(gone, RECENT))
+
+
+def _line(form: str, share: float) -> Line:
+    return {"form": form, "share": share, "held": 1 - share / 2}
 
 
 PARTS: dict[str, Callable[[Bench], Iterator[Measurement]]] = {
