@@ -55,7 +55,7 @@ def rankings(lines: list[Line]) -> str:
         ("heads that retrieve", "ranked by"),
         lines,
         lambda one: [f"{one['kept']:.0%}", one["ranking"]],
-        lambda one: one["ranking"] in ("echo and induction", "mass missed"),
+        lambda one: one["ranking"] in ("echo and induction", "positional decay, on random tokens"),
     )
 
 
@@ -100,7 +100,7 @@ SECTIONS: dict[str, tuple[str, str, Callable[[list[Line]], str]]] = {
         "Rankings of heads",
         "The heads that retrieve read everything, the others 4 sinks and a window of 256. `positional decay` is that of"
         " kvpress: mean query and key before rotation, rotated over 500 positions; `mass missed` the share of the"
-        " softmax outside sinks and window, the highest query head's; both on two other texts.",
+        " softmax outside sinks and window, the highest query head's; both on two other texts unless said.",
         rankings,
     ),
     "recall": (
