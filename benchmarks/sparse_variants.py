@@ -1,7 +1,7 @@
 """What forms of sparse attention that no pass offers cost SmolLM2-135M, beside those that are offered.
 
     python benchmarks/texts.py texts
-    python benchmarks/sparse_variants.py --texts texts [--parts token,heads,recall,groups,channels]
+    python benchmarks/sparse_variants.py --texts texts [--parts token,heads,groups,channels]
 
 Rows of 2,048 tokens of an Austen novel and of the Jargon File: the first 1,536 read everything, KL to the original is
 that of the last 512. Writes ``results/sparse-variants-DATE.json`` and ``.md``; lines that are there already stay.
@@ -43,9 +43,6 @@ from torch.fx import Interpreter, Node
 
 from memc.analysis.heads import head_roles, repeated_tokens
 from memc.dialect import arguments
-from memc.evaluate.score import words_in
-from memc.evaluate.tasks import Sample
-from memc.evaluate.tasks.needles import Passkey
 from memc.kernels.sparse_attention.choose import Rule
 from memc.plugins import load_kernels
 from memc.program import Program
@@ -172,16 +169,6 @@ class Bench:
             order = random.Random(seed).sample(known, len(known))
             made[f"random, seed {seed}"] = {group: -float(order.index(group)) for group in known}
         return made
-
-    @torch.no_grad()
-    def found(self, asked: list[tuple[Sample, dict[str, Tensor]]], attend: Attend) -> list[float]:
-        """Return for each sample whether its answer is what is most likely, from the question on."""
-        right = []
-        for sample, held in asked:
-            one, tokens = sample.questions[0], torch.from_numpy(sample.ids)
-            found = self.predicted(tokens[: one.stop], held, attend, one.ask)[one.start - one.ask - 1 : -1]
-            right.append(float(torch.equal(found.argmax(-1), tokens[one.start : one.stop])))
-        return right
 
     def narrowed(self, share: float, prompt: int | None) -> list[float]:
         """Return the divergence of each row with fewer channels of each key-value head's keys."""
@@ -314,22 +301,6 @@ def heads(bench: Bench) -> Iterator[Measurement]:
             yield {"kept": share, "ranking": name}, partial(bench.kl, Split(best(scores, share), Streaming(256)))
 
 
-PROMPT = 512
-
-
-def recall(bench: Bench) -> Iterator[Measurement]:
-    """Yield how many passkeys are found, a quarter of the tokens before the question in the window at most."""
-    words = words_in(bench.text.tokenizer, bench.program.model.vocab_size)
-    asked = Passkey().samples(words, PROMPT, 2, 0)
-    made = [(one, bench.held(torch.from_numpy(one.ids), one.questions[0].ask)[0]) for one in asked]
-    forms: dict[str, Attend] = {"dense": dense}
-    for share in (0.5, 0.25):
-        for name, scores in bench.rankings.items():
-            forms[f"{share:.0%} by {name}"] = Split(best(scores, share), Streaming(64))
-    for name, form in forms.items():
-        yield {"heads that retrieve": name, "asked": len(asked)}, partial(bench.found, made, form)
-
-
 RULES: dict[str, dict[str, Any]] = {
     "lowbit": {"method": "lowbit", "page": 64, "channels": 8},
     "bounds": {"method": "bounds", "page": 16},
@@ -370,7 +341,6 @@ def _line(form: str, share: float) -> Line:
 PARTS: dict[str, Callable[[Bench], Iterator[Measurement]]] = {
     "token": token,
     "heads": heads,
-    "recall": recall,
     "groups": groups,
     "channels": channels,
 }
@@ -396,7 +366,7 @@ def main() -> None:
             for line, measure in PARTS[part](bench):
                 if any(line.items() <= one.items() for one in made["lines"]):
                     continue
-                made["lines"].append(line | {"found" if part == "recall" else "kl": measure()})
+                made["lines"].append(line | {"kl": measure()})
                 print(json.dumps({"part": part, **made["lines"][-1]}), flush=True)
                 save(path, document, page)
 

@@ -59,12 +59,6 @@ def rankings(lines: list[Line]) -> str:
     )
 
 
-def recalled(lines: list[Line]) -> str:
-    """Write how many passkeys are found."""
-    head = ("heads that retrieve", "found", "of")
-    return grid(head, [[one["heads that retrieve"], f"{sum(one['found']):.0f}", str(one["asked"])] for one in lines])
-
-
 def joins(lines: list[Line]) -> str:
     """Write what choices cost by how scores are joined."""
     return listed(
@@ -102,13 +96,6 @@ SECTIONS: dict[str, tuple[str, str, Callable[[list[Line]], str]]] = {
         " kvpress: mean query and key before rotation, rotated over 500 positions; `mass missed` the share of the"
         " softmax outside sinks and window, the highest query head's; both on two other texts unless said.",
         rankings,
-    ),
-    "recall": (
-        "Recall by rankings of heads",
-        "Passkeys in 512 tokens, two at each of five depths. The original reads what stands before the question; from"
-        " the question on the heads that do not retrieve hold 4 sinks and a window of 64. Found is what is most likely,"
-        " token by token.",
-        recalled,
     ),
     "groups": (
         "One choice for the query heads that share a key-value head",
