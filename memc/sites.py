@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -44,6 +45,7 @@ _COUNTED = re.compile(r"(every|first|last):([1-9][0-9]*)")
 _HEADS = re.compile(
     r"heads:(?:(?P<share>[0-9]+(?:\.[0-9]+)?)%|\[\s*(?:[0-9]+\.[0-9]+\s*(?:,\s*[0-9]+\.[0-9]+\s*)*)?\])"
 )
+_DECAY = re.compile(r"decay:(?P<share>[0-9]+(?:\.[0-9]+)?)%")
 _LISTED = re.compile(r"\[\s*([0-9]+\s*(,\s*[0-9]+\s*)*)?\]")
 
 
@@ -102,6 +104,12 @@ def heads_share(keep: str) -> float | None:
     return float(match["share"]) / 100 if match and match["share"] else None
 
 
+def decay_share(option: str) -> float | None:
+    """Return the share of key-value heads that ``decay:P%`` leaves to the weights to choose, None otherwise."""
+    match = _DECAY.fullmatch(option)
+    return float(match["share"]) / 100 if match else None
+
+
 def listed_groups(groups: Iterable[Group]) -> str:
     """Write groups of heads as the option ``keep`` has them."""
     return f"heads:[{','.join(f'{layer}.{group}' for layer, group in sorted(groups))}]"
@@ -129,6 +137,12 @@ def kept_groups(
             "E203", f"option '{option}' names key-value head {layer}.{group}", keep, f"the model has {have}"
         )
     return frozenset(named)
+
+
+def keeping(chosen: Iterable[Site], heads: Collection[Group]) -> tuple[Site, ...]:
+    """Return sites with those of ``heads`` that are theirs as what they keep."""
+    of = {site: tuple(sorted(group for layer, group in heads if layer == site.layer)) for site in chosen}
+    return tuple(replace(site, kept=kept) for site, kept in of.items())
 
 
 def groups_of(blocks: Iterable[AttentionBlock]) -> list[Group]:

@@ -152,7 +152,7 @@ def earlier_mass(a: Mapping[str, Any], length: int) -> Tensor:
     rows = max(1, BLOCK_SCORES // (batch * heads * tokens))
     for first in range(length, tokens, rows):
         at = torch.arange(first, min(first + rows, tokens), device=query.device)
-        weights = _weights(a, query[:, :, at], key, at)
+        weights = attention_weights(a, query[:, :, at], key, at)
         for back in range(length, tokens, length):
             for role, where in enumerate((at - back + 1, at - back)):
                 mass = weights[:, :, torch.arange(len(at)), where.clamp_min(0)]
@@ -160,7 +160,7 @@ def earlier_mass(a: Mapping[str, Any], length: int) -> Tensor:
     return found / (batch * (tokens - length))
 
 
-def _weights(a: Mapping[str, Any], query: Tensor, key: Tensor, at: Tensor) -> Tensor:
+def attention_weights(a: Mapping[str, Any], query: Tensor, key: Tensor, at: Tensor) -> Tensor:
     """Return the attention ``[B,H,R,T]`` of the queries ``[B,H,R,D]`` of tokens ``at``."""
     grouped = query.unflatten(1, (key.shape[1], -1))
     scores: Tensor = a["scale"] * torch.einsum("bghrd,bgtd->bghrt", grouped, key).flatten(1, 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from memc import sites
 from memc.dialect.quantised_attention import BITS
 from memc.dialect.selectors import SELECTORS
 from memc.errors import MemcError
@@ -121,3 +122,17 @@ def check_extending(method: str, *, page: int, window: int, rerank: int, retriev
         message = f"a page of {page} is described by queries within the window of {window}"
         where = f"sparsify:method={method},page={page},window={window}"
         raise MemcError("E203", message, where, f"write sparsify:method={method},page={page},window={page}")
+
+
+def check_retrieve(retrieve: str) -> None:
+    """Raise ``MemcError`` E203 for heads that are named in none of the ways there are."""
+    share = sites.decay_share(retrieve)
+    if (
+        retrieve == "all"
+        or (share is not None and 0 < share < 1)
+        or sites.check_heads("sparsify", retrieve, "retrieve")
+    ):
+        return
+    message = "option 'retrieve' is all, heads:P%, decay:P% or heads:[LAYER.HEAD,...], P between 0 and 100"
+    next_step = "write sparsify:retrieve=heads:50% or sparsify:retrieve=decay:50%"
+    raise MemcError("E203", message, f"sparsify:retrieve={retrieve}", next_step)

@@ -9,13 +9,13 @@ from typing import Any, ClassVar
 from torch.fx import Node
 
 from memc import sites
+from memc.analysis.decay import farthest, head_decay
 from memc.analysis.heads import head_roles
 from memc.blocks import Alibi, AttentionBlock, Chunked, SlidingWindow
 from memc.dialect import arguments
 from memc.dialect.events import REFINEMENTS
 from memc.dialect.selectors import SELECTORS
 from memc.dialect.sparse_attention import forced_pages
-from memc.errors import MemcError
 from memc.head_split import HeadSplit, attend_window, join_heads, split_states
 from memc.passes.sparsify import checks, events, extend
 from memc.passes.sparsify.attention import attend_retrieving
@@ -104,7 +104,9 @@ class Sparsify(Pass):
 
     ``retrieve=heads:P%`` does so for the P percent of the key-value heads (each with the query heads that read it)
     whose best query head looks up earlier tokens most by the scores of :mod:`memc.analysis.heads`, fewer where no more
-    do at all. The others stream (DuoAttention, Xiao et al. 2025; RazorAttention, Tang et al. 2025):
+    do at all; ``retrieve=decay:P%`` for the P percent whose attention decays least with the distance, whatever stands
+    there (:mod:`memc.analysis.decay`). The others stream (DuoAttention, Xiao et al. 2025; RazorAttention, Tang et al.
+    2025):
     ``memc::window_memory`` of ``stream_window`` tokens and the sinks, whose state does not grow.
 
     ``bits=8`` or ``bits=4`` hold keys and values in so many bits a channel, for which ``method=bounds`` is needed: keys
@@ -177,7 +179,8 @@ class Sparsify(Pass):
     retrieve: str = option(
         "all",
         "key-value heads that choose among all tokens: all; heads:P%, the P percent whose query heads look up earlier"
-        " tokens most; or heads:[3.0,3.2], by LAYER.HEAD. The others stream: they hold sinks and window",
+        " tokens most; decay:P%, those whose attention decays least with the distance; or heads:[3.0,3.2], by"
+        " LAYER.HEAD. The others stream: they hold sinks and window",
     )
     stream_window: int = option(256, "most recent tokens that a head that streams reads", unit="tokens", min=1)
     keep: str = option("none", sites.KEEP_HELP)
@@ -186,9 +189,7 @@ class Sparsify(Pass):
         """Check every option, and those that go together."""
         super().__post_init__()
         sites.check_keep(self.name, self.keep)
-        if self.retrieve != "all" and not sites.check_heads(self.name, self.retrieve, "retrieve"):
-            where = f"{self.name}:retrieve={self.retrieve}"
-            raise MemcError("E203", "option 'retrieve' is all, heads:P% or heads:[LAYER.HEAD,...]", where)
+        checks.check_retrieve(self.retrieve)
         checks.check_bits(self.bits, self.method)
         own = (f for f in fields(self) if f.name in EVENT_OPTIONS)
         changed = {f.name: value for f in own if (value := getattr(self, f.name)) != f.default}
@@ -243,13 +244,21 @@ class Sparsify(Pass):
         return min(self.reads_all_to, self.page_size) if self.bits else self.reads_all_to
 
     def resolve(self, program: Program, target: Target) -> tuple[Sparsify, dict[str, Any]]:
-        """Name the heads that ``retrieve=heads:P%`` stands for, by their scores on repeated random tokens."""
-        share, blocks = sites.heads_share(self.retrieve), self._open(program)
+        """Name the heads that ``retrieve`` gives a share of, by their scores on random tokens."""
+        decays = sites.decay_share(self.retrieve)
+        share, blocks = decays or sites.heads_share(self.retrieve), self._open(program)
         if share is None or not blocks or program.is_fake:
             return self, {}
-        roles = head_roles(program)
-        kept = roles.best(share, [(block.layer, block.path) for block in blocks])
-        return replace(self, retrieve=sites.listed_groups(kept)), {"heads": roles.to_json(kept)}
+        among = [(block.layer, block.path) for block in blocks]
+        facts: dict[str, Any]
+        if decays is not None:
+            layers = head_decay(program)
+            kept, facts = farthest(layers, share, among), {"decay": {str(one.layer): list(one.areas) for one in layers}}
+        else:
+            roles = head_roles(program)
+            kept = roles.best(share, among)
+            facts = {"heads": roles.to_json(kept)}
+        return replace(self, retrieve=sites.listed_groups(kept)), facts
 
     def offers(self) -> tuple[Sparsify, ...]:
         """Offer two budgets, from where on the larger one pays; none of a method that has to be trained."""
@@ -270,9 +279,8 @@ class Sparsify(Pass):
         chosen, rejections = sites.choose_sites(blocks, self.keep, lambda block: self._refuse(program, block))
         exact = self.exact_to
         if self.retrieve != "all":
-            heads = sites.kept_groups(self.retrieve, blocks, self._open(program), "retrieve")
-            by_layer = {site: sorted(group for layer, group in heads if layer == site.layer) for site in chosen}
-            chosen = tuple(replace(site, kept=tuple(kept)) for site, kept in by_layer.items())
+            spread = self.retrieve.replace("decay:", "heads:")
+            chosen = sites.keeping(chosen, sites.kept_groups(spread, blocks, self._open(program), "retrieve"))
             exact = min(exact, self.stream_window)
         relations: tuple[Relation, ...] = (Close(1e-4, tokens=exact), Bounded("perplexity_ratio", None))
         return Plan(self.spec, chosen, rejections, relations)
