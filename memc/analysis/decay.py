@@ -17,6 +17,7 @@ from torch import Tensor
 from memc.analysis.heads import attention_weights, repeated_tokens
 from memc.dialect import arguments
 from memc.program import Program
+from memc.report.files import HeadFacts, LayerHeads
 from memc.sites import Group, attention_blocks
 from memc.train.blocks import Teacher
 from memc.verify.inputs import token_limit
@@ -93,6 +94,24 @@ def areas(a: Mapping[str, Any], turn: Mapping[str, Any] | None, distances: int) 
         query, key = (torch.ops.memc.rotary.default(x, at[None], a["inv_freq"], **options) for x in (query, key))
     weights = attention_weights(a, query[:, :, -1:], key, at[-1:])
     return weights[0, :, 0].cumsum(-1).mean(-1)
+
+
+def decay_facts(layers: Collection[LayerDecay], kept: Collection[Group]) -> dict[str, Any]:
+    """Render the areas for a pass's report, with the key-value heads that were kept."""
+    facts = HeadFacts(
+        chance=0.5,
+        layers=[
+            LayerHeads(
+                layer=one.layer,
+                path=one.path,
+                kv_heads=one.groups,
+                decay=list(one.areas),
+                kept=[group for group in range(one.groups) if (one.layer, group) in kept],
+            )
+            for one in layers
+        ],
+    )
+    return facts.model_dump(mode="json")
 
 
 def farthest(layers: Collection[LayerDecay], share: float, among: Collection[tuple[int, str]]) -> list[Group]:

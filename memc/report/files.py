@@ -199,21 +199,23 @@ class FitFacts(Facts):
 class LayerHeads(Facts):
     """Scores of one layer's query heads on repeated random tokens, and the key-value heads that a pass kept.
 
-    ``induction`` is the mean attention on tokens after an earlier occurrence, ``echo`` that on the occurrences.
+    ``induction`` is the mean attention on tokens after an earlier occurrence, ``echo`` that on the occurrences; or
+    ``decay`` the area under the attention of the mean query, summed over the mean keys from the farthest on.
     """
 
     layer: int
     path: str
     kv_heads: int
-    induction: list[float]
-    echo: list[float]
+    induction: list[float] = Field(default_factory=list)
+    echo: list[float] = Field(default_factory=list)
+    decay: list[float] = Field(default_factory=list)
     kept: list[int]
 
 
 class HeadFacts(Facts):
-    """Which heads look up earlier tokens, in the ``details`` of a pass that chose heads by it, called ``heads``.
+    """What tells heads apart that look up earlier tokens, in the ``details`` of a pass that chose by it, as ``heads``.
 
-    ``chance`` is the sum of both scores that attending to all tokens alike would give.
+    ``chance`` is the sum of its scores, the two or the one, that attending to all tokens alike would give.
     """
 
     chance: float

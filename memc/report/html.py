@@ -197,13 +197,14 @@ def _branches(facts: files.BranchFacts) -> Iterable[str]:
 def _heads(spec: str, found: files.HeadFacts) -> str:
     """Show the scores by which heads were chosen."""
     parts = [f"<h2>Heads of {escaped(spec)}</h2>\n<p>{escaped('; '.join(heads.meaning(found)))}.</p>\n"]
-    for name in ("induction", "echo"):
+    for name in heads.kinds(found):
         rows = []
         for one in found.layers:
-            size = len(one.induction) // one.kv_heads
+            scores = getattr(one, name)
+            size = len(scores) // one.kv_heads
             kept = [group * size + head for group in one.kept for head in range(size)]
-            rows.append(charts.Heads(f"layer {one.layer}", getattr(one, name), kept))
-        parts.append(charts.head_map(f"Share of attention, {name} (framed: stays as it is)", rows))
+            rows.append(charts.Heads(f"layer {one.layer}", scores, kept))
+        parts.append(charts.head_map(f"{heads.TITLES[name]} (framed: stays as it is)", rows))
     return "".join(parts)
 
 

@@ -392,7 +392,9 @@ def _shares(item: files.PassReportFile, layer: int | None) -> RenderableType | N
 
 def _heads(item: files.PassReportFile, layer: int | None) -> RenderableType | None:
     found = heads.of_pass(item)
-    return Group(*map(text, heads.legend(found)), table(heads.COLUMNS, heads.rows(found, layer))) if found else None
+    return (
+        Group(*map(text, heads.legend(found)), table(heads.columns(found), heads.rows(found, layer))) if found else None
+    )
 
 
 def _facts_table(details: Mapping[str, object]) -> RenderableType | None:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch.fx import Node
 
 from memc import sites
-from memc.analysis.decay import farthest, head_decay
+from memc.analysis.decay import decay_facts, farthest, head_decay
 from memc.analysis.heads import head_roles
 from memc.blocks import Alibi, AttentionBlock, Chunked, SlidingWindow
 from memc.dialect import arguments
@@ -250,15 +250,15 @@ class Sparsify(Pass):
         if share is None or not blocks or program.is_fake:
             return self, {}
         among = [(block.layer, block.path) for block in blocks]
-        facts: dict[str, Any]
         if decays is not None:
             layers = head_decay(program)
-            kept, facts = farthest(layers, share, among), {"decay": {str(one.layer): list(one.areas) for one in layers}}
+            kept = farthest(layers, share, among)
+            facts = decay_facts(layers, kept)
         else:
             roles = head_roles(program)
             kept = roles.best(share, among)
-            facts = {"heads": roles.to_json(kept)}
-        return replace(self, retrieve=sites.listed_groups(kept)), facts
+            facts = roles.to_json(kept)
+        return replace(self, retrieve=sites.listed_groups(kept)), {"heads": facts}
 
     def offers(self) -> tuple[Sparsify, ...]:
         """Offer two budgets, from where on the larger one pays; none of a method that has to be trained."""

@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from memc.report import charts
+from memc.report import charts, files, heads
 from memc.report.files import HeadFacts
 from memc.report.html import render
 from memc.report.quality import eval_page
@@ -94,6 +94,22 @@ def test_heads_are_as_full_as_their_scores_and_framed_where_they_stay() -> None:
     ends = [float(cell.get("x", 0)) + float(cell.get("width", 0)) for cell in cells]
     assert max(ends) <= charts.WIDTH
     assert cells[3].find("title").text == "layer 17, head 3: 0.7593"  # type: ignore[union-attr]
+
+
+def test_heads_are_shown_by_how_their_attention_decays_where_that_chose() -> None:
+    made, item = report(), heads_file_of()
+    layers = [files.LayerHeads(layer=3, path="a", kv_heads=2, decay=[0.5, 0.25, 0.003, 0.75], kept=[0])]
+    facts = files.HeadFacts(chance=0.5, layers=layers)
+    made.passes = [item.model_copy(update={"details": {"heads": facts.model_dump(mode="json")}})]
+    page = render(made)
+    (areas,) = figures(page)
+    cells = areas.findall(".//rect")
+    assert [float(cell.get("fill-opacity", -1)) for cell in cells] == pytest.approx([0.5, 0.25, 0.003, 0.75], abs=0.005)
+    assert ["kept" in cell.get("class", "") for cell in cells] == [True, True, False, False]
+    assert "the area under it" in page and "1 of 2 key-value heads" in page
+    assert heads.columns(facts) == (">layer", "decay")
+    assert list(heads.rows(facts)) == [("3", "50*25*| . 75 |")]
+    assert "spread evenly it is 50" in heads.legend(facts)[2]
 
 
 def test_names_of_losses_are_escaped() -> None:

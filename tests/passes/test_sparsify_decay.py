@@ -19,6 +19,7 @@ from memc.errors import MemcError
 from memc.passes.sparsify import Sparsify
 from memc.pipeline import parse_spec
 from memc.program import Program
+from memc.report.files import HeadFacts
 from memc.sites import attention_blocks
 from memc.verify import VerificationText
 from memc.verify.inputs import token_limit
@@ -99,7 +100,9 @@ def test_the_share_is_settled_by_the_weights_and_reported(tmp_path: Path) -> Non
     result, (run,) = Pipeline([parse_spec(spec)], TARGET, text, folder=tmp_path).run(program)
     assert [(site.layer, group) for site in run.report.sites for group in site.kept] == kept
     assert f"retrieve=heads:[{kept[0][0]}.{kept[0][1]}]" in run.report.spec
-    assert run.report.details["decay"] == {str(one.layer): list(one.areas) for one in layers}
+    facts = HeadFacts.model_validate(run.report.details["heads"])
+    assert [(one.layer, tuple(one.decay)) for one in facts.layers] == [(one.layer, one.areas) for one in layers]
+    assert [(one.layer, group) for one in facts.layers for group in one.kept] == kept
     named = rewrite(program, **{**OPEN, "retrieve": f"heads:[{kept[0][0]}.{kept[0][1]}]"})
     tokens = tokens_of(2, 30)
     torch.testing.assert_close(result.run(tokens), named.run(tokens), atol=0, rtol=0)
