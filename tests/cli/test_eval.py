@@ -128,7 +128,7 @@ def test_eval_of_tasks(out: str, tmp_path: Path, capsys: Capture) -> None:
         (["--task", "mqar:pairs=0"], "E203", "at least 1"),
         (["--task", "passkey", "--lengths", "50"], "E200", "needs"),
         (["--task", "copy", "--lengths", "41"], "E206", "past the capacity of 40"),
-        (["--task", "mqar", "--lengths", "a"], "E200", "positive numbers"),
+        (["--task", "mqar", "--lengths", "a"], "E200", "a list of numbers"),
         (["--text", "TEXT", "--context", "4", "--contexts", "4,8"], "E200", "exclude each other"),
         (["--text", "TEXT", "--contexts", "1,8"], "E200", "at least 2 tokens"),
         (["--text", "TEXT", "--contexts", "8,64"], "E206", "past the capacity of 40"),

@@ -9,15 +9,16 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 import memc
-from memc import api, plugins
+from memc import api, partial, plugins
 from memc.artifact import read_manifest
 from memc.cli import main
 from memc.errors import MemcError
@@ -294,16 +295,20 @@ def test_a_foreign_output_is_refused(program: Program, tmp_path: Path, monkeypat
 
 
 def killed_writing(patch: pytest.MonkeyPatch, name: str) -> None:
-    """Have a kill come when half of the file of a name is written, by whatever way."""
-    write = Path.write_text
+    """Have a kill come when half of the file of a name is written, which stays where it is made."""
+    whole = partial.replacing
 
-    def half(self: Path, text: str, *args: Any, **options: Any) -> int:
-        if not self.name.startswith(name):
-            return write(self, text, *args, **options)
-        write(self, text[: len(text) // 2], *args, **options)
+    @contextmanager
+    def half(path: Path) -> Iterator[Path]:
+        if path.name != name:
+            with whole(path) as beside:
+                yield beside
+            return
+        yield (beside := partial.partial_of(path))
+        os.truncate(beside, beside.stat().st_size // 2)
         raise KeyboardInterrupt
 
-    patch.setattr(Path, "write_text", half)
+    patch.setattr(partial, "replacing", half)
 
 
 @pytest.mark.parametrize("name", ["resume.json", "text.json", "00-capture.json", "convert.json"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -77,20 +78,16 @@ def test_a_target_that_is_written_is_the_one_that_is_read(own_folder: Path) -> N
         write_target(mine, own_folder / "file" / "cpu.toml")
 
 
-def test_a_target_that_cannot_be_written_leaves_the_one_that_is_there(
-    own_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_target_that_cannot_be_written_leaves_the_one_that_is_there(own_folder: Path) -> None:
     mine = get_target("cpu").model_copy(update={"description": "mine"})
     write_target(mine, own_folder / "cpu.toml")
-    write = Path.write_text
-
-    def full(self: Path, text: str, **options: str) -> int:
-        write(self, text[: len(text) // 2], **options)
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(MemcError, match="E502"):
-        write_target(mine.model_copy(update={"description": "another"}), own_folder / "cpu.toml")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16, limits[1]))  # as when the disk is full, 16 bytes in
+    try:
+        with pytest.raises(MemcError, match="E502"):
+            write_target(mine.model_copy(update={"description": "another"}), own_folder / "cpu.toml")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     targets.cache_clear()
     assert get_target("cpu") == mine and [path.name for path in own_folder.iterdir()] == ["cpu.toml"]
 
