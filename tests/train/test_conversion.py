@@ -306,7 +306,9 @@ def test_what_is_another_function_is_untrained_until_it_is_trained(llama: Path, 
     with pytest.raises(MemcError, match="is trained as another function, which the original has no place for"):
         require_mergeable(onto, True, planned.passes)
     assert any(caveat.startswith(f"untrained: {spec} is another function") for caveat in planned.caveats)
-    document = convert(llama, tmp_path / "out", spec, train={"sampled": 0, "adapter_rate": 5e-3, "accumulate": 1})
+    # Every parameter learns: few adapters of a random model learn so little that the last bits of a CPU decide.
+    settings = {"sampled": 0, "adapters": 0, "adapter_rate": 1e-3, "accumulate": 1}
+    document = convert(llama, tmp_path / "out", spec, train=settings)
     report, training = training_of(tmp_path / "out", "sparsify")
     assert document.verified and not document.untrained and not document.caveats and training.transfer is None
     assert training.recovery is not None and training.recovery.best_step > 0
