@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memc.analysis.heads import attention_weights, repeated_tokens
+from memc.analysis.heads import attention_weights, head_facts, repeated_tokens
 from memc.dialect import arguments
 from memc.program import Program
-from memc.report.files import HeadFacts, LayerHeads
 from memc.sites import Group, attention_blocks
 from memc.train.blocks import Teacher
 from memc.verify.inputs import token_limit
@@ -98,20 +97,8 @@ def areas(a: Mapping[str, Any], turn: Mapping[str, Any] | None, distances: int) 
 
 def decay_facts(layers: Collection[LayerDecay], kept: Collection[Group]) -> dict[str, Any]:
     """Render the areas for a pass's report, with the key-value heads that were kept."""
-    facts = HeadFacts(
-        chance=0.5,
-        layers=[
-            LayerHeads(
-                layer=one.layer,
-                path=one.path,
-                kv_heads=one.groups,
-                decay=list(one.areas),
-                kept=[group for group in range(one.groups) if (one.layer, group) in kept],
-            )
-            for one in layers
-        ],
-    )
-    return facts.model_dump(mode="json")
+    places = [(one.layer, one.path, one.groups) for one in layers]
+    return head_facts(0.5, places, [{"decay": list(one.areas)} for one in layers], kept)
 
 
 def farthest(layers: Collection[LayerDecay], share: float, among: Collection[tuple[int, str]]) -> list[Group]:

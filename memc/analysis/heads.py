@@ -7,7 +7,7 @@ section 3.2; induction heads, Olsson et al. 2022). Both find by content, at any 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,21 +79,32 @@ class HeadRoles:
 
     def to_json(self, kept: Collection[Group]) -> dict[str, Any]:
         """Render the scores for a pass's report, with the key-value heads that were kept."""
-        facts = HeadFacts(
-            chance=self.chance,
-            layers=[
-                LayerHeads(
-                    layer=roles.layer,
-                    path=roles.path,
-                    kv_heads=roles.groups,
-                    induction=list(roles.induction),
-                    echo=list(roles.echo),
-                    kept=[group for group in range(roles.groups) if (roles.layer, group) in kept],
-                )
-                for roles in self.layers
-            ],
+        scores = [{"induction": list(roles.induction), "echo": list(roles.echo)} for roles in self.layers]
+        places = [(roles.layer, roles.path, roles.groups) for roles in self.layers]
+        return head_facts(self.chance, places, scores, kept)
+
+
+def head_facts(
+    chance: float,
+    places: Iterable[tuple[int, str, int]],
+    scores: Iterable[Mapping[str, list[float]]],
+    kept: Collection[Group],
+) -> dict[str, Any]:
+    """Render scores of query heads for a pass's report, layer by layer, with the key-value heads that were kept.
+
+    ``places`` are each layer's number, path and number of key-value heads, ``scores`` its scores by name.
+    """
+    layers = [
+        LayerHeads(
+            layer=layer,
+            path=path,
+            kv_heads=groups,
+            kept=[group for group in range(groups) if (layer, group) in kept],
+            **found,
         )
-        return facts.model_dump(mode="json")
+        for (layer, path, groups), found in zip(places, scores, strict=True)
+    ]
+    return HeadFacts(chance=chance, layers=layers).model_dump(mode="json")
 
 
 @torch.no_grad()
