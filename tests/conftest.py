@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from memc.conversion.speed import fits_beside
 
 torch.set_num_threads(1)
+# The exporter traces at debug level for whoever listens, and pytest listens.
+logging.getLogger("torch.__trace").setLevel(logging.ERROR)
 
 settings.register_profile(
     "memc",
@@ -34,6 +39,14 @@ def _alone() -> Iterator[None]:
     """Have conversions lower their result alone: the original beside it, to be timed, takes as long again."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("memc.conversion.driver.fits_beside", lambda _: False)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_registry() -> Iterator[None]:
+    """Have torch's ONNX exporter make its table of ops once: it makes the same one at each export, for a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(functools.cache(ONNXRegistry.from_torchlib)))
         yield
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import onnx.parser
 import onnx_ir as ir
 import torch
-from torch.fx import GraphModule
+from torch._C import DispatchKey
+from torch._ops import OperatorBase, OpOverload
+from torch.export import ExportedProgram
+from torch.fx import GraphModule, Node
 
 from memc.backends.onnx.alike import Sample, repeat
 from memc.backends.onnx.bank import PARTS
@@ -20,6 +24,9 @@ from memc.errors import MemcError
 from memc.infer import Propagation
 from memc.prepare import TensorSpec, export_module, first_line, named_node, source_of
 from memc.program import InputSpec, Program
+
+WHOLE = frozenset({torch.ops.aten.sym_size.int, torch.ops.aten.reshape.default})
+"""Composite ops that are written as they are."""
 
 
 def export(program: Program, prepared: Prepared) -> ir.Model:
@@ -43,10 +50,34 @@ def export(program: Program, prepared: Prepared) -> ir.Model:
     return model
 
 
+class _Functional(ExportedProgram):
+    """A program whose ops torch's exporter writes as they are: tracing it twice more to decompose nothing is left out.
+
+    That took half of a lowering's time. A program with an op that is decomposed, or changes what it reads, is traced.
+    """
+
+    def run_decompositions(
+        self, decomp_table: dict[OperatorBase, Callable[..., Any]] | None = None, *args: Any, **kwargs: Any
+    ) -> ExportedProgram:
+        if decomp_table is None or any(is_decomposed(n, decomp_table) for n in self.graph.nodes):
+            return super().run_decompositions(decomp_table, *args, **kwargs)
+        return self
+
+
+def is_decomposed(node: Node, table: Mapping[OperatorBase, Callable[..., Any]]) -> bool:
+    """Whether torch's exporter writes a node as others: by a table, as a composite, or because it changes its input."""
+    target = node.target
+    if not isinstance(target, OpOverload) or target in WHOLE:
+        return False
+    composite = target.has_kernel_for_dispatch_key(DispatchKey.CompositeImplicitAutograd)
+    return target in table or composite or bool(target._schema.is_mutable)
+
+
 def _export(program: Program, module: GraphModule, specs: Mapping[str, TensorSpec]) -> ir.Model:
     """Run torch's exporters on a module whose placeholders are among ``specs``."""
     with _reporting(program), _quiet(), torch.no_grad():
         exported = export_module(program, module, specs)
+        exported.__class__ = _Functional
         onnx_program = torch.onnx.export(exported, (), dynamo=True, opset_version=OPSET, verbose=False)
     assert onnx_program is not None
     return onnx_program.model

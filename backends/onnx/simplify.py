@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, Node
+
+from memc.prepare import replace_node
 
 _aten = torch.ops.aten
 
@@ -19,26 +22,64 @@ def softplus(x: Tensor) -> Tensor:
 
 def append_ones(x: Tensor) -> Tensor:
     """``x [..., E]`` with a column of ones behind it."""
-    pads = torch.tensor([0] * (2 * x.dim() - 1) + [1])
+    pads = _constant([0] * (2 * x.dim() - 1) + [1])
+    one = torch.onnx.ops.symbolic("Constant", [], {"value_float": 1.0}, dtype=torch.float32, shape=[])
     shape = [*x.shape[:-1], x.shape[-1] + 1]
-    return torch.onnx.ops.symbolic("Pad", [x, pads, torch.tensor(1.0)], dtype=torch.float32, shape=shape)
+    return torch.onnx.ops.symbolic("Pad", [x, pads, one], dtype=torch.float32, shape=shape)
+
+
+def unflatten(x: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
+    """``aten.unflatten``; where every size behind the axis is constant, in one op that reads none."""
+    dim %= x.dim()
+    behind = x.shape[dim + 1 :]
+    if not _known(behind):
+        return _aten.unflatten.int(x, dim, sizes)
+    return _reshape(x, [0] * dim + [*sizes, *behind], [*x.shape[:dim], *sizes, *behind])
+
+
+def flatten(x: Tensor, start: int = 0, end: int = -1) -> Tensor:
+    """``aten.flatten``; where every size behind the axes is constant, in one op that reads none."""
+    start, end = start % x.dim(), end % x.dim()
+    behind = x.shape[end + 1 :]
+    if not _known(behind):
+        return _aten.flatten.using_ints(x, start, end)
+    shape = [*x.shape[:start], math.prod(x.shape[start : end + 1]), *behind]
+    return _reshape(x, [0] * start + [-1, *behind], shape)
+
+
+def _known(sizes: Sequence[int | torch.SymInt]) -> bool:
+    return all(isinstance(size, int) for size in sizes)
+
+
+def _reshape(x: Tensor, sizes: Sequence[int], shape: Sequence[int | torch.SymInt]) -> Tensor:
+    """``x`` as ``sizes``, in which 0 keeps the size of that axis and -1 takes what is left."""
+    return torch.onnx.ops.symbolic("Reshape", [x, _constant(sizes)], dtype=x.dtype, shape=shape)
+
+
+def _constant(values: Sequence[int]) -> Tensor:
+    """Integers ``[n]``: ``torch.tensor`` would be traced as an op that changes its input."""
+    return torch.onnx.ops.symbolic("Constant", [], {"value_ints": list(values)}, dtype=torch.int64, shape=[len(values)])
 
 
 def simplify(graph: Graph) -> None:
     """Replace the idioms of a graph whose tensors are float32; the dead nodes are left for the caller."""
     for node in list(graph.nodes):
+        inputs = node.all_input_nodes
+        if node.target is _aten.type_as.default and all(x.meta["val"].is_floating_point() for x in inputs):
+            replace_node(node, inputs[0])
+            continue
         found = _match(node)
         if found is None:
             continue
         form, arguments = found
         with graph.inserting_before(node):
             made = graph.call_function(form, tuple(arguments))
-        made.meta = dict(node.meta)
-        node.replace_all_uses_with(made)
-        graph.erase_node(node)
+        replace_node(node, made)
 
 
-def _match(node: Node) -> tuple[Callable[..., Any], Sequence[Node]] | None:
+def _match(node: Node) -> tuple[Callable[..., Any], Sequence[Any]] | None:
+    if node.kwargs:
+        return None
     match node.target, node.args:
         case _aten.softplus.default, (Node() as x,):
             return softplus, [x]
@@ -47,6 +88,12 @@ def _match(node: Node) -> tuple[Callable[..., Any], Sequence[Node]] | None:
             x.meta["val"].dim() - 1,
         ) and _is_column(ones.args[0], x):
             return append_ones, [x]
+        case _aten.softmax.int, (Node() as x, int() as dim, *dtype) if dtype in ([], [None], [torch.float32]):
+            return _aten._softmax.default, (x, dim, False)
+        case _aten.unflatten.int, (Node(), int(), [*sizes]) if all(isinstance(s, int) and s > 0 for s in sizes):
+            return unflatten, node.args
+        case _aten.flatten.using_ints, (Node(), *axes) if axes:
+            return flatten, node.args
     return None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 from memc.artifact import seal
@@ -15,9 +14,6 @@ from memc.target import get_target
 from tests.backends.runs import SCENARIOS, Calls, compare, manifest_of, span
 
 __all__ = ["SCENARIOS", "Calls", "build", "compare", "span"]
-
-# The exporter traces at debug level for whoever listens, and pytest listens.
-logging.getLogger("torch.__trace").setLevel(logging.ERROR)
 
 
 def build(
