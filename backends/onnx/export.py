@@ -60,7 +60,8 @@ class _Functional(ExportedProgram):
         self, decomp_table: dict[OperatorBase, Callable[..., Any]] | None = None, *args: Any, **kwargs: Any
     ) -> ExportedProgram:
         if decomp_table is None or any(is_decomposed(n, decomp_table) for n in self.graph.nodes):
-            return super().run_decompositions(decomp_table, *args, **kwargs)
+            traced: ExportedProgram = super().run_decompositions(decomp_table, *args, **kwargs)
+            return traced
         return self
 
 

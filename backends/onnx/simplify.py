@@ -33,7 +33,8 @@ def unflatten(x: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
     dim %= x.dim()
     behind = x.shape[dim + 1 :]
     if not _known(behind):
-        return _aten.unflatten.int(x, dim, sizes)
+        split: Tensor = x.unflatten(dim, sizes)
+        return split
     return _reshape(x, [0] * dim + [*sizes, *behind], [*x.shape[:dim], *sizes, *behind])
 
 
@@ -42,7 +43,7 @@ def flatten(x: Tensor, start: int = 0, end: int = -1) -> Tensor:
     start, end = start % x.dim(), end % x.dim()
     behind = x.shape[end + 1 :]
     if not _known(behind):
-        return _aten.flatten.using_ints(x, start, end)
+        return x.flatten(start, end)
     shape = [*x.shape[:start], math.prod(x.shape[start : end + 1]), *behind]
     return _reshape(x, [0] * start + [-1, *behind], shape)
 
