@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from memc.dialect.cuts import note_cut
 from memc.kernels.common import take
 from memc.kernels.sparse_attention.choose import Rule, first, forced, needed, ranks
 from memc.kernels.sparse_attention.reference import BLOCK_SCORES, Sequence
@@ -79,6 +80,7 @@ def _lists(query: Tensor, pages: Tensor, column: Tensor, at: Tensor, rule: Rule)
     for q, p in zip(asking.split(size, 2), at.split(size, 1), strict=True):
         rank = ranks(q, pages, p, rule)
         rank = rank.masked_fill(~needed(rank, rule.mass), -torch.inf)
+        note_cut(rank, rule.most)
         ordered = rank.sort(dim=-1, descending=True, stable=True)
         listed = ordered.indices.masked_fill(ordered.values == -torch.inf, -1)[..., : rule.most]
         made.append(torch.nn.functional.pad(listed, (0, rule.most - listed.shape[-1]), value=-1))

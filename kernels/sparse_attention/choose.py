@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from memc.dialect.base import Arguments
+from memc.dialect.cuts import note_cut, note_share
 from memc.dialect.selectors import SELECTORS
 from memc.dialect.sparse_attention import SPAN, described_tokens, entered, forced_pages
 from memc.kernels.softmax_groups import Groups
@@ -149,6 +150,7 @@ def first(rank: Tensor, count: int) -> Tensor:
     """Mark the ``count`` highest of each row of ``rank [..., N]``, of equals those at lower indices."""
     if count >= rank.shape[-1]:
         return torch.ones_like(rank, dtype=torch.bool)
+    note_cut(rank, count)
     least = rank.topk(count, dim=-1).values[..., -1:]
     above, level = rank > least, rank == least
     return above | (level & (level.cumsum(-1) <= count - above.sum(-1, keepdim=True)))
@@ -257,7 +259,9 @@ def needed(rank: Tensor, mass: float) -> Tensor:
 def enough(ordered: Tensor, mass: float) -> Tensor:
     """Mark, as :func:`needed`, of ranks ``ordered [..., N]`` from the highest down."""
     weight = ordered.masked_fill(ordered.isinf(), -torch.inf).softmax(-1).nan_to_num()
-    return (weight.cumsum(-1) - weight < mass) | (ordered == torch.inf)
+    before = weight.cumsum(-1) - weight
+    note_share(before, mass)
+    return (before < mass) | (ordered == torch.inf)
 
 
 def chosen(query: Tensor, keys: Tensor, pages: Tensor, at: Tensor, rule: Rule, events: Tensor | None = None) -> Tensor:

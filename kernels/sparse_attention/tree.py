@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from memc.dialect.cuts import note_cut
+
 
 def reached(scores: Tensor, start: Tensor, end: Tensor, count: Tensor, most: int, rounds: int) -> Tensor:
     """Mark the pages ``[B,G,T,P]`` that a search among those from ``start`` to ``end`` finds, ``count`` of them.
@@ -38,6 +40,7 @@ def _best_halves(scores: Tensor, left: Tensor, right: Tensor, live: Tensor) -> t
     starts, ends = (torch.stack(x, -1).flatten(-2) for x in ((left, middle), (middle, right)))
     centre = starts + (ends - starts) // 2
     rank = scores.gather(3, centre.clamp_max(scores.shape[3] - 1)).masked_fill(starts == ends, -torch.inf)
+    note_cut(rank, live.sum(-1, keepdim=True))
     best = rank.sort(dim=-1, descending=True, stable=True).indices[..., : left.shape[3]]
     kept = torch.where(live, best, starts.shape[3]).sort(-1).values
     there, kept = kept < starts.shape[3], kept.clamp_max(starts.shape[3] - 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from memc import __version__
 from memc.artifact import Manifest, beyond_trained
 from memc.backend import Backend, Lowered, LowerOptions, Runner
 from memc.dialect import arguments, op_spec
+from memc.dialect.cuts import watched
 from memc.errors import MemcError
 from memc.program import Program
 from memc.target import Target
@@ -182,12 +184,16 @@ def _check_choice(runner: Runner, program: Program, text: VerificationText, exac
         return []
     tokens = take(text, 1, length + 2 * CHOICES)
     last = cut(program, 2 * CHOICES)
-    parts = pieces(program, tokens, [*cut(program, length, PIECE), *last])
-    expected = torch.cat([*deque(parts, maxlen=len(last))], 1)
+    unread = cut(program, length, PIECE)
+    parts = pieces(program, tokens, [*unread, *last])
+    deque(islice(parts, len(unread)), maxlen=0)
+    with watched() as cuts:
+        expected = torch.cat([*parts], 1)
     found = _run(runner, tokens, [*cut(program, length + CHOICES), *[1] * CHOICES], last=2 * CHOICES)
     before, after = F.log_softmax(expected, -1), F.log_softmax(found, -1)
     value = float((before.exp() * (before - after)).sum()) / found.shape[1]
-    detail = f"nats a token, tokens {length} to {tokens.shape[1]}, half of them at once and half one at a time"
+    span = f"tokens {length} to {tokens.shape[1]}, half of them at once and half one at a time"
+    detail = f"nats a token, {span}; {cuts.text}"
     passed = value <= CHOICE_KL if exact else math.isfinite(value)
     return [CheckResult("lowered_choice", value, CHOICE_KL if exact else None, None, passed, detail)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -250,6 +251,8 @@ def test_a_lowered_choice_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyP
     checks = {check.name: check for check in verify_lowered(runner, program, text, "fp32", None)}
     assert all(check.passed for check in checks.values())
     assert checks["lowered_choice"].value <= CHOICE_KL
+    # Tokens of few kinds have equal keys.
+    assert re.search(r"; [1-9]\d* of 80 choices within 1e-05 of the cut$", checks["lowered_choice"].detail)
     other = ops.sparse_attention(rerank=2, dense_below=40, **{**OPTIONS, "budget": 32})
     checks = {check.name: check for check in verify_lowered(runner, other, text, "fp32", None)}
     assert checks["lowered_logits"].passed and not checks["lowered_choice"].passed

@@ -8,6 +8,8 @@ from typing import Any
 
 from tvm.script import tirx as T
 
+import memc.backends.tvm.parsing  # noqa: F401  makes the parser quick
+
 SLOTS = 16
 """Keys that lie together in the state of an attention, channel by channel: one vector of scores is their product."""
 
