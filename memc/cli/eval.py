@@ -127,6 +127,11 @@ def command(
             measure_text(document, sides, ids, windows, free_run, console)
         if tasks:
             measure_tasks(document, sides, tasks, lengths, samples, seed or 0, console)
+        for name, side in sides.items():
+            measured = document.sides[name]
+            longest = [*(row.context for row in measured.by_context), *(cell.length for cell in measured.cells)]
+            if warning := side.beyond_trained(max(longest)):
+                document.warnings.append(warning if against is None else f"{warning} ({sources[name]})")
     if html is not None:
         write_file(console, html, document.to_html())
     console.show(document, lambda: eval_view(document))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -148,10 +149,15 @@ class _Tally:
         for start, stop in pairwise(edges):
             count = int(self.counts[start:stop].sum())
             if count:
-                buckets.append(Bucket(start, stop, count, float(np.exp(self.sums[start:stop].sum() / count))))
+                buckets.append(Bucket(start, stop, count, _exponential(self.sums[start:stop].sum() / count)))
         total = int(self.counts.sum())
         mean = float(self.sums.sum() / total)
-        return PerplexityResult(float(np.exp(mean)), total, mean, buckets)
+        return PerplexityResult(_exponential(mean), total, mean, buckets)
+
+
+def _exponential(nll: float) -> float:
+    """Return the perplexity of a mean, bounded: a report has no infinite numbers, and no reader another use for one."""
+    return math.exp(min(nll, 700.0))
 
 
 def _windows(ids: npt.NDArray[np.integer], window: int, stride: int | None, limit: int | None) -> list[tuple[I64, int]]:

@@ -33,6 +33,18 @@ def test_eval_alone_and_against(out: str, text: str, tmp_path: Path, capsys: Cap
     assert "perplexity ratio" in capsys.readouterr().out
 
 
+def test_measuring_past_the_training_is_warned_of(tmp_path: Path, text: str, out: str, capsys: Capture) -> None:
+    trained = str(make_artifact(tmp_path / "trained", tokenizer=byte_tokenizer(), trained_positions=20))
+    words = ["eval", trained, "--text", text, "--quiet"]
+    assert main([*words, "--context", "20"]) == 0 and "beyond_trained" not in capsys.readouterr().out
+    assert main([*words, "--contexts", "8,24"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "warning: beyond_trained: 24 tokens are past the 20 positions that the model was trained on" in told
+    assert main(["eval", out, "--against", trained, "--text", text, "--context", "24", "--json"]) == 0
+    document = m.EvalDocument.model_validate_json(capsys.readouterr().out)
+    assert [warning.rpartition(" ")[2] for warning in document.warnings] == [f"({trained})"]
+
+
 def test_eval_of_token_ids_needs_no_tokenizer(text: str, tmp_path: Path, capsys: Capture) -> None:
     tokenizer = byte_tokenizer()
     ids = tokenizer.encode(Path(text).read_text()).ids

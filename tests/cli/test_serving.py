@@ -48,6 +48,16 @@ def _call_then_stop(port: int, stop: signal.Signals, answers: list[httpx2.Respon
         os.kill(os.getpid(), stop)
 
 
+def test_conversations_past_the_training_are_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr("memc.serve.run", lambda *args, **options: None)
+    out = str(make_artifact(tmp_path / "out", trained_positions=20))
+    for most, told in (("20", 0), ("21", 1)):
+        assert main(["serve", out, "--port", "0", "--max-tokens", most]) == 0
+        assert capsys.readouterr().err.count("beyond_trained: 21 tokens are past the 20 positions") == told
+
+
 def test_serve_refuses_what_it_cannot_serve(out: str, tmp_path: Path, capsys: Capture) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert main(["serve", out, "--port", str(taken.getsockname()[1])]) == 2

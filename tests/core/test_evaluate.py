@@ -58,6 +58,16 @@ def test_buckets_halve_the_window_and_chunks_stay_small(tmp_path):
     assert got.tokens == 127 and {width for width, _ in session.runner.calls} == {8}
 
 
+def test_a_perplexity_past_all_numbers_is_bounded(tmp_path, monkeypatch):
+    session = make_session(tmp_path)
+    wrong = np.zeros((1, len(IDS), IDS.max() + 2), np.float32)
+    wrong[..., -1] = 1e4  # nats, on a token that never comes
+    monkeypatch.setattr(session, "logit_chunks", lambda ids: iter([(0, wrong)]))
+    got = perplexity(session, IDS, len(IDS))
+    assert got.nll_mean == pytest.approx(1e4)
+    assert 1e300 < got.perplexity < np.inf
+
+
 @pytest.mark.parametrize(("window", "stride"), [(64, None), (50, 20)])
 def test_compare_equals_the_naive_sum(tmp_path, window, stride):
     a, b = make_session(tmp_path, chunk=9), make_session(tmp_path, chunk=200, seed=1)
