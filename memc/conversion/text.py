@@ -11,6 +11,7 @@ import torch
 
 from memc.data import TokenStream, holds_ids, read_tokens, tokenize
 from memc.errors import MemcError
+from memc.frontend.source import side_files
 from memc.partial import write_whole
 from memc.program import Program
 from memc.progress import Progress
@@ -46,6 +47,15 @@ def verification_text(
     if apart is not None:
         return keep_text(apart, folder)
     return keep_text(_from_data(recipe, original, folder) if recipe.data else _sampled(recipe, original), folder)
+
+
+def require_text_beside(model: str | Path | Program) -> None:
+    """Look at the text files in a model's own folder, where it is one, before its graph is captured.
+
+    Raises ``MemcError`` as :func:`require_text_files`.
+    """
+    if not isinstance(model, Program) and Path(model).is_dir():
+        require_text_files(side_files(Path(model)))
 
 
 def require_text_files(files: Sequence[Path]) -> None:

@@ -13,7 +13,7 @@ from memc.cli import main
 from memc.cli.failures import classify
 from memc.conversion.folder import OutFolder
 from memc.errors import MemcError
-from tests.core.test_convert import make_llama
+from tests.core.converting import make_llama
 
 Capture = pytest.CaptureFixture[str]
 

@@ -13,8 +13,8 @@ from memc.artifact import read_manifest
 from memc.cli import main
 from memc.report import models as m
 from memc.report.read import read_report
+from tests.core.converting import make_llama
 from tests.core.runtime_fakes import byte_tokenizer, make_artifact
-from tests.core.test_convert import make_llama
 from tests.core.tiny import tiny_program
 
 pytestmark = pytest.mark.usefixtures("fake_backend")

@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import shutil
-import signal
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -18,95 +12,16 @@ import pytest
 import torch
 
 import memc
-from memc import api, partial, plugins
+from memc import api
 from memc.artifact import read_manifest
 from memc.cli import main
 from memc.errors import MemcError
-from memc.frontend import capture
 from memc.program import Program
-from memc.recipe import Recipe, Verify
 from memc.report.files import CaptureReport, PassReportFile, RaiseReport, VerifyReport
 from memc.report.models import ConvertDocument
-from memc.verify import VerificationText, past
-from tests.core.toy import Toy
+from tests.core.converting import TRAINED, make_llama, run
 
-ANY_TIME = Verify(budgets={"decode_time_ratio": 100.0, "prompt_time_ratio": 100.0})
-"""Models as small as those of the tests get no faster: tests/core/test_speed.py is about time."""
-
-
-TRAINED = 128
-"""Positions of :func:`make_llama`."""
-
-
-def make_llama(folder: Path, dtype: torch.dtype = torch.float32, layers: int = 2, hidden: int = 40) -> Path:
-    """Save a random Llama whose every dimension is distinct, and a tokenizer of bytes."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Whitespace
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=67,
-        hidden_size=24,
-        intermediate_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=10,
-        max_position_embeddings=TRAINED,
-        tie_word_embeddings=True,
-        initializer_range=0.3,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
-    LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
-    tokenizer = Tokenizer(WordLevel({f"w{i}": i for i in range(67)}, unk_token="w0"))
-    tokenizer.pre_tokenizer = Whitespace()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_llama(tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture(autouse=True)
-def _toy(monkeypatch: pytest.MonkeyPatch) -> None:
-    register_toy(monkeypatch.setitem)
-
-
-def register_toy(setitem: object) -> None:
-    """Make ``toy`` a known pass."""
-    setitem(plugins.BUILTIN["memc.passes"], "toy", "tests.core.toy:Toy")  # type: ignore[operator]
-    plugins.registered.cache_clear()
-
-
-@pytest.fixture(scope="module")
-def program(llama: Path) -> Program:
-    """The same model, captured once."""
-    from transformers import LlamaForCausalLM
-
-    module = LlamaForCausalLM.from_pretrained(llama)
-    tokens = torch.arange(14).reshape(2, 7)
-    return capture(Logits(module), (tokens, torch.arange(7).expand(2, 7).contiguous()), name="tiny-llama")
-
-
-class Logits(torch.nn.Module):
-    """A Hugging Face model as a function of tokens and positions."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.model(tokens, position_ids=positions, use_cache=False).logits
-        return logits
-
-
-def run(llama: Path | Program, out: Path, *passes: str, **options: object) -> ConvertDocument:
-    return api.convert(llama, out, passes=passes, backend="eager", recipe=Recipe(recipe=1), **options)  # type: ignore[arg-type]
+pytestmark = pytest.mark.usefixtures("toy")
 
 
 @pytest.mark.usefixtures("beside")
@@ -156,7 +71,6 @@ def test_the_artifact_runs_and_equals_the_model(llama: Path, tmp_path: Path) -> 
 
     run(llama, tmp_path / "out")
     tokens = np.arange(22).reshape(2, 11)
-    import memc
 
     found = memc.load(tmp_path / "out").logits(tokens)
     expected = LlamaForCausalLM.from_pretrained(llama)(torch.from_numpy(tokens)).logits.detach().numpy()
@@ -262,86 +176,6 @@ def test_a_lowered_program_that_is_wrong_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_an_output_that_exists_is_kept(program: Program, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    run(program, out)
-    with pytest.raises(MemcError, match=r"E204.*this recipe.*--force"):
-        run(program, out)
-    with pytest.raises(MemcError, match=r"E204.*another artifact.*--force"):
-        run(program, out, seed=1)
-    before = (out / "memc.json").read_bytes()
-    run(program, out, force=True)
-    assert (out / "memc.json").read_bytes() == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
-
-
-def test_a_foreign_output_is_refused(program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(MemcError, match=r"E204.*file"):
-        run(program, tmp_path / "file", force=True)
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    (folder / "mine.txt").write_text("mine")
-    with pytest.raises(MemcError, match=r"E204.*no artifact.*--force"):
-        run(program, folder)
-    monkeypatch.chdir(folder)
-    with pytest.raises(MemcError, match=r"E204.*cannot be replaced"):
-        run(program, folder, force=True)
-    (tmp_path / "new.partial").mkdir()
-    (tmp_path / "new.partial" / "mine.txt").write_text("mine")
-    with pytest.raises(MemcError, match=r"E204.*in the way"):
-        run(program, tmp_path / "new", fresh=True)
-    assert (folder / "mine.txt").read_text() == (tmp_path / "new.partial" / "mine.txt").read_text() == "mine"
-
-
-def killed_writing(patch: pytest.MonkeyPatch, name: str) -> None:
-    """Have a kill come when half of the file of a name is written, which stays where it is made."""
-    whole = partial.replacing
-
-    @contextmanager
-    def half(path: Path) -> Iterator[Path]:
-        if path.name != name:
-            with whole(path) as beside:
-                yield beside
-            return
-        yield (beside := partial.partial_of(path))
-        os.truncate(beside, beside.stat().st_size // 2)
-        raise KeyboardInterrupt
-
-    patch.setattr(partial, "replacing", half)
-
-
-@pytest.mark.parametrize("name", ["resume.json", "text.json", "00-capture.json", "convert.json"])
-def test_a_kill_while_a_file_is_written_is_gone_on_from(
-    name: str, program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
-        killed_writing(patch, name)
-        with pytest.raises(KeyboardInterrupt):
-            run(program, tmp_path / "out")
-    assert run(program, tmp_path / "out").verified
-    assert not list((tmp_path / "out").rglob("*.partial"))
-
-
-def test_another_recipe_needs_fresh_where_something_was_finished(program: Program, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    with pytest.raises(MemcError, match="E401"):
-        run(program, out, "toy:op=shift,by=0", "toy:op=shift,by=0.01,relation=close")
-    assert list((tmp_path / "out.partial").glob("stage-*"))
-    with pytest.raises(MemcError, match=r"E204.*--fresh"):
-        run(program, out)
-    assert list((tmp_path / "out.partial").glob("stage-*"))
-    assert run(program, out, fresh=True).verified
-
-
-def test_another_recipe_starts_over_where_nothing_was_finished(program: Program, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    with pytest.raises(MemcError, match="E401"):
-        run(program, out, "toy:op=shift,by=0.01,relation=close")
-    assert (tmp_path / "out.partial" / "report" / "error.json").is_file()
-    assert run(program, out).verified and not (tmp_path / "out.partial").exists()
-
-
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -392,120 +226,3 @@ def test_data_is_read_and_kept(llama: Path, tmp_path: Path) -> None:
     data.write_text("w1 w2")
     with pytest.raises(MemcError, match="E207"):
         run(llama, tmp_path / "other", data=[str(data)])
-
-
-SCRIPT = """
-import sys
-from pathlib import Path
-from tests.core.test_convert import killable
-killable(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
-"""
-
-
-def killable(llama: Path, out: Path, trigger: str) -> ConvertDocument:
-    """Convert with two passes of which the second is killed while ``trigger`` exists."""
-    torch.set_num_threads(1)
-    register_toy(dict.__setitem__)
-    return run(llama, out, "window:window=8,sinks=2", f"toy:kill={trigger}")
-
-
-def test_a_killed_conversion_goes_on_and_gives_the_same_bytes(tmp_path: Path) -> None:
-    llama = make_llama(tmp_path / "model", layers=1)
-    trigger = tmp_path / "kill"
-    trigger.touch()
-    root = Path(__file__).parents[2]
-    command = [sys.executable, "-c", SCRIPT, str(llama), str(tmp_path / "a"), str(trigger)]
-    environment = {**os.environ, "PYTHONPATH": str(root)}
-    killed = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert (tmp_path / "a.partial" / "stage-02").is_dir() and not (tmp_path / "a").exists()
-    trigger.unlink()
-    resumed = killable(llama, tmp_path / "a", str(trigger))
-    assert [facts.resumed for facts in resumed.passes] == [True, False]
-    killable(llama, tmp_path / "b", str(trigger))
-    first, second = (read_manifest(tmp_path / name).files for name in "ab")
-    assert first == second and Toy.name in (tmp_path / "a" / "recipe.yaml").read_text()
-
-
-SPARSE = "sparsify:method=bounds,budget=16,page=4,sinks=1,window=5,dense_below=24"
-
-
-@pytest.mark.parametrize("backend", ["eager", "onnx"])
-def test_a_sparse_artifact_is_checked_where_it_chooses(llama: Path, tmp_path: Path, backend: str) -> None:
-    recipe = Recipe(recipe=1)
-    document = api.convert(llama, tmp_path / "out", passes=[SPARSE], backend=backend, recipe=recipe, context=100)
-    assert document.verified
-    checks = {check.name: check for check in document.checks}
-    assert {"split_invariance", "lowered_logits", "lowered_choice"} <= set(checks)
-    close, ratio = document.passes[0].relations
-    assert (close.tokens, close.passed) == (24, True)
-    assert ratio.value is not None and ratio.value != 1.0, "measured past what is read whole"
-    page_bytes = 2 * 2 * 2 * 10 * 4
-    assert document.original is not None
-    for context, held in document.predicted.state_bytes.items():
-        assert held - document.original.state_bytes[context] == -(-context // 4) * page_bytes
-        less = document.original.bytes_read_per_token[context] - document.predicted.bytes_read_per_token[context]
-        assert less == 2 * 2 * 10 * 4 * (2 * context - 2 * -(-context // 4) - 2 * 16 - 16)
-    session = memc.load(tmp_path / "out")
-    assert session.generate("w1 w2 w3", max_new_tokens=40, seed=1).ids
-
-
-@pytest.mark.parametrize(
-    ("chosen_by", "exact", "backend"),
-    [
-        ("method=bounds,bits=4,rerank=2", 4, "eager"),
-        ("method=bounds,bits=4,rerank=2", 4, "onnx"),
-        ("method=hip,refresh=4,rerank=1", 24, "eager"),
-        ("method=bounds,levels=2,beam=1", 24, "onnx"),
-        ("method=lowbit,refresh=4,mass=0.6", 24, "onnx"),
-        ("method=em,rerank=1,longest=4,calls=9", 24, "onnx"),
-        pytest.param(
-            "method=em,rerank=1,longest=4,calls=9,refine=conductance", 24, "tvm", marks=pytest.mark.conformance
-        ),
-    ],
-)
-def test_an_artifact_with_a_state_of_its_own_is_checked_saved_and_restored(
-    llama: Path, tmp_path: Path, chosen_by: str, exact: int, backend: str
-) -> None:
-    spec, recipe = SPARSE.replace("method=bounds", chosen_by), Recipe(recipe=1)
-    document = api.convert(llama, tmp_path / "out", passes=[spec], backend=backend, recipe=recipe, context=100)
-    assert document.verified
-    checks = {check.name: check for check in document.checks}
-    assert {"split_invariance", "lowered_logits", "lowered_choice"} <= set(checks)
-    close, _ = document.passes[0].relations
-    assert (close.tokens, close.passed) == (exact, True), "with bits a page"
-    session = memc.load(tmp_path / "out")
-    state = session.new_state()
-    session.prefill([list(range(1, 28))], state)
-    session.save(state, tmp_path / "state.npz")
-    again = session.load_state(tmp_path / "state.npz")
-    for token in (3, 5):
-        assert np.array_equal(session.step([token], state), session.step([token], again))
-
-
-@pytest.mark.parametrize(("method", "backend"), [("longheads", "onnx"), ("infllm", "eager")])
-def test_an_artifact_runs_beyond_the_trained_length(llama: Path, tmp_path: Path, method: str, backend: str) -> None:
-    spec = f"sparsify:method={method},budget=32,page=4,sinks=1,window=8,dense_below=0"
-    options = {"backend": backend, "recipe": Recipe(recipe=1), "context": 8 * TRAINED}
-    document = api.convert(llama, tmp_path / "out", passes=[spec], **options)
-    assert document.verified and not document.warnings
-    checks = {check.name: check for check in document.checks}
-    assert {"split_invariance", "lowered_logits", "lowered_choice"} <= set(checks)
-    session = memc.load(tmp_path / "out")
-    state = session.new_state()
-    session.prefill([[n % 30 for n in range(8 * TRAINED - 2)]], state)
-    assert np.isfinite(session.step([3], state)).all()
-    for others in (f"{spec},keep=[0]", SPARSE):
-        (warning,) = api.convert(llama, tmp_path / "other", passes=[others], dry_run=True, **options).warnings
-        assert warning.startswith(f"beyond_trained: context {8 * TRAINED}")
-
-
-def test_a_relation_is_measured_past_what_is_exact() -> None:
-    tokens = torch.arange(80).reshape(2, 40)
-    text = VerificationText(tokens, "made")
-    assert past(text, None, None) is text and past(text, 39, None) is text
-    longer = past(text, 100, None)
-    assert longer.tokens.shape == (1, 356) and torch.equal(longer.tokens[0, :160], torch.arange(80).repeat(2))
-    assert longer.origin == "made, repeated to 356 tokens"
-    assert past(text, 100, 128).tokens.shape == (1, 128)
-    assert past(text, 100, 90) is text

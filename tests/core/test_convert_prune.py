@@ -26,7 +26,7 @@ from memc.report.read import read_report
 from memc.report.terminal import convert_view
 from memc.verify import sample_text
 from tests.cli.test_views import text_of
-from tests.core.test_convert import ANY_TIME, make_llama
+from tests.core.converting import ANY_TIME, make_llama
 from tests.passes.tiny_program import tiny
 from tests.train.test_conversion import write_text
 

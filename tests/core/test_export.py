@@ -25,7 +25,7 @@ from memc.progress import Silent
 from memc.raising import raise_program
 from memc.target import get_target
 from memc.weights import materialize, read_header
-from tests.core.test_convert import make_llama
+from tests.core.converting import make_llama
 from tests.core.test_convert_prune import convert
 from tests.core.test_families import DECODERS, every, raised
 from tests.core.tiny import tiny_program

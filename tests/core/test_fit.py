@@ -23,8 +23,8 @@ from memc.passes.window import Window
 from memc.progress import Silent
 from memc.raising import find_blocks
 from memc.report import fit as view
+from tests.core.converting import make_llama
 from tests.core.fitting import LENGTH, PRESENT, SETTINGS, TARGET, WEIGHTS, calibrate, on_offer
-from tests.core.test_convert import make_llama
 from tests.passes.tiny_program import tiny, tokens_of
 
 

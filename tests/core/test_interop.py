@@ -15,7 +15,7 @@ import memc
 from memc import api
 from memc.errors import MemcError
 from memc.interop import SessionModel
-from tests.core.test_convert import make_llama
+from tests.core.converting import make_llama
 
 TOKENS = torch.tensor([[3, 4, 5, 6, 9], [0, 0, 7, 9, 11]])
 MASK = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])

@@ -27,7 +27,7 @@ from memc.verify import run_nodes
 from memc.verify.execute import whole_all
 from memc.verify.inputs import positions_of
 from memc.weights import materialize, open_safetensors, program_dtype
-from tests.core.test_convert import make_llama, run
+from tests.core.converting import make_llama, run
 
 
 @pytest.fixture

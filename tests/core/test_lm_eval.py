@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 import memc
 from memc import api
-from tests.core.test_convert import make_llama
+from tests.core.converting import make_llama
 
 ROWS = [[3, 4, 5, 6, 9], [7, 9, 11], [2]]
 

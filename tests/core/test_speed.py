@@ -24,8 +24,8 @@ from memc.program import Program
 from memc.recipe import Recipe
 from memc.target import get_target
 from memc.verify import CheckResult
+from tests.core.converting import make_llama
 from tests.core.runtime_fakes import FakeRunner, make_manifest
-from tests.core.test_convert import make_llama
 from tests.core.tiny import TinyConfig, tiny_program
 
 PROMISED = dict.fromkeys(SPEED_CHECKS, 1.0)

@@ -25,7 +25,7 @@ from memc.recipe import Recipe, Train
 from memc.report.files import PassReportFile, TrainingFacts
 from memc.report.models import ConvertDocument, EvalDocument
 from memc.train import loop
-from tests.core.test_convert import ANY_TIME, make_llama
+from tests.core.converting import ANY_TIME, make_llama
 from tests.passes.tiny_program import tiny
 
 LENGTH, TOKENS = 32, 800

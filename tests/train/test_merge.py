@@ -19,7 +19,7 @@ from memc.report.files import PassReportFile
 from memc.report.models import ConvertDocument
 from memc.train.adapters import Adapter, add_adapters, block_projections, fold_adapters
 from memc.train.merge import expand, kept_indices, merge_adapters
-from tests.core.test_convert import make_llama
+from tests.core.converting import make_llama
 from tests.passes.tiny_program import TARGET
 from tests.train.test_adapters import LAYOUTS, learn, program_of
 from tests.train.test_conversion import PRUNE, SPEC, write_text

@@ -16,7 +16,7 @@ from memc.program_io import load_program
 from memc.recipe import Recipe, Train
 from memc.train.parallel import ALONE, Processes
 from memc.train.recovery import weights
-from tests.core.test_convert import make_llama
+from tests.core.converting import make_llama
 from tests.train.processes import free_port, start
 from tests.train.test_conversion import PRUNE, SPEC, killable, training_of, write_text
 from tests.train.tiny_training import packed, tensors_of
