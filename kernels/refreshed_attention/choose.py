@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memc.dialect.cuts import note_cut
+from memc.dialect.cuts import note_cut, note_taken
 from memc.kernels.common import take
 from memc.kernels.sparse_attention.choose import Rule, first, forced, needed, ranks
 from memc.kernels.sparse_attention.reference import BLOCK_SCORES, Sequence
@@ -60,7 +60,10 @@ class Choices:
         rank = rank.scatter(3, torch.where(listed >= 0, listed, count), places)[..., :count]
         must, seen = forced(at, count, rule)
         rank = torch.where(must, rule.most + 1, rank).masked_fill(~seen, 0)
-        return first(rank, rule.most) & (rank > 0)
+        taken = first(rank, rule.most) & (rank > 0)
+        if rule.mass < 1:
+            note_taken(taken, rule.most, (at >= rule.dense_below) & (at >= 0))
+        return taken
 
 
 def _columns(positions: Tensor, sequence: Sequence, length: int) -> Tensor:

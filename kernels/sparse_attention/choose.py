@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from memc.dialect.base import Arguments
-from memc.dialect.cuts import note_cut, note_share
+from memc.dialect.cuts import note_cut, note_share, note_taken
 from memc.dialect.selectors import SELECTORS
 from memc.dialect.sparse_attention import SPAN, described_tokens, entered, forced_pages
 from memc.kernels.softmax_groups import Groups
@@ -241,7 +241,10 @@ def candidates(query: Tensor, pages: Tensor, at: Tensor, rule: Rule, events: Ten
         beside = numbered.beside(rank, taken).masked_fill(taken | (rank == torch.inf), torch.inf)
         return first(beside, rule.most) & (beside > -torch.inf)
     rank = ranks(query, pages, at, rule)
-    return first(rank, rule.most) & (rank > -torch.inf) & needed(rank, rule.mass)
+    taken = first(rank, rule.most) & (rank > -torch.inf) & needed(rank, rule.mass)
+    if rule.mass < 1:
+        note_taken(taken, rule.most, (at >= rule.dense_below) & (at >= 0))
+    return taken
 
 
 def needed(rank: Tensor, mass: float) -> Tensor:

@@ -20,15 +20,18 @@ NEAR = 1e-5
 
 @dataclass
 class Cuts:
-    """Choices that were made, and how many of them within ``NEAR`` of the cut."""
+    """Choices that were made, and how many of them within ``NEAR`` of the cut; of a budget, what was ``taken``."""
 
     made: int = 0
     near: int = 0
+    taken: int = 0
+    budget: int = 0
 
     @property
     def text(self) -> str:
-        """The two numbers, for a report."""
-        return f"{self.near} of {self.made} choices within {NEAR:g} of the cut"
+        """The numbers, for a report."""
+        share = f", {100 * self.taken / self.budget:.0f} % of the budget taken" if self.budget else ""
+        return f"{self.near} of {self.made} choices within {NEAR:g} of the cut{share}"
 
 
 _watching: ContextVar[Cuts | None] = ContextVar("cuts", default=None)
@@ -68,6 +71,14 @@ def note_share(before: Tensor, share: float) -> None:
     if cuts is not None:
         near = (before.double() - share).abs().amin(-1) <= NEAR * share
         _count(cuts, torch.ones_like(near), near)
+
+
+def note_taken(taken: Tensor, most: int, asked: Tensor) -> None:
+    """Count what queries ``asked [B,T]`` have ``taken [B,G,T,N]``, of ``most`` each, where a budget is a bound."""
+    cuts = _watching.get()
+    if cuts is not None:
+        cuts.taken += int((taken & asked[:, None, :, None]).sum())
+        cuts.budget += int(asked.sum()) * taken.shape[1] * most
 
 
 def _count(cuts: Cuts, made: Tensor, near: Tensor) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from memc.dialect.cuts import watched
 from memc.kernels.sparse_attention.choose import first, needed
 from memc.kernels.sparse_attention.tree import reached
+from tests.backends.op_programs import sparse_attention
 
 INF = torch.inf
 RANK = torch.tensor(
@@ -49,6 +50,21 @@ def test_choices_by_mass_are_counted(last: float, near: int) -> None:
     with watched() as cuts:
         needed(rank, 0.5)
     assert (cuts.made, cuts.near) == (1, near)
+
+
+@pytest.mark.parametrize("refresh", [1, 2])
+def test_what_is_taken_by_mass_is_counted(refresh: int) -> None:
+    """Pages of equal keys hold equal mass: half of it is in half of them, sinks and window beside."""
+    program = sparse_attention(mass=0.5, budget=16, page=2, dense_below=20, refresh=refresh if refresh > 1 else 0)
+    with torch.no_grad():
+        program.module.key_weight.zero_()  # type: ignore[union-attr, operator]
+    tokens, positions = torch.zeros(1, 24, dtype=torch.int64), torch.arange(24)[None]
+    with watched() as cuts:
+        program(tokens, positions, *program.new_state(1))
+    # Two groups of four queries with eight pages each: the first, the last two at most, and half of nine or more.
+    assert cuts.budget == 2 * 4 * 8
+    assert 0.6 < cuts.taken / cuts.budget <= 1
+    assert cuts.text.endswith(" % of the budget taken")
 
 
 @pytest.mark.parametrize(("gap", "near"), [(1.0, 0), (1e-6, 2)])
