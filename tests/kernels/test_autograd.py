@@ -44,27 +44,27 @@ def softmax_case(op: str, held: list[list[int]], bias: bool, **options: Any) -> 
     return make
 
 
-def sparse_case(held: int, bias: bool, **options: Any) -> Callable[[], Case]:
+def sparse_case(held: int, bias: bool, groups: int = G, **options: Any) -> Callable[[], Case]:
     def make() -> Case:
         past, page = torch.arange(held).expand(B, held).contiguous(), options.get("page", 2)
         described = description(options["method"], page, D)
         positions = torch.stack([torch.arange(held, held + T), torch.tensor([held, -1, 0, 1, 2, 3, 4])])
         count = -(-held // described_tokens(options["method"], page))
-        state = (real(B, G, held, D), real(B, G, held, E), past, real(B, G, count, *described))
-        extra = (real(H),) if bias else ()
-        args = (real(B, H, T, D), real(B, G, T, D), real(B, G, T, E), positions, *state, *extra)
+        state = (real(B, groups, held, D), real(B, groups, held, E), past, real(B, groups, count, *described))
+        extra = (real(2 * groups),) if bias else ()
+        args = (real(B, 2 * groups, T, D), real(B, groups, T, D), real(B, groups, T, E), positions, *state, *extra)
         return Case("sparse_attention", args, {"scale": 0.4, "page": page, "sinks": 1, "window": 1, **options})
 
     return make
 
 
-def refreshed_case(held: int, bias: bool, **options: Any) -> Callable[[], Case]:
+def refreshed_case(held: int, bias: bool, groups: int = G, **options: Any) -> Callable[[], Case]:
     """As a sparse case, with lists that were made by an earlier call."""
 
     def make() -> Case:
-        case = sparse_case(held, bias, **options)()
+        case = sparse_case(held, bias, groups, **options)()
         most = most_chosen(options["method"], 2, options["budget"], options.get("rerank", 1))
-        listed = torch.full((B, G, most), -1)
+        listed = torch.full((B, groups, most), -1)
         listed[..., :2] = torch.arange(2)
         args = (*case.args[:8], listed, *case.args[8:])
         return Case("refreshed_attention", args, {**case.options, "window": 3, "refresh": 3})
@@ -90,7 +90,7 @@ def events_case() -> Case:
     return Case("events", args, {"gamma": 0.5, "longest": 3})
 
 
-def quantised_case(held: int, bias: bool, **options: Any) -> Callable[[], Case]:
+def quantised_case(held: int, bias: bool, groups: int = G, **options: Any) -> Callable[[], Case]:
     """Pages longer than the sequences: rounding has no derivative to compare with."""
 
     def make() -> Case:
@@ -98,14 +98,14 @@ def quantised_case(held: int, bias: bool, **options: Any) -> Callable[[], Case]:
         past = torch.arange(held).expand(B, held).contiguous()
         positions = torch.stack([torch.arange(held, held + T), torch.tensor([held, -1, 0, 1, 2, 3, 4])])
         codes = (
-            torch.zeros(B, G, -(-held // page), page, code_bytes(D, bits), dtype=torch.uint8),
-            torch.zeros(B, G, held, code_bytes(E, bits), dtype=torch.uint8),
+            torch.zeros(B, groups, -(-held // page), page, code_bytes(D, bits), dtype=torch.uint8),
+            torch.zeros(B, groups, held, code_bytes(E, bits), dtype=torch.uint8),
         )
         there = (torch.arange(page) < held)[:, None]
-        tails = (real(B, G, page, D) * there, real(B, G, page, E) * there)
-        state = (*codes, past, real(B, G, codes[0].shape[2], 2 * D), real(B, G, held, 2), *tails)
-        extra = (real(H),) if bias else ()
-        args = (real(B, H, T, D), real(B, G, T, D), real(B, G, T, E), positions, *state, *extra)
+        tails = (real(B, groups, page, D) * there, real(B, groups, page, E) * there)
+        state = (*codes, past, real(B, groups, codes[0].shape[2], 2 * D), real(B, groups, held, 2), *tails)
+        extra = (real(2 * groups),) if bias else ()
+        args = (real(B, 2 * groups, T, D), real(B, groups, T, D), real(B, groups, T, E), positions, *state, *extra)
         fixed = {"scale": 0.4, "page": page, "budget": 32, "sinks": 1, "window": 1}
         return Case("quantised_attention", args, {**fixed, **options})
 
@@ -138,6 +138,7 @@ def memory_case(channels: int, update: str, tokens: int = T) -> Callable[[], Cas
     return make
 
 
+# Of each kind one case has several groups: a call for every entry of every input takes long.
 SPLIT = torch.tensor([[4, -1, 5, 6, 7, 8, 9], [-1, 0, 1, 2, 3, -1, 4]])
 KEYS = torch.tensor([[0, 1, -1, 2], [-1, -1, -1, -1]])
 CASES: dict[str, Callable[[], Case]] = {
@@ -148,17 +149,17 @@ CASES: dict[str, Callable[[], Case]] = {
     "window": softmax_case("window_memory", [[0, 1, 2], [0, 3, 4]], True, scale=0.4, window=2, sinks=1, softcap=2.0),
     "window-long": softmax_case("window_memory", [[2, 0, 1, -1], [4, 1, 2, 3]], False, scale=0.4, window=4),
     "sparse": sparse_case(5, True, method="bounds", budget=4, softcap=2.0),
-    "sparse-levels": sparse_case(5, True, method="bounds2", page=1, budget=4, beam=1),
-    "sparse-again": sparse_case(5, False, method="moments", budget=4, rerank=2, dense_below=3),
-    "sparse-channels": sparse_case(5, True, method="lowbit", channels=2, budget=4, rerank=2),
-    "sparse-landmarks": sparse_case(5, True, method="landmark", page=3, budget=9, softcap=2.0),
+    "sparse-levels": sparse_case(5, True, 1, method="bounds2", page=1, budget=4, beam=1),
+    "sparse-again": sparse_case(5, False, 1, method="moments", budget=4, rerank=2, dense_below=3),
+    "sparse-channels": sparse_case(5, True, 1, method="lowbit", channels=2, budget=4, rerank=2),
+    "sparse-landmarks": sparse_case(5, True, 1, method="landmark", page=3, budget=9, softcap=2.0),
     "sparse-events": eventful_case,
-    "sparse-empty": sparse_case(0, False, method="moments", budget=4),
+    "sparse-empty": sparse_case(0, False, 1, method="moments", budget=4),
     "refreshed": refreshed_case(5, True, method="bounds", budget=6, softcap=2.0),
-    "refreshed-again": refreshed_case(5, False, method="lowbit", channels=2, budget=6, rerank=2, dense_below=3),
+    "refreshed-again": refreshed_case(5, False, 1, method="lowbit", channels=2, budget=6, rerank=2, dense_below=3),
     "quantised": quantised_case(5, True, bits=4, softcap=2.0),
-    "quantised-again": quantised_case(5, False, bits=8, rerank=2),
-    "quantised-empty": quantised_case(0, False, bits=8),
+    "quantised-again": quantised_case(5, False, 1, bits=8, rerank=2),
+    "quantised-empty": quantised_case(0, False, 1, bits=8),
     "compact": compact_case([7, -1, 8], 7, True, method="longheads", softcap=2.0, dense_below=8),
     "compact-clipped": compact_case([7, 8, 0, 1], 7, False, method="infllm", interleaved=True),
     "compact-empty": compact_case([0, 1, 2, 3], 0, True, method="infllm"),
