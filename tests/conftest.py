@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 from hypothesis import HealthCheck, settings
 from torch._subclasses import FakeTensor
 from torch.onnx._internal.exporter._registration import ONNXRegistry
@@ -19,6 +20,8 @@ from memc.frontend import huggingface
 from memc.program import ModelInfo, Program
 
 torch.set_num_threads(1)
+# Of models of two layers the shapes are inferred quicker than they are looked up.
+torch._dynamo.config.fake_tensor_cache_enabled = False
 # The exporter traces at debug level for whoever listens, and pytest listens.
 logging.getLogger("torch.__trace").setLevel(logging.ERROR)
 

@@ -25,8 +25,9 @@ from memc.infer import Propagation
 from memc.prepare import TensorSpec, export_module, first_line, named_node, source_of
 from memc.program import InputSpec, Program
 
-WHOLE = frozenset({torch.ops.aten.sym_size.int, torch.ops.aten.reshape.default})
-"""Composite ops that are written as they are."""
+_aten = torch.ops.aten
+WHOLE = frozenset({_aten.sym_size.int, _aten.reshape.default, _aten.matmul.default, _aten.where.ScalarOther})
+"""Composite ops that the exporter writes as well as what they are made of, or better."""
 
 
 def export(program: Program, prepared: Prepared) -> ir.Model:

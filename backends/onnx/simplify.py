@@ -28,6 +28,12 @@ def append_ones(x: Tensor) -> Tensor:
     return torch.onnx.ops.symbolic("Pad", [x, pads, one], dtype=torch.float32, shape=shape)
 
 
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``aten.to`` another type."""
+    made: Tensor = _aten._to_copy.default(x, dtype=dtype)
+    return made
+
+
 def unflatten(x: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
     """``aten.unflatten``; where every size behind the axis is constant, in one op that reads none."""
     dim %= x.dim()
@@ -65,9 +71,8 @@ def _constant(values: Sequence[int]) -> Tensor:
 def simplify(graph: Graph) -> None:
     """Replace the idioms of a graph whose tensors are float32; the dead nodes are left for the caller."""
     for node in list(graph.nodes):
-        inputs = node.all_input_nodes
-        if node.target is _aten.type_as.default and all(x.meta["val"].is_floating_point() for x in inputs):
-            replace_node(node, inputs[0])
+        if _gives_its_input(node):
+            replace_node(node, node.all_input_nodes[0])
             continue
         found = _match(node)
         if found is None:
@@ -76,6 +81,20 @@ def simplify(graph: Graph) -> None:
         with graph.inserting_before(node):
             made = graph.call_function(form, tuple(arguments))
         replace_node(node, made)
+
+
+def _gives_its_input(node: Node) -> bool:
+    """Whether an op gives what it reads, where every tensor of floating point is float32 and none has strides."""
+    if node.kwargs:
+        return False
+    match node.target, node.args:
+        case _aten.contiguous.default, (Node(),):
+            return True
+        case _aten.type_as.default, (Node() as x, Node() as other):
+            return bool(x.meta["val"].is_floating_point() and other.meta["val"].is_floating_point())
+        case _aten.to.dtype, (Node() as x, torch.float32):
+            return bool(x.meta["val"].is_floating_point())
+    return False
 
 
 def _match(node: Node) -> tuple[Callable[..., Any], Sequence[Any]] | None:
@@ -89,6 +108,8 @@ def _match(node: Node) -> tuple[Callable[..., Any], Sequence[Any]] | None:
             x.meta["val"].dim() - 1,
         ) and _is_column(ones.args[0], x):
             return append_ones, [x]
+        case _aten.to.dtype, (Node(), torch.dtype()):
+            return cast, node.args
         case _aten.softmax.int, (Node() as x, int() as dim, *dtype) if dtype in ([], [None], [torch.float32]):
             return _aten._softmax.default, (x, dim, False)
         case _aten.unflatten.int, (Node(), int(), [*sizes]) if all(isinstance(s, int) and s > 0 for s in sizes):
