@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from memc.prepare import replace_node
+from memc.prepare import HALF, replace_node
 
 _aten = torch.ops.aten
 
@@ -84,17 +84,23 @@ def simplify(graph: Graph) -> None:
 
 
 def _gives_its_input(node: Node) -> bool:
-    """Whether an op gives what it reads, where every tensor of floating point is float32 and none has strides."""
+    """Whether an op gives what it reads: a cast to the type that it has, strides of which a file knows nothing."""
     if node.kwargs:
         return False
     match node.target, node.args:
         case _aten.contiguous.default, (Node(),):
             return True
         case _aten.type_as.default, (Node() as x, Node() as other):
-            return bool(x.meta["val"].is_floating_point() and other.meta["val"].is_floating_point())
-        case _aten.to.dtype, (Node() as x, torch.float32):
-            return bool(x.meta["val"].is_floating_point())
+            return _dtype(x) == _dtype(other)
+        case _aten.to.dtype, (Node() as x, torch.dtype() as dtype):
+            return _dtype(x) == dtype
     return False
+
+
+def _dtype(node: Node) -> torch.dtype:
+    """Return the type of a node's tensor: what was recorded, but for half precision, which is float32 by now."""
+    dtype: torch.dtype = node.meta["val"].dtype
+    return torch.float32 if dtype in HALF else dtype
 
 
 def _match(node: Node) -> tuple[Callable[..., Any], Sequence[Any]] | None:
@@ -110,7 +116,7 @@ def _match(node: Node) -> tuple[Callable[..., Any], Sequence[Any]] | None:
             return append_ones, [x]
         case _aten.to.dtype, (Node(), torch.dtype()):
             return cast, node.args
-        case _aten.softmax.int, (Node() as x, int() as dim, *dtype) if dtype in ([], [None], [torch.float32]):
+        case _aten.softmax.int, (Node() as x, int() as dim, *dtype) if dtype in ([], [None], [_dtype(x)]):
             return _aten._softmax.default, (x, dim, False)
         case _aten.unflatten.int, (Node(), int(), [*sizes]) if all(isinstance(s, int) and s > 0 for s in sizes):
             return unflatten, node.args

@@ -70,7 +70,7 @@ def note_share(before: Tensor, share: float) -> None:
     cuts = _watching.get()
     if cuts is not None:
         near = (before.double() - share).abs().amin(-1) <= NEAR * share
-        _count(cuts, torch.ones_like(near), near)
+        _count(cuts, (before > 0).any(-1), near)  # of one alone all is taken
 
 
 def note_taken(taken: Tensor, most: int, asked: Tensor) -> None:
