@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch._dynamo
 from hypothesis import HealthCheck, settings
 from torch._subclasses import FakeTensor
 from torch.onnx._internal.exporter._registration import ONNXRegistry
@@ -20,8 +19,6 @@ from memc.frontend import huggingface
 from memc.program import ModelInfo, Program
 
 torch.set_num_threads(1)
-# Of models of two layers the shapes are inferred quicker than they are looked up.
-torch._dynamo.config.fake_tensor_cache_enabled = False
 # The exporter traces at debug level for whoever listens, and pytest listens.
 logging.getLogger("torch.__trace").setLevel(logging.ERROR)
 
@@ -47,6 +44,16 @@ def _alone() -> Iterator[None]:
     """Have conversions lower their result alone: the original beside it, to be timed, takes as long again."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("memc.conversion.driver.fits_beside", lambda _: False)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _shapes_inferred() -> Iterator[None]:
+    """Have shapes inferred each time: of models of two layers that is quicker than to look them up."""
+    import torch._dynamo.config as options  # with Triton, which the tests of kernels set up before
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(options, "fake_tensor_cache_enabled", False)
         yield
 
 

@@ -34,6 +34,12 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return made
 
 
+def contiguous(x: Tensor) -> Tensor:
+    """``aten.contiguous``, of which the file, that knows no strides, keeps nothing."""
+    made: Tensor = _aten.clone.default(x, memory_format=torch.contiguous_format)
+    return made
+
+
 def unflatten(x: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
     """``aten.unflatten``; where every size behind the axis is constant, in one op that reads none."""
     dim %= x.dim()
@@ -84,12 +90,10 @@ def simplify(graph: Graph) -> None:
 
 
 def _gives_its_input(node: Node) -> bool:
-    """Whether an op gives what it reads: a cast to the type that it has, strides of which a file knows nothing."""
+    """Whether an op is a cast of a tensor to the type that it has."""
     if node.kwargs:
         return False
     match node.target, node.args:
-        case _aten.contiguous.default, (Node(),):
-            return True
         case _aten.type_as.default, (Node() as x, Node() as other):
             return _dtype(x) == _dtype(other)
         case _aten.to.dtype, (Node() as x, torch.dtype() as dtype):
@@ -116,6 +120,8 @@ def _match(node: Node) -> tuple[Callable[..., Any], Sequence[Any]] | None:
             return append_ones, [x]
         case _aten.to.dtype, (Node(), torch.dtype()):
             return cast, node.args
+        case _aten.contiguous.default, (Node(),):
+            return contiguous, node.args
         case _aten.softmax.int, (Node() as x, int() as dim, *dtype) if dtype in ([], [None], [_dtype(x)]):
             return _aten._softmax.default, (x, dim, False)
         case _aten.unflatten.int, (Node(), int(), [*sizes]) if all(isinstance(s, int) and s > 0 for s in sizes):
