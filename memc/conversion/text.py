@@ -54,8 +54,8 @@ def require_text_beside(model: str | Path | Program) -> None:
 
     Raises ``MemcError`` as :func:`require_text_files`.
     """
-    if not isinstance(model, Program) and Path(model).is_dir():
-        require_text_files(side_files(Path(model)))
+    if isinstance(model, str | Path) and (folder := Path(model).expanduser()).is_dir():
+        require_text_files(side_files(folder))
 
 
 def require_text_files(files: Sequence[Path]) -> None:
