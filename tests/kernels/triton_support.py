@@ -40,7 +40,7 @@ class Code:
 def interpreted() -> Iterator[None]:
     """Launch kernels in the interpreter during a test; skipped where Triton is not installed."""
     pytest.importorskip("triton", reason="Triton is not installed")
-    with launching(Jit(INTERPRETER)), bfloat16_products():
+    with launching(Jit(INTERPRETER)), bfloat16_products(), language_patched_once():
         yield
 
 
@@ -55,6 +55,29 @@ class _Smallest(dict[str, Any]):
 def cut_small(interpreted: None) -> Iterator[None]:
     """Launch kernels in the interpreter, cut into the smallest blocks there are."""
     with launching(Jit(INTERPRETER, _Smallest())):
+        yield
+
+
+@contextmanager
+def language_patched_once() -> Iterator[None]:
+    """Exchange Triton's language for the interpreter's once a launch: it does so at each call of a function inside."""
+    from triton import language
+    from triton.runtime import interpreter
+
+    whole, held, exchanged = interpreter._patch_lang, set(), {id(language), id(language.core)}
+
+    def patch_new(function: Any) -> Any:
+        found = {id(value) for value in function.__globals__.values()} & exchanged
+        if held and found <= held:
+            return None  # of a function inside, which restores nothing
+        scope = whole(function)
+        if not held:
+            restore = scope.restore
+            scope.restore = lambda: (held.clear(), restore())
+        held.update(found)
+        return scope
+
+    with patch.object(interpreter, "_patch_lang", patch_new):
         yield
 
 
