@@ -14,6 +14,7 @@ from torch.fx.node import map_arg
 
 from memc.analysis.stream import Stream
 from memc.dialect import op_spec
+from memc.evaluate.perplexity import perplexity_of
 from memc.pipeline import Calibration
 from memc.program import Program, StateSpec, get_tensor
 from memc.raising.feed_forward import LINEAR, linear_input
@@ -54,7 +55,7 @@ class Distance:
     @property
     def ratio(self) -> float:
         """Perplexity as a ratio to the original's."""
-        return math.exp(min(self.excess / max(self.predicted, 1), 700.0))
+        return perplexity_of(self.excess / max(self.predicted, 1))
 
     @property
     def error(self) -> float:

@@ -39,7 +39,7 @@ from memc.conversion.speed import (
     modelled,
     speed_budgets,
 )
-from memc.conversion.text import keep_text, require_text_beside, require_text_files, verification_text
+from memc.conversion.text import keep_text, require_text_files, text_beside, verification_text
 from memc.conversion.training import (
     TrainingData,
     make_trainer,
@@ -108,12 +108,12 @@ def _convert(request: Request, steps: Steps, processes: Processes) -> ConvertDoc
         facts = {"source": source_name(request.model), "target": request.target.name, "backend": request.backend.name}
         sources = [*request.recipe.data, *([] if isinstance(request.model, Program) else [request.model])]
         folder.refuse_existing(recipe, facts, force=request.force, sources=sources)
-    require_text_beside(request.model)
+    require_text_files(looked := text_beside(request.model))
     load_kernels()
     if request.threads is not None:
         torch.set_num_threads(request.threads)
     captured, program, raised = capture_and_raise(request, steps)
-    require_text_files(captured.tokenizer_files)
+    require_text_files([path for path in captured.tokenizer_files if path not in looked])
     fitted = None
     if limits is not None:
         require_shareable(request.recipe, training, processes)

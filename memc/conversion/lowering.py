@@ -19,6 +19,7 @@ from memc.backend import Backend, Lowered, LowerOptions, Runner
 from memc.dialect import arguments, op_spec
 from memc.dialect.cuts import watched
 from memc.errors import MemcError
+from memc.evaluate.perplexity import perplexity_of
 from memc.program import Program
 from memc.target import Target
 from memc.verify import CheckResult, VerificationText, inputs_of, perplexity, pieces, streams, take, whole
@@ -225,7 +226,7 @@ def lowered_perplexity(runner: Runner, tokens: Tensor, piece: int = 128) -> floa
         logits = _run(runner, row, sizes)[0, :-1]
         total += float(F.cross_entropy(logits, row[0, 1:], reduction="sum"))
         count += row.shape[1] - 1
-    return math.exp(min(total / max(count, 1), 700.0)) if not math.isnan(total) else math.nan
+    return perplexity_of(total / max(count, 1))
 
 
 def _fetched(program: Program, tokens: Tensor) -> dict[str, np.ndarray]:

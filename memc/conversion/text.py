@@ -49,13 +49,11 @@ def verification_text(
     return keep_text(_from_data(recipe, original, folder) if recipe.data else _sampled(recipe, original), folder)
 
 
-def require_text_beside(model: str | Path | Program) -> None:
-    """Look at the text files in a model's own folder, where it is one, before its graph is captured.
-
-    Raises ``MemcError`` as :func:`require_text_files`.
-    """
+def text_beside(model: str | Path | Program) -> list[Path]:
+    """Return the files in a model's own folder, where it is one: they can be looked at before its graph is captured."""
     if isinstance(model, str | Path) and (folder := Path(model).expanduser()).is_dir():
-        require_text_files(side_files(folder))
+        return side_files(folder)
+    return []
 
 
 def require_text_files(files: Sequence[Path]) -> None:

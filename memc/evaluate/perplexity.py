@@ -149,14 +149,14 @@ class _Tally:
         for start, stop in pairwise(edges):
             count = int(self.counts[start:stop].sum())
             if count:
-                buckets.append(Bucket(start, stop, count, _exponential(self.sums[start:stop].sum() / count)))
+                buckets.append(Bucket(start, stop, count, perplexity_of(self.sums[start:stop].sum() / count)))
         total = int(self.counts.sum())
         mean = float(self.sums.sum() / total)
-        return PerplexityResult(_exponential(mean), total, mean, buckets)
+        return PerplexityResult(perplexity_of(mean), total, mean, buckets)
 
 
-def _exponential(nll: float) -> float:
-    """Return the perplexity of a mean, bounded: a report has no infinite numbers, and no reader another use for one."""
+def perplexity_of(nll: float) -> float:
+    """Return the perplexity of a mean in nats, bounded: a report has no infinite numbers; not-a-number stays."""
     return math.exp(min(nll, 700.0))
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from memc.cost import NOTHING, Demand, decode_ms
+from memc.evaluate.perplexity import perplexity_of
 from memc.fit.limits import Limit, Limits
 from memc.fit.menu import Menu, Slot
 from memc.search import Choice, Selection, frontier
@@ -97,7 +97,7 @@ class Chooser:
             case "state" | "decode":
                 return cost_of(limit, fit.asks, self.target, fit.weights, self.threads)
             case "ppl":
-                return math.exp(min(factor * fit.kl, 700.0))
+                return perplexity_of(factor * fit.kl)
             case "kl":
                 return factor * fit.kl
 

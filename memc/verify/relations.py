@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from memc.errors import MemcError
+from memc.evaluate.perplexity import perplexity_of
 from memc.program import Program
 from memc.relation import Bounded, Close, Exact, Relation
 from memc.verify.execute import PIECE, cut, logits, rows, run_all, streams, whole, whole_all
@@ -188,7 +189,7 @@ def _nll(part: Tensor, row: Tensor, start: int) -> float:
 
 
 def _perplexity(total: float, count: int) -> float:
-    return math.exp(min(total / max(count, 1), 700.0)) if not math.isnan(total) else math.nan
+    return perplexity_of(total / max(count, 1))
 
 
 @torch.no_grad()
