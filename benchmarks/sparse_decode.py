@@ -40,9 +40,9 @@ SIDES = {
     "two levels": ("onnx", "sparsify:method=bounds,levels=2"),
     "4 bits": ("onnx", "sparsify:method=bounds,bits=4"),
     "half stream": ("onnx", "sparsify:method=bounds,retrieve=heads:50%"),
-    "dense, tvm": ("tvm", ""),
-    "bounds, tvm": ("tvm", "sparsify:method=bounds"),
-    "two levels, tvm": ("tvm", "sparsify:method=bounds,levels=2"),
+    "dense in tvm": ("tvm", ""),
+    "bounds in tvm": ("tvm", "sparsify:method=bounds"),
+    "two levels in tvm": ("tvm", "sparsify:method=bounds,levels=2"),
 }
 READ = 1 << 28
 """Bytes of the array that is summed."""
@@ -76,7 +76,7 @@ class Timed:
 def artifact(name: str, weights: str, context: int, work: Path) -> Path:
     """Convert the model for a side unless that was done."""
     backend, spec = SIDES[name]
-    out = work / f"{name.replace(', ', '-').replace(' ', '-')}-{weights}"
+    out = work / f"{name.replace(' ', '-')}-{weights}"
     if not (out / "memc.json").is_file():
         passes = [spec] if spec else []
         options: dict[str, Any] = {"weights": weights, "threads": 1, "context": context, "backend": backend}
