@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -53,22 +54,64 @@ class Symbols:
             return torch.empty(sizes, dtype=dtype)
 
 
+class Known:
+    """What the nodes met so far gave, by their kinds.
+
+    A kind is a number for an op, its constants and the types of its inputs: a fake kernel sees no more than those, so
+    that nodes of a kind share a value, also across programs. A conversion infers much the same graph many times.
+    """
+
+    MOST = 20_000
+    """Kinds that are kept; a model has some hundreds."""
+
+    def __init__(self) -> None:
+        """Know nothing."""
+        self.symbols = Symbols()
+        self.values: dict[int, Any] = {}
+        self._numbers: dict[Hashable, int] = {}
+        self._next = itertools.count()
+
+    def number(self, key: Hashable) -> int:
+        """Return the number of what has this key."""
+        if key not in self._numbers:
+            self._numbers[key] = self.fresh()
+        return self._numbers[key]
+
+    def fresh(self) -> int:
+        """Return a number that nothing else has."""
+        return next(self._next)
+
+    def usable(self) -> bool:
+        """Tell whether no program has made a number, or another size, of a size, and there is room for more."""
+        env = self.symbols.mode.shape_env
+        return env is not None and not env.replacements and len(self._numbers) < self.MOST
+
+
+_known = Known()
+
+
+def known() -> Known:
+    """Return what this process has inferred, or nothing where that can no longer be relied on."""
+    global _known
+    if not _known.usable():
+        _known = Known()
+    return _known
+
+
 class Propagation:
     """One run of a graph on fake tensors, node by node; ``values`` holds what has been inferred so far.
 
-    Nodes that are alike are inferred once and share their value: ``kinds`` gives each node a number that equals
-    another's where op, constants and the types of the inputs do. A fake kernel sees no more than those.
+    Nodes that are alike are inferred once and share their value: ``kinds`` gives each node the number of its kind.
     """
 
     def __init__(self, module: GraphModule, specs: Iterable[InputSpec | StateSpec]) -> None:
         """Start before the first node; ``specs`` are those of the placeholders, in order."""
-        self.symbols = Symbols()
+        self._known = known()
+        self.symbols = self._known.symbols
         self.values: dict[Node, Any] = {}
         self.kinds: dict[Node, int] = {}
         self._module = module
         self._specs = iter(specs)
-        self._numbers: dict[Hashable, int] = {}
-        self._known: dict[int, Any] = {}
         self._types: dict[Node, Any] = {}
 
     def step(self, node: Node) -> None:
@@ -87,20 +130,17 @@ class Propagation:
                 self._set(node, (node.target, arguments), lambda: call_fake(self.symbols.mode, node, self.values))
 
     def _set(self, node: Node, key: Hashable, make: Callable[[], Any]) -> None:
-        kind = self._number(key)
-        if kind in self._known:
-            value = self._known[kind]
+        kind = self._known.number(key)
+        if kind in self._known.values:
+            value = self._known.values[kind]
         elif free_unbacked_symbols(value := make()):
             # Sizes that the data decide are others at each node, and fake tensors remember theirs.
             inputs = {source: _copy(self.symbols.mode, self.values[source]) for source in node.all_input_nodes}
-            kind, value = self._number(node), call_fake(self.symbols.mode, node, inputs)
+            kind, value = self._known.fresh(), call_fake(self.symbols.mode, node, inputs)
         else:
-            self._known[kind] = value
+            self._known.values[kind] = value
         self.values[node], self.kinds[node] = value, kind
-        self._types[node] = _Type(self._number(_describe(value)))
-
-    def _number(self, key: Hashable) -> int:
-        return self._numbers.setdefault(key, len(self._numbers))
+        self._types[node] = _Type(self._known.number(_describe(value)))
 
 
 @dataclass(frozen=True)

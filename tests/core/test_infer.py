@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from memc.infer import Propagation
+from memc import infer
+from memc.infer import Known, Propagation
 from memc.program import InputSpec
 
 aten = torch.ops.aten
@@ -59,3 +61,34 @@ def test_sizes_that_the_data_decide_stay_apart() -> None:
     run = propagate(graph, tokens("a"), tokens("b"))
     assert run.kinds[first] != run.kinds[second]
     assert str(run.values[first].shape[0]) != str(run.values[second].shape[0])
+
+
+def unsqueezed() -> tuple[Graph, Node]:
+    graph = Graph()
+    made = graph.call_function(aten.unsqueeze.default, (graph.placeholder("a"), -1))
+    graph.output((made,))
+    return graph, made
+
+
+def test_nodes_of_two_programs_that_are_alike_are_inferred_once() -> None:
+    (one, first), (other, second) = unsqueezed(), unsqueezed()
+    assert propagate(one, tokens("a")).values[first] is propagate(other, tokens("a")).values[second]
+
+
+def test_a_size_that_one_program_makes_a_number_stays_a_size_in_the_next() -> None:
+    graph = Graph()
+    graph.output((graph.call_function(aten.expand.default, (graph.placeholder("a"), [2, 7])),))
+    spoilt = propagate(graph, tokens("a")).symbols
+    replaced = spoilt.mode.shape_env
+    assert replaced is not None and replaced.replacements
+    graph, made = unsqueezed()
+    run = propagate(graph, tokens("a"))
+    assert run.symbols is not spoilt and str(run.values[made].shape[1]) == str(run.symbols("T"))
+    assert run.symbols.mode.shape_env is not None and not run.symbols.mode.shape_env.replacements
+
+
+def test_no_more_is_kept_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Known, "MOST", 0)
+    graph, _ = unsqueezed()
+    assert propagate(graph, tokens("a")).symbols is not propagate(graph, tokens("a")).symbols
+    assert infer.known() is not infer.known()
