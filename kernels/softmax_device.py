@@ -17,6 +17,8 @@ from memc.kernels.softmax_tiles import default
 
 LARGEST_HEAD = 256
 MOST_HEADS_OF_A_GROUP = 64
+BIAS = ("batch", "head", "query", "key")
+"""What the dimensions of a bias are of."""
 
 
 @dataclass(frozen=True)
@@ -84,10 +86,19 @@ def held(key: Tensor, value: Tensor, positions: Tensor, past_positions: Tensor) 
 
 
 def attend(
-    query: Tensor, keys: Held, slopes: Tensor | None, sink_logits: Tensor | None, rule: Rule
+    query: Tensor,
+    keys: Held,
+    slopes: Tensor | None,
+    sink_logits: Tensor | None,
+    rule: Rule,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the output ``[B,H,T,E]`` and the log-sum-exp ``[B,H,T]`` in float32 of a call, 0 for padding."""
+    """Return the output ``[B,H,T,E]`` and the log-sum-exp ``[B,H,T]`` in float32 of a call, 0 for padding.
+
+    ``bias``, broadcast to ``[B,H,T,N]``, is added to the scores.
+    """
     batch, heads, tokens, _ = query.shape
+    added = None if bias is None else bias.expand(batch, heads, tokens, keys.positions.shape[1])
     out = query.new_empty(batch, heads, tokens, keys.value.shape[3])
     lse = query.new_empty(batch, heads, tokens, dtype=torch.float32)
     cut = tile_of("attention.prompt", query, keys.value)
@@ -106,13 +117,16 @@ def attend(
                 "intervals": _visits(keys, tokens, rule, cut),
                 "slopes": query if slopes is None else slopes.contiguous(),
                 "sink_logits": query if sink_logits is None else sink_logits.contiguous(),
+                "bias": query if added is None else added,
                 "tokens": tokens,
                 "held": keys.positions.shape[1],
+                **{f"bias_{name}": 0 if added is None else added.stride(n) for n, name in enumerate(BIAS)},
             },
             {
                 **sizes,
                 **constants_of(rule, slopes, query),
                 "has_sink_logits": sink_logits is not None,
+                "has_bias": added is not None,
                 **cut.sizes,
             },
             cut.warps,

@@ -87,13 +87,13 @@ class Known:
         return env is not None and not env.replacements and len(self._numbers) < self.MOST
 
 
-_known = Known()
+_known: Known | None = None
 
 
 def known() -> Known:
     """Return what this process has inferred, or nothing where that can no longer be relied on."""
     global _known
-    if not _known.usable():
+    if _known is None or not _known.usable():
         _known = Known()
     return _known
 

@@ -6,24 +6,28 @@ import torch
 from torch import Tensor
 
 from memc.dialect.full_attention import FullAttention
+from memc.kernels.full_attention import reference
 from memc.kernels.launch import DeviceKernels, Gpu
 from memc.kernels.softmax_device import Held, Rule, attend, attend_backward, refusal
 
 
 def refuses(gpu: Gpu, args: FullAttention) -> str:
     """Return why the kernels do not take a call; "" where they do."""
-    if args.bias is not None:
-        return "an additive bias"
-    return refusal(args.query, args.key, args.value, args.sink_logits)
+    return refusal(args.query, args.key, args.value, args.sink_logits, args.bias)
 
 
 def forward(args: FullAttention) -> Tensor:
-    """Run ``memc::full_attention`` without a bias; arguments and results as its dialect page has them."""
-    return attend(args.query, _keys(args), None, args.sink_logits, Rule(args.scale, args.softcap))[0]
+    """Run ``memc::full_attention``; arguments and results as its dialect page has them."""
+    return attend(args.query, _keys(args), None, args.sink_logits, Rule(args.scale, args.softcap), args.bias)[0]
 
 
 def backward(args: FullAttention, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-    """Return the gradients of query, key, value, bias, which is none, and sink_logits."""
+    """Return the gradients of query, key, value, bias and sink_logits.
+
+    With a bias in torch: its own gradient is as large as all scores, of which the kernels never hold more than a block.
+    """
+    if args.bias is not None:
+        return reference.backward(args, grad_out)
     copied = args.key.new_zeros(args.key.shape), args.value.new_zeros(args.value.shape)
     rule = Rule(args.scale, args.softcap)
     g = attend_backward(grad_out, None, *copied, args.query, _keys(args), None, args.sink_logits, rule)

@@ -61,7 +61,24 @@ def test_padding_may_hold_anything_and_a_mask_that_is_forgotten_is_found() -> No
     assert torch.equal(device.forward(*arguments, scale=0.4), clean)
 
 
-def test_a_bias_is_refused() -> None:
-    arguments = call(5, 20, padded=False)
-    assert not device.refuses(GPUS["nvidia-sm90"], *arguments, scale=0.4)
-    assert "bias" in device.refuses(GPUS["nvidia-sm90"], *arguments[:4], torch.zeros(5, 20), scale=0.4)
+@pytest.mark.parametrize("shape", [(2, 2, 19, 37), (2, 1, 1, 37), (1, 2, 19, 37), (19, 1), (37, 19), ()], ids=str)
+@pytest.mark.usefixtures("cut_small")
+def test_a_bias_of_any_strides_is_added(shape: tuple[int, ...]) -> None:
+    arguments, options = call(19, 37, padded=True), {"scale": 0.4, "softcap": 2.0}
+    bias = torch.randn(shape)
+    if shape[-1:] == (37,):  # some are masked, and all of what one query may read
+        bias.masked_fill_(torch.rand(shape) < 0.3, -torch.inf)
+        bias[..., 0, :] = -torch.inf
+    arguments[4] = bias.T if shape == (37, 19) else bias
+    grad = torch.randn(2, 2, 19, 20)
+    assert not device.refuses(GPUS["nvidia-sm90"], *arguments, **options)
+    with poisoned():
+        out = device.forward(*arguments, **options)
+    expected = reference.forward(*in_double(arguments), **options)
+    assert_near(out, expected)
+    with pytest.raises(AssertionError):
+        assert_near(device.forward(*arguments[:4], None, *arguments[5:], **options), expected)
+    grads = device.backward(grad, *arguments, **options)
+    wanted = autograd_of(lambda *a: (reference.forward(*a, **options),), arguments, [grad])
+    for found, one in zip([x for x in grads if x.numel()], wanted, strict=True):
+        assert_near(found, one, atol=1e-5)

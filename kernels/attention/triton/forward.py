@@ -9,19 +9,20 @@ from memc.kernels.attention.triton.intervals import visit
 from memc.kernels.softmax_triton import LN2, LOG2E, capped, extend, load_rows, log_sum_exp, readable, store_rows
 
 
-@triton.jit(do_not_specialize=["tokens", "held"])
+@triton.jit(do_not_specialize=["tokens", "held", "bias_batch", "bias_head", "bias_query", "bias_key"])
 def prompt(
     out, lse, query, key, value, query_positions, query_numbers, positions, numbers, intervals, slopes,
-    sink_logits, tokens, held,
+    sink_logits, bias, tokens, held, bias_batch, bias_head, bias_query, bias_key,
     heads: tl.constexpr, groups: tl.constexpr, size: tl.constexpr, value_size: tl.constexpr,
     scale: tl.constexpr, softcap: tl.constexpr,
     window: tl.constexpr, chunk: tl.constexpr, prefix: tl.constexpr, sinks: tl.constexpr,
-    has_slopes: tl.constexpr, has_sink_logits: tl.constexpr, precision: tl.constexpr,
+    has_slopes: tl.constexpr, has_sink_logits: tl.constexpr, has_bias: tl.constexpr, precision: tl.constexpr,
     block_size: tl.constexpr, block_value: tl.constexpr, block_queries: tl.constexpr, block_keys: tl.constexpr,
 ):  # fmt: skip
     """Attend with a block of queries of one head: ``out [B,H,T,E]`` and the natural ``lse [B,H,T]``, 0 for padding.
 
-    ``query [B,H,T,D]``, ``key [B,G,N,D]``, ``value [B,G,N,E]``. Grid: (blocks of queries, H, B).
+    ``query [B,H,T,D]``, ``key [B,G,N,D]``, ``value [B,G,N,E]``, ``bias [B,H,T,N]`` by its strides, 0 where all share it.
+    Grid: (blocks of queries, H, B).
     """
     # The last block reads most: it goes first, so that the short ones fill the gaps at the end.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -39,6 +40,9 @@ def prompt(
     number = tl.load(query_numbers + t, mask=t < tokens, other=-1)
     q = load_rows(query + row * size, t, p >= 0, size, block_size)
     slope = tl.load(slopes + head).to(tl.float32) * LOG2E if has_slopes else 0.0
+    if has_bias:
+        bias += batch * bias_batch + head.to(tl.int64) * bias_head
+        bias_rows = bias + t[:, None].to(tl.int64) * bias_query
     top = tl.full([block_queries], float("-inf"), tl.float32)
     total = tl.zeros([block_queries], tl.float32)
     if has_sink_logits:
@@ -55,6 +59,9 @@ def prompt(
         scores = capped(tl.dot(q, tl.trans(k), input_precision=precision), scale, softcap)
         if has_slopes:
             scores += slope * (j[None, :] - p[:, None]).to(tl.float32)
+        if has_bias:
+            there = (t < tokens)[:, None] & (s < held)[None, :]
+            scores += tl.load(bias_rows + s[None, :].to(tl.int64) * bias_key, mask=there, other=0.0).to(tl.float32) * LOG2E
         scores = tl.where(seen, scores, float("-inf"))
         v = load_rows(value, s, j >= 0, value_size, block_value)
         top, total, acc = extend(top, total, acc, scores, v, precision)
