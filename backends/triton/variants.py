@@ -93,7 +93,7 @@ def variants(program: Program, module: GraphModule, gpu: Gpu, tiles: Asked) -> d
         if spec is None or device_kernels(spec.name) is None:
             continue
         for sizes in _sizes():
-            values = {symbol: sizes[name] for symbol, name in symbols.items() if name in sizes}
+            values = {symbol: sizes.get(name, sizes["T"]) for symbol, name in symbols.items()}
             arguments = on_nothing(spec, node, values)
             question = repr((node.target, *_described(arguments)))
             if question in asked:

@@ -200,6 +200,8 @@ def plan_pass(pass_: Pass, program: Program, target: Target) -> Plan:
     reasons = "; ".join(f"{count} x {code}: {reason}" for (code, reason), count in counts.most_common())
     reasons = reasons or "no block of its kind that no earlier pass rewrote"
     hint = "memc inspect MODEL --why shows every block"
+    if {code for code, _ in counts} == {"encoder"}:
+        hint = f"--recipe dense converts the model as it is; {hint}"
     raise MemcError("E307", f"pass {pass_.name!r} matched nothing: {reasons}", pass_.spec, hint)
 
 

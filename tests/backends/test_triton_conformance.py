@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import op_programs as ops
@@ -12,8 +13,11 @@ import torch
 
 from memc.backends.triton.graph import prepare
 from memc.errors import MemcError
+from memc.kernels.launch import Jit
 from tests.backends.runs import SCENARIOS, Calls, compare, span
 from tests.backends.triton_support import interpret
+from tests.core.test_families import DECODERS, every, raised
+from tests.families import FAMILIES, inputs_of
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -47,6 +51,18 @@ def test_kernels_run_a_program_in_pieces(case: str) -> None:
     runner = interpret(program)
     for scenario in QUICK[case]:
         assert compare(program, runner, SCENARIOS[scenario]) < TOLERANCE, scenario
+
+
+@pytest.mark.parametrize("name", every([name for name in FAMILIES if name not in DECODERS]))
+def test_an_encoder_runs_as_the_program(name: str) -> None:
+    program = raised(name)[0].program
+    inputs = inputs_of(program, 2, 5)
+    named = {spec.name: value.numpy() for spec, value in zip(program.inputs, inputs, strict=True)}
+    runner = interpret(program)
+    with torch.no_grad(), patch.object(Jit, "__call__", autospec=True, side_effect=Jit.__call__) as launched:
+        found = torch.from_numpy(np.array(runner.run(None, None, runner.new_state(2), None, named)))
+        torch.testing.assert_close(found, program(*inputs)[0], rtol=0, atol=TOLERANCE)
+    assert "attention.prompt" in {call.args[1].kernel for call in launched.call_args_list}
 
 
 def test_prefix_in_one_call() -> None:

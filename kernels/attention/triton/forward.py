@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from memc.kernels.attention.triton.intervals import visit
-from memc.kernels.softmax_triton import LN2, LOG2E, capped, extend, load_rows, log_sum_exp, readable, store_rows
+from memc.kernels.softmax_triton import LN2, LOG2E, LOWEST, capped, extend, load_rows, log_sum_exp, readable, store_rows
 
 
 @triton.jit(do_not_specialize=["tokens", "held", "bias_batch", "bias_head", "bias_query", "bias_key"])
@@ -61,7 +61,9 @@ def prompt(
             scores += slope * (j[None, :] - p[:, None]).to(tl.float32)
         if has_bias:
             there = (t < tokens)[:, None] & (s < held)[None, :]
-            scores += tl.load(bias_rows + s[None, :].to(tl.int64) * bias_key, mask=there, other=0.0).to(tl.float32) * LOG2E
+            added = tl.load(bias_rows + s[None, :].to(tl.int64) * bias_key, mask=there, other=0.0).to(tl.float32)
+            # A mask of the lowest number, not of -inf, leaves a row that is all masked its mean.
+            scores += tl.where(added == float("-inf"), added, tl.maximum(added, LOWEST / LOG2E) * LOG2E)
         scores = tl.where(seen, scores, float("-inf"))
         v = load_rows(value, s, j >= 0, value_size, block_value)
         top, total, acc = extend(top, total, acc, scores, v, precision)
