@@ -23,14 +23,16 @@ from memc.backends.triton.bundle import INFO, Bundle, build, fit, read_bundle
 from memc.backends.triton.compiler import Binary
 from memc.backends.triton.graph import prepare
 from memc.backends.triton.launcher import BundleLauncher, Cuda
-from memc.backends.triton.variants import Variant, variant_of
+from memc.backends.triton.variants import Variant, variant_of, variants
 from memc.errors import MemcError
 from memc.infer import infer
 from memc.kernels.launch import GPUS, INTERPRETER, Jit, Launch, function
+from memc.kernels.tiles import Asked
 from memc.program import Program
 from memc.target import get_target
 from tests.backends.runs import SCENARIOS, compare, manifest_of
 from tests.backends.triton_support import interpret
+from tests.core.test_families import raised
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -201,6 +203,12 @@ def test_what_spills_is_cut_narrower_and_the_bundle_says_how(monkeypatch: pytest
     assert compare(program(), runner, SCENARIOS["prompt"]) < 1e-4
     with pytest.raises(MemcError, match="a kernel spills 8 bytes"):
         fitting(monkeypatch, lambda variant: variant.kernel != "attention.prompt", tmp_path)
+
+
+def test_lengths_of_an_encoder_and_a_decoder_need_no_kernels_of_their_own() -> None:
+    made = raised("t5")[0].program
+    needed = variants(made, prepare(made).module, GPUS[TARGET], Asked({})).values()
+    assert {True, False} == {n.variant.constants["has_bias"] for n in needed if n.variant.kernel == "attention.prompt"}
 
 
 def test_a_kernel_that_does_not_compile_is_named(tmp_path: Path) -> None:

@@ -21,8 +21,8 @@ def prompt(
 ):  # fmt: skip
     """Attend with a block of queries of one head: ``out [B,H,T,E]`` and the natural ``lse [B,H,T]``, 0 for padding.
 
-    ``query [B,H,T,D]``, ``key [B,G,N,D]``, ``value [B,G,N,E]``, ``bias [B,H,T,N]`` by its strides, 0 where all share it.
-    Grid: (blocks of queries, H, B).
+    ``query [B,H,T,D]``, ``key [B,G,N,D]``, ``value [B,G,N,E]``, ``bias [B,H,T,N]`` by its strides, 0 where all
+    share it. Grid: (blocks of queries, H, B).
     """
     # The last block reads most: it goes first, so that the short ones fill the gaps at the end.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
