@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -31,6 +31,9 @@ class Arguments(ABC):
     Tensors (``Tensor`` or ``Tensor | None``) are positional, options (``float``, ``int``, ``bool`` or ``str``) by
     keyword alone. What the op means is said there too.
     """
+
+    rounds: ClassVar[bool] = False
+    """Whether states are rounded to few levels, so that what differs in its last bit may be held as another number."""
 
     @abstractmethod
     def outputs(self) -> Tensor | tuple[Tensor, ...]:

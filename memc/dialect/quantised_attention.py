@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -45,6 +46,8 @@ class QuantisedAttention(CausalAttention):
     Choosing has no gradient. Rounding has that of the identity (straight through, Bengio et al. 2013), towards the
     keys and values of this call and of the tails; codes and ranges have none.
     """
+
+    rounds: ClassVar[bool] = True
 
     past_pages: Tensor
     past_ranges: Tensor

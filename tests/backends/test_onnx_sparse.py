@@ -16,6 +16,7 @@ import torch
 from onnx_support import build, compare, span
 
 from memc.backends.onnx import blocks
+from memc.conversion import lowering
 from memc.conversion.lowering import CHOICE_KL, chooses_from, verify_lowered
 from memc.dialect.quantised_attention import BITS
 from memc.dialect.sparse_attention import METHODS
@@ -258,3 +259,15 @@ def test_a_lowered_choice_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert checks["lowered_logits"].passed and not checks["lowered_choice"].passed
     short = build(program, tmp_path / "short", context=50)
     assert [check.name for check in verify_lowered(short, program, text, "fp32", None)] == ["lowered_logits"]
+
+
+def test_what_is_rounded_may_move_as_much_as_in_float64(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lowering, "CHOICE_KL", 0.0)
+    program = ops.sparse_attention(bits=4, rerank=2, dense_below=40, **OPTIONS)
+    runner = build(program, tmp_path, context=80)
+    text = VerificationText(torch.randint(37, (4, 40), generator=torch.Generator().manual_seed(1)), "drawn")
+    check = verify_lowered(runner, program, text, "fp32", None)[-1]
+    assert check.noise_floor and check.budget == 10 * check.noise_floor
+    other = ops.sparse_attention(bits=4, rerank=2, dense_below=40, **{**OPTIONS, "budget": 32})
+    check = verify_lowered(runner, other, text, "fp32", None)[-1]
+    assert check.name == "lowered_choice" and check.budget and not check.passed
