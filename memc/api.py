@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -69,7 +70,7 @@ def analyse(
     """
     chosen, progress = parse_analysis(text_of("method", method)), progress or Silent()
     sources = texts("data", data)
-    captured = capture_source(model, remote_code=remote_code)
+    captured = capture_source(model, remote_code=remote_code, float32_below=math.inf)
     if captured.weights is None:
         raise MemcError("E301", "there are no weights to analyse", str(model))
     with progress.step("load weights"):

@@ -9,6 +9,13 @@ from tvm.ir import is_prim_expr
 from memc.backends.tvm.emit import Converter, Importer, Var, reshape, size
 
 
+def _amax(node: Node, importer: Importer) -> Var:
+    """Convert ``aten.amax``, which ``logsumexp`` is taken apart into; over all axes where none is named."""
+    given = [*importer.retrieve_args(node), *node.kwargs.values()]
+    x, axes, keep = given + [[], False][len(given) - 1 :]
+    return importer.block_builder.emit(relax.op.max(x, list(axes) or None, keep))
+
+
 def _clamp(node: Node, importer: Importer) -> Var:
     """Convert ``aten.clamp`` with the bounds that are there."""
     x, *values = importer.retrieve_args(node)
@@ -60,6 +67,7 @@ def _view(node: Node, importer: Importer) -> Var:
 
 
 ATEN: dict[str, Converter] = {
+    "amax.default": _amax,
     **dict.fromkeys(("clamp.default", "clamp_min.default", "clamp_max.default"), _clamp),
     "_unsafe_view.default": _view,
     "index_select.default": _index_select,
@@ -67,6 +75,6 @@ ATEN: dict[str, Converter] = {
     "slice.Tensor": _slice,
     "pow.Tensor_Scalar": _power,
 }
-"""The importer bounds whole numbers by infinity, which they do not have, knows a view by one name alone, lets an index
-out of range, and one that counts from the end, read other memory, and loses the size of a table's first rows where
-their number is not fixed."""
+"""The importer has no largest value along axes, bounds whole numbers by infinity, which they do not have, knows a view
+by one name alone, lets an index out of range, and one that counts from the end, read other memory, and loses the size
+of a table's first rows where their number is not fixed."""

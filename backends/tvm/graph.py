@@ -286,7 +286,8 @@ def prepare(program: Program, parameters: Parameters) -> Prepared:
     _pass_tensors(graph, module, parameters)
     graph.eliminate_dead_code()
     graph.lint()
-    module.recompile()
+    # In a module without tensors: the importer reads whatever there is, and what it reads it may have to copy.
+    module = GraphModule({}, graph)
     remaining = tuple(replace(s, dtype=in_float32(s.dtype)) for n, s in states.items() if n not in rewriter.dropped)
     read = {str(node.target) for node in graph.find_nodes(op="placeholder")}
     used = [parameter for parameter in parameters.values() if parameter.name in read]

@@ -128,13 +128,14 @@ class Bank:
         """Return what fetching one path takes where nothing of it is in memory but pinned levels."""
         return sum(placement.seconds for placement in self.placements)
 
-    def retrieve(self, query: str | npt.ArrayLike) -> TreePath:
+    def retrieve(self, query: str | npt.ArrayLike, *, blank: bool = False) -> TreePath:
         """Return the clusters of a text, or of an embedding ``[width]``: ``levels * branch`` distances.
 
-        Raises ``MemcError``: E205 an empty text, E310 an embedding of another width, E403 one that is not finite.
+        With ``blank`` a text of which the encoder knows nothing belongs where such passages of the bank do. Raises
+        ``MemcError``: E205 an empty text otherwise, E310 an embedding of another width, E403 one that is not finite.
         """
         if isinstance(query, str):
-            return self.tree.descend(self.encoder.encode([query])[0])
+            return self.tree.descend(self.encoder.encode([query], blank=blank)[0])
         embedding = np.asarray(query, np.float32)
         if embedding.shape != (self.tree.width,):
             reason = f"embedding has shape {list(embedding.shape)}, the bank's have [{self.tree.width}]"

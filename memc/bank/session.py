@@ -53,9 +53,12 @@ class BankSession(Session):
         return super().prefill(rows, state, fetched=fetched)
 
     def fetch(self, rows: Sequence[npt.NDArray[np.int64]]) -> dict[str, F32]:
-        """Return the blocks that the text of each row belongs to; from any thread, one after the other."""
+        """Return the blocks that the text of each row belongs to; from any thread, one after the other.
+
+        A row may be a window of a text, cut where nothing but spaces or rules is: it fetches what such passages do.
+        """
         with self._reading:
-            return self.bank.inputs([self.bank.retrieve(self.decode(row.tolist())) for row in rows])
+            return self.bank.inputs([self.bank.retrieve(self.decode(row.tolist()), blank=True) for row in rows])
 
 
 def require_bank(manifest: Manifest, folder: Path, bank: Bank) -> None:

@@ -15,7 +15,15 @@ from memc.backend import Backend, LowerOptions, Runner
 from memc.conversion.driver import next_commands, require_passed
 from memc.conversion.facts import check_facts
 from memc.conversion.folder import OutFolder, folder_bytes, require_space, resume_key
-from memc.conversion.lowering import CHOSEN_ROWS, chosen_rows, lower, past_training, require_tuning, verify_lowered
+from memc.conversion.lowering import (
+    CHOSEN_ROWS,
+    chosen_rows,
+    lower,
+    past_training,
+    require_tuning,
+    require_weights,
+    verify_lowered,
+)
 from memc.conversion.speed import SPEED_CHECKS
 from memc.cost import curve, predict
 from memc.doctor import require_backend
@@ -63,8 +71,7 @@ def lower_again(
     chosen: Backend = load_plugin("memc.backends", require_backend(hardware, backend))()
     taken = chosen.taken_weights(hardware) or chosen.weights
     kind = weights or (manifest.weights if manifest.weights in taken else taken[0])
-    if reason := chosen.refuses_weights(kind, hardware):
-        raise MemcError("E601", reason, f"--weights {kind}", f"one of: {', '.join(taken)}")
+    require_weights(chosen, kind, hardware)
     require_tuning(chosen, hardware, tune)
     chosen.require(hardware)
     options = LowerOptions(kind, context if context is not None else manifest.capacity, threads, tune, source)

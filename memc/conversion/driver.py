@@ -23,7 +23,7 @@ from memc.conversion.calibration import CalibrationText
 from memc.conversion.facts import ablations, check_facts, pass_facts
 from memc.conversion.fitting import fit_recipe
 from memc.conversion.folder import OutFolder, folder_bytes, link_folder, require_space, resume_key
-from memc.conversion.lowering import chooses_from, lower, require_tuning, verify_lowered
+from memc.conversion.lowering import chooses_from, lower, require_tuning, require_weights, verify_lowered
 from memc.conversion.pipeline import PassRun, Pipeline
 from memc.conversion.planning import capture_and_raise, make_plan, require_memory, write_plan
 from memc.conversion.quality import WINDOW, measure_quality
@@ -93,9 +93,7 @@ def convert_model(request: Request, progress: Progress | None = None) -> Convert
 def _convert(request: Request, steps: Steps, processes: Processes) -> ConvertDocument:
     folder = OutFolder(request.out)
     recipe = request.recipe.to_yaml()
-    if refusal := request.backend.refuses_weights(request.weights, request.target):
-        taken = request.backend.taken_weights(request.target) or request.backend.weights
-        raise MemcError("E601", refusal, f"--weights {request.weights}", f"one of: {', '.join(taken)}")
+    require_weights(request.backend, request.weights, request.target)
     require_tuning(request.backend, request.target, request.tune)
     if not request.dry_run:
         request.backend.require(request.target)

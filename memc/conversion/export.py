@@ -152,15 +152,18 @@ def _verify(folder: Path, program: Program) -> list[CheckResult]:
 
 
 def _load(folder: Path) -> nn.Module:
-    """Load a folder as a user would; raises ``MemcError`` E401 where a tensor of it is missing or is not taken."""
+    """Load a folder as a user would; raises ``MemcError`` E401 where a tensor of it is missing or is not taken.
+
+    In the type that it is in, with the numbers that the model rounds to that, and then to compute in float32.
+    """
     from transformers import AutoModelForCausalLM
 
     with _without_bars():
-        module, about = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        module, about = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
     left = [f"{kind} {sorted(names)[0]}" for kind, names in about.items() if names and kind != "error_msgs"]
     if left:
         raise MemcError("E401", f"from_pretrained does not take it whole: {left[0]}", str(folder), "please report it")
-    loaded: nn.Module = module.eval()
+    loaded: nn.Module = module.float().eval()
     return loaded
 
 

@@ -116,6 +116,15 @@ def _reads_within(program: Program, limit: int) -> bool:
     return True
 
 
+def require_weights(backend: Backend, weights: str, target: Target) -> None:
+    """Raise ``MemcError`` E601 where a backend does not take a weight type on a target, or takes none on it."""
+    if refusal := backend.refuses_weights(weights, target):
+        if taken := backend.taken_weights(target):
+            raise MemcError("E601", refusal, f"--weights {weights}", f"one of: {', '.join(taken)}")
+        hint = f"--backend {target.backend}, or another --target: memc targets lists them"
+        raise MemcError("E601", refusal, f"--target {target.name}", hint)
+
+
 def require_tuning(backend: Backend, target: Target, trials: int) -> None:
     """Raise ``MemcError`` E200 where products are to be timed and there is nothing to time."""
     reason = backend.refuses_tuning(target) if trials else None

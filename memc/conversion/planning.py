@@ -29,7 +29,7 @@ from memc.errors import MemcError
 from memc.frontend import Captured, capture_source
 from memc.frontend.recast import recast
 from memc.pipeline import Pass
-from memc.prepare import forms_of
+from memc.prepare import HALF, forms_of
 from memc.program import Program
 from memc.raising import Raised, raise_program
 from memc.recipe import Train
@@ -42,8 +42,6 @@ from memc.verify import (
 from memc.weights import program_dtype
 
 CONFIG = "config.json"
-
-_HALF = (torch.float16, torch.bfloat16)
 
 LOOKED_AT, TRAINED_ON = 4, 5
 """What a token that a pass calibrates on takes, and one that is trained on, in times of a token of a prompt.
@@ -59,7 +57,7 @@ def capture_and_raise(request: Request, steps: Steps) -> tuple[Captured, Program
     with steps.step("capture", f"capture {source_name(request.model)}"):
         captured = _capture(request)
         program = captured.program
-        if program_dtype(program) in _HALF and _small(program):
+        if program_dtype(program) in HALF and _small(program):
             program = recast(program, torch.float32)
     with steps.step("raise", "raise"):
         raised = raise_program(program)
@@ -72,7 +70,10 @@ def _capture(request: Request) -> Captured:
     if isinstance(request.model, Program):
         return Captured(request.model, None, {})
     return capture_source(
-        request.model, remote_code=request.remote_code, weights=not request.dry_run or request.recipe.fit is not None
+        request.model,
+        remote_code=request.remote_code,
+        weights=not request.dry_run or request.recipe.fit is not None,
+        float32_below=SMALL,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from memc.arguments import short
@@ -18,13 +19,19 @@ from memc.frontend.source import Captured
 __all__ = ["Captured", "capture", "capture_source"]
 
 
-def capture_source(model: str | Path, *, remote_code: bool = False, weights: bool = True) -> Captured:
+def capture_source(
+    model: str | Path, *, remote_code: bool = False, weights: bool = True, float32_below: float = 0
+) -> Captured:
     """Capture whatever ``model`` names.
 
     ``model`` is a local Hugging Face folder, a hub id ``organisation/name[@revision]``, a ``.gguf`` or ``.pt2`` file,
     or ``python:package.module:factory``. Folders, hub ids and GGUF give fake parameters and, with ``weights``, the
     checkpoint that ``memc.weights.materialize`` loads into them; without, no weight is read. The others hold their
     own values.
+
+    A folder or hub id in half precision whose parameters take fewer bytes in float32 than ``float32_below`` is captured
+    in float32, with the numbers that it computes for itself: a Gemma scales its embeddings by one that it rounds to the
+    type it is in.
 
     Raises ``MemcError``: E301 not found, E302 unreadable or corrupt, E303 configuration and weights disagree, E304
     pickled or in need of ``remote_code``, E305 cannot be captured, E308 tokenizer cannot be converted, E200 what is
@@ -35,15 +42,17 @@ def capture_source(model: str | Path, *, remote_code: bool = False, weights: boo
         raise MemcError("E200", f"model is {short(model)}", next=hint)
     text = str(model)
     path = Path(text).expanduser()
+    folder_of = partial(
+        capture_folder, source=text, remote_code=remote_code, weights=weights, float32_below=float32_below
+    )
     if text.startswith(PREFIX):
         return capture_factory(text)
     if path.is_dir():
-        return _named(capture_folder(path, text, remote_code=remote_code, weights=weights), path)
+        return _named(folder_of(path), path)
     if path.is_file():
         return _named(_capture_file(path, text, weights=weights), path)
     if is_hub_id(text) and path.suffix not in (".gguf", ".pt2"):
-        folder = download(text, remote_code=remote_code, weights=weights)
-        return capture_folder(folder, text, remote_code=remote_code, weights=weights)
+        return folder_of(download(text, remote_code=remote_code, weights=weights))
     hint = "give a folder, a .gguf or .pt2 file, a hub id organisation/name, or python:package.module:factory"
     raise MemcError("E301", f"no model at {text!r}", next=hint)
 

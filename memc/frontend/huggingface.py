@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import shlex
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,11 +16,12 @@ import torch
 from torch import nn
 
 from memc.arguments import LARGEST
-from memc.artifact import sha256
+from memc.artifact import MANIFEST, sha256
 from memc.errors import MemcError
 from memc.frontend.names import fit
 from memc.frontend.source import Captured, refuse_pickled, side_files
 from memc.frontend.trace import Port, capture_failure, make_parameters_fake, trace
+from memc.prepare import HALF
 from memc.program import ModelInfo, Program
 from memc.weights import Weights, open_safetensors
 
@@ -236,13 +238,20 @@ def model_info(config: Any, source: str, digest: str) -> ModelInfo:
     return ModelInfo(source, digest, config.model_type, getattr(text, "vocab_size", None), limit)
 
 
-def capture_folder(folder: Path, source: str, *, remote_code: bool, weights: bool) -> Captured:
+def capture_folder(
+    folder: Path, source: str, *, remote_code: bool, weights: bool, float32_below: float = 0
+) -> Captured:
     """Capture a local Hugging Face folder: its configuration, and the header of its checkpoint if ``weights``."""
+    if (folder / MANIFEST).is_file():  # whose configuration is that of the model it was made from
+        hint = f"give the model that it was made from; memc report {shlex.quote(str(folder))} shows what is in it"
+        raise MemcError("E301", "an artifact of memc is no model", str(folder), hint)
     raw = read_config(folder, remote_code=remote_code)
     config = load_config(folder, remote_code=remote_code)
     checkpoint = open_weights(folder) if weights else None
     dtype = checkpoint.main_dtype if checkpoint else (config.dtype or torch.float32)
     module = build_empty(config, source, dtype=dtype, remote_code=remote_code)
+    if dtype in HALF and 4 * sum(parameter.numel() for parameter in module.parameters()) < float32_below:
+        module = build_empty(config, source, dtype=torch.float32, remote_code=remote_code)
     if checkpoint is not None:
         checkpoint = fit(checkpoint, module)
     digest = checkpoint.digest if checkpoint else sha256(folder / "config.json")

@@ -114,15 +114,13 @@ def diff_view(document: m.DiffDocument) -> RenderableType:
         (item.topic, item.name, _side(item, item.a), _side(item, item.b), f"{item.ratio:.3g}x" if item.ratio else "")
         for item in document.differences
     ]
-    made = table(["", "", ">a", ">b", ">b/a"], rows)
-    for index, column in enumerate(
-        made.columns
-    ):  # specs and topics are long; numbers and the names of facts stay whole
-        column.no_wrap = index in (1, 4)
-        if index in (2, 3):
-            sides = [(item.a, item.b)[index - 2] for item in document.differences]
-            whole = [len(row[index]) for row, side in zip(rows, sides, strict=True) if not isinstance(side, str)]
-            column.min_width = max(whole, default=0)
+    # Specs and topics are long; numbers and the names of facts stay whole.
+    least = {1: max(len(item.name) for item in document.differences)}
+    for index in (2, 3):
+        sides = [(item.a, item.b)[index - 2] for item in document.differences]
+        whole = [len(row[index]) for row, side in zip(rows, sides, strict=True) if not isinstance(side, str)]
+        least[index] = max(whole, default=0)
+    made = table(["", "", ">a", ">b", ">b/a"], rows, least=least)
     return stack(lines([f"a: {document.a}", f"b: {document.b}"]), made)
 
 

@@ -1,4 +1,4 @@
-"""The terminal view: every document as rich renderables that fit 80 columns and use more where there is more."""
+"""The terminal view: every document as rich renderables that fit 80 columns, and use more or fewer where there are."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from memc.report import branches, files, fit, heads, provenance, training
 from memc.report import facts as f
 from memc.report import models as m
 from memc.report.evaluation import eval_view
-from memc.report.layout import Cell, lines, stack, table, text, titled
+from memc.report.layout import Cell, Columns, lines, stack, table, text, titled
 from memc.report.text import FETCHED, amount, brief, duration, layers, number, past_training, plain, ratio, size
 
 WORK_OF_INPUT = "work for an input"
@@ -48,7 +48,7 @@ def model_line(model: f.ModelFacts) -> Text:
     return Text.assemble((plain(model.source), "bold"), "\n", ", ".join(facts))
 
 
-def blocks_table(blocks: Sequence[f.BlockFacts], layer: int | None = None) -> Table:
+def blocks_table(blocks: Sequence[f.BlockFacts], layer: int | None = None) -> Columns:
     """Show blocks; those that differ in nothing but their layer share a row."""
     chosen = [block for block in blocks if layer is None or block.layer == layer]
     folded: dict[tuple[str, ...], list[int]] = {}

@@ -330,6 +330,8 @@ def activations(width: int = 37) -> Program:
             total = b.call(aten.add.Tensor, total, b.call(op, each))
         total = b.call(aten.add.Tensor, total, b.call(aten.softmax.int, each, -1))
         total = b.call(aten.add.Tensor, total, b.call(aten.softmax.int, each, 1))
+    largest = b.call(aten.mul.Tensor, b.call(aten.logsumexp.default, wide, [-1], True), 1 / 40)
+    total = b.call(aten.add.Tensor, total, largest)
     return b.finish(b.linear(total, "logits", VOCAB, width))
 
 

@@ -94,6 +94,8 @@ def test_prefix_in_one_call(tmp_path: Path) -> None:
 @pytest.mark.conformance
 def test_half_precision_program_runs_in_float32(tmp_path: Path) -> None:
     program = ops.llama(dtype=torch.bfloat16)
+    for weight in program.module.parameters():  # as they lie in a file: not where TVM and NumPy could take them
+        weight.data = torch.cat([weight.data.flatten()[:1], weight.data.flatten()])[1:].view(weight.shape)
     runner = build(program, tmp_path)
     single = ops.llama(dtype=torch.bfloat16)
     single.module.float()

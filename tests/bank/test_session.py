@@ -60,6 +60,16 @@ def test_a_batch_of_topics_is_as_one_by_one(session: Session, folder: Path) -> N
         assert np.abs(plain.logits([row])[0] - found).max() > 1e-2
 
 
+def test_a_window_of_which_the_encoder_knows_nothing_fetches_what_such_passages_do(
+    session: Session, folder: Path
+) -> None:
+    bank = Bank.open(folder)
+    joined, marks = BankSession(session, bank), np.array([2, 2])
+    assert joined.decode(marks.tolist()) == ""
+    want = bank.inputs([bank.tree.descend(bank.encoder.encode([""], blank=True)[0])])
+    assert np.array_equal(joined.fetch([marks])["bank_0"], want["bank_0"])
+
+
 def test_what_is_denied_or_untrained_gives_the_original_bit_for_bit(
     session: Session, folder: Path, built: Path
 ) -> None:

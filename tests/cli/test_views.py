@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
@@ -111,6 +112,15 @@ def test_text_is_as_kept(name: str) -> None:
 @pytest.mark.parametrize("name", VIEWS)
 def test_text_fits_80_columns(name: str) -> None:
     assert max(len(line) for line in text_of(VIEWS[name]()).splitlines()) <= 80
+
+
+@pytest.mark.parametrize("width", [40, 60])
+def test_no_figure_is_cut_where_the_terminal_is_narrow(width: int) -> None:
+    figure = re.compile(r"(?<!\S)-?\d+(?:\.\d+)?(?:e-?\d+)?x?(?![^\s:])")  # a column's title has a colon
+    for name, view in VIEWS.items():
+        shown = text_of(view(), width)
+        assert max(len(line) for line in shown.splitlines()) <= width, name
+        assert set(figure.findall(text_of(view(), 240))) <= set(figure.findall(shown)), name
 
 
 def test_wider_terminals_are_used() -> None:

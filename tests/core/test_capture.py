@@ -130,12 +130,14 @@ def test_absolute_positions_are_seen(name: str, absolute: bool) -> None:
 
 
 def test_checkpoint_keeps_its_dtype_and_may_be_recast(tmp_path: Path) -> None:
-    save("llama", tmp_path, torch.bfloat16)
+    save("gemma2", tmp_path, torch.bfloat16)
     module = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     captured = capture_source(tmp_path)
     assert captured.weights is not None
     kept = materialize(captured.program, captured.weights)
-    wide = materialize(captured.program, captured.weights, torch.float32)
+    widened = capture_source(tmp_path, float32_below=1e9)
+    assert widened.weights is not None
+    wide = materialize(widened.program, widened.weights)
     assert {p.dtype for p in kept.module.parameters()} == {torch.bfloat16}
     assert {p.dtype for p in wide.module.parameters()} == {torch.float32}
     tokens = torch.arange(22).view(2, 11)

@@ -60,6 +60,8 @@ def test_folder_without_weights(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     refused(folder, "E301")
     assert capture_source(folder, weights=False).weights is None
+    (folder / "memc.json").write_text("{}")
+    assert refused(folder, "E301", weights=False).message == "an artifact of memc is no model"
 
 
 def test_config_that_is_no_json(folder: Path) -> None:

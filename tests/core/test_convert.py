@@ -213,8 +213,10 @@ def test_a_full_disk_is_said_before(program: Program, tmp_path: Path, monkeypatc
 
 
 def test_weights_that_the_backend_refuses_are_said_before(program: Program, tmp_path: Path) -> None:
-    with pytest.raises(MemcError, match="E601"):
+    with pytest.raises(MemcError, match=r"E601 .*\[--weights int4\] Next: one of: fp32, bf16, fp16$"):
         run(program, tmp_path / "out", weights="int4")
+    with pytest.raises(MemcError, match=r"E601 .* not for cpu \[--target cpu\] Next: --backend onnx, or another"):
+        api.convert(program, tmp_path / "out", backend="triton", weights="bf16")
 
 
 def test_data_is_read_and_kept(llama: Path, tmp_path: Path) -> None:
