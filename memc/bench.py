@@ -12,9 +12,11 @@ from typing import Protocol
 import numpy as np
 
 from memc import machine
+from memc.artifact import held
 from memc.errors import MemcError
 from memc.progress import Progress, Silent
 from memc.report.models import BenchDocument, BenchRow
+from memc.report.text import size
 from memc.runtime import Session
 from memc.runtime.text import PROBE
 
@@ -22,6 +24,8 @@ STEPS = 24
 """Decode steps timed for each side at each context, after ``WARM_UP`` that are not."""
 WARM_UP = 4
 WARM_UP_TOKENS = 64
+TOKEN_BYTES = 36
+"""What a token of a prompt takes: a Python integer and its place in a list."""
 
 
 class Timed(Protocol):
@@ -38,6 +42,9 @@ class Timed(Protocol):
     @property
     def capacity(self) -> int | None:
         """Most tokens of a sequence, None for any."""
+
+    def bytes_at(self, tokens: int) -> int:
+        """Bytes of the state of a sequence of so many tokens, as far as they are known before."""
 
     def start(self, tokens: Sequence[int], room: int) -> None:
         """Run a prompt from nothing; ``room`` tokens, its own among them, are all that come."""
@@ -74,6 +81,15 @@ class Converted:
     def capacity(self) -> int | None:
         """See :class:`Timed`."""
         return self.session.capacity
+
+    def bytes_at(self, tokens: int) -> int:
+        """See :class:`Timed`."""
+        sizes = (
+            [2 if state.dtype == "bfloat16" else np.dtype(state.dtype).itemsize]
+            + [1 if axis == "B" else held(axis, tokens) for axis in state.shape]
+            for state in self.session.manifest.states
+        )
+        return sum(math.prod(each) for each in sizes)
 
     def start(self, tokens: Sequence[int], room: int) -> None:
         """See :class:`Timed`; room is made for what a state grows by alone."""
@@ -149,7 +165,8 @@ def bench(
 
     ``threads`` is what the sides were loaded with and ``sources`` what was (None: what they say), for the record.
     ``rss_bytes`` is of the whole process, all sides loaded. A context past a side's capacity is left out with a
-    warning; raises ``MemcError`` E206 when nothing is left and E208 for an encoder.
+    warning; raises ``MemcError`` E206 when nothing is left, E208 for an encoder, and E501 before the first is timed
+    where this machine's memory does not hold one of them.
     """
     watched, told = progress or Silent(), sources or {}
     timed = {name: _timed(side, told.get(name, "")) for name, side in sides.items()}
@@ -164,8 +181,10 @@ def bench(
             "the two have different tokenizers: a token of one is not as much text as one of the other"
         )
     random = np.random.default_rng(seed)
+    for context in contexts:
+        _require_memory([side for side in timed.values() if _fits(side, room_for([context], steps))], context)
     for context in sorted(contexts):
-        fitting = {name: side for name, side in timed.items() if _fits(side, context + steps + WARM_UP)}
+        fitting = {name: side for name, side in timed.items() if _fits(side, room_for([context], steps))}
         for name in timed.keys() - fitting.keys():
             document.warnings.append(f"{context} tokens are past the capacity of {name}: left out")
         with watched.step(f"context {context}", len(fitting) * (steps + WARM_UP)) as advance:
@@ -179,6 +198,14 @@ def bench(
         largest = min(side.capacity or 0 for side in timed.values())
         raise MemcError("E206", "every context is past the capacity", next=f"--contexts {max(largest // 2, 1)}")
     return document
+
+
+def _require_memory(sides: Sequence[Timed], context: int) -> None:
+    need = sum(TOKEN_BYTES * context + side.bytes_at(context) for side in sides)
+    memory = machine.memory_bytes()
+    if memory is not None and need > memory:
+        reason = f"timing after {context} tokens needs {size(need)} of memory, this machine has {size(memory)}"
+        raise MemcError("E501", reason, "--contexts", "leave that context out")
 
 
 def _timed(side: Session | Timed, source: str) -> Timed:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from memc.cli.console import Console
-from memc.cli.options import NATURAL, declare, model_argument, remote_code_option
+from memc.cli.options import NATURAL, declare, model_argument, remote_code_option, require_layer
 
 
 @declare(
@@ -28,4 +28,5 @@ def command(console: Console, model: str, why: bool, layer: int | None, remote_c
 
     with console.step(f"inspecting {model}"):
         document = api.inspect(model, remote_code=remote_code)
+    require_layer(layer, (block.layer for block in document.blocks))
     console.show(document, lambda: inspect_view(document, layer=layer, why=why))

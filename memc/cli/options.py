@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec
 
@@ -167,3 +167,11 @@ tune_option = click.option(
 )
 threads_option = click.option("--threads", type=Whole(1, MOST_THREADS), help="Threads of the runtime.")
 seed_option = click.option("--seed", type=Whole(0, LARGEST_SEED), help="Seed of everything random.")
+
+
+def require_layer(layer: int | None, known: Iterable[int]) -> None:
+    """Raise ``MemcError`` E200 for a layer that is not among those that there are; any will do where there are none."""
+    from memc.report.text import layers
+
+    if layer is not None and (found := set(known)) and layer not in found:
+        raise MemcError("E200", f"there is no layer {layer}", "--layer", f"give one of {layers(found)}")

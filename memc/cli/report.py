@@ -10,7 +10,7 @@ import click
 
 from memc.cli import completing
 from memc.cli.console import Console
-from memc.cli.options import NATURAL, declare, write_file
+from memc.cli.options import NATURAL, declare, require_layer, write_file
 from memc.errors import MemcError
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ def command(
 def _show_pass(console: Console, item: PassReportFile, layer: int | None, why: bool) -> None:
     from memc.report.terminal import pass_view
 
+    require_layer(layer, [*(site.layer for site in item.sites), *(left.layer for left in item.skipped)])
     console.show(item, lambda: pass_view(item, layer=layer, why=why))
 
 

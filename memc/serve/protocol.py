@@ -198,9 +198,23 @@ def parse(body: bytes, kind: type[Request]) -> Request:
     try:
         return kind.model_validate({name: value for name, value in given.items() if name not in IGNORED})
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise RequestError(400, f"{where}: {first['msg']}" if where else first["msg"], where or None) from None
+        where, message = _fault(error)
+        raise RequestError(400, f"{where}: {message}" if where else message, where or None) from None
+
+
+def _fault(error: ValidationError) -> tuple[str, str]:
+    """Return where the first fault of a request is, and what.
+
+    Of what may be of several types it is what the type that was given is refused for, not that it is no other; the
+    names that pydantic gives those types are left out of the place.
+    """
+    faults = error.errors(include_url=False, include_context=False)
+    place = faults[0]["loc"][:1]
+    fault = next(
+        (each for each in faults if each["loc"][:1] == place and not each["type"].endswith("_type")), faults[0]
+    )
+    parts = [str(part) for part in fault["loc"] if isinstance(part, int) or (part.isidentifier() and part != "str")]
+    return ".".join(parts), fault["msg"]
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,9 @@ pytestmark = pytest.mark.usefixtures("fake_backend")
 Capture = pytest.CaptureFixture[str]
 
 
-def test_bench_takes_turns_and_leaves_out_what_does_not_fit(out: str, tmp_path: Path, capsys: Capture) -> None:
+def test_bench_takes_turns_and_leaves_out_what_does_not_fit(
+    out: str, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     small = str(make_artifact(tmp_path / "small", tokenizer=byte_tokenizer(), capacity=40))
     words = ["bench", out, "--against", small, "--contexts", "60,16", "--steps", "6", "--json"]
     assert main(words) == 0
@@ -30,6 +32,9 @@ def test_bench_takes_turns_and_leaves_out_what_does_not_fit(out: str, tmp_path: 
         assert min(row.prefill_tokens_per_s, row.decode_tokens_per_s, row.state_bytes, row.rss_bytes) > 0
     assert main(["bench", small, "--contexts", "512"]) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("E206")
+    monkeypatch.setattr("memc.machine.memory_bytes", lambda: 1 << 20)
+    assert main(["bench", out, "--contexts", "16,200000"]) == 5
+    assert "E501 timing after 200000 tokens needs" in capsys.readouterr().err
 
 
 def test_bench_of_other_tokenizers_says_so_and_eval_refuses(

@@ -180,6 +180,8 @@ def test_inspect(api: Calls, capsys: pytest.CaptureFixture[str]) -> None:
     assert "modeling_mine.py:88" in shown.out
     assert shown.err == ""
     assert api == [(("some/model",), {"remote_code": False})]
+    assert main(["inspect", "some/model", "--layer", "99", "-q"]) == 2
+    assert "E200 there is no layer 99 [--layer] Next: give one of " in capsys.readouterr().err
 
 
 def test_progress_and_notes_go_to_stderr(api: Calls, capsys: pytest.CaptureFixture[str]) -> None:
@@ -261,6 +263,8 @@ def test_report_reads_an_artifact(capsys: pytest.CaptureFixture[str], tmp_path: 
     assert document.passes == [d.pass_file_of()]
     assert main(["report", str(out), "--pass", "linearize", "--layer", "7", "--why"]) == 0
     assert "half_life" in capsys.readouterr().out
+    assert main(["report", str(out), "--pass", "linearize", "--layer", "99"]) == 2
+    assert "E200 there is no layer 99" in capsys.readouterr().err
     assert main(["report", str(out), "--pass", "linearise"]) == 2
     assert "did you mean 'linearize'?" in capsys.readouterr().err
 
