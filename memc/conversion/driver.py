@@ -354,14 +354,18 @@ def next_commands(out: str | Path, program: Program, folder: Path, *, runs: bool
     return [*([f"memc generate {out} --prompt TEXT"] if generates else []), *edits, f"memc report {out}"]
 
 
-def require_passed(checks: list[CheckResult]) -> None:
+MEASURED = "memc report, on the folder OUT, shows what was measured"
+NOTHING_KEPT = "nothing was written; please report it"
+
+
+def require_passed(checks: list[CheckResult], hint: str = MEASURED) -> None:
     """Raise ``MemcError`` E401 for the first check that failed, E403 when its value is not finite."""
     for check in checks:
         if not check.passed:
             budget = f", over its budget of {check.budget:.3g}" if check.budget is not None else ""
             code = "E401" if check.value - check.value == 0 else "E403"
             reason = f"check {check.name} failed: {check.value:.3g}{budget}"
-            raise MemcError(code, reason, check.detail, "memc report, on the folder OUT, shows what was measured")
+            raise MemcError(code, reason, check.detail, hint)
 
 
 def _share(raw: Program, original: Program) -> Program | None:

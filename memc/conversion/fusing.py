@@ -15,7 +15,7 @@ from memc.bank.layout import Cluster, name
 from memc.bank.session import require_bank
 from memc.bank.tree import TreePath
 from memc.conversion.again import PROGRAM, copy_artifact, lower_copy, lowering_of, require_out, undone
-from memc.conversion.driver import next_commands, require_passed
+from memc.conversion.driver import NOTHING_KEPT, next_commands, require_passed
 from memc.conversion.facts import check_facts
 from memc.conversion.folder import folder_bytes
 from memc.doctor import require_backend
@@ -65,7 +65,7 @@ def fuse_artifact(
     with progress.step("fuse the block"):
         fused = fuse(program, blocks)
         checks = [_check(program, fused.program, blocks)]
-        require_passed(checks)
+        require_passed(checks, NOTHING_KEPT)
     copy_artifact(source, folder, "fuse")
     with undone(folder):
         save_program(fused.program, folder.partial / PROGRAM)
