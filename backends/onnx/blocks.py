@@ -235,18 +235,7 @@ def _tokens(s: Scores, c: Rule) -> str:
     candidate = Identity(token_taken)
     """
     return f"""
-    {token_scores(s, c, BLOCK)}
-    {_events(s, c) if c.by_event else plain}
-    """
-
-
-def token_scores(s: Scores, c: Rule, block: int) -> str:
-    """Write ``estimate [B,G,U,L]`` of ``block`` queries, and of what is ``seen_token`` what is ``sure_token``.
-
-    Where tokens are ranked by their events it is ``own_estimate``.
-    """
-    return f"""
-    {ints("split_heads", 0, s.groups, s.heads // s.groups, block, s.key_dim)}
+    {ints("split_heads", 0, s.groups, s.heads // s.groups, BLOCK, s.key_dim)}
     q_heads = Reshape(q_rows, split_heads)
     magnitudes = Abs(q_heads)
     {ints("summed", 2)}
@@ -267,6 +256,7 @@ def token_scores(s: Scores, c: Rule, block: int) -> str:
     on_own = GreaterOrEqual(slots, page_start)
     forced1 = Or(forced, on_own)
     sure_token = And(forced1, seen_token)
+    {_events(s, c) if c.by_event else plain}
     """
 
 

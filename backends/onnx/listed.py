@@ -176,15 +176,16 @@ def first(name: str, rank: str, seen: str, sure: str, count: int, block: int) ->
     """
 
 
-def highest(name: str, scores: str, count: int, rows: str, width: int) -> str:
-    """Write ``NAME_taken [...,N]``, 1 for the ``count`` highest of each row of ``NAME_rank``, of equals the first.
+def highest(name: str, scores: str, count: int, rows: str, width: int, slots: str) -> str:
+    """Write ``NAME_taken [...,U,N]``, 1 for the ``count`` highest of each row of ``NAME_rank``.
 
-    ``NAME_rank`` is ``scores`` of what may be taken, ``forced_rank`` of what must be, and far less of the rest; of the
-    other axes ``rows`` are the sizes, of the last one ``width``. Two numbers that are compared everywhere cost less
+    Of equals those go first whose ``slots [...,N]`` do, which may stand in any order. ``NAME_rank`` is ``scores`` of
+    what may be taken, ``forced_rank`` of what must be, and far less of the rest; ``rows`` are the sizes of the other
+    axes, ``width`` is N. Two numbers that are compared everywhere cost less
     than the order of any, and far less than Where: the least rank taken is searched as in :func:`first`, but where
     scores are spread evenly between the ends of the interval their counts tell where it lies.
     """
-    row, whole = f"float[{rows},1]", f"float[{rows},{width}]"
+    row, whole, axis = f"float[{rows},1]", f"float[{rows},{width}]", rows.count(",") + 1
 
     def counted(least: str, made: str) -> str:
         return f"""
@@ -220,8 +221,19 @@ def highest(name: str, scores: str, count: int, rows: str, width: int) -> str:
     {name}_above_count = ReduceSum({name}_above1, final)
     {name}_room = Sub({name}_want, {name}_above_count)
     {name}_level1 = Sub({name}_whole, {name}_above1)
-    {int_(f"{name}_last", rows.count(",") + 1)}
-    {name}_order = CumSum({name}_level1, {name}_last)
+    {int_(f"{name}_last", axis)}
+    {ints(f"{name}_width", width)}
+    {ints(f"{name}_before_last", axis - 1)}
+    {name}_in_order, {name}_from0 = TopK<axis = {axis - 1}, largest = 0, sorted = 1>({slots}, {name}_width)
+    {name}_back, {name}_to0 = TopK<axis = {axis - 1}, largest = 0, sorted = 1>({name}_from0, {name}_width)
+    {name}_from1 = Unsqueeze({name}_from0, {name}_before_last)
+    {name}_to1 = Unsqueeze({name}_to0, {name}_before_last)
+    {name}_all_rows = Shape({name}_level1)
+    {name}_from = Expand({name}_from1, {name}_all_rows)
+    {name}_to = Expand({name}_to1, {name}_all_rows)
+    {name}_level_ordered = GatherElements<axis = {axis}>({name}_level1, {name}_from)
+    {name}_order0 = CumSum({name}_level_ordered, {name}_last)
+    {name}_order = GatherElements<axis = {axis}>({name}_order0, {name}_to)
     {name}_early = LessOrEqual({name}_order, {name}_room)
     {name}_early1 = Cast<to = 1>({name}_early)
     {name}_level_early = Mul({name}_level1, {name}_early1)

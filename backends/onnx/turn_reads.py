@@ -22,12 +22,16 @@ FETCHED = 16384
 """Most tokens that a step fetches for a row and key-value head, where it takes more than one turn."""
 
 
+LANES = 16
+"""Numbers of a vector of the processor."""
+
+
 @dataclass(frozen=True)
 class Turns:
     """Sizes of a step: turns, and of each the pages, or tokens where these are listed, of which its tokens read.
 
     ``sunk`` are those of the sinks, ``listed`` those that a list may hold beside sinks and window, ``near`` those from
-    where the window of the first token begins to the last token. ``width`` are all of their tokens, N.
+    where the window of the first token begins to the last token, or past it. ``width`` are all of their tokens, N.
     """
 
     count: int
@@ -46,6 +50,8 @@ class Turns:
             near = int(pages_of(c.window + c.refresh - 2, c.page)) + 1
         # What is always taken stands in front of a list, and is this at least where there is anything else.
         others = max(1, c.most - sunk - least)
+        # Rows of whole vectors: products and sums of odd ones take half as long again.
+        near += -(sunk + others + near) % (LANES if c.by_token else 1)
         width = (sunk + others + near) * c.unit
         return Turns(max(1, min(TOKENS // c.refresh, FETCHED // width)), sunk, others, near, width)
 
@@ -54,21 +60,11 @@ def candidates(s: Scores, c: Rule, turns: Turns) -> str:
     """Write ``turn_slots [B,G,K,N]``, what the tokens of a turn may read, and what each may of them.
 
     ``sunk_bias`` and ``near_bias [B,1,K,U,.]``, ``listed_bias [B,G,K,U,.]`` are 0 for what a token takes and far less
-    for the rest. Slots are in order where tokens are ranked again; that of what is not there is the spare one.
+    for the rest. The slot of what is not there is the spare one.
     """
     # A token at p takes what is always to be taken, and from the front of the list what there is room for beside: of a
     # list that a token at a made, whose front is what that one always takes, all but as many at its end as p is newer.
     start = c.most - turns.listed
-    in_order = f"""
-    {ints("listed_count", turns.listed)}
-    listed_number, listed_order = TopK<axis = 3, largest = 0, sorted = 1>(listed_or_far, listed_count)
-    {int_("listed_start", start)}
-    listed_place = Add(listed_order, listed_start)
-    """
-    as_listed = f"""
-    listed_number = Identity(listed_or_far)
-    listed_place = Constant<value_ints = [{", ".join(map(str, range(start, c.most)))}]>()
-    """
     crowded = f"""
     {int_("most_taken_less", c.most - turns.sunk - 1)}
     near_from_each = Max(edge_each, sinks_end)
@@ -96,16 +92,19 @@ def candidates(s: Scores, c: Rule, turns: Turns) -> str:
     listed_behind = GreaterOrEqual(listed0, sinks_end)
     listed_before = Less(listed0, edge_list)
     listed_there = And(listed_behind, listed_before)
-    listed_or_far = Where(listed_there, listed0, far)
-    {in_order if c.rerank > 1 else as_listed}
-    listed_real = Less(listed_number, far)
-    listed_place_or_far = Where(listed_real, listed_place, far)
+    listed_there_1 = Cast<to = 7>(listed_there)
+    listed_kept = Mul(listed0, listed_there_1)
+    listed_not = Sub(one, listed_there_1)
+    listed_far = Mul(listed_not, far)
+    listed_number = Add(listed_kept, listed_far)
+    listed_places = Constant<value_ints = [{", ".join(map(str, range(start, c.most)))}]>()
+    listed_place = Add(listed_places, listed_far)
     {ints("query_axis", 3)}
-    listed_places = Unsqueeze(listed_place_or_far, query_axis)
+    listed_place_row = Unsqueeze(listed_place, query_axis)
     newer = Sub(newest_each, newest_turn)
     {int_("most_taken", c.most)}
     listed_end = Sub(most_taken, newer)
-    listed_read = Less(listed_places, listed_end)
+    listed_read = Less(listed_place_row, listed_end)
     listed_read_1 = Cast<to = 1>(listed_read)
     listed_less = Sub(listed_read_1, one_float)
     {_of_units(s, c, turns)}
@@ -236,7 +235,7 @@ def ranked_again(c: Rule, turns: Turns) -> str:
     {joined("rank")}
     score_best = ReduceMax<keepdims = 0>(score, heads_at)
     again_rank = Add(score_best, all_rank)
-    {listed.highest("again", "score_best", c.budget, f"B,G,{turns.count},{c.refresh}", turns.width)}
+    {listed.highest("again", "score_best", c.budget, f"B,G,{turns.count},{c.refresh}", turns.width, "turn_slots")}
     again_less = Sub(again_taken, one_float)
     all_bias = Mul(again_less, forced_rank)
     """

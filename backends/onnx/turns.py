@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from memc.backends.onnx import blocks, landmarks, listed, tree, turn_reads
+from memc.backends.onnx import blocks, landmarks, listed, tokens, tree, turn_reads
 from memc.backends.onnx.attend import Scores, weigh
 from memc.backends.onnx.functions import flat, float_, int_, ints
 from memc.backends.onnx.listed import FAR, FORCED, UNSEEN
@@ -101,18 +101,10 @@ def scan(s: Scores, c: Rule, made: Sequence[str]) -> str:
 
 
 def _held(s: Scores, c: Rule) -> str:
-    """Write what all turns score, the pages in use or ``keys [B,G,D,L]`` at ``slots [L]``, and the buffers by rows."""
-    tokens = """
-    reached = ReduceMax<keepdims = 0>(positions)
-    end = Add(reached, one)
-    end1 = Reshape(end, ones)
-    held_keys = Slice(next_key, origin, end1, along)
-    keys = Transpose<perm = [0, 1, 3, 2]>(held_keys)
-    slots = Range(zero, end, one)
-    """
+    """Write what all turns score, the pages in use or ``numbers [L]`` of tokens, and the buffers by rows."""
     return f"""
     {int_("page", c.page)}
-    {tokens if c.by_token else blocks.pages_in_use(s, c)}
+    {tokens.numbers(c) if c.by_token else blocks.pages_in_use(s, c)}
     {ints("rows_of_keys", -1, s.key_dim)}
     key_rows = Reshape(next_key, rows_of_keys)
     {ints("rows_of_values", -1, s.value_dim)}
@@ -198,15 +190,8 @@ def _lists(s: Scores, c: Rule, turns: Turns) -> str:
 
     And ``next_listed``, that of the last token.
     """
-    near_token = """
-    near_token = GreaterOrEqual(slots, edge)
-    sunk_token = Less(slots, sinks)
-    seen_token = LessOrEqual(slots, p)
-    forced0 = Or(near_token, sunk_token)
-    forced = And(forced0, seen_token)
-    """
     if c.by_token:
-        scored, seen, sure = f"{near_token}\n{blocks.token_scores(s, c, turns.count)}", "seen_token", "sure_token"
+        scored, seen, sure = _token_scores(s, c, turns), "seen_token", "sure_token"
     else:
         found = tree.taken(s, c, turns.count) if c.by_tree else ""
         scored, sure = f"{blocks.page_scores(c, turns.count)}\n{found}", "sure"
@@ -230,7 +215,10 @@ def _lists(s: Scores, c: Rule, turns: Turns) -> str:
     list_count = Min(list_length, list_most)
     list_best, list_number = TopK<axis = 3, sorted = 1>(list_rank, list_count)
     {"needed = Greater(list_best, unseen_rank)" if c.mass == 1 else listed.needed(c, "list_rank", "list_best", 3)}
-    list_taken = Where(needed, list_number, no_number)
+    needed_1 = Cast<to = 7>(needed)
+    list_next = Add(list_number, one)
+    list_next_taken = Mul(list_next, needed_1)
+    list_taken = Sub(list_next_taken, one)
     list_room = Sub(list_most, list_count)
     {ints("list_no_pads", *[0] * 7)}
     list_pads = Concat<axis = 0>(list_no_pads, list_room)
@@ -238,7 +226,10 @@ def _lists(s: Scores, c: Rule, turns: Turns) -> str:
     list_at_hand = GreaterOrEqual(p, zero)
     {ints("list_axis", 2)}
     list_before = Unsqueeze(listed, list_axis)
-    lists = Where(list_at_hand, list_made, list_before)
+    list_at_hand_1 = Cast<to = 7>(list_at_hand)
+    list_change = Sub(list_made, list_before)
+    list_changed = Mul(list_change, list_at_hand_1)
+    lists = Add(list_before, list_changed)
     turn_latest = ReduceMax<keepdims = 0>(at_by_turn, list_axis)
     turn_real = GreaterOrEqual(turn_latest, zero)
     {int_("turn_count", turns.count)}
@@ -252,4 +243,40 @@ def _lists(s: Scores, c: Rule, turns: Turns) -> str:
     last_index = Expand(last_turn, by_group)
     last_list = GatherND<batch_dims = 2>(lists, last_index)
     next_listed = Where(last_real, last_list, listed)
+    """
+
+
+def _token_scores(s: Scores, c: Rule, turns: Turns) -> str:
+    """Write ``estimate [B,G,K,L]`` by each query's channels, and of what is ``seen_token`` what is ``sure_token``."""
+    size = s.heads // s.groups
+    return f"""
+    {ints("split_heads", 0, s.groups, size, turns.count, s.key_dim)}
+    q_heads = Reshape(q_first, split_heads)
+    magnitudes = Abs(q_heads)
+    {ints("summed", 2)}
+    strength = ReduceSum<keepdims = 0>(magnitudes, summed)
+    {ints("count_", c.channels)}
+    strongest, channel = TopK<axis = 3>(strength, count_)
+    channel_column = Unsqueeze(channel, final)
+    q_columns = Transpose<perm = [0, 1, 3, 4, 2]>(q_heads)
+    part = GatherND<batch_dims = 3>(q_columns, channel_column)
+    part_rows = Transpose<perm = [0, 1, 2, 4, 3]>(part)
+    {ints("row_axes", 4, 5)}
+    channel_at = Unsqueeze(channel, row_axes)
+    {ints("of_channel", 0, 1)}
+    channel_part = Mul(channel_at, of_channel)
+    row_index = Add(channel_part, page_part)
+    channel_rows = GatherND<batch_dims = 2>(next_pages, row_index)
+    {ints("row_shape", 0, 0, 0, 0, -1)}
+    channel_row = Reshape(channel_rows, row_shape)
+    estimates = MatMul(part_rows, channel_row)
+    {ints("over_heads", 3)}
+    estimate = ReduceMax<keepdims = 0>(estimates, over_heads)
+    own_start = Mul(own, page)
+    always_from = Min(edge, own_start)
+    near_token = GreaterOrEqual(numbers, always_from)
+    sunk_token = Less(numbers, sinks)
+    always_token = Or(near_token, sunk_token)
+    seen_token = LessOrEqual(numbers, p)
+    sure_token = And(always_token, seen_token)
     """
