@@ -52,7 +52,7 @@ def attend(s: Scores, key: str, value: str, query: str = "query") -> str:
         float_("scale", s.scale),
         "scaled = Mul(product, scale)",
         "score0 = Reshape(scaled, shape)",
-        weigh(s, (1, s.heads, 1, 1)),
+        weigh(s, (1, s.heads, 1, 1), none=True),
         ints("weight_rows", 0, s.groups, -1, 0),
         "weights = Reshape(weight, weight_rows)",
         f"sums = MatMul(weights, {value})",
@@ -61,10 +61,10 @@ def attend(s: Scores, key: str, value: str, query: str = "query") -> str:
     return "\n".join(lines)
 
 
-def weigh(s: Scores, per_head: tuple[int, ...], made: str = "weight") -> str:
-    """Write the softmax of ``score0`` over its last axis: ``made``, ``none`` and, as in :func:`attend`, ``log``.
+def weigh(s: Scores, per_head: tuple[int, ...], made: str = "weight", *, none: bool = False) -> str:
+    """Write the softmax of ``score0`` over its last axis: ``made`` and, as in :func:`attend`, ``log``.
 
-    ``per_head`` is the shape that puts ``[H]`` along the heads of ``score0``.
+    ``per_head`` is the shape that puts ``[H]`` along the heads of ``score0``. With ``none`` that too is written.
     """
     lines: list[str] = []
     score = "score0"
@@ -86,7 +86,7 @@ def weigh(s: Scores, per_head: tuple[int, ...], made: str = "weight") -> str:
     if s.mask:
         lines.append(f"visible = Where(mask, {score}, masked)")
         score = "visible"
-    lines += [ints("last", -1), float_("nothing", MASKED / 2)]
+    lines.append(ints("last", -1))
     if s.lse or s.sink_logits or s.bias:
         joined = score
         if s.sink_logits:
@@ -103,10 +103,14 @@ def weigh(s: Scores, per_head: tuple[int, ...], made: str = "weight") -> str:
             f"log = ReduceLogSumExp({joined}, last)",
             f"relative = Sub({score}, log)",
             f"{made} = Exp(relative)",
-            "none = Less(log, nothing)",
         ]
+        top = "log"
     else:
-        lines += [f"{made} = Softmax({score})", f"top = ReduceMax({score}, last)", "none = Less(top, nothing)"]
+        lines.append(f"{made} = Softmax({score})")
+        top = "top"
+    if none:
+        lines += [f"top = ReduceMax({score}, last)"] if top == "top" else []
+        lines += [float_("nothing", MASKED / 2), f"none = Less({top}, nothing)"]
     return "\n".join(lines)
 
 

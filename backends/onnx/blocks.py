@@ -285,6 +285,25 @@ def _pages(s: Scores, c: Rule) -> str:
     taken_tokens = Or(padded_tokens, exact)
     """
     return f"""
+    {page_scores(c, BLOCK)}
+    {tree.taken(s, c, BLOCK) if c.by_tree else _taken(c, "page", "seen_level" if c.by_level else "seen", "sure")}
+    page_column = Unsqueeze(page_taken, final)
+    page_wide = Expand(page_column, expanded)
+    {ints("by_token", 0, 0, 0, -1)}
+    page_flat = Reshape(page_wide, by_token)
+    {ints("last_axis3", 3)}
+    page_tokens = Slice(page_flat, origin, end1, last_axis3)
+    {exact if c.own_page else "taken_tokens = Identity(page_tokens)"}
+    candidate = And(taken_tokens, seen_token)
+    """
+
+
+def page_scores(c: Rule, block: int) -> str:
+    """Write ``estimate [B,G,U,N]`` of ``block`` queries, and of what is ``seen`` what is ``sure``.
+
+    In two levels also ``seen_level``, what of it they look at.
+    """
+    return f"""
     {features(c, "q_rows", -1)}
     bounds = MatMul(feature, descriptions)
     bounds_heads = Reshape(bounds, by_head)
@@ -300,16 +319,7 @@ def _pages(s: Scores, c: Rule) -> str:
     sunk = Less(page_numbers, sink_pages)
     sure0 = Or(near, sunk)
     sure = And(sure0, seen)
-    {levels.looked_at(c, BLOCK) if c.by_level else ""}
-    {tree.taken(s, c, BLOCK) if c.by_tree else _taken(c, "page", "seen_level" if c.by_level else "seen", "sure")}
-    page_column = Unsqueeze(page_taken, final)
-    page_wide = Expand(page_column, expanded)
-    {ints("by_token", 0, 0, 0, -1)}
-    page_flat = Reshape(page_wide, by_token)
-    {ints("last_axis3", 3)}
-    page_tokens = Slice(page_flat, origin, end1, last_axis3)
-    {exact if c.own_page else "taken_tokens = Identity(page_tokens)"}
-    candidate = And(taken_tokens, seen_token)
+    {levels.looked_at(c, block) if c.by_level else ""}
     """
 
 

@@ -30,20 +30,28 @@ def of_token(s: Scores, c: Rule, per_head: tuple[int, ...]) -> str:
     """
 
 
-def of_block(s: Scores, c: Rule, masked: str, per_head: tuple[int, ...]) -> str:
+def of_block(
+    s: Scores,
+    c: Rule,
+    masked: str,
+    per_head: tuple[int, ...],
+    pages: tuple[str, str, str] = ("page_numbers", "sink_pages", "edge_page"),
+) -> str:
     """Write the ``weight [B,G,R,U,L]`` of ``score``; ``masked`` writes ``masked_score``, of what is in ``read``.
 
-    That is ``mask0`` less landmarks; L is whole pages.
+    That is ``mask0`` less landmarks; L is whole pages. ``pages`` name the numbers of these, the end of the sinks and
+    the page that the window begins on. There may be other axes before that of the heads.
     """
+    numbers, sinks, edge = pages
     return f"""
-    behind_sinks = GreaterOrEqual(page_numbers, sink_pages)
-    before_window = Less(page_numbers, edge_page)
+    behind_sinks = GreaterOrEqual({numbers}, {sinks})
+    before_window = Less({numbers}, {edge})
     through = And(behind_sinks, before_window)
     {unread(c)}
     read = And(mask0, landmarks_not)
     {capped(s, "score")}
     {masked}
-    {weigh_pages(s, c, 4, per_head)}
+    {weigh_pages(s, c, len(per_head) - 1, per_head, len(per_head) - 3)}
     """
 
 
@@ -68,16 +76,16 @@ def unread(c: Rule) -> str:
     """
 
 
-def weigh_pages(s: Scores, c: Rule, axes: int, per_head: tuple[int, ...]) -> str:
+def weigh_pages(s: Scores, c: Rule, axes: int, per_head: tuple[int, ...], heads: int = 2) -> str:
     """Write ``weight``, and ``none`` and ``log`` as :func:`weigh`, of ``masked_score`` and ``capped_score``.
 
-    These have so many axes before that of the tokens, the heads third; ``through`` has all but the heads.
+    These have so many axes before that of the tokens, one of them that of the ``heads``; ``through`` has all but it.
     """
     return f"""
     {ints("scores_paged", *[0] * axes, -1, c.page)}
     {ints("scores_flat", *[0] * axes, -1)}
     {ints("within_page", axes + 1)}
-    {ints("heads_third", 2)}
+    {ints("heads_axis", heads)}
     {float_("none_read", MASKED / 2)}
     scores_in_page = Reshape(masked_score, scores_paged)
     top_in_page = ReduceMax(scores_in_page, within_page)
@@ -89,7 +97,7 @@ def weigh_pages(s: Scores, c: Rule, axes: int, per_head: tuple[int, ...]) -> str
     {ints("landmark_at", c.page - 1)}
     unmasked_pages = Reshape(capped_score, scores_paged)
     landmark = Gather<axis = {axes + 1}>(unmasked_pages, landmark_at)
-    through_heads = Unsqueeze(through_column, heads_third)
+    through_heads = Unsqueeze(through_column, heads_axis)
     any_read = Greater(top_in_page, none_read)
     by_landmark = And(through_heads, any_read)
     weighed_page = Where(by_landmark, landmark, together)

@@ -13,6 +13,9 @@ FORCED, UNSEEN = 1e30, -1e30
 HALVINGS = 40
 """Most steps of the search for a threshold, after which it is known to the last bit of the range."""
 
+GUESSES = 12
+"""First steps of the search for a threshold that go where the counts at both ends of the interval point."""
+
 FAR = 1 << 40
 """Number of a page or token that is not there."""
 
@@ -170,4 +173,104 @@ def first(name: str, rank: str, seen: str, sure: str, count: int, block: int) ->
     >({name}_equals)
     {name}_best_live = And({name}_best, {name}_live)
     {name}_taken = Or({name}_best_live, {sure})
+    """
+
+
+def highest(name: str, scores: str, count: int, rows: str, width: int, slots: str) -> str:
+    """Write ``NAME_taken [...,U,N]``, 1 for the ``count`` highest of each row of ``NAME_rank``.
+
+    Of equals those go first whose ``slots [...,N]`` do, which may stand in any order. ``NAME_rank`` is ``scores`` of
+    what may be taken, ``forced_rank`` of what must be, and far less of the rest; ``rows`` are the sizes of the other
+    axes, ``width`` is N. Two numbers that are compared everywhere cost less
+    than the order of any, and far less than Where: the least rank taken is searched as in :func:`first`, but where
+    scores are spread evenly between the ends of the interval their counts tell where it lies.
+    """
+    row, whole, axis = f"float[{rows},1]", f"float[{rows},{width}]", rows.count(",") + 1
+
+    def counted(least: str, made: str) -> str:
+        return f"""
+        {made}_over = GreaterOrEqual({name}_rank, {least})
+        {made}_over1 = Cast<to = 1>({made}_over)
+        {made} = ReduceSum({made}_over1, final)
+        """
+
+    halve = f"""
+    {name}_between = Add({name}_k, {name}_h)
+    {name}_share0 = Div({name}_k, {name}_between)
+    {name}_share1 = Mul({name}_share0, {name}_trust)
+    {name}_share2 = Add({name}_share1, {name}_doubt)
+    {name}_guess = Less({name}_i, {name}_guesses)
+    {name}_share = Where({name}_guess, {name}_share2, {name}_half)
+    {name}_range = Sub({name}_b, {name}_a)
+    {name}_part = Mul({name}_range, {name}_share)
+    {name}_middle = Add({name}_a, {name}_part)
+    {counted(f"{name}_middle", f"{name}_found")}
+    {name}_beyond = Sub({name}_found, {name}_want)
+    {name}_enough = GreaterOrEqual({name}_beyond, absent)
+    {name}_lack = Neg({name}_beyond)
+    {name}_a1 = Where({name}_enough, {name}_middle, {name}_a)
+    {name}_b1 = Where({name}_enough, {name}_b, {name}_middle)
+    {name}_k1 = Where({name}_enough, {name}_beyond, {name}_k)
+    {name}_h1 = Where({name}_enough, {name}_h, {name}_lack)
+    {name}_most = ReduceMax<keepdims = 0>({name}_k1)
+    {name}_more = Greater({name}_most, absent)
+    """
+    ties = f"""
+    {name}_above = GreaterOrEqual({name}_rank, {name}_high)
+    {name}_above1 = Cast<to = 1>({name}_above)
+    {name}_above_count = ReduceSum({name}_above1, final)
+    {name}_room = Sub({name}_want, {name}_above_count)
+    {name}_level1 = Sub({name}_whole, {name}_above1)
+    {int_(f"{name}_last", axis)}
+    {ints(f"{name}_width", width)}
+    {ints(f"{name}_before_last", axis - 1)}
+    {name}_in_order, {name}_from0 = TopK<axis = {axis - 1}, largest = 0, sorted = 1>({slots}, {name}_width)
+    {name}_back, {name}_to0 = TopK<axis = {axis - 1}, largest = 0, sorted = 1>({name}_from0, {name}_width)
+    {name}_from1 = Unsqueeze({name}_from0, {name}_before_last)
+    {name}_to1 = Unsqueeze({name}_to0, {name}_before_last)
+    {name}_all_rows = Shape({name}_level1)
+    {name}_from = Expand({name}_from1, {name}_all_rows)
+    {name}_to = Expand({name}_to1, {name}_all_rows)
+    {name}_level_ordered = GatherElements<axis = {axis}>({name}_level1, {name}_from)
+    {name}_order0 = CumSum({name}_level_ordered, {name}_last)
+    {name}_order = GatherElements<axis = {axis}>({name}_order0, {name}_to)
+    {name}_early = LessOrEqual({name}_order, {name}_room)
+    {name}_early1 = Cast<to = 1>({name}_early)
+    {name}_level_early = Mul({name}_level1, {name}_early1)
+    {name}_with = Add({name}_above1, {name}_level_early)
+    """
+    given = f"int64 {name}_i, bool {name}_c, {row} {name}_a, {row} {name}_b, {row} {name}_k, {row} {name}_h"
+    results = f"bool {name}_more, {row} {name}_a1, {row} {name}_b1, {row} {name}_k1, {row} {name}_h1"
+    return f"""
+    {name}_least = ReduceMin({scores}, final)
+    {name}_top = ReduceMax({scores}, final)
+    {float_(f"{name}_little", 1e-6)}
+    {float_(f"{name}_least_step", 1e-30)}
+    {name}_size = Abs({name}_top)
+    {name}_step0 = Mul({name}_size, {name}_little)
+    {name}_step = Add({name}_step0, {name}_least_step)
+    {name}_past = Add({name}_top, {name}_step)
+    {counted(f"{name}_least", f"{name}_there")}
+    {float_(f"{name}_all", count)}
+    {name}_want = Min({name}_there, {name}_all)
+    {name}_excess0 = Sub({name}_there, {name}_want)
+    {name}_most0 = ReduceMax<keepdims = 0>({name}_excess0)
+    {name}_go = Greater({name}_most0, absent)
+    {name}_short0 = Add({name}_want, one_float)
+    {float_(f"{name}_half", 0.5)}
+    {float_(f"{name}_trust", 0.85)}
+    {float_(f"{name}_doubt", 0.075)}
+    {int_(f"{name}_guesses", GUESSES)}
+    {int_(f"{name}_limit", GUESSES + HALVINGS)}
+    {name}_low, {name}_high, {name}_excess, {name}_short =
+    Loop<body = {name}_halve ({given}) => ({results}) {{ {flat(halve)} }}>
+    ({name}_limit, {name}_go, {name}_least, {name}_past, {name}_excess0, {name}_short0)
+    {name}_reached = GreaterOrEqual({name}_rank, {name}_low)
+    {name}_whole = Cast<to = 1>({name}_reached)
+    {name}_most2 = ReduceMax<keepdims = 0>({name}_excess)
+    {name}_equals = Greater({name}_most2, absent)
+    {name}_taken = If<
+    then_branch = {name}_ties () => ({whole} {name}_with) {{ {flat(ties)} }},
+    else_branch = {name}_alone () => ({whole} {name}_same) {{ {name}_same = Identity({name}_whole) }}
+    >({name}_equals)
     """

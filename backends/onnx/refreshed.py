@@ -1,12 +1,15 @@
 """The lowered form of ``memc::refreshed_attention``, as an ONNX function; letters as in ``sparse``.
 
-As ``memc::sparse_attention``, whose tokens choose one after the other through a Scan, here always: the list that they
-take from goes from step to step, and only a token whose turn it is scores what is held.
+Where few tokens of a call choose, they go one after the other through a Scan, as in ``memc::sparse_attention``: the
+list that they take from goes from step to step, and only a token whose turn it is scores what is held. Where many do,
+those that share a list go together (see :mod:`memc.backends.onnx.turns`).
 """
 
 from __future__ import annotations
 
-from memc.backends.onnx import levels, listed, tokens, tree
+from collections.abc import Sequence
+
+from memc.backends.onnx import blocks, levels, listed, tokens, tree, turns
 from memc.backends.onnx.attend import Scores
 from memc.backends.onnx.functions import Function, flat, int_, ints
 from memc.backends.onnx.sparse import COLUMNS, attending, behind_dense, optional
@@ -18,16 +21,23 @@ def refreshed_attention(s: Scores, c: Rule, kernel: bool) -> Function:
     made = ["sparse_part", *(["sparse_log"] if s.lse else [])]
     sizes = [("output", s.value_dim), *([("lse", 1)] if s.lse else [])]
     held = f"int64[B,{s.groups},{c.most}]"
-    inputs = f"{held} listed, float[B,{s.heads},{s.key_dim}] q, int64[B] at"
-    outputs = [f"{held} next_listed", f"float[B,{s.heads},{s.value_dim}] o"]
-    outputs += [f"float[B,{s.heads},1] l"] if s.lse else []
-    step = f"step ({inputs}) => ({', '.join(outputs)}) {{ {flat(_step(s, c))} }}"
-    axes = f"scan_input_axes = [2, 1], scan_output_axes = [{', '.join('2' for _ in made)}]"
-    scan = f"Scan<num_scan_inputs = 2, {axes}, body = {step}>(choice, sparse_query, sparse_at)"
+    results = [f"{held} {{0}}_choice"]
+    results += [f"float[B,{s.heads},W,{size}] {{0}}_{name}" for name, (_, size) in zip(made, sizes, strict=True)]
+
+    def branch(name: str, body: str) -> str:
+        return f"{name}_branch () => ({', '.join(results).format(name)}) {{ {flat(body)} }}"
+
+    made_of = ", ".join(["sparse_choice_yes", *made])
     body = f"""
     {COLUMNS}
-    {tokens.numbers(c)}
-    sparse_choice_yes, {", ".join(made)} = {scan}
+    {ints("few", blocks.FEW)}
+    count_few = Greater(count_sparse, few)
+    many = Squeeze(count_few)
+    sparse_at_shape = Shape(sparse_at)
+    {made_of} = If<
+    then_branch = {branch("turn", turns.scan(s, c, made))},
+    else_branch = {branch("token", _scan(s, c, made))}
+    >(many)
     {behind_dense(made)}
     """
     choosing = f"""
@@ -42,6 +52,21 @@ def refreshed_attention(s: Scores, c: Rule, kernel: bool) -> Function:
     next_choice = Identity(sparse_choice)
     """
     return attending("RefreshedAttention", s, c, kernel, choosing, ("choice",))
+
+
+def _scan(s: Scores, c: Rule, made: Sequence[str]) -> str:
+    """Write a Scan over tokens, one after the other, with the list going from one to the next."""
+    held = f"int64[B,{s.groups},{c.most}]"
+    inputs = f"{held} listed, float[B,{s.heads},{s.key_dim}] q, int64[B] at"
+    outputs = [f"{held} next_listed", f"float[B,{s.heads},{s.value_dim}] o"]
+    outputs += [f"float[B,{s.heads},1] l"] if s.lse else []
+    step = f"step ({inputs}) => ({', '.join(outputs)}) {{ {flat(_step(s, c))} }}"
+    axes = f"scan_input_axes = [2, 1], scan_output_axes = [{', '.join('2' for _ in made)}]"
+    scanned = ", ".join(f"token_{name}" for name in ("choice", *made))
+    return f"""
+    {tokens.numbers(c)}
+    {scanned} = Scan<num_scan_inputs = 2, {axes}, body = {step}>(choice, sparse_query, sparse_at)
+    """
 
 
 def _step(s: Scores, c: Rule) -> str:

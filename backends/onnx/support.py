@@ -108,12 +108,12 @@ def form(node: Node) -> Yes | No:
             product = "Attention-24" if reason is None else f"MatMul, Softmax ({reason})"
             below = f", {product} below {a['dense_below']} tokens" if a["dense_below"] else ""
             if rule(a).by_tree:
-                every = f" every {a['refresh']} tokens" if "refresh" in a else ""
+                every = f" every {a['refresh']} tokens, prompts turn by turn" if "refresh" in a else ""
                 return Yes(
                     f"ScatterND in place (slot = position), GatherND and Scan, a Loop that halves ranges{every}{below}"
                 )
             if spec.name == "refreshed_attention":
-                every = f", TopK every {a['refresh']} tokens"
+                every = f", TopK every {a['refresh']} tokens, prompts turn by turn"
                 return Yes(f"ScatterND in place (slot = position), GatherND and Scan{every}{below}")
             many = ", a softmax of pages over one of tokens" if rule(a).grouped else ""
             many += ", events by ScatterElements" if rule(a).by_event else ""

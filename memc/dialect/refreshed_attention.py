@@ -50,6 +50,14 @@ class RefreshedAttention(ChoosingAttention):
         """How many tokens share a choice."""
         return self.refresh
 
+    def prompt_flops(self, context: int) -> float:
+        """Return the operations of one token of a prompt, which is multiplied with all that its turn has fetched."""
+        flops = self.cost(context).flops
+        if context <= self.reads_all_to:
+            return flops
+        ranked_out = min(context, self.rerank * self.budget) - self.budget
+        return flops + 2.0 * self.query.shape[1] * ranked_out * self.value.shape[3]
+
     def outputs(self) -> tuple[Tensor, ...]:
         """Return uninitialised tensors of the shapes and types of the results."""
         fits = 1 <= self.refresh <= self.window

@@ -146,6 +146,16 @@ def test_a_prompt_that_chooses_reads_everything_to_choose_from(program: Program)
     assert mine[512] - original[512] == pytest.approx(1e3 * 256 * (found[1] / 1e8 - less))
 
 
+def test_a_prompt_whose_tokens_share_choices_reads_what_any_of_them_may(program: Program) -> None:
+    rewrite = parse_spec("sparsify:method=bounds,page=4,budget=16,sinks=1,window=4,rerank=2,refresh=4,dense_below=64")
+    sparse, _ = rewrite.apply(program, rewrite.plan(program, get_target("cpu")))
+    name, values = "refreshed_attention", 2 * CONFIG.layers * CONFIG.heads * CONFIG.head_dim
+    prompt, single = ([op_flops(sparse, name, n, prompt=p) for n in (64, 512, 4096)] for p in (True, False))
+    assert prompt[0] == single[0] == 2 * values * 64, "below that it is attention like any other"
+    assert prompt[1] - single[1] == prompt[2] - single[2] == values * (2 * 16 - 16), "half of the values weigh nothing"
+    assert prompt[2] < op_flops(program, "attention", 4096) / 8
+
+
 def test_without_rates_no_prompt_is_predicted(program: Program) -> None:
     assert predict(program, get_target("c"), CONTEXTS).prefill_ms == {}
 
