@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from memc.backends.onnx.functions import Function, float_, function, int_, ints
+from memc.backends.onnx.functions import Function, flat, float_, function, int_, ints
 
 MASKED = -1e30
 """Score of a key that a query must not read: finite, so that no difference of two of them is NaN."""
+
+MOST_UNUSED = {False: 2, True: 3}
+"""How many times what is in use of a buffer a single token reads at most rather than copy it, for the kernel or not."""
 
 
 @dataclass(frozen=True)
@@ -37,18 +40,23 @@ class Scores:
         return [n for n, on in (("slopes", self.slopes), ("sink_logits", self.sink_logits)) if on]
 
 
-def attend(s: Scores, key: str, value: str, query: str = "query") -> str:
+def attend(s: Scores, key: str, value: str, query: str = "query", *, single: bool = False) -> str:
     """Write attention of ``query [B,H,T,D]`` over ``key [B,G,S,D]`` and ``value [B,G,S,E]`` with MatMul and Softmax.
 
     Uses ``shape`` = [0,H,T,-1], ``mask [B,1,T,S]`` and, for slopes, ``distance [B,1,T,S]`` = j - p. Heads that share a
     key-value head are rows of one product. Defines ``out [B,H,T,E]``, ``none [B,H,T,1]`` (nothing to read) and, unless
-    a plain Softmax is enough, ``log [B,H,T,1]``, the log-sum-exp.
+    a plain Softmax is enough, ``log [B,H,T,1]``, the log-sum-exp. For a ``single`` token the few queries are turned,
+    and not the keys.
     """
+    turned = [
+        "columns_of_rows = Transpose<perm = [0, 1, 3, 2]>(rows)",
+        f"product_columns = MatMul({key}, columns_of_rows)",
+        "product = Transpose<perm = [0, 1, 3, 2]>(product_columns)",
+    ]
     lines = [
         ints("grouped", 0, s.groups, -1, s.key_dim),
         f"rows = Reshape({query}, grouped)",
-        f"turned = Transpose<perm = [0, 1, 3, 2]>({key})",
-        "product = MatMul(rows, turned)",
+        *(turned if single else [f"turned = Transpose<perm = [0, 1, 3, 2]>({key})", "product = MatMul(rows, turned)"]),
         float_("scale", s.scale),
         "scaled = Mul(product, scale)",
         "score0 = Reshape(scaled, shape)",
@@ -164,11 +172,13 @@ def full_attention(s: Scores, kernel: bool, positions: bool) -> Function:
     return function("FullAttentionPortable", ", ".join(inputs), "y", "\n".join(lines))
 
 
-def attention_plan(s: Scores, window: int, chunk: int, prefix: int) -> Function:
+def attention_plan(s: Scores, window: int, chunk: int, prefix: int, kernel: bool) -> Function:
     """Where the new tokens go and what each reads, for every attention node with the same masks.
 
     ``positions [B,T]`` and a buffer ``[B,G,C,D]`` whose slot is the position (the last slot takes padding) give
-    ``mask [B,1,T,n]``, ``index [B,G,T,3]`` of the slots written, ``used [1]`` = n, ``shape`` and ``distance``.
+    ``mask [B,1,T,n]``, ``index [B,G,T,3]`` of the slots written, ``used [1]`` = n, ``shape`` and ``distance``, and
+    whether the call is a single token that reads the ``whole`` buffer, n = C: up to ``MOST_UNUSED`` times what is in
+    use that takes less time than to copy what is in use, as a Slice does, and to turn it.
     """
     lines = [
         shape_of(s.heads, "positions", 1),
@@ -177,8 +187,17 @@ def attention_plan(s: Scores, window: int, chunk: int, prefix: int) -> Function:
         ints("ones", 1),
         "highest = ReduceMax<keepdims = 0>(positions)",
         "length0 = Add(highest, one)",
-        "length = Max(length0, one)",
-        "used = Reshape(length, ones)",
+        "in_use0 = Max(length0, one)",
+        "in_use = Reshape(in_use0, ones)",
+        "capacity = Shape<start = 2, end = 3>(buffer)",
+        ints("times", MOST_UNUSED[kernel and s.plain]),
+        "in_use_times = Mul(in_use, times)",
+        "full_enough = GreaterOrEqual(in_use_times, capacity)",
+        "single = Equal(tokens, ones)",
+        "whole1 = And(single, full_enough)",
+        "whole = Squeeze(whole1)",
+        "used = Where(whole1, capacity, in_use)",
+        "length = Squeeze(used)",
         "slots = Range(zero, length, one)",
         ints("columns", 1, 3),
         "p = Unsqueeze(positions, columns)",
@@ -218,7 +237,6 @@ def attention_plan(s: Scores, window: int, chunk: int, prefix: int) -> Function:
     lines += [
         f"mask = Identity({mask})",
         "distance = Cast<to = 1>(apart)",
-        "capacity = Shape<start = 2, end = 3>(buffer)",
         "spare = Sub(capacity, ones)",
         "padding = Less(positions, zero)",
         "slot0 = Where(padding, spare, positions)",
@@ -228,33 +246,48 @@ def attention_plan(s: Scores, window: int, chunk: int, prefix: int) -> Function:
         "slot = Add(slot1, nought)",
         "index = Concat<axis = -1>(row, group, slot)",
     ]
-    return function("AttentionPlan", "positions, buffer", "mask, index, used, shape, distance", "\n".join(lines))
+    made = "mask, index, used, shape, distance, whole"
+    return function("AttentionPlan", "positions, buffer", made, "\n".join(lines))
 
 
 def attention(s: Scores, kernel: bool) -> Function:
     """Write the new keys and values into their slots and attend to the ``used`` first ones.
 
-    ScatterND writes in place when its input and output are bound to the same memory.
+    ScatterND writes in place when its input and output are bound to the same memory. A single token that reads the
+    ``whole`` buffer goes without the kernel, which turns all keys for the sake of one query.
     """
-    names = ["query", "key", "value", "past_key", "past_value", "mask", "index", "used", "shape", "distance", *s.extra]
-    if kernel and s.plain:
-        body = f"output = Attention<scale = {s.scale!r}>(query, held_key, held_value, mask)"
-    else:
-        body = f"""
-        {attend(s, "held_key", "held_value")}
+    names = ["query", "key", "value", "past_key", "past_value", "mask", "index", "used", "shape", "distance", "whole"]
+
+    def attended(key: str, value: str, *, single: bool) -> str:
+        return f"""
+        {attend(s, key, value, single=single)}
         {float_("absent", 0.0)}
-        output = Where(none, absent, out)
+        output_of = Where(none, absent, out)
         """
-    body = f"""
-    next_key = ScatterND(past_key, index, key)
-    next_value = ScatterND(past_value, index, value)
+
+    def branch(name: str, body: str) -> str:
+        body = body.replace("output_of", f"output_{name}")
+        return f"{name} () => (float[B,{s.heads},T,{s.value_dim}] output_{name}) {{ {flat(body)} }}"
+
+    portion = f"""
     {ints("from", 0)}
     {ints("along", 2)}
     held_key = Slice(next_key, from, used, along)
     held_value = Slice(next_value, from, used, along)
-    {body}
     """
-    return function("Attention", ", ".join(names), "output, next_key, next_value", body)
+    if kernel and s.plain:
+        portion += f"output_of = Attention<scale = {s.scale!r}>(query, held_key, held_value, mask)"
+    else:
+        portion += attended("held_key", "held_value", single=False)
+    body = f"""
+    next_key = ScatterND(past_key, index, key)
+    next_value = ScatterND(past_value, index, value)
+    output = If<
+    then_branch = {branch("of_whole", attended("next_key", "next_value", single=True))},
+    else_branch = {branch("of_used", portion)}
+    >(whole)
+    """
+    return function("Attention", ", ".join([*names, *s.extra]), "output, next_key, next_value", body)
 
 
 def by_group(groups: int, source: str = "positions", tag: str = "") -> str:

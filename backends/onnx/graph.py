@@ -165,9 +165,10 @@ class _Rewriter:
         self.buffers |= {a["past_key"].target, a["past_value"].target}
         self.in_place |= {a["past_key"].target, a["past_value"].target}
         self._drop(a["past_positions"])
-        plan_of = attend.attention_plan(s, a["window"], a["chunk"], a["prefix"])
-        plan = self.parts(self.plan(calls.attention_plan, plan_of, a["positions"], sizes=[a["past_key"]]), 5)
-        form = attend.attention(s, plain_reason(s) is None and not self.portable)
+        kernel = plain_reason(s) is None and not self.portable
+        plan_of = attend.attention_plan(s, a["window"], a["chunk"], a["prefix"], kernel)
+        plan = self.parts(self.plan(calls.attention_plan, plan_of, a["positions"], sizes=[a["past_key"]]), 6)
+        form = attend.attention(s, kernel)
         out = self.call(calls.attention, form, *_qkv(a), *plan, *_extra(a))
         return [*self.parts(out, 3), a["past_positions"]]
 

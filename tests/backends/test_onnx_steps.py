@@ -1,0 +1,57 @@
+"""Single tokens of ``memc::attention`` in ONNX, which read the whole buffer or a copy of what is in use."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import op_programs as ops
+import pytest
+from onnx_support import Calls, build, compare, span
+from test_onnx_conformance import TOLERANCE
+
+from memc.backends.onnx import attend
+
+# Rows of other lengths, one that waits, one that starts anew over what it held, and calls of several tokens between.
+CALLS: Calls = [
+    ([span(0, 4), span(0, 2, left=2), [-1] * 4], None),
+    ([[4], [2], [0]], None),
+    ([[5], [-1], [1]], None),
+    ([span(6, 5), span(3, 5), span(2, 3, right=2)], None),
+    ([[11], [8], [5]], None),
+    ([[0], [9], [6]], None),
+    ([[1], [10], [-1]], None),
+]
+FORMS: dict[str, dict[str, Any]] = {
+    "plain": {"layers": 2},
+    "every option": {"slopes": True, "sink_logits": True, "softcap": 2.0, "window": 5},
+    "chunk": {"chunk": 4, "groups": 1},
+    "prefix": {"prefix": 3, "groups": 6},
+}
+
+
+@pytest.mark.parametrize("portable", [False, True], ids=["kernels", "portable"])
+@pytest.mark.parametrize("context", [12, 60], ids=["whole", "used"])
+@pytest.mark.parametrize("form", FORMS)
+def test_single_tokens_equal_the_reference(form: str, context: int, portable: bool, tmp_path: Path) -> None:
+    program = ops.attention(**FORMS[form])
+    assert compare(program, build(program, tmp_path, context=context, portable=portable), CALLS) < TOLERANCE
+
+
+def test_a_row_that_reads_what_another_sequence_left_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, right = attend.attention_plan, "mask0 = LessOrEqual(slots, p)"
+
+    def faulty(*a: Any) -> Any:
+        plan = write(*a)
+        assert right in plan.text
+        wrong = "nought = Sub(p, p)\nlast = Add(nought, highest)\nmask0 = LessOrEqual(slots, last)"
+        return replace(plan, text=plan.text.replace(right, wrong))
+
+    program = ops.attention()
+    calls: Calls = [([[place], [place]], None) for place in range(8)] + [([[8], [0]], None)]
+    assert compare(program, build(program, tmp_path / "a", context=12), calls) < TOLERANCE
+    monkeypatch.setattr(attend, "attention_plan", faulty)
+    faulty_one = build(program, tmp_path / "b", context=12)
+    assert compare(program, faulty_one, calls[:-1]) < TOLERANCE
+    assert compare(program, faulty_one, calls) > 1e-3
