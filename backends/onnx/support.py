@@ -100,8 +100,8 @@ def form(node: Node) -> Yes | No:
             reason = plain_reason(scores(node, a))
             product = "Attention-24" if reason is None else f"MatMul, Softmax ({reason})"
             return Yes(
-                f"ScatterND in place (slot = position), {product}: GroupQueryAttention takes no batch of several new"
-                " tokens on a held context"
+                f"ScatterND in place (slot = position), {product}, of a single token MatMul and Softmax of what lies"
+                " there: GroupQueryAttention takes no batch of several new tokens on a held context"
             )
         case "sparse_attention" | "refreshed_attention":
             reason = plain_reason(scores(node, a))

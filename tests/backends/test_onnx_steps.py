@@ -45,7 +45,7 @@ def test_a_row_that_reads_what_another_sequence_left_is_found(tmp_path: Path, mo
     def faulty(*a: Any) -> Any:
         plan = write(*a)
         assert right in plan.text
-        wrong = "nought = Sub(p, p)\nlast = Add(nought, highest)\nmask0 = LessOrEqual(slots, last)"
+        wrong = "p_less = Sub(p, p)\nlast = Add(p_less, highest)\nmask0 = LessOrEqual(slots, last)"
         return replace(plan, text=plan.text.replace(right, wrong))
 
     program = ops.attention()
