@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Hashable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -189,7 +190,9 @@ def call_fake(mode: FakeTensorMode, node: Node, values: dict[Node, Any]) -> Any:
     args = map_arg(node.args, values.__getitem__)
     kwargs = map_arg(node.kwargs, values.__getitem__)
     assert callable(node.target)
-    with mode, enable_python_dispatcher(), torch.no_grad():
+    # Sizes that the data decide are in the value that is returned; torch would have the next trace return them too.
+    unclaimed = mode.shape_env.ignore_fresh_unbacked_symbols() if mode.shape_env is not None else nullcontext()
+    with mode, unclaimed, enable_python_dispatcher(), torch.no_grad():
         return node.target(*args, **kwargs)
 
 

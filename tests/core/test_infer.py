@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from memc import infer
 from memc.infer import Known, Propagation
@@ -61,6 +63,8 @@ def test_sizes_that_the_data_decide_stay_apart() -> None:
     run = propagate(graph, tokens("a"), tokens("b"))
     assert run.kinds[first] != run.kinds[second]
     assert str(run.values[first].shape[0]) != str(run.values[second].shape[0])
+    with run.symbols.mode, enable_python_dispatcher():  # a trace that knows nothing of them
+        make_fx(torch.neg)(run.values[a].clone())
 
 
 def unsqueezed() -> tuple[Graph, Node]:
