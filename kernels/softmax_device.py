@@ -6,7 +6,7 @@ the keys of either are a state and a call, each key with a position and the numb
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -102,6 +102,8 @@ def attend(
     out = query.new_empty(batch, heads, tokens, keys.value.shape[3])
     lse = query.new_empty(batch, heads, tokens, dtype=torch.float32)
     cut = tile_of("attention.prompt", query, keys.value)
+    if bias is not None and max(query.shape[3], keys.value.shape[3]) > 64:  # it takes as many registers as the scores
+        cut = replace(cut, sizes={**cut.sizes, "block_keys": max(16, cut.sizes["block_keys"] // 2)})
     sizes = sizes_of(query, keys.key, keys.value)
     launch(
         Launch(

@@ -55,6 +55,8 @@ def calls(size: int, dtype: torch.dtype, tokens: int) -> Iterator[Call]:
         ring = (heads(GROUPS, 132), heads(GROUPS, 132), integers(BATCH, 132))
         window = {**options, "window": 128, "sinks": 4}
         yield "window_memory", "forward", (query, key, value, positions, *ring, slopes, sink_logits), window
+    bias = empty(BATCH, HEADS, tokens, tokens, dtype=dtype)
+    yield "full_attention", "forward", (query, key, value, positions, bias), {"scale": 0.1}
     for method in ("bounds", "bounds2", "lowbit"):  # the kernels of the others hold no more
         pieces = HELD // described_tokens(method, 16)
         pages = empty(BATCH, GROUPS, pieces, *description(method, 16, size), dtype=dtype)
