@@ -262,12 +262,11 @@ def attention(s: Scores, kernel: bool) -> Function:
         return f"""
         {attend(s, key, value, single=single)}
         {float_("absent", 0.0)}
-        output_of = Where(none, absent, out)
+        attended = Where(none, absent, out)
         """
 
     def branch(name: str, body: str) -> str:
-        body = body.replace("output_of", f"output_{name}")
-        return f"{name} () => (float[B,{s.heads},T,{s.value_dim}] output_{name}) {{ {flat(body)} }}"
+        return f"{name} () => (float[B,{s.heads},T,{s.value_dim}] attended) {{ {flat(body)} }}"
 
     portion = f"""
     {ints("from", 0)}
@@ -276,7 +275,7 @@ def attention(s: Scores, kernel: bool) -> Function:
     held_value = Slice(next_value, from, used, along)
     """
     if kernel and s.plain:
-        portion += f"output_of = Attention<scale = {s.scale!r}>(query, held_key, held_value, mask)"
+        portion += f"attended = Attention<scale = {s.scale!r}>(query, held_key, held_value, mask)"
     else:
         portion += attended("held_key", "held_value", single=False)
     body = f"""

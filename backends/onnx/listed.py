@@ -95,6 +95,18 @@ def needed(c: Rule, rank: str, best: str, axis: int) -> str:
     """
 
 
+def _past(name: str) -> str:
+    """Write ``NAME_past``, just past the highest score ``NAME_top``: the end of the interval that is searched."""
+    return f"""
+    {float_(f"{name}_little", 1e-6)}
+    {float_(f"{name}_least_step", 1e-30)}
+    {name}_size = Abs({name}_top)
+    {name}_step0 = Mul({name}_size, {name}_little)
+    {name}_step = Add({name}_step0, {name}_least_step)
+    {name}_past = Add({name}_top, {name}_step)
+    """
+
+
 def first(name: str, rank: str, seen: str, sure: str, count: int, block: int) -> str:
     """Write ``NAME_taken``: of each row of a block the ``count`` highest of ``rank [B,G,U,N]``, of equals the first.
 
@@ -140,12 +152,7 @@ def first(name: str, rank: str, seen: str, sure: str, count: int, block: int) ->
     {name}_value = Where({name}_live, {rank}, unseen_rank)
     {name}_least = ReduceMin({rank}, final)
     {name}_top = ReduceMax({name}_value, final)
-    {float_(f"{name}_little", 1e-6)}
-    {float_(f"{name}_least_step", 1e-30)}
-    {name}_size = Abs({name}_top)
-    {name}_step0 = Mul({name}_size, {name}_little)
-    {name}_step = Add({name}_step0, {name}_least_step)
-    {name}_past = Add({name}_top, {name}_step)
+    {_past(name)}
     {name}_sure1 = Cast<to = 1>({sure})
     {name}_sure_count = ReduceSum({name}_sure1, final)
     {float_(f"{name}_all", count)}
@@ -244,12 +251,7 @@ def highest(name: str, scores: str, count: int, rows: str, width: int, slots: st
     return f"""
     {name}_least = ReduceMin({scores}, final)
     {name}_top = ReduceMax({scores}, final)
-    {float_(f"{name}_little", 1e-6)}
-    {float_(f"{name}_least_step", 1e-30)}
-    {name}_size = Abs({name}_top)
-    {name}_step0 = Mul({name}_size, {name}_little)
-    {name}_step = Add({name}_step0, {name}_least_step)
-    {name}_past = Add({name}_top, {name}_step)
+    {_past(name)}
     {counted(f"{name}_least", f"{name}_there")}
     {float_(f"{name}_all", count)}
     {name}_want = Min({name}_there, {name}_all)

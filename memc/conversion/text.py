@@ -13,6 +13,7 @@ from memc.data import TokenStream, holds_ids, read_tokens, tokenize
 from memc.errors import MemcError
 from memc.frontend.source import side_files
 from memc.partial import write_whole
+from memc.prepare import HALF
 from memc.program import Program
 from memc.progress import Progress
 from memc.recipe import Recipe
@@ -99,7 +100,7 @@ def tokenizer_for(data: Sequence[str], folder: Path) -> Tokenizer | None:
 
 def _sampled(recipe: Recipe, original: Program) -> VerificationText:
     # Where parameters are converted for each run, a token costs: half of the sequences still go past a window of 256.
-    halved = SEQUENCES // 2 if program_dtype(original) in (torch.float16, torch.bfloat16) else SEQUENCES
+    halved = SEQUENCES // 2 if program_dtype(original) in HALF else SEQUENCES
     text = sample_text(original, recipe.seed, sequences=halved)
     row = _row(original, text.tokens.numel())
     return VerificationText(text.tokens.reshape(-1)[: text.tokens.numel() // row * row].reshape(-1, row), text.origin)
