@@ -28,7 +28,7 @@ from memc.conversion.speed import random_states
 from memc.cost import predict
 from memc.program_io import load_program
 from memc.report.text import amount
-from memc.runtime.session import SessionState
+from memc.runtime.state import SessionState
 from memc.target import Target
 
 HERE = Path(__file__).parent

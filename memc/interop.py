@@ -13,7 +13,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from memc.artifact import MANIFEST
 from memc.errors import MemcError
-from memc.runtime.session import Session, SessionState
+from memc.runtime.session import Session
+from memc.runtime.state import SessionState
 
 Array = npt.NDArray[Any]
 

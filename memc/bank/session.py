@@ -19,7 +19,8 @@ from memc.errors import MemcError
 from memc.report.models.banks import BankUse
 from memc.runtime.inputs import Fetched
 from memc.runtime.rows import Ids, full_rows, id_rows
-from memc.runtime.session import Session, SessionState
+from memc.runtime.session import Session
+from memc.runtime.state import SessionState
 
 F32 = npt.NDArray[np.float32]
 

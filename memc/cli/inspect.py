@@ -24,7 +24,7 @@ def command(console: Console, model: str, why: bool, layer: int | None, remote_c
     Reads the configuration alone; no weights are loaded where there is one.
     """
     from memc import api
-    from memc.report.terminal import inspect_view
+    from memc.report.inspection import inspect_view
 
     with console.step(f"inspecting {model}"):
         document = api.inspect(model, remote_code=remote_code)

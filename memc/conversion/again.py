@@ -12,7 +12,6 @@ from typing import Any
 
 from memc.artifact import MANIFEST, read_manifest, seal
 from memc.backend import Backend, LowerOptions, Runner
-from memc.conversion.driver import next_commands, require_passed
 from memc.conversion.facts import check_facts
 from memc.conversion.folder import OutFolder, folder_bytes, require_space, resume_key
 from memc.conversion.lowering import (
@@ -24,6 +23,7 @@ from memc.conversion.lowering import (
     require_weights,
     verify_lowered,
 )
+from memc.conversion.outcome import next_commands, require_passed
 from memc.conversion.speed import SPEED_CHECKS
 from memc.cost import curve, predict
 from memc.doctor import require_backend

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import shutil
 import time
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from memc.conversion.facts import ablations, check_facts, pass_facts
 from memc.conversion.fitting import fit_recipe
 from memc.conversion.folder import OutFolder, folder_bytes, link_folder, require_space, resume_key
 from memc.conversion.lowering import chooses_from, lower, require_tuning, require_weights, verify_lowered
+from memc.conversion.outcome import next_commands, require_passed
 from memc.conversion.pipeline import PassRun, Pipeline
 from memc.conversion.planning import capture_and_raise, make_plan, require_memory, write_plan
 from memc.conversion.quality import WINDOW, measure_quality
@@ -61,7 +61,6 @@ from memc.progress import Progress, Silent
 from memc.raising import Raised
 from memc.report.files import VerifyReport
 from memc.report.models import ConvertDocument, EvalDocument, Measured
-from memc.train.editing import has_side_copy
 from memc.train.parallel import Processes, joined
 from memc.verify import (
     CheckResult,
@@ -339,33 +338,6 @@ class _Conversion:
             ),
         }
         return self.document.model_copy(update=changes)
-
-
-def next_commands(out: str | Path, program: Program, folder: Path, *, runs: bool = True) -> list[str]:
-    """Return what to type next: only a decoder generates, and from a text where ``folder`` has a tokenizer.
-
-    ``runs``: whether this machine runs what was lowered; else the same program may be lowered for it.
-    """
-    out = shlex.quote(str(out))
-    generates = program.model.decoder and (folder / "tokenizer.json").is_file()
-    if not runs:
-        return [f"memc report {out}", f"memc lower {out} -o OUT --target cpu"]
-    edits = [f"memc edit {out} --edits FILE --data TEXT"] if generates and has_side_copy(program) else []
-    return [*([f"memc generate {out} --prompt TEXT"] if generates else []), *edits, f"memc report {out}"]
-
-
-MEASURED = "memc report, on the folder OUT, shows what was measured"
-NOTHING_KEPT = "nothing was written; please report it"
-
-
-def require_passed(checks: list[CheckResult], hint: str = MEASURED) -> None:
-    """Raise ``MemcError`` E401 for the first check that failed, E403 when its value is not finite."""
-    for check in checks:
-        if not check.passed:
-            budget = f", over its budget of {check.budget:.3g}" if check.budget is not None else ""
-            code = "E401" if check.value - check.value == 0 else "E403"
-            reason = f"check {check.name} failed: {check.value:.3g}{budget}"
-            raise MemcError(code, reason, check.detail, hint)
 
 
 def _share(raw: Program, original: Program) -> Program | None:

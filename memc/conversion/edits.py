@@ -17,8 +17,8 @@ from torch import Tensor
 from memc.artifact import Manifest, read_manifest
 from memc.backend import Backend, LowerOptions, Runner
 from memc.conversion.again import PROGRAM, copy_artifact, lower_copy, lowering_of, require_out, undone
-from memc.conversion.driver import next_commands
 from memc.conversion.folder import folder_bytes
+from memc.conversion.outcome import next_commands
 from memc.conversion.text import tokenizer_for
 from memc.data import read_lines, read_tokens
 from memc.doctor import require_backend

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from memc.artifact import read_manifest
-from memc.conversion.driver import NOTHING_KEPT, require_passed
 from memc.conversion.facts import check_facts
 from memc.conversion.folder import OutFolder, folder_bytes, require_space, resume_key
 from memc.conversion.lowering import TOLERANCE
+from memc.conversion.outcome import NOTHING_KEPT, require_passed
 from memc.conversion.planning import CONFIG
 from memc.dialect import arguments, op_spec
 from memc.errors import MemcError

@@ -15,9 +15,9 @@ from memc.bank.layout import Cluster, name
 from memc.bank.session import require_bank
 from memc.bank.tree import TreePath
 from memc.conversion.again import PROGRAM, copy_artifact, lower_copy, lowering_of, require_out, undone
-from memc.conversion.driver import NOTHING_KEPT, next_commands, require_passed
 from memc.conversion.facts import check_facts
 from memc.conversion.folder import folder_bytes
+from memc.conversion.outcome import NOTHING_KEPT, next_commands, require_passed
 from memc.doctor import require_backend
 from memc.errors import MemcError
 from memc.plugins import load_kernels, load_plugin

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from memc.report import branches, charts, training
 from memc.report.facts import BlockFacts, GateFacts
 from memc.report.files import PassReportFile
-from memc.report.terminal import form_text, shape_text
+from memc.report.inspection import form_text, shape_text
 from memc.report.text import amount, brief, escaped, size
 
 STYLE = """

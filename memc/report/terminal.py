@@ -1,8 +1,8 @@
-"""The terminal view: every document as rich renderables that fit 80 columns, and use more or fewer where there are."""
+"""The terminal view of conversions and reports, as rich renderables that fit 80 columns or what there is."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -12,121 +12,9 @@ from memc.report import branches, files, fit, heads, provenance, training
 from memc.report import facts as f
 from memc.report import models as m
 from memc.report.evaluation import eval_view
-from memc.report.layout import Cell, Columns, lines, stack, table, text, titled
-from memc.report.text import FETCHED, amount, brief, duration, layers, number, past_training, plain, ratio, size
-
-WORK_OF_INPUT = "work for an input"
-
-
-# inspect
-
-
-def inspect_view(document: m.InspectDocument, *, layer: int | None = None, why: bool = False) -> RenderableType:
-    """Show a model: its blocks, equal layers folded into one row, and what it costs."""
-    misses = document.near_misses if why or not document.blocks else []
-    hidden = len(document.near_misses) - len(misses)
-    hint = f"{hidden} near misses; --why explains them" if hidden else ""
-    return stack(
-        model_line(document.model),
-        blocks_table(document.blocks, layer),
-        titled("near misses", _misses(misses, layer)),
-        cost_lines(document),
-        lines([hint] if hint else []),
-        lines((f"warning: {warning}" for warning in document.warnings), "yellow"),
-    )
-
-
-def model_line(model: f.ModelFacts) -> Text:
-    """Name a model and its size."""
-    facts = [plain(model.family), f"{amount(model.parameters)} parameters"]
-    if model.vocab_size:
-        facts.append(f"vocabulary {model.vocab_size}")
-    if model.max_positions:
-        facts.append(f"{model.max_positions} positions")
-    if not model.decoder:
-        facts.append(f"takes {plain(', '.join(model.inputs))}; no decoder, it cannot generate")
-    return Text.assemble((plain(model.source), "bold"), "\n", ", ".join(facts))
-
-
-def blocks_table(blocks: Sequence[f.BlockFacts], layer: int | None = None) -> Columns:
-    """Show blocks; those that differ in nothing but their layer share a row."""
-    chosen = [block for block in blocks if layer is None or block.layer == layer]
-    folded: dict[tuple[str, ...], list[int]] = {}
-    for block in chosen:
-        path = block.path if layer is not None else ""
-        folded.setdefault((block.kind, shape_text(block), form_text(block), path), []).append(block.layer)
-    columns = ["layers", "block", "shape", "form"]
-    rows = [(layers(where), kind, shape, form) for (kind, shape, form, _), where in folded.items()]
-    if layer is None:
-        return table(columns, rows)
-    return table([*columns, "path"], [(*row, path) for row, (_, _, _, path) in zip(rows, folded, strict=True)])
-
-
-def shape_text(block: f.BlockFacts) -> str:
-    """Say how large a block is."""
-    if block.kind in ("feed_forward", "moe"):
-        return f"{block.width or '?'} -> {block.hidden or '?'}"
-    heads = f"{block.heads or '?'} heads"
-    if block.kv_heads and block.kv_heads != block.heads:
-        heads += f", {block.kv_heads} kv"
-    return f"{heads}, size {block.head_dim or '?'}"
-
-
-def form_text(block: f.BlockFacts) -> str:
-    """Say what a block computes, and why it is not raised."""
-    facts: list[str] = []
-    if block.kind in ("feed_forward", "moe"):
-        facts += [block.activation or "", "gated" if block.gated else ""]
-    else:
-        span = block.window or block.mask_size
-        facts.append((block.mask or "") + (f" {span}" if span else ""))
-        facts.append("rotary" if block.positions == "rotary" else f"positions {block.positions or '?'}")
-        facts.append(block.bias if block.bias not in (None, "none") else "")
-        facts.append(f"softcap {number(block.softcap)}" if block.softcap else "")
-        facts += ["qk norm" if block.qk_norm else "", "sink logits" if block.sink_logits else ""]
-    said = ", ".join(fact for fact in facts if fact)
-    if not block.raised:
-        return f"{said}; not raised: {block.reason}"
-    return f"{said} ({block.reason})" if block.reason else said
-
-
-def _misses(misses: Sequence[f.NearMissFacts], layer: int | None) -> RenderableType | None:
-    chosen = [miss for miss in misses if layer is None or miss.layer in (None, layer)]
-    told = []
-    for miss in chosen:
-        told.append(f"{miss.path}: nearly {miss.nearest}, but {miss.reason}")
-        told.append(f"    at {miss.source or 'an unknown line'} (node {miss.node})")
-    return lines(told)
-
-
-def cost_lines(document: m.InspectDocument) -> RenderableType:
-    """Show work and state per token at some contexts."""
-    contexts = sorted(document.state_bytes or document.flops_by_context)
-    label = _work_label(document.model)
-    if not contexts or label == WORK_OF_INPUT:
-        return text(f"{label}: {amount(document.flops_per_token, 'FLOP')}")
-    flops = document.flops_by_context or dict.fromkeys(contexts[:1], document.flops_per_token)
-    rows = [[label, *(amount(flops.get(context), "FLOP") for context in contexts)]]
-    if document.state_bytes:
-        rows.insert(0, ["state of a sequence", *(size(document.state_bytes[context]) for context in contexts)])
-    if read := document.bytes_read_per_token:
-        rows.insert(1, ["read for a token", *(size(read.get(context)) for context in contexts)])
-    made = table(["at a context of", *(f">{context}" for context in contexts)], rows)
-    return Group(made, *_past_training(contexts, document.model))
-
-
-def _past_training(contexts: Iterable[int], model: f.ModelFacts | None) -> list[Text]:
-    note = past_training(contexts, model.max_positions if model is not None else None)
-    return [text(note)] if note else []
-
-
-def _work_label(model: f.ModelFacts | None) -> str:
-    """Name what the work is counted for: of a model that takes no tokens, one whole input."""
-    tokens = model is None or not model.inputs or any(name.startswith("tokens ") for name in model.inputs)
-    return "work for a token" if tokens else WORK_OF_INPUT
-
-
-# convert and report
+from memc.report.inspection import blocks_table, model_line, past_training_note, work_label
+from memc.report.layout import Cell, lines, stack, table, text, titled
+from memc.report.text import FETCHED, amount, brief, duration, layers, number, plain, ratio, size
 
 
 def convert_view(document: m.ConvertDocument) -> RenderableType:
@@ -248,7 +136,7 @@ def costs_table(document: m.ConvertDocument) -> RenderableType:
         old_ms = before.prefill_ms.get(context) if before else None
         old_text = f"{old_ms / 1000:.3g}" if old_ms is not None else "-"
         rows.append((f"seconds a prompt of {context}", old_text, f"{new_ms / 1000:.3g}", ratio(new_ms, old_ms)))
-    rows.append((_work_label(document.model), amount(before.flops_per_token if before else None, "FLOP"),
+    rows.append((work_label(document.model), amount(before.flops_per_token if before else None, "FLOP"),
                  amount(after.flops_per_token, "FLOP"), ""))  # fmt: skip
     shown: list[list[str]] = [list(row) for row in rows]
     for name, predicted, measured in (
@@ -259,7 +147,7 @@ def costs_table(document: m.ConvertDocument) -> RenderableType:
         shown.append([name, "", measured if measured != "-" else f"about {predicted}", ""])
     made = table(["cost", ">original", ">converted", ">"], shown)
     contexts = {*after.state_bytes, *after.decode_ms, *done.decode_ms, *after.prefill_ms}
-    return Group(made, *_past_training(contexts, document.model))
+    return Group(made, *past_training_note(contexts, document.model))
 
 
 def checks_table(checks: Sequence[f.CheckFacts]) -> RenderableType | None:

@@ -18,7 +18,8 @@ from memc.runtime.sampling import Sampler, Sampling
 from memc.runtime.text import Text, TextStream
 
 if TYPE_CHECKING:
-    from memc.runtime.session import Session, SessionState
+    from memc.runtime.session import Session
+    from memc.runtime.state import SessionState
 
 Conversation = list[dict[str, str]]
 """Messages with ``role`` and ``content``."""

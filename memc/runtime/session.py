@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, overload
 
@@ -13,12 +12,13 @@ import numpy.typing as npt
 
 from memc.arguments import MOST_THREADS, path_of, short, whole_number, whole_numbers
 from memc.artifact import Manifest, beyond_trained, read_manifest
-from memc.backend import Runner, RunState
+from memc.backend import Runner
 from memc.errors import MemcError
 from memc.plugins import load_plugin
 from memc.runtime.generate import Conversation, GenerateOptions, Generation, generate, one_prompt, stream
 from memc.runtime.inputs import Array, Fetched, fetched_inputs, named_inputs
 from memc.runtime.rows import I64, Ids, columns, full_rows, id_rows, require_list
+from memc.runtime.state import F32, SessionState
 from memc.runtime.state_file import read_state, write_state
 from memc.runtime.text import Text
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from memc.interop import SessionModel
     from memc.report.models import ReportDocument
 
-F32 = npt.NDArray[np.float32]
 CHUNK = 256
 
 
@@ -45,39 +44,6 @@ def load(out: str | Path, *, threads: int | None = None, verify: bool = False, c
     manifest = read_manifest(folder, verify=verify, unread="program")
     runner: Runner = load_plugin("memc.backends", manifest.backend)().load(folder, manifest, threads)
     return Session(folder, manifest, runner, chunk=chunk)
-
-
-@dataclass
-class SessionState:
-    """What a batch of sequences remembers: the backend's states, tokens seen by each row, each row's last logits.
-
-    A session advances it in place; ``Session.fork`` makes an independent copy. ``runner`` is the one that holds
-    ``run``, and no other can go on from it. ``lengths [B]`` int64; ``last [B,vocab]`` float32, None before the first
-    token. ``capacity`` is the most tokens a row may have, None for no limit. ``fetched`` holds what was fetched, by
-    input name, and is given to every call.
-    """
-
-    runner: Runner
-    run: RunState
-    lengths: I64
-    last: F32 | None = None
-    capacity: int | None = None
-    fetched: dict[str, Array] = field(default_factory=dict)
-
-    @property
-    def batch(self) -> int:
-        """Number of sequences."""
-        return len(self.lengths)
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of memory that the backend's states take; what is fetched is not counted."""
-        return self.run.bytes
-
-    @property
-    def fetched_bytes(self) -> int:
-        """Bytes of what was fetched."""
-        return sum(array.nbytes for array in self.fetched.values())
 
 
 class Session:

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from memc.cli import main
 from memc.report import facts as f
-from memc.report import listings, terminal
+from memc.report import inspection, listings, terminal
 from memc.report.analysis import analysis_page, analysis_view
 from memc.report.compare import compare, compare_view
 from memc.report.diff import diff, diff_view
@@ -81,7 +81,7 @@ PAGES: dict[str, Callable[[], str]] = {
 VIEWS: dict[str, Callable[[], Any]] = {
     "report": lambda: terminal.report_view(poisoned(trained())),
     "unfinished": lambda: terminal.report_view(poisoned(report(finished=False))),
-    "inspect": lambda: terminal.inspect_view(poisoned(d.inspected()), why=True),
+    "inspect": lambda: inspection.inspect_view(poisoned(d.inspected()), why=True),
     "diff": lambda: diff_view(diff(poisoned(report()), trained())),
     "eval": lambda: eval_view(poisoned(d.evaluated())),
     "bench": lambda: listings.bench_view(poisoned(d.benched())),

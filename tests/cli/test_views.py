@@ -13,7 +13,7 @@ from rich.console import Console, RenderableType
 from memc.cli.passes import describe
 from memc.conversion.facts import pass_facts
 from memc.conversion.pipeline import PassRun
-from memc.report import evaluation, files, listings, terminal
+from memc.report import evaluation, files, inspection, listings, terminal
 from memc.report import facts as f
 from memc.report import models as m
 from memc.report.analysis import analysis_view
@@ -67,8 +67,8 @@ def trained_longer() -> m.ReportDocument:
 
 
 VIEWS: dict[str, Callable[[], RenderableType]] = {
-    "inspect": lambda: terminal.inspect_view(d.inspected()),
-    "inspect-why": lambda: terminal.inspect_view(d.inspected(), layer=7, why=True),
+    "inspect": lambda: inspection.inspect_view(d.inspected()),
+    "inspect-why": lambda: inspection.inspect_view(d.inspected(), layer=7, why=True),
     "convert": lambda: terminal.convert_view(d.converted()),
     "convert-fit": lambda: terminal.convert_view(d.converted().model_copy(update={"fit": d.fitted()})),
     "convert-dry-run": lambda: terminal.convert_view(d.converted(dry_run=True)),
