@@ -31,7 +31,8 @@ from memc.cli.options import declare, html_option, model_argument, remote_code_o
 )
 @click.option(
     "-o",
-    "--output",
+    "--out",
+    "output",
     metavar="FILE",
     callback=require_place,
     help="Write the document, for prune:analysis=FILE.",

@@ -285,7 +285,7 @@ def train(
 @click.option("--cluster", metavar="N.N...", help="The cluster whose blocks become part of the model.")
 @click.option("--text", help="Those of the cluster that this text belongs to.")
 @click.option("--generic", is_flag=True, help="The generic block.")
-@click.option("-o", "--output", metavar="OUT2", help="Folder of the new artifact. [default: OUT-fused]")
+@click.option("-o", "--out", "output", metavar="OUT2", help="Folder of the new artifact. [default: OUT-fused]")
 @click.option("--force", is_flag=True, help="Replace an artifact that exists.")
 @threads_option
 def fuse(

@@ -33,7 +33,7 @@ from memc.cli.options import POSITIVE, declare, invocation, out_argument, seed_o
     help="Text that no edit is about and that is to stay as it is; may come several times.",
     shell_complete=completing.files,
 )
-@click.option("-o", "--output", metavar="OUT2", help="Folder of the new artifact. [default: OUT-edited]")
+@click.option("-o", "--out", "output", metavar="OUT2", help="Folder of the new artifact. [default: OUT-edited]")
 @click.option("--steps", type=POSITIVE, default=40, show_default=True, help="Most steps to an edit.")
 @click.option(
     "--rate", type=click.FloatRange(0, 1, min_open=True), default=0.005, show_default=True, help="Learning rate."

@@ -17,7 +17,7 @@ from memc.cli.options import declare, out_argument
     "memc export out -o folder --json",
 )
 @out_argument
-@click.option("-o", "--output", required=True, metavar="FOLDER", help="Folder of the Hugging Face model.")
+@click.option("-o", "--out", "output", required=True, metavar="FOLDER", help="Folder of the Hugging Face model.")
 @click.option("--force", is_flag=True, help="Replace a folder that exists.")
 def command(console: Console, out: str, output: str, force: bool) -> None:
     """Write a converted model as an ordinary Hugging Face folder.

@@ -19,7 +19,7 @@ from memc.errors import MemcError
 @click.argument("name", required=False, metavar="[NAME | calibrate]", shell_complete=completing.targets)
 @threads_option
 @click.option(
-    "-o", "--output", metavar="FILE", help="Where calibrate writes (default: the folder of your own targets)."
+    "-o", "--out", "output", metavar="FILE", help="Where calibrate writes (default: the folder of your own targets)."
 )
 def command(console: Console, name: str | None, threads: int | None, output: str | None) -> None:
     """Show the hardware that can be converted for, and what is missing here where it cannot.

@@ -47,7 +47,7 @@ def lower_again(
     source: Path,
     out: Path,
     *,
-    target: str,
+    target: str | None = None,
     backend: str | None = None,
     weights: str | None = None,
     context: int | None = None,
@@ -58,6 +58,7 @@ def lower_again(
 ) -> LowerDocument:
     """Make the artifact ``out`` from the program of the artifact ``source``; ``out`` is whole or not there.
 
+    ``target`` None is the source's, and ``backend`` None then too; of a target that is given it is that one's own.
     ``weights`` None is the source's where the backend takes it, else the backend's first; ``context`` None is the
     source's capacity. ``tune`` is how many other tiles are timed for each kind of product (backend ``tvm``); with 0
     what was timed for the source is used where it holds. What was lowered is checked against the program where this
@@ -67,8 +68,9 @@ def lower_again(
     """
     began, watching = time.perf_counter(), progress or Silent()
     manifest = read_manifest(source, verify=True, unread="lowered")
-    hardware = get_target(target)
-    chosen: Backend = load_plugin("memc.backends", require_backend(hardware, backend))()
+    hardware = get_target(target or manifest.target)
+    asked = backend or (manifest.backend if target is None else None)
+    chosen: Backend = load_plugin("memc.backends", require_backend(hardware, asked))()
     taken = chosen.taken_weights(hardware) or chosen.weights
     kind = weights or (manifest.weights if manifest.weights in taken else taken[0])
     require_weights(chosen, kind, hardware)
@@ -78,7 +80,13 @@ def lower_again(
     folder = require_out(source, out, force=force)
     copy_artifact(source, folder, "lower")
     document = LowerDocument(
-        source=str(source), out=str(out), target=target, backend=chosen.name, weights=kind, disk_bytes=0, seconds=0.0
+        source=str(source),
+        out=str(out),
+        target=hardware.name,
+        backend=chosen.name,
+        weights=kind,
+        disk_bytes=0,
+        seconds=0.0,
     )
     with undone(folder):
         load_kernels()

@@ -83,6 +83,19 @@ def test_lower_makes_a_second_artifact(tmp_path: Path, capsys: Capture) -> None:
     assert main(["lower", str(first), "--target", "cpu", "-o", str(first), "--force"]) == 2
 
 
+def test_lower_changes_what_is_given_alone(tmp_path: Path, capsys: Capture) -> None:
+    first = tmp_path / "first"
+    api.convert(tiny_program(), first, passes=["window:window=8,sinks=2"], backend="onnx", weights="int8")
+    assert main(["lower", str(first), "--weights", "fp32", "-q"]) == 0
+    assert main(["lower", str(first), "--target", "x86-64-v3", "--backend", "eager", "-q"]) == 0
+    made = [read_manifest(tmp_path / name) for name in ("first-fp32", "first-x86-64-v3-eager")]
+    facts = [(one.target, one.backend, one.weights) for one in made]
+    assert facts == [("cpu", "onnx", "fp32"), ("x86-64-v3", "eager", "fp32")]
+    capsys.readouterr()
+    assert main(["lower", str(first)]) == 2
+    assert capsys.readouterr().err.startswith("E200 nothing is to be different")
+
+
 @pytest.mark.parametrize(
     "words",
     [["generate", "{out}", "--prompt", "the"], ["eval", "{out}", "--text", "{text}"], ["serve", "{out}"]],
