@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from memc.blocks import AttentionBlock
+from memc.compensation import compensated_window, sums_state
 from memc.dialect import arguments, op_spec
 from memc.program import StateSpec
 from memc.rewrite import Editor
@@ -87,29 +88,39 @@ def of_kept(split: HeadSplit, t: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def attend_window(
-    editor: Editor, block: AttentionBlock, split: HeadSplit, inputs: Mapping[str, Node], window: int, sinks: int
+    editor: Editor,
+    block: AttentionBlock,
+    split: HeadSplit,
+    inputs: Mapping[str, Node],
+    window: int,
+    sinks: int,
+    *,
+    compensation: bool = False,
 ) -> Node:
     """Insert ``memc::window_memory`` of the heads that are not kept and return its output's node.
 
     ``inputs`` are the block's by the op's argument names, the states those that hold the window and the sink tokens.
+    With ``compensation`` there is a state more, of what :func:`memc.compensation.compensated_window` reads beside them.
     """
     row, bound = op_spec(torch.ops.memc.window_memory.default), arguments(block.attention)
     assert row is not None
+    options = {"scale": bound["scale"], "window": window, "sinks": sinks, "softcap": bound["softcap"]}
+    states = [*row.states]
+    if compensation:
+        sums = sums_state(*(editor.spec_of(inputs[name]) for name in ("past_key", "past_value")))
+        inputs = {**inputs, "dropped": editor.add_state(sums, inputs["past_positions"])}
+        states.append("dropped")
 
     def layer(t: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        results = torch.ops.memc.window_memory.default(
-            **of_others(split, t),
-            scale=bound["scale"],
-            window=window,
-            sinks=sinks,
-            softcap=bound["softcap"],
-        )
+        if compensation:
+            return compensated_window(of_others(split, t), **options)
+        results = torch.ops.memc.window_memory.default(**of_others(split, t), **options)
         return (results[0], *(results[index] for index in row.states.values()))
 
-    key = ("window", window, sinks, bound["scale"], bound["softcap"], split)
+    key = ("window", compensation, *options.items(), split)
     output, *after = editor.insert(layer, inputs, block.attention, block.path, key)
-    for name, value in zip(row.states, after, strict=True):
-        editor.set_next(inputs[name], value)
+    for name, following in zip(states, after, strict=True):
+        editor.set_next(inputs[name], following)
     return output
 
 

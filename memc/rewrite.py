@@ -73,7 +73,11 @@ class Editor:
         row = op_spec(node.target)
         assert row is not None
         bound = arguments(node)
-        return {name: self._state(bound[name]).spec for name in row.states}
+        return {name: self.spec_of(bound[name]) for name in row.states}
+
+    def spec_of(self, placeholder: Node) -> StateSpec:
+        """Return the specification of the state of a placeholder."""
+        return self._state(placeholder).spec
 
     def reshape_state(self, placeholder: Node, spec: StateSpec) -> None:
         """Give a state another specification; its place among the states stays."""

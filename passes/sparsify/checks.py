@@ -21,6 +21,13 @@ def check_bits(bits: int, method: str) -> None:
         raise MemcError("E203", message, where, f"write sparsify:method=bounds,bits={bits}")
 
 
+def check_compensation(retrieve: str, *, compensation: bool) -> None:
+    """Raise ``MemcError`` E203 for a mean of what was dropped where nothing is."""
+    if compensation and retrieve == "all":
+        message = "no head streams, so that none has dropped a token whose mean it could read"
+        raise MemcError("E203", message, "sparsify:compensation=true", "add retrieve=heads:50%, or leave it out")
+
+
 def check_levels(levels: int, beam: int, *, method: str, bits: int) -> None:
     """Raise ``MemcError`` E203 where there are no two levels of what pages are ranked by, or ``beam`` is of none."""
     where = f"sparsify:method={method},levels={levels}"

@@ -107,7 +107,9 @@ class Sparsify(Pass):
     do at all; ``retrieve=decay:P%`` for the P percent whose attention decays least with the distance, whatever stands
     there (:mod:`memc.analysis.decay`). The others stream (DuoAttention, Xiao et al. 2025; RazorAttention, Tang et al.
     2025):
-    ``memc::window_memory`` of ``stream_window`` tokens and the sinks, whose state does not grow.
+    ``memc::window_memory`` of ``stream_window`` tokens and the sinks, whose state does not grow. With ``compensation``
+    they read as one more token the mean of all between, weighed by their number (RazorAttention;
+    :mod:`memc.compensation`).
 
     ``bits=8`` or ``bits=4`` hold keys and values in so many bits a channel, for which ``method=bounds`` is needed: keys
     rounded channel by channel within their page, by the same bounds that the page is chosen by, values token by token
@@ -183,6 +185,9 @@ class Sparsify(Pass):
         " LAYER.HEAD. The others stream: they hold sinks and window",
     )
     stream_window: int = option(256, "most recent tokens that a head that streams reads", unit="tokens", min=1)
+    compensation: bool = option(
+        False, "whether a head that streams reads the mean of all tokens between its sinks and window as one more token"
+    )
     keep: str = option("none", sites.KEEP_HELP)
 
     def __post_init__(self) -> None:
@@ -190,6 +195,7 @@ class Sparsify(Pass):
         super().__post_init__()
         sites.check_keep(self.name, self.keep)
         checks.check_retrieve(self.retrieve)
+        checks.check_compensation(self.retrieve, compensation=self.compensation)
         checks.check_bits(self.bits, self.method)
         own = (f for f in fields(self) if f.name in EVENT_OPTIONS)
         changed = {f.name: value for f in own if (value := getattr(self, f.name)) != f.default}
@@ -355,7 +361,8 @@ class Sparsify(Pass):
             else:
                 states, specs = {}, window_states(editor, node, slots)
             facts["state_bytes"] = sum(spec.bytes(0) for spec in specs)
-            streamed = attend_window(editor, block, split, {**inputs, **states}, self.stream_window, self.sinks)
+            sizes = self.stream_window, self.sinks
+            streamed = attend_window(editor, block, split, {**inputs, **states}, *sizes, compensation=self.compensation)
         if not split.kept:
             assert streamed is not None
             old.replace_all_uses_with(streamed)

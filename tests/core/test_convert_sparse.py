@@ -15,6 +15,7 @@ from memc.verify import VerificationText, past
 from tests.core.converting import TRAINED
 
 SPARSE = "sparsify:method=bounds,budget=16,page=4,sinks=1,window=5,dense_below=24"
+COMPENSATED = "method=bounds,retrieve=heads:[0.1],stream_window=6,compensation=true"
 
 
 @pytest.mark.parametrize("backend", ["eager", "onnx"])
@@ -46,6 +47,8 @@ def test_a_sparse_artifact_is_checked_where_it_chooses(llama: Path, tmp_path: Pa
         ("method=bounds,levels=2,beam=1", 24, "onnx"),
         ("method=lowbit,refresh=4,mass=0.6", 24, "onnx"),
         ("method=em,rerank=1,longest=4,calls=9", 24, "onnx"),
+        (COMPENSATED, 6, "onnx"),
+        (COMPENSATED, 6, "tvm"),
         pytest.param(
             "method=em,rerank=1,longest=4,calls=9,refine=conductance", 24, "tvm", marks=pytest.mark.conformance
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -103,6 +104,12 @@ def test_gates_that_sum_to_minus_40000(update: str, per_channel: bool) -> None:
     x[3][:, :, 7] = -torch.inf
     x[3][:, :, 15:30:4] *= 1e-5
     check_values(x, update)
+
+
+@pytest.mark.parametrize("tokens", [5, 41])
+def test_one_channel_of_keys(tokens: int) -> None:
+    """What sums values up has one."""
+    check_values(case(replace(RAGGED, key_size=1, tokens=tokens), "gated", False, 1.0), "gated")
 
 
 def test_gates_near_none() -> None:
