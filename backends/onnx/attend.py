@@ -35,6 +35,11 @@ class Scores:
         return not (self.softcap or self.slopes or self.sink_logits)
 
     @property
+    def shared(self) -> bool:
+        """Whether heads share keys and values."""
+        return self.heads > self.groups
+
+    @property
     def extra(self) -> list[str]:
         """Names of the optional inputs in use."""
         return [n for n, on in (("slopes", self.slopes), ("sink_logits", self.sink_logits)) if on]

@@ -117,7 +117,7 @@ def quantised_plan(name: str, positions: Tensor, buffer: Tensor, pages: Tensor) 
 
 
 def window_plan(name: str, positions: Tensor, past: Tensor, groups: int) -> list[Tensor]:
-    """Mask, index, source, next held positions, shape, distance, live."""
+    """Mask, index, source, next held positions, shape, distance, live, query shape."""
     batch, tokens = positions.shape
     slots = past.shape[1]
     return _call(
@@ -130,6 +130,7 @@ def window_plan(name: str, positions: Tensor, past: Tensor, groups: int) -> list
         (torch.int64, [4]),
         (torch.float32, [batch, 1, tokens, slots + tokens]),
         (torch.bool, [batch, 1, tokens, 1]),
+        (torch.int64, [4]),
     )
 
 

@@ -254,10 +254,11 @@ class _Rewriter:
         for name, index in (("past_key", 5), ("past_value", 6)):
             if self._is_state(node, a[name], index):
                 self.in_place.add(a[name].target)
-        plan_of = window.window_plan(s, *sizes)
-        plan = self.parts(self.plan(calls.window_plan, plan_of, a["positions"], past, s.groups), 7)
+        kernel = plain_reason(s) is None and not self.portable
+        plan_of = window.window_plan(s, *sizes, kernel)
+        plan = self.parts(self.plan(calls.window_plan, plan_of, a["positions"], past, s.groups), 8)
         next_past = plan.pop(3)
-        form = window.window_memory(s, plain_reason(s) is None and not self.portable)
+        form = window.window_memory(s, kernel)
         made = self.call(calls.window_memory, form, s.lse, *_qkv(a), *plan, *_extra(a))
         output, *lse, keys, values, next_key, next_value = self.parts(made, 6 if s.lse else 5)
         return [

@@ -6,18 +6,22 @@ from memc.backends.onnx.attend import Scores, attend, by_group, shape_of
 from memc.backends.onnx.functions import Function, float_, function, int_, ints
 
 
-def window_plan(s: Scores, window: int, sinks: int) -> Function:
+def window_plan(s: Scores, window: int, sinks: int, kernel: bool) -> Function:
     """What each token reads and where it is kept, for every window of the same size.
 
     ``positions [B,T]`` and the held positions ``past [B,N]`` give ``mask [B,1,T,S]`` over [held; new],
     ``index [B,G,T,3]`` of the slots written and ``source [B,G,T,1]`` in [held; new] of what is written there, the next
-    held positions, ``shape``, ``distance [B,1,T,S]`` and ``live [B,1,T,1]``. Tokens from a position 0 on form another
-    segment. A token that is not kept (padding, or a later one falls into its slot) writes to slot 0 what slot 0 holds
-    in the end, so that all writes to a slot are equal.
+    held positions, ``shape``, ``distance [B,1,T,S]``, ``live [B,1,T,1]`` and ``query_shape``. Tokens from a position 0
+    on form another segment. A token that is not kept (padding, or a later one falls into its slot) writes to slot 0
+    what slot 0 holds in the end, so that all writes to a slot are equal.
+
+    ``query_shape [4]`` is what the kernel takes: ``[B,H,T,D]``, and of a single token ``[B,G,R,D]``, as it packs the
+    keys anew for each head that it is given. The mask has as many rows.
     """
     near = "near = Less(gap, window)"
     if sinks:
         near = "inside = Less(gap, window)\nsunk = Less(key_at, sinks)\nnear = Or(inside, sunk)"
+    by_heads = "mask = Identity(mask3)\nquery_shape = Identity(shape)"
     body = f"""
     {shape_of(s.heads, "positions", 1)}
     {int_("zero", 0)}
@@ -39,7 +43,8 @@ def window_plan(s: Scores, window: int, sinks: int) -> Function:
     mask0 = And(same, causal)
     mask1 = And(there, near)
     mask2 = And(mask0, mask1)
-    mask = Unsqueeze(mask2, first_axis)
+    mask3 = Unsqueeze(mask2, first_axis)
+    {by_rows(s) if kernel and s.shared else by_heads}
     gap1 = Neg(gap)
     gap2 = Cast<to = 1>(gap1)
     distance = Unsqueeze(gap2, first_axis)
@@ -80,8 +85,23 @@ def window_plan(s: Scores, window: int, sinks: int) -> Function:
     slot5 = Add(slot4, nought)
     index = Concat<axis = -1>(row, group, slot5)
     """
-    outputs = "mask, index, source, next_past, shape, distance, live"
+    outputs = "mask, index, source, next_past, shape, distance, live, query_shape"
     return function("WindowPlan", "positions, past", outputs, body)
+
+
+def by_rows(s: Scores) -> str:
+    """Write ``query_shape`` and ``mask`` of ``mask3 [B,1,T,S]``: of a single token the heads of a group are rows."""
+    return f"""
+    {ints("single_token", 1)}
+    single = Equal(tokens, single_token)
+    {ints("shape_by_head", 0, s.heads, -1, s.key_dim)}
+    {ints("shape_by_group", 0, s.groups, -1, s.key_dim)}
+    query_shape = Where(single, shape_by_group, shape_by_head)
+    {ints("mask_once", 1, 1, 1, 1)}
+    {ints("mask_by_group", 1, 1, s.heads // s.groups, 1)}
+    mask_times = Where(single, mask_by_group, mask_once)
+    mask = Tile(mask3, mask_times)
+    """
 
 
 def segments() -> str:
@@ -109,11 +129,15 @@ def window_memory(s: Scores, kernel: bool) -> Function:
     lines = [float_("absent", 0.0), ints("channel", 3)]
     if kernel and s.plain:
         # The kernel gives 0 for a row that reads nothing, as the dialect asks for padding. Scores are wanted masked.
-        made = "output, keys, values" + (", masked_scores" if s.lse else "")
+        made = "sums, keys, values" + (", masked_scores" if s.lse else "")
         mode = ", qk_matmul_output_mode = 2" if s.lse else ""
-        lines.append(f"{made} = Attention<scale = {s.scale!r}{mode}>(query, key, value, mask, past_key, past_value)")
+        lines += [
+            "queries = Reshape(query, query_shape)" if s.shared else "queries = Identity(query)",
+            f"{made} = Attention<scale = {s.scale!r}{mode}>(queries, key, value, mask, past_key, past_value)",
+            "output = Reshape(sums, shape)" if s.shared else "output = Identity(sums)",
+        ]
         if s.lse:
-            lines.append("log = ReduceLogSumExp(masked_scores, channel)")
+            lines += ["log_rows = ReduceLogSumExp(masked_scores, channel)", "log = Reshape(log_rows, shape)"]
     else:
         lines += ["keys = Concat<axis = 2>(past_key, key)", "values = Concat<axis = 2>(past_value, value)"]
         lines += [attend(s, "keys", "values"), "output = Where(live, out, absent)"]
@@ -123,7 +147,7 @@ def window_memory(s: Scores, kernel: bool) -> Function:
         lines.append(f"kept_{name} = GatherND<batch_dims = 2>({name}s, source)")
         lines.append(f"next_{name} = ScatterND(past_{name}, index, kept_{name})")
     stem = "WindowMemory" if kernel and s.plain else "WindowMemoryPortable"
-    inputs = ", ".join([*names, "shape", "distance", "live", *s.extra])
+    inputs = ", ".join([*names, "shape", "distance", "live", "query_shape", *s.extra])
     return function(stem, inputs, ", ".join(outputs), "\n".join(lines))
 
 
