@@ -20,6 +20,7 @@ from memc.errors import MemcError
 from memc.kernels.sparse_attention.choose import Rule
 from memc.prepare import (
     HALF,
+    identity_of,
     in_float32,
     insert_keep,
     is_memc,
@@ -84,7 +85,7 @@ class _Rewriter:
 
         Of ``sizes`` only the size is read: buffers of one kind are equally long, so that the first ones serve for all.
         """
-        key = (function.name, *(_identity(argument) for argument in args))
+        key = (function.name, *(identity_of(argument) for argument in args))
         if key not in self.plans:
             self.plans[key] = self.call(target, function, *args, *sizes)
         return self.plans[key]
@@ -305,11 +306,6 @@ class _Rewriter:
 
     def _drop(self, past: Node) -> None:
         self.dropped.add(str(past.target))
-
-
-def _identity(argument: Any) -> Any:
-    """Name what a node reads, so that two get_attr nodes of one tensor are the same."""
-    return ("attr", argument.target) if isinstance(argument, Node) and argument.op == "get_attr" else argument
 
 
 def _qkv(a: Mapping[str, Any]) -> list[Node]:

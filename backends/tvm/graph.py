@@ -21,6 +21,7 @@ from memc.dialect.selectors import SELECTORS
 from memc.errors import MemcError
 from memc.prepare import (
     TensorSpec,
+    identity_of,
     in_float32,
     insert_keep,
     is_memc,
@@ -105,7 +106,7 @@ class _Rewriter:
         self.graph.erase_node(node)
 
     def rotary(self, node: Node, a: Mapping[str, Any]) -> list[Node]:
-        key = (a["positions"], a["inv_freq"].target, a["scaling"])
+        key = (a["positions"], identity_of(a["inv_freq"]), a["scaling"])
         if key not in self.angles:
             places = self.call(_aten._to_copy.default, a["positions"], dtype=torch.float32)
             angle = self.call(_aten.mul.Tensor, self.call(_aten.unsqueeze.default, places, -1), a["inv_freq"])
