@@ -43,7 +43,7 @@ def full_attention(name: str, query: Tensor, key: Tensor, value: Tensor, *rest: 
 
 
 def attention_plan(name: str, positions: Tensor, buffer: Tensor) -> list[Tensor]:
-    """Mask, index, used, shape, distance, whole; how many slots are read is known at run time only."""
+    """Mask, index, used, shape, distance, whole, query shape; how many slots are read is known at run time only."""
     batch, tokens = positions.shape
     capacity = buffer.shape[2]
     return _call(
@@ -55,6 +55,7 @@ def attention_plan(name: str, positions: Tensor, buffer: Tensor) -> list[Tensor]
         (torch.int64, [4]),
         (torch.float32, [batch, 1, tokens, capacity]),
         (torch.bool, []),
+        (torch.int64, [4]),
     )
 
 

@@ -168,7 +168,7 @@ class _Rewriter:
         self._drop(a["past_positions"])
         kernel = plain_reason(s) is None and not self.portable
         plan_of = attend.attention_plan(s, a["window"], a["chunk"], a["prefix"], kernel)
-        plan = self.parts(self.plan(calls.attention_plan, plan_of, a["positions"], sizes=[a["past_key"]]), 6)
+        plan = self.parts(self.plan(calls.attention_plan, plan_of, a["positions"], sizes=[a["past_key"]]), 7)
         form = attend.attention(s, kernel)
         out = self.call(calls.attention, form, *_qkv(a), *plan, *_extra(a))
         return [*self.parts(out, 3), a["past_positions"]]

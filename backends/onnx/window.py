@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from memc.backends.onnx.attend import Scores, attend, by_group, shape_of
+from memc.backends.onnx.attend import Scores, attend, by_group, by_rows, shape_of
 from memc.backends.onnx.functions import Function, float_, function, int_, ints
 
 
@@ -15,13 +15,11 @@ def window_plan(s: Scores, window: int, sinks: int, kernel: bool) -> Function:
     on form another segment. A token that is not kept (padding, or a later one falls into its slot) writes to slot 0
     what slot 0 holds in the end, so that all writes to a slot are equal.
 
-    ``query_shape [4]`` is what the kernel takes: ``[B,H,T,D]``, and of a single token ``[B,G,R,D]``, as it packs the
-    keys anew for each head that it is given. The mask has as many rows.
+    ``query_shape [4]`` is what the kernel takes; see :func:`~memc.backends.onnx.attend.by_rows`.
     """
     near = "near = Less(gap, window)"
     if sinks:
         near = "inside = Less(gap, window)\nsunk = Less(key_at, sinks)\nnear = Or(inside, sunk)"
-    by_heads = "mask = Identity(mask3)\nquery_shape = Identity(shape)"
     body = f"""
     {shape_of(s.heads, "positions", 1)}
     {int_("zero", 0)}
@@ -44,7 +42,9 @@ def window_plan(s: Scores, window: int, sinks: int, kernel: bool) -> Function:
     mask1 = And(there, near)
     mask2 = And(mask0, mask1)
     mask3 = Unsqueeze(mask2, first_axis)
-    {by_rows(s) if kernel and s.shared else by_heads}
+    {ints("single_token", 1)}
+    single = Equal(tokens, single_token)
+    {by_rows(s, "mask3", "single", kernel)}
     gap1 = Neg(gap)
     gap2 = Cast<to = 1>(gap1)
     distance = Unsqueeze(gap2, first_axis)
@@ -87,21 +87,6 @@ def window_plan(s: Scores, window: int, sinks: int, kernel: bool) -> Function:
     """
     outputs = "mask, index, source, next_past, shape, distance, live, query_shape"
     return function("WindowPlan", "positions, past", outputs, body)
-
-
-def by_rows(s: Scores) -> str:
-    """Write ``query_shape`` and ``mask`` of ``mask3 [B,1,T,S]``: of a single token the heads of a group are rows."""
-    return f"""
-    {ints("single_token", 1)}
-    single = Equal(tokens, single_token)
-    {ints("shape_by_head", 0, s.heads, -1, s.key_dim)}
-    {ints("shape_by_group", 0, s.groups, -1, s.key_dim)}
-    query_shape = Where(single, shape_by_group, shape_by_head)
-    {ints("mask_once", 1, 1, 1, 1)}
-    {ints("mask_by_group", 1, 1, s.heads // s.groups, 1)}
-    mask_times = Where(single, mask_by_group, mask_once)
-    mask = Tile(mask3, mask_times)
-    """
 
 
 def segments() -> str:
