@@ -14,6 +14,7 @@ from memc.backends.onnx import attend, bank, calls, compact, events, functions, 
 from memc.backends.onnx.capability import has_kernel
 from memc.backends.onnx.functions import Function
 from memc.backends.onnx.simplify import simplify
+from memc.backends.onnx.stored import mark_linears, refuse_negative_ids
 from memc.backends.onnx.support import MICROSOFT, memory, plain_reason, rule, scores, segmentation
 from memc.dialect import OPS, arguments, op_spec
 from memc.errors import MemcError
@@ -25,7 +26,6 @@ from memc.prepare import (
     insert_keep,
     is_memc,
     join_tied,
-    match_linear,
     replace_node,
     results,
     set_results,
@@ -338,7 +338,8 @@ def prepare(program: Program, *, portable: bool = False) -> Prepared:
         if is_memc(node.target):
             rewriter.rewrite(node)
     keep = insert_keep(copy, placeholders[0] if placeholders else None)
-    _mark_linears(graph)
+    mark_linears(graph)
+    refuse_negative_ids(graph)
     simplify(graph)
     returned = results(graph)
     kept = [result for result, name in zip(returned[count:], states, strict=True) if name not in rewriter.dropped]
@@ -379,15 +380,3 @@ def _to_float32(module: GraphModule) -> dict[str, torch.Tensor]:
         node.args = in_float32(node.args)
         node.kwargs = in_float32(node.kwargs)
     return late
-
-
-def _mark_linears(graph: Graph) -> None:
-    """Turn products with a stored matrix into markers, so that the exporter neither folds nor copies weights."""
-    for node in list(graph.nodes):
-        if (found := match_linear(node)) is None:
-            continue
-        turned, x, weight, bias = found
-        with graph.inserting_before(node):
-            marker = graph.call_function(calls.linear, (turned, x, weight, *([] if bias is None else [bias])))
-        replace_node(node, marker)
-        graph.erase_node(node)

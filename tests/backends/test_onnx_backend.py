@@ -202,6 +202,14 @@ def test_quantised_file_equals_eager_with_the_same_weights(weights: str, bits: i
     assert not any(node.op_type in ("MatMul", "FusedMatMul") for node in model.graph.node)
 
 
+@pytest.mark.parametrize("token", [-1, -ops.VOCAB, ops.VOCAB])
+def test_ids_that_are_no_row_are_refused(token: int, tmp_path: Path) -> None:
+    runner = build(ops.norm(), tmp_path)
+    tokens = np.array([[3, token, 0]])
+    with pytest.raises(MemcError, match="E200"):
+        runner.run(tokens, np.arange(3)[None], runner.new_state(1))
+
+
 @pytest.mark.parametrize("inner", [64, 96])
 def test_a_quantised_matrix_is_read_both_ways(inner: int, tmp_path: Path) -> None:
     b = ops.Builder()
