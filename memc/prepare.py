@@ -79,6 +79,11 @@ def replace_node(old: Node, new: Node | None) -> None:
         old.replace_all_uses_with(new)
 
 
+def identity_of(argument: Any) -> Any:
+    """Return what tells apart what nodes read: two ``get_attr`` nodes of one tensor are the same."""
+    return ("attr", argument.target) if isinstance(argument, Node) and argument.op == "get_attr" else argument
+
+
 def in_float32(argument: Any) -> Any:
     """Return a node's arguments with float32 for the types of half precision."""
     return map_aggregate(argument, lambda item: torch.float32 if item in HALF else item)

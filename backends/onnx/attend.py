@@ -35,6 +35,11 @@ class Scores:
         return not (self.softcap or self.slopes or self.sink_logits)
 
     @property
+    def shared(self) -> bool:
+        """Whether heads share keys and values."""
+        return self.heads > self.groups
+
+    @property
     def extra(self) -> list[str]:
         """Names of the optional inputs in use."""
         return [n for n, on in (("slopes", self.slopes), ("sink_logits", self.sink_logits)) if on]
@@ -178,7 +183,8 @@ def attention_plan(s: Scores, window: int, chunk: int, prefix: int, kernel: bool
     ``positions [B,T]`` and a buffer ``[B,G,C,D]`` whose slot is the position (the last slot takes padding) give
     ``mask [B,1,T,n]``, ``index [B,G,T,3]`` of the slots written, ``used [1]`` = n, ``shape`` and ``distance``, and
     whether the call is a single token that reads the ``whole`` buffer, n = C: up to ``MOST_UNUSED`` times what is in
-    use that takes less time than to copy what is in use, as a Slice does, and to turn it.
+    use that takes less time than to copy what is in use, as a Slice does, and to turn it. ``query_shape`` is for one
+    that does not; see :func:`by_rows`.
     """
     lines = [
         shape_of(s.heads, "positions", 1),
@@ -235,7 +241,9 @@ def attention_plan(s: Scores, window: int, chunk: int, prefix: int, kernel: bool
         ]
         mask = "mask3"
     lines += [
-        f"mask = Identity({mask})",
+        "copies = Not(whole1)",
+        "single_copies = And(single, copies)",
+        by_rows(s, mask, "single_copies", kernel),
         "distance = Cast<to = 1>(apart)",
         "spare = Sub(capacity, ones)",
         "padding = Less(positions, zero)",
@@ -246,7 +254,7 @@ def attention_plan(s: Scores, window: int, chunk: int, prefix: int, kernel: bool
         "slot = Add(slot1, nought)",
         "index = Concat<axis = -1>(row, group, slot)",
     ]
-    made = "mask, index, used, shape, distance, whole"
+    made = "mask, index, used, shape, distance, whole, query_shape"
     return function("AttentionPlan", "positions, buffer", made, "\n".join(lines))
 
 
@@ -257,6 +265,7 @@ def attention(s: Scores, kernel: bool) -> Function:
     ``whole`` buffer goes without the kernel, which turns all keys for the sake of one query.
     """
     names = ["query", "key", "value", "past_key", "past_value", "mask", "index", "used", "shape", "distance", "whole"]
+    names += ["query_shape", *s.extra]
 
     def attended(key: str, value: str, *, single: bool) -> str:
         return f"""
@@ -275,7 +284,12 @@ def attention(s: Scores, kernel: bool) -> Function:
     held_value = Slice(next_value, from, used, along)
     """
     if kernel and s.plain:
-        portion += f"attended = Attention<scale = {s.scale!r}>(query, held_key, held_value, mask)"
+        queries, sums = ("queries", "sums") if s.shared else ("query", "attended")
+        portion += f"""
+        {"queries = Reshape(query, query_shape)" if s.shared else ""}
+        {sums} = Attention<scale = {s.scale!r}>({queries}, held_key, held_value, mask)
+        {"attended = Reshape(sums, shape)" if s.shared else ""}
+        """
     else:
         portion += attended("held_key", "held_value", single=False)
     body = f"""
@@ -286,7 +300,26 @@ def attention(s: Scores, kernel: bool) -> Function:
     else_branch = {branch("of_used", portion)}
     >(whole)
     """
-    return function("Attention", ", ".join([*names, *s.extra]), "output, next_key, next_value", body)
+    return function("Attention", ", ".join(names), "output, next_key, next_value", body)
+
+
+def by_rows(s: Scores, mask: str, single: str, kernel: bool) -> str:
+    """Write ``query_shape [4]``, in which the kernel takes a query, and its ``mask`` of a mask ``[B,1,T,S]``.
+
+    That is ``[B,H,T,D]``, but where the flag ``single [1]`` is set, of a single token, the heads of a group are rows
+    ``[B,G,R,D]`` with a mask each: the kernel packs the keys anew for every head that it is given.
+    """
+    if not (kernel and s.plain and s.shared):
+        return f"query_shape = Identity(shape)\nmask = Identity({mask})"
+    return f"""
+    {ints("shape_by_head", 0, s.heads, -1, s.key_dim)}
+    {ints("shape_by_group", 0, s.groups, -1, s.key_dim)}
+    query_shape = Where({single}, shape_by_group, shape_by_head)
+    {ints("mask_once", 1, 1, 1, 1)}
+    {ints("mask_by_group", 1, 1, s.heads // s.groups, 1)}
+    mask_times = Where({single}, mask_by_group, mask_once)
+    mask = Tile({mask}, mask_times)
+    """
 
 
 def by_group(groups: int, source: str = "positions", tag: str = "") -> str:

@@ -43,7 +43,7 @@ def full_attention(name: str, query: Tensor, key: Tensor, value: Tensor, *rest: 
 
 
 def attention_plan(name: str, positions: Tensor, buffer: Tensor) -> list[Tensor]:
-    """Mask, index, used, shape, distance, whole; how many slots are read is known at run time only."""
+    """Mask, index, used, shape, distance, whole, query shape; how many slots are read is known at run time only."""
     batch, tokens = positions.shape
     capacity = buffer.shape[2]
     return _call(
@@ -55,6 +55,7 @@ def attention_plan(name: str, positions: Tensor, buffer: Tensor) -> list[Tensor]
         (torch.int64, [4]),
         (torch.float32, [batch, 1, tokens, capacity]),
         (torch.bool, []),
+        (torch.int64, [4]),
     )
 
 
@@ -117,7 +118,7 @@ def quantised_plan(name: str, positions: Tensor, buffer: Tensor, pages: Tensor) 
 
 
 def window_plan(name: str, positions: Tensor, past: Tensor, groups: int) -> list[Tensor]:
-    """Mask, index, source, next held positions, shape, distance, live."""
+    """Mask, index, source, next held positions, shape, distance, live, query shape."""
     batch, tokens = positions.shape
     slots = past.shape[1]
     return _call(
@@ -130,6 +131,7 @@ def window_plan(name: str, positions: Tensor, past: Tensor, groups: int) -> list
         (torch.int64, [4]),
         (torch.float32, [batch, 1, tokens, slots + tokens]),
         (torch.bool, [batch, 1, tokens, 1]),
+        (torch.int64, [4]),
     )
 
 

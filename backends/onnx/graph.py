@@ -14,17 +14,18 @@ from memc.backends.onnx import attend, bank, calls, compact, events, functions, 
 from memc.backends.onnx.capability import has_kernel
 from memc.backends.onnx.functions import Function
 from memc.backends.onnx.simplify import simplify
+from memc.backends.onnx.stored import mark_linears, refuse_negative_ids
 from memc.backends.onnx.support import MICROSOFT, memory, plain_reason, rule, scores, segmentation
 from memc.dialect import OPS, arguments, op_spec
 from memc.errors import MemcError
 from memc.kernels.sparse_attention.choose import Rule
 from memc.prepare import (
     HALF,
+    identity_of,
     in_float32,
     insert_keep,
     is_memc,
     join_tied,
-    match_linear,
     replace_node,
     results,
     set_results,
@@ -84,7 +85,7 @@ class _Rewriter:
 
         Of ``sizes`` only the size is read: buffers of one kind are equally long, so that the first ones serve for all.
         """
-        key = (function.name, *(_identity(argument) for argument in args))
+        key = (function.name, *(identity_of(argument) for argument in args))
         if key not in self.plans:
             self.plans[key] = self.call(target, function, *args, *sizes)
         return self.plans[key]
@@ -167,7 +168,7 @@ class _Rewriter:
         self._drop(a["past_positions"])
         kernel = plain_reason(s) is None and not self.portable
         plan_of = attend.attention_plan(s, a["window"], a["chunk"], a["prefix"], kernel)
-        plan = self.parts(self.plan(calls.attention_plan, plan_of, a["positions"], sizes=[a["past_key"]]), 6)
+        plan = self.parts(self.plan(calls.attention_plan, plan_of, a["positions"], sizes=[a["past_key"]]), 7)
         form = attend.attention(s, kernel)
         out = self.call(calls.attention, form, *_qkv(a), *plan, *_extra(a))
         return [*self.parts(out, 3), a["past_positions"]]
@@ -254,10 +255,11 @@ class _Rewriter:
         for name, index in (("past_key", 5), ("past_value", 6)):
             if self._is_state(node, a[name], index):
                 self.in_place.add(a[name].target)
-        plan_of = window.window_plan(s, *sizes)
-        plan = self.parts(self.plan(calls.window_plan, plan_of, a["positions"], past, s.groups), 7)
+        kernel = plain_reason(s) is None and not self.portable
+        plan_of = window.window_plan(s, *sizes, kernel)
+        plan = self.parts(self.plan(calls.window_plan, plan_of, a["positions"], past, s.groups), 8)
         next_past = plan.pop(3)
-        form = window.window_memory(s, plain_reason(s) is None and not self.portable)
+        form = window.window_memory(s, kernel)
         made = self.call(calls.window_memory, form, s.lse, *_qkv(a), *plan, *_extra(a))
         output, *lse, keys, values, next_key, next_value = self.parts(made, 6 if s.lse else 5)
         return [
@@ -306,11 +308,6 @@ class _Rewriter:
         self.dropped.add(str(past.target))
 
 
-def _identity(argument: Any) -> Any:
-    """Name what a node reads, so that two get_attr nodes of one tensor are the same."""
-    return ("attr", argument.target) if isinstance(argument, Node) and argument.op == "get_attr" else argument
-
-
 def _qkv(a: Mapping[str, Any]) -> list[Node]:
     return [a[name] for name in ("query", "key", "value", "past_key", "past_value")]
 
@@ -341,7 +338,8 @@ def prepare(program: Program, *, portable: bool = False) -> Prepared:
         if is_memc(node.target):
             rewriter.rewrite(node)
     keep = insert_keep(copy, placeholders[0] if placeholders else None)
-    _mark_linears(graph)
+    mark_linears(graph)
+    refuse_negative_ids(graph)
     simplify(graph)
     returned = results(graph)
     kept = [result for result, name in zip(returned[count:], states, strict=True) if name not in rewriter.dropped]
@@ -382,15 +380,3 @@ def _to_float32(module: GraphModule) -> dict[str, torch.Tensor]:
         node.args = in_float32(node.args)
         node.kwargs = in_float32(node.kwargs)
     return late
-
-
-def _mark_linears(graph: Graph) -> None:
-    """Turn products with a stored matrix into markers, so that the exporter neither folds nor copies weights."""
-    for node in list(graph.nodes):
-        if (found := match_linear(node)) is None:
-            continue
-        turned, x, weight, bias = found
-        with graph.inserting_before(node):
-            marker = graph.call_function(calls.linear, (turned, x, weight, *([] if bias is None else [bias])))
-        replace_node(node, marker)
-        graph.erase_node(node)

@@ -181,7 +181,7 @@ def _quantised_product(
     out, into = (int(n) for n in weight.const_value.shape)
     if turned:
         out, into = into, out
-    name = f"{weight.name}.q{bits}"
+    name = f"{weight.name}{'.T' if turned else ''}.q{bits}"  # one that is read both ways is stored both ways
     if name not in graph.initializers:
         _add_quantised(graph, name, weight.const_value, turned, (out, into), bits)
     parts = [name, f"{name}.scale", *([f"{name}.zero"] if bits == 4 else [])]

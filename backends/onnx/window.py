@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from memc.backends.onnx.attend import Scores, attend, by_group, shape_of
+from memc.backends.onnx.attend import Scores, attend, by_group, by_rows, shape_of
 from memc.backends.onnx.functions import Function, float_, function, int_, ints
 
 
-def window_plan(s: Scores, window: int, sinks: int) -> Function:
+def window_plan(s: Scores, window: int, sinks: int, kernel: bool) -> Function:
     """What each token reads and where it is kept, for every window of the same size.
 
     ``positions [B,T]`` and the held positions ``past [B,N]`` give ``mask [B,1,T,S]`` over [held; new],
     ``index [B,G,T,3]`` of the slots written and ``source [B,G,T,1]`` in [held; new] of what is written there, the next
-    held positions, ``shape``, ``distance [B,1,T,S]`` and ``live [B,1,T,1]``. Tokens from a position 0 on form another
-    segment. A token that is not kept (padding, or a later one falls into its slot) writes to slot 0 what slot 0 holds
-    in the end, so that all writes to a slot are equal.
+    held positions, ``shape``, ``distance [B,1,T,S]``, ``live [B,1,T,1]`` and ``query_shape``. Tokens from a position 0
+    on form another segment. A token that is not kept (padding, or a later one falls into its slot) writes to slot 0
+    what slot 0 holds in the end, so that all writes to a slot are equal.
+
+    ``query_shape [4]`` is what the kernel takes; see :func:`~memc.backends.onnx.attend.by_rows`.
     """
     near = "near = Less(gap, window)"
     if sinks:
@@ -39,7 +41,10 @@ def window_plan(s: Scores, window: int, sinks: int) -> Function:
     mask0 = And(same, causal)
     mask1 = And(there, near)
     mask2 = And(mask0, mask1)
-    mask = Unsqueeze(mask2, first_axis)
+    mask3 = Unsqueeze(mask2, first_axis)
+    {ints("single_token", 1)}
+    single = Equal(tokens, single_token)
+    {by_rows(s, "mask3", "single", kernel)}
     gap1 = Neg(gap)
     gap2 = Cast<to = 1>(gap1)
     distance = Unsqueeze(gap2, first_axis)
@@ -80,7 +85,7 @@ def window_plan(s: Scores, window: int, sinks: int) -> Function:
     slot5 = Add(slot4, nought)
     index = Concat<axis = -1>(row, group, slot5)
     """
-    outputs = "mask, index, source, next_past, shape, distance, live"
+    outputs = "mask, index, source, next_past, shape, distance, live, query_shape"
     return function("WindowPlan", "positions, past", outputs, body)
 
 
@@ -109,11 +114,15 @@ def window_memory(s: Scores, kernel: bool) -> Function:
     lines = [float_("absent", 0.0), ints("channel", 3)]
     if kernel and s.plain:
         # The kernel gives 0 for a row that reads nothing, as the dialect asks for padding. Scores are wanted masked.
-        made = "output, keys, values" + (", masked_scores" if s.lse else "")
+        made = "sums, keys, values" + (", masked_scores" if s.lse else "")
         mode = ", qk_matmul_output_mode = 2" if s.lse else ""
-        lines.append(f"{made} = Attention<scale = {s.scale!r}{mode}>(query, key, value, mask, past_key, past_value)")
+        lines += [
+            "queries = Reshape(query, query_shape)" if s.shared else "queries = Identity(query)",
+            f"{made} = Attention<scale = {s.scale!r}{mode}>(queries, key, value, mask, past_key, past_value)",
+            "output = Reshape(sums, shape)" if s.shared else "output = Identity(sums)",
+        ]
         if s.lse:
-            lines.append("log = ReduceLogSumExp(masked_scores, channel)")
+            lines += ["log_rows = ReduceLogSumExp(masked_scores, channel)", "log = Reshape(log_rows, shape)"]
     else:
         lines += ["keys = Concat<axis = 2>(past_key, key)", "values = Concat<axis = 2>(past_value, value)"]
         lines += [attend(s, "keys", "values"), "output = Where(live, out, absent)"]
@@ -123,7 +132,7 @@ def window_memory(s: Scores, kernel: bool) -> Function:
         lines.append(f"kept_{name} = GatherND<batch_dims = 2>({name}s, source)")
         lines.append(f"next_{name} = ScatterND(past_{name}, index, kept_{name})")
     stem = "WindowMemory" if kernel and s.plain else "WindowMemoryPortable"
-    inputs = ", ".join([*names, "shape", "distance", "live", *s.extra])
+    inputs = ", ".join([*names, "shape", "distance", "live", "query_shape", *s.extra])
     return function(stem, inputs, ", ".join(outputs), "\n".join(lines))
 
 

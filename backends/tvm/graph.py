@@ -13,6 +13,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from memc.backends.tvm import ops
 from memc.backends.tvm.kernels.common import SLOTS
+from memc.backends.tvm.parameters import take_parameters
 from memc.backends.tvm.weights import Parameter, Parameters
 from memc.dialect import OPS, arguments, op_spec
 from memc.dialect.compact_attention import span
@@ -20,11 +21,11 @@ from memc.dialect.selectors import SELECTORS
 from memc.errors import MemcError
 from memc.prepare import (
     TensorSpec,
+    identity_of,
     in_float32,
     insert_keep,
     is_memc,
     join_tied,
-    match_linear,
     replace_node,
     results,
     set_results,
@@ -105,7 +106,7 @@ class _Rewriter:
         self.graph.erase_node(node)
 
     def rotary(self, node: Node, a: Mapping[str, Any]) -> list[Node]:
-        key = (a["positions"], a["inv_freq"].target, a["scaling"])
+        key = (a["positions"], identity_of(a["inv_freq"]), a["scaling"])
         if key not in self.angles:
             places = self.call(_aten._to_copy.default, a["positions"], dtype=torch.float32)
             angle = self.call(_aten.mul.Tensor, self.call(_aten.unsqueeze.default, places, -1), a["inv_freq"])
@@ -280,10 +281,7 @@ def prepare(program: Program, parameters: Parameters) -> Prepared:
             graph.erase_node(node)
     graph.eliminate_dead_code()
     _count_from_the_front(graph)
-    _replace_products(graph, module, parameters)
-    _replace_head_products(graph, module, parameters)
-    limits = _replace_tables(graph, module, parameters, {node: str(node.target) for node in inputs})
-    _pass_tensors(graph, module, parameters)
+    limits = take_parameters(graph, module, parameters, {node: str(node.target) for node in inputs})
     graph.eliminate_dead_code()
     graph.lint()
     # In a module without tensors: the importer reads whatever there is, and what it reads it may have to copy.
@@ -312,33 +310,6 @@ def _spec_of(spec: StateSpec) -> TensorSpec:
     return in_float32(spec.dtype), spec.shape
 
 
-def _input(graph: Graph, parameter: Parameter) -> Node:
-    """Return the placeholder of a parameter, made behind the others where it is new."""
-    known = graph.find_nodes(op="placeholder")
-    for node in known:
-        if node.target == parameter.name:
-            found: Node = node
-            return found
-    with graph.inserting_after(known[-1]):
-        return graph.placeholder(parameter.name)
-
-
-def _replace_products(graph: Graph, module: GraphModule, parameters: Parameters) -> None:
-    """Turn products with a stored matrix into the backend's own, the last one marked as what makes the logits."""
-    products = [node for node in graph.nodes if match_linear(node) is not None]
-    for node in products:
-        found = match_linear(node)  # again: what it reads may have been replaced
-        assert found is not None
-        turned, x, weight, bias = found
-        tensor = get_tensor(module, str(weight.target))
-        out = int(tensor.shape[1 if turned else 0])
-        stored = parameters.matrix(str(weight.target), tensor, turned, last=node is products[-1])
-        with graph.inserting_before(node):
-            made = graph.call_function(ops.linear, (x, [_input(graph, part) for part in stored], bias, out))
-        replace_node(node, made)
-        graph.erase_node(node)
-
-
 def _count_from_the_front(graph: Graph) -> None:
     """Make indices that count from the end count from the front: the importer reads them as they are.
 
@@ -355,49 +326,3 @@ def _count_from_the_front(graph: Graph) -> None:
                         raise MemcError("E601", f"tvm cannot lower {target}: {reason}", where=source_of(node))
                     args[place] += size
             node.args = tuple(args)
-
-
-def _replace_head_products(graph: Graph, module: GraphModule, parameters: Parameters) -> None:
-    """Turn products with a stored matrix for each head, of ``[B,H,T,D]`` with ``[H,D,F]``, into the backend's own."""
-    for node in graph.find_nodes(op="call_function", target=_aten.matmul.default):
-        match node.args:
-            case (Node() as x, Node(op="get_attr") as weight) if (
-                len(shape(weight)) == 3 and len(shape(x)) == 4 and shape(x)[1] == shape(weight)[0]
-            ):
-                tensor = get_tensor(module, str(weight.target))
-                with graph.inserting_before(node):
-                    stored = _input(graph, parameters.heads(str(weight.target), tensor))
-                    made = graph.call_function(ops.head_linear, (x, stored, int(tensor.shape[2])))
-                replace_node(node, made)
-                graph.erase_node(node)
-
-
-def _replace_tables(
-    graph: Graph, module: GraphModule, parameters: Parameters, inputs: Mapping[Node, str]
-) -> dict[str, int]:
-    """Turn look-ups into the backend's own; return the rows of the tables that whole inputs are looked up in."""
-    limits: dict[str, int] = {}
-    for node in graph.find_nodes(op="call_function", target=_aten.embedding.default):
-        match node.args:
-            case (Node(op="get_attr") as table, Node() as ids, *_):
-                tensor = get_tensor(module, str(table.target))
-                rows, width = map(int, tensor.shape)
-                with graph.inserting_before(node):
-                    stored = _input(graph, parameters.table(str(table.target), tensor))
-                    made = graph.call_function(ops.embedding, (stored, ids, rows, width))
-                replace_node(node, made)
-                graph.erase_node(node)
-                if ids in inputs:
-                    limits[inputs[ids]] = min(rows, limits.get(inputs[ids], rows))
-    return limits
-
-
-def _pass_tensors(graph: Graph, module: GraphModule, parameters: Parameters) -> None:
-    """Make every other stored tensor an input."""
-    for node in list(graph.find_nodes(op="get_attr")):
-        if node.users:
-            tensor = get_tensor(module, str(node.target))
-            passed = _input(graph, parameters.plain(str(node.target), tensor))
-            passed.meta = dict(node.meta)
-            node.replace_all_uses_with(passed)
-        graph.erase_node(node)

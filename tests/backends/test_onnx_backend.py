@@ -202,6 +202,25 @@ def test_quantised_file_equals_eager_with_the_same_weights(weights: str, bits: i
     assert not any(node.op_type in ("MatMul", "FusedMatMul") for node in model.graph.node)
 
 
+@pytest.mark.parametrize("token", [-1, -ops.VOCAB, ops.VOCAB])
+def test_ids_that_are_no_row_are_refused(token: int, tmp_path: Path) -> None:
+    runner = build(ops.norm(), tmp_path)
+    tokens = np.array([[3, token, 0]])
+    with pytest.raises(MemcError, match="E200"):
+        runner.run(tokens, np.arange(3)[None], runner.new_state(1))
+
+
+@pytest.mark.parametrize("inner", [64, 96])
+def test_a_quantised_matrix_is_read_both_ways(inner: int, tmp_path: Path) -> None:
+    b = ops.Builder()
+    x = b.embed(64)
+    down = b.call(ops.aten.matmul.default, x, b.parameter("tied", 64, inner))
+    up = b.call(ops.aten.linear.default, down, b.parameter("tied", 64, inner))
+    program = b.finish(b.linear(b.call(ops.aten.add.Tensor, up, x), "logits", ops.VOCAB, 64))
+    runner = build(program, tmp_path, weights="int8")
+    assert compare(program, runner, SCENARIOS["prompt"]) < 0.2  # of logits whose deviation is 2.2
+
+
 def test_report_names_what_stays_float32(tmp_path: Path) -> None:
     lowered = OnnxBackend().lower(ops.llama(), CPU, tmp_path, LowerOptions("int4"))
     assert lowered.forms["weights"].endswith("float32 matrices: embedding")

@@ -177,6 +177,54 @@ def test_equal_scores_choose_equally(
     assert compare(program, runner, calls) > 1e-3, "the higher index of equals is another function"
 
 
+def of_few_exact_tokens(**options: Any) -> Program:
+    """Make tokens of four kinds, whose scores are whole numbers of 1/64: those of a kind score alike to the last bit.
+
+    Other keys are a bit apart where a prompt and a step compute them, and so are all choices of pages that end alike.
+    """
+    program, random = ops.sparse_attention(method="landmark", **options), torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        kinds = torch.randint(-2, 3, (4, 24), generator=random).float()
+        program.module.embedding.copy_(kinds[torch.arange(ops.VOCAB) % 4])  # type: ignore[union-attr, operator]
+        for name in ("query_weight", "key_weight"):
+            weight = program.module.get_parameter(name)
+            weight.copy_(torch.randint(-1, 2, weight.shape, generator=random))
+    for node in program.module.graph.nodes:
+        if "scale" in node.kwargs:
+            node.update_kwarg("scale", 2.0**-6)
+    program.module.recompile()
+    return program
+
+
+@pytest.mark.parametrize(
+    ("form", "options"),
+    [("blocks", {}), ("blocks", {"mass": 0.6}), ("tokens", {}), ("turns", {"refresh": 4, "groups": 3, "lse": True})],
+    ids=["blocks", "blocks by mass", "tokens", "turns"],
+)
+def test_short_pages_of_few_tokens_are_chosen_by_index(
+    form: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from memc.kernels.refreshed_attention import choose as listing
+    from memc.kernels.sparse_attention import choose
+
+    if form == "tokens":
+        monkeypatch.setattr(blocks, "REACH", dict.fromkeys(blocks.REACH, 0))
+    program = of_few_exact_tokens(**OPTIONS, **options)
+    runner = build(program, tmp_path, context=160)
+    calls = [([span(0, 100), span(0, 20, right=80)], [99]), ([span(100, 7), span(20, 7)], None)]
+    calls += [([[107 + i], [27 + i]], None) for i in range(12)]
+    assert compare(program, runner, calls) < 1e-5
+    right = choose.ranks
+
+    def by_higher_index(*a: Any) -> torch.Tensor:
+        rank = right(*a)
+        return rank + 1e-5 * torch.arange(rank.shape[-1])
+
+    for module in (choose, listing):
+        monkeypatch.setattr(module, "ranks", by_higher_index)
+    assert compare(program, runner, calls) > 1e-3, "the higher index of equals is another function"
+
+
 @pytest.mark.parametrize("method", ["bounds", "lowbit", "hip"])
 def test_equal_scores_are_listed_equally(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from memc.kernels.refreshed_attention import choose

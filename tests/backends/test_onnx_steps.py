@@ -1,4 +1,4 @@
-"""Single tokens of ``memc::attention`` in ONNX, which read the whole buffer or a copy of what is in use."""
+"""Single tokens in ONNX: of attention, which reads a whole buffer or a copy of what is in use, and of windows."""
 
 from __future__ import annotations
 
@@ -37,6 +37,21 @@ FORMS: dict[str, dict[str, Any]] = {
 def test_single_tokens_equal_the_reference(form: str, context: int, portable: bool, tmp_path: Path) -> None:
     program = ops.attention(**FORMS[form])
     assert compare(program, build(program, tmp_path, context=context, portable=portable), CALLS) < TOLERANCE
+
+
+WINDOWS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "log-sum-exp": {"lse": True, "left": True},
+    "one group": {"lse": True, "groups": 1, "sinks": 0, "window": 1},
+    "no heads that share": {"lse": True, "groups": 6},
+}
+
+
+@pytest.mark.parametrize("portable", [False, True], ids=["kernels", "portable"])
+@pytest.mark.parametrize("form", WINDOWS)
+def test_single_tokens_of_a_window_equal_the_reference(form: str, portable: bool, tmp_path: Path) -> None:
+    program = ops.window_memory(**WINDOWS[form])
+    assert compare(program, build(program, tmp_path, portable=portable), CALLS) < TOLERANCE
 
 
 def test_a_row_that_reads_what_another_sequence_left_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,7 +50,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "by a tree, ranked again": {"refresh": 9, "method": "hip", "rerank": 2, "groups": 3},
     "two levels": {"refresh": 4, "method": "bounds2", "page": 1, "window": 5, "budget": 8, "beam": 1},
     "two levels, ranked again": {"refresh": 3, "method": "bounds2", "page": 2, "window": 3, "budget": 8, "rerank": 2},
-    # Pages of 8 and more: of shorter ones so many end with the same of few tokens that rounding decides among them.
+    # Pages of 8 and more: of shorter ones so many end with the same of few tokens that rounding decides among them, but
+    # where nothing is rounded (test_short_pages_of_few_tokens_are_chosen_by_index).
     "by landmarks": {"refresh": 9, "method": "landmark", "page": 8, "budget": 32},
     "every option": {"refresh": 4, "rerank": 2, "softcap": 1.5, "sink_logits": True, "lse": True, "layers": 2},
     "landmarks, every option": {

@@ -155,6 +155,17 @@ def test_one_of_an_axis_is_read_from_either_end(
     assert capfd.readouterr().err == ""
 
 
+def test_frequencies_that_are_computed_alike_are_told_apart(tmp_path: Path) -> None:
+    b = ops.Builder()
+    x = b.heads(b.embed(24), "heads", 3, 8, 24)
+    for base in (100.0, 10.0):
+        power = b.constant(f"power_{int(base)}", -torch.arange(4) / 4 * torch.tensor(base).log())
+        frequencies = b.call(torch.ops.aten.exp.default, power)
+        x = b.call(torch.ops.memc.rotary.default, x, b.positions, frequencies)
+    program = b.finish(b.linear(b.merge(x), "logits", ops.VOCAB, 24))
+    assert compare(program, build(program, tmp_path), [([list(range(13))], None)]) < 1e-4
+
+
 def test_powers_are_right_below_zero_and_say_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     program = ops.powers(2, 3.0, 5, 2.5)
     runner = build(program, tmp_path)

@@ -89,7 +89,8 @@ def test_inputs_are_taken_by_name_and_checked(t5: Session, vit: Session) -> None
     assert "int64" in refused("E200", t5.logits, tokens, decoder_tokens=targets * 0.5)
     assert "B = 2" in refused("E200", t5.logits, tokens, decoder_tokens=targets[:1])
     assert "equally long" in refused("E200", t5.logits, [[1], [2, 3]], decoder_tokens=targets)
-    refused("E200", t5.logits, tokens, decoder_tokens=targets + VOCAB)
+    for far in (VOCAB, -VOCAB):
+        refused("E200", t5.logits, tokens, decoder_tokens=targets + far)
     assert "pixel_values" in refused("E208", vit.logits, tokens)
     pixels = np.random.default_rng(0).normal(size=(3, 3, 20, 20))  # float64: narrowed to what the model takes
     assert vit.logits(pixel_values=pixels).shape == (3, 26, HIDDEN)

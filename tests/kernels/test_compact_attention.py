@@ -14,7 +14,7 @@ import memc.kernels  # noqa: F401
 from memc.dialect.compact_attention import METHODS
 from memc.kernels.compact_attention import choose
 from memc.kernels.sparse_attention.choose import Rule
-from tests.kernels import oracles
+from tests.kernels import compact_oracle
 from tests.kernels.cases import F64, Shape, cut, walk
 
 OP = torch.ops.memc.compact_attention
@@ -82,7 +82,7 @@ def test_compact_attention_equals_oracle_however_it_is_cut(
 ) -> None:
     call, generator = make(shape, sink_logits, padding=0.1, restart=0.03)
     fixed = {"scale": 0.7, **sized(sizes), **extra}
-    expected = oracles.compact_attention(**call, **fixed)
+    expected = compact_oracle.compact_attention(**call, **fixed)
     whole = run(call, [slice(None)], **fixed)
     torch.testing.assert_close(whole[0], expected.out)
     torch.testing.assert_close(whole[1], expected.lse)
@@ -210,7 +210,7 @@ def test_the_oracle_sees_a_fault(fault: dict[str, Any] | str, method: str, monke
     shape = Shape(batch=2, groups=2, per_group=2, tokens=40, key_size=4, value_size=4, seed=7)
     call, _ = make(shape, False, padding=0.0, restart=0.0)
     fixed: dict[str, Any] = {**PLAIN, "method": method, **sized((2, 8, 1, 3))}
-    expected = oracles.compact_attention(**call, **fixed)
+    expected = compact_oracle.compact_attention(**call, **fixed)
     torch.testing.assert_close(run(call, [slice(None)], **fixed)[0], expected.out)
     if fault == "places":
         monkeypatch.setattr(choose, "_places", true_places)

@@ -17,7 +17,7 @@ from memc.kernels.compact_attention import reference as reference_code
 from memc.kernels.launch import GPUS, Notes, launching
 from memc.kernels.sparse_attention import steps
 from memc.kernels.sparse_attention.choose import Rule
-from tests.kernels import oracles
+from tests.kernels import compact_oracle
 from tests.kernels.cases import Shape
 from tests.kernels.test_quantised_attention_triton import tokens
 from tests.kernels.triton_support import (
@@ -138,7 +138,7 @@ def test_a_sequence_from_its_start_in_pieces_equals_the_oracle(method: str) -> N
     positions = torch.stack([torch.arange(19), torch.tensor([-1, *range(7), -1, -1, *range(7, 16)])])
     fixed = rule(method, page=2, budget=10, window=4, interleaved=False, scaling=1.1)
     call = {"query": query, "key": key, "value": value, "positions": positions}
-    expected = oracles.compact_attention(**call, inv_freq=INV_FREQ[:2], sink_logits=sink_logits, **fixed)
+    expected = compact_oracle.compact_attention(**call, inv_freq=INV_FREQ[:2], sink_logits=sink_logits, **fixed)
     held = empty(shape, 20, 2, torch.float32)
     found = []
     for part in (slice(0, 7), slice(7, 18), slice(18, 19)):

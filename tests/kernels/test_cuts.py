@@ -9,7 +9,7 @@ from torch import Tensor
 from memc.dialect.cuts import watched
 from memc.kernels.sparse_attention.choose import first, needed
 from memc.kernels.sparse_attention.tree import reached
-from tests.backends.op_programs import sparse_attention
+from tests.backends.attention_programs import sparse_attention
 
 INF = torch.inf
 RANK = torch.tensor(

@@ -29,7 +29,7 @@ from memc.raising import raise_program
 from memc.relation import Bounded, Close
 from memc.sites import attention_blocks
 from memc.verify import well_formed
-from tests.kernels.oracles import compact_attention
+from tests.kernels.compact_oracle import compact_attention
 from tests.passes.test_sparsify import VARIANTS, rewrite
 from tests.passes.tiny_program import TARGET, Attention, naive_run, run_pieces, tiny, tokens_of
 

@@ -6,13 +6,14 @@ scores is the product of a query with ``SPAN`` pages.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from tvm.script import tirx as T
 
 from memc.backends.tvm.kernels.choose import NEVER, find_least, ordered, take
 from memc.backends.tvm.kernels.common import LOWEST, SLOTS
-from memc.backends.tvm.kernels.rank import features, first_near, force
+from memc.backends.tvm.kernels.rank import features, first_near, force, score_tile
 from memc.dialect.sparse_attention import SPAN
 
 
@@ -61,29 +62,9 @@ def _score_above(names, s, b, g, m, feature, best):
     best[0] = ordered(total[1])
 
 
-@T.inline
-def _score_below(names, s, b, g, m, unit, feature):
-    # Writes into row ``unit`` of ``rank`` what each page of super-page ``m`` is ranked by.
-    size = T.meta_var(2 * s.key_dim)
-    product = T.alloc_buffer((s.together, SPAN), "float32", scope="local")
-    best = T.alloc_buffer((SPAN,), "float32", scope="local")
-    for j in T.vectorized(SPAN):
-        best[j] = T.float32(LOWEST)
-    for part in T.serial(s.share // s.together):
-        for i in T.unroll(s.together):
-            for j in T.vectorized(SPAN):
-                product[i, j] = T.float32(0)
-        for c in T.serial(size):
-            for i in T.unroll(s.together):
-                for j in T.vectorized(SPAN):
-                    product[i, j] = product[i, j] + (
-                        feature[part * s.together + i, c] * names["pages"][b, g, m, size + c * SPAN + j]
-                    )
-        for i in T.unroll(s.together):
-            for j in T.vectorized(SPAN):
-                best[j] = T.max(best[j], product[i, j])
-    for j in T.vectorized(SPAN):
-        names["rank"][unit, m * SPAN + j] = ordered(best[j])
+def _below(names: Any, s: Any, b: Any, g: Any, m: Any) -> Callable[[Any, Any], Any]:
+    """Return number ``c`` of the description of page ``j`` of super-page ``m``."""
+    return lambda c, j: names["pages"][b, g, m, place_of(2 * s.key_dim, j, c)]
 
 
 @T.inline
@@ -94,6 +75,7 @@ def rank_levels(names, s, r, b, g, t, unit, p):  # noqa: D103
     channel = T.alloc_buffer((r.ranked(s.key_dim),), "int32", scope="local")
     feature = T.alloc_buffer((s.share, r.ranked(s.key_dim)), "float32", scope="local")
     best = T.alloc_buffer((1,), "int32", scope="local")
+    below = T.alloc_buffer((SPAN,), "float32", scope="local")
     least = T.alloc_buffer((2,), "int32", scope="local")
     reached = first_near(r, p) // SPAN
     sunk = T.min(T.int64(-(-r.sinks // r.page) // SPAN), reached)
@@ -112,7 +94,9 @@ def rank_levels(names, s, r, b, g, t, unit, p):  # noqa: D103
         m = reached - k
         best[0] = T.if_then_else(k == 0, 1, names["rank"][unit, m])
         if best[0] > 0:
-            _score_below(names, s, b, g, m, unit, feature)
+            score_tile(s, 2 * s.key_dim, feature, _below(names, s, b, g, m), below)
+            for j in T.vectorized(SPAN):
+                names["rank"][unit, m * SPAN + j] = ordered(below[j])
         else:
             for j in T.vectorized(SPAN):
                 names["rank"][unit, m * SPAN + j] = T.int32(NEVER)

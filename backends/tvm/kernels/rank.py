@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from tvm.script import tirx as T
 
@@ -167,32 +169,42 @@ def force(names, r, unit, p):  # noqa: D103
 
 
 @T.inline
+def score_tile(s, count, feature, held, best):  # noqa: D103
+    # Leaves in ``best [SLOTS]`` the highest product of the group's heads with each of as many descriptions, of which
+    # ``held(c, j)`` is number ``c`` of ``count``.
+    product = T.alloc_buffer((s.together, SLOTS), "float32", scope="local")
+    for j in T.vectorized(SLOTS):
+        best[j] = T.float32(LOWEST)
+    for part in T.serial(s.share // s.together):
+        for i in T.unroll(s.together):
+            for j in T.vectorized(SLOTS):
+                product[i, j] = T.float32(0)
+        for c in T.serial(count):
+            for i in T.unroll(s.together):
+                for j in T.vectorized(SLOTS):
+                    product[i, j] = product[i, j] + feature[part * s.together + i, c] * held(c, j)
+        for i in T.unroll(s.together):
+            for j in T.vectorized(SLOTS):
+                best[j] = T.max(best[j], product[i, j])
+
+
+def _of_tile(names: Any, b: Any, g: Any, tile: Any, channel: Any) -> Callable[[Any, Any], Any]:
+    """Return number ``channel[c]`` of description ``j`` of a tile."""
+    return lambda c, j: names["pages"][b, g, tile, channel[c], j]
+
+
+@T.inline
 def rank_pages(names, s, r, b, g, t, unit, p):  # noqa: D103
     # Writes into row ``unit`` of ``rank`` what the token at position ``p`` ranks each page, or token, by.
     channel = T.alloc_buffer((r.ranked(s.key_dim),), "int32", scope="local")
     feature = T.alloc_buffer((s.share, r.ranked(s.key_dim)), "float32", scope="local")
-    product = T.alloc_buffer((s.together, SLOTS), "float32", scope="local")
     best = T.alloc_buffer((SLOTS,), "float32", scope="local")
     if r.by_token:
         _strongest(names, s, r, b, g, t, channel, feature)
     else:
         features(names, s, r, b, g, t, channel, feature)
     for tile in T.serial(p // r.unit // SLOTS + 1):
-        for j in T.vectorized(SLOTS):
-            best[j] = T.float32(LOWEST)
-        for part in T.serial(s.share // s.together):
-            for i in T.unroll(s.together):
-                for j in T.vectorized(SLOTS):
-                    product[i, j] = T.float32(0)
-            for c in T.serial(r.ranked(s.key_dim)):
-                for i in T.unroll(s.together):
-                    for j in T.vectorized(SLOTS):
-                        product[i, j] = product[i, j] + (
-                            feature[part * s.together + i, c] * names["pages"][b, g, tile, channel[c], j]
-                        )
-            for i in T.unroll(s.together):
-                for j in T.vectorized(SLOTS):
-                    best[j] = T.max(best[j], product[i, j])
+        score_tile(s, r.ranked(s.key_dim), feature, _of_tile(names, b, g, tile, channel), best)
         for j in T.vectorized(SLOTS):
             names["rank"][unit, tile * SLOTS + j] = ordered(best[j])
     if r.by_event:
