@@ -20,11 +20,13 @@ from memc.pipeline import PassReport
 from memc.program import Program, retie
 from memc.relation import Bounded, Close
 from memc.rewrite import result_of
+from memc.verify import split_invariance
 from tests.core.tiny import TinyConfig, tiny_program
 from tests.passes.oracle import lizard_attention, shared_attention
 from tests.passes.tiny_program import TARGET, naive_run, run_pieces, tiny, tokens_of
 
 SMALL: dict[str, Any] = {"window": 5, "sinks": 2, "feature_size": 12}
+MEMORY = torch.ops.memc.linear_memory.default
 
 
 def rewrite(program: Program, options: Linearize) -> tuple[Program, PassReport]:
@@ -348,3 +350,20 @@ def test_the_oracle_sees_planted_faults(fault: Any) -> None:
         result.module.recompile()
     error = (result.run(tokens) - expected).abs().max()
     assert error < 5e-5 if fault is None else error > 1e-3
+
+
+@pytest.mark.parametrize("options", [{"update": "gated"}, {"update": "gated_delta"}, {"gate": "channel", "sinks": 0}])
+def test_a_split_is_checked_past_the_window_and_a_fault_in_the_memory_is_found(options: dict[str, Any]) -> None:
+    """The tokens of the check fit into the window, where the memory holds nothing and any fault of it is silent."""
+    result = shake(rewrite(tiny(), Linearize(**{**SMALL, "window": 20, **options}))[0], mass=5.0)
+    tokens = tokens_of(3, 7)
+    assert split_invariance(result, tokens).passed
+    memory = next(iter(result.module.graph.find_nodes(op="call_function", target=MEMORY)))
+    after = result_of(memory, 1)
+    assert after is not None
+    with result.module.graph.inserting_after(after):
+        wrong = result.module.graph.call_function(torch.ops.aten.mul.Tensor, (after, 1.1))
+    after.replace_all_uses_with(wrong, delete_user_cb=lambda user: user is not wrong)
+    result.module.recompile()
+    check = split_invariance(result, tokens)
+    assert not check.passed and "behind" in check.detail
