@@ -316,7 +316,10 @@ class Prune(Pass):
             return spaced(draft.removals, draft.count), []
         given = (program, draft.groups, draft.removals, draft.count, self._score, calibration, cuts)
         chosen, values = removing.choose(*given)
-        return [draft.removals[index] for index in chosen], list(zip(draft.removals, values, strict=False))
+        scored = draft.removals
+        if self._score == "similarity":
+            scored = tuple(draft.removals[run[0]] for run in removing.runs(draft.removals, draft.count))
+        return [draft.removals[index] for index in chosen], list(zip(scored, values, strict=True))
 
     def _cuts(self, program: Program, draft: Draft, calibration: Calibration | None) -> list[Cut]:
         by_weights = self.calibrates() is None and not program.is_fake

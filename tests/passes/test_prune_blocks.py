@@ -100,6 +100,23 @@ def test_a_run_of_layers_goes_by_the_angle_over_it() -> None:
     assert report.details["total"]["chosen_by"] == "similarity" and report.details["1"]["layer"] == "removed"
 
 
+def test_scores_of_runs_stand_under_their_first_layer_where_a_layer_between_stays() -> None:
+    program, calibration = tiny(layers=5), text()
+    names = {"unit": "layers", "amount": 0.4, "score": "similarity"}
+    _, report = prune(program, calibration, **names, protect="[1]")
+    draft = draft_of(program, "layers", 0.4)
+    ends = [draft.groups.stream_of(one.branches) for one in draft.removals]
+    scored = {layer: facts for layer, facts in report.details.items() if "layer_similarity" in facts}
+    assert set(scored) == {"2", "3"}, "layers 0 and 1 begin no run of two"
+    for layer, facts in scored.items():
+        ins, outs = (
+            values(program, node, calibration).unflatten(0, (12, 16))[:, -1]
+            for node in (ends[int(layer)][0], ends[int(layer) + 1][1])
+        )
+        expected = float(torch.arccos(cosine_similarity(ins, outs, dim=-1)).mean()) / math.pi
+        assert facts["layer_similarity"] == pytest.approx(expected, rel=1e-3)
+
+
 def nll(program: Program, tokens: Tensor) -> float:
     return float(cross_entropy(program.run(tokens)[0, :-1], tokens[0, 1:]))
 
