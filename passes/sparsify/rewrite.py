@@ -375,5 +375,6 @@ def _refuse(program: Program, block: AttentionBlock) -> sites.Refusal | None:
             pass
     refusal = sites.refuse_constant_state(program, block)
     if refusal is None and isinstance(block.bias, Alibi):
-        return "alibi", "ALiBi weighs tokens by their distance, and a page has no one distance to score it by"
+        reason = "ALiBi weighs tokens by their distance, and a page has no one distance to score it by"
+        return "alibi", f"{reason}; the passes 'window' and 'linearize' keep it"
     return refusal
