@@ -1,17 +1,19 @@
 """Which raw ops make one token's result depend on another token: what no attention explains keeps a model whole.
 
 A token's axis is one whose size has the number of tokens in it and not that of sequences: of what lies flat, all tokens
-of a batch in one row as mixtures of experts have them, nothing is said. Nothing is guessed at an op that is not known.
+of a batch in one row as mixtures of experts have them, nothing is said. What an op that is not known does is tried out,
+and where it cannot be tried it is not guessed at.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node
+from torch.fx.node import map_arg
 
 from memc.raising.evaluate import shape
 from memc.raising.probe import Probe
@@ -84,7 +86,45 @@ def _along(probe: Probe, node: Node, name: str, bound: dict[str, Any]) -> str | 
         axes = range(rank) if given is None or given == [] else given if isinstance(given, list | tuple) else [given]
         along = {int(axis) % rank for axis in axes} & tokens
         return f"{name} over the tokens" if along else None
-    return None if name in _KEEPS else f"{name} is not known to keep tokens apart"
+    return None if name in _KEEPS or _keeps_apart(probe, node) else f"{name} is not known to keep tokens apart"
+
+
+def _keeps_apart(probe: Probe, node: Node) -> bool:
+    """Tell by running it whether an op gives every token the same whatever another one of its inputs is."""
+    sizes, changed = {"B": 2, "T": 5, "U": 4}, 2
+    generator = torch.Generator().manual_seed(0)
+
+    def example(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return probe.size_at(value, sizes)
+        shape = [probe.size_at(size, sizes) for size in value.shape]
+        return torch.randn(shape, generator=generator).to(value.dtype)
+
+    def without(source: Node, value: Any) -> Any:
+        for axis in _axes(probe, shape(source)):
+            value = value.index_fill(axis, torch.tensor([changed]), 3)
+        return value
+
+    given = {source: example(source.meta["val"]) for source in node.all_input_nodes}
+    other = {source: without(source, value) for source, value in given.items()}
+    try:
+        before, after = (_tensors(_run(node, values)) for values in (given, other))
+        pairs = list(zip(before, after, _tensors(node.meta["val"]), strict=True))
+    except (RuntimeError, TypeError, IndexError, ValueError):
+        return False
+    left = torch.tensor([token for token in range(sizes["T"]) if token != changed])
+    return all(
+        torch.equal(*(x.index_select(axis, left) for x in (first, second)))
+        for first, second, value in pairs
+        for axis in _axes(probe, tuple(value.shape))
+        if first.shape[axis] == sizes["T"]
+    )
+
+
+def _run(node: Node, values: Mapping[Node, Any]) -> Any:
+    target: Any = node.target
+    with torch.no_grad():
+        return target(*map_arg(node.args, values.__getitem__), **map_arg(dict(node.kwargs), values.__getitem__))
 
 
 def _bound(node: Node) -> dict[str, Any]:

@@ -256,6 +256,11 @@ def gathered_before(x: Tensor) -> Tensor:
     return x.gather(1, before[None, :, None].expand_as(x))
 
 
+def in_groups(x: Tensor) -> Tensor:
+    """A norm over groups of channels, and over all tokens at once."""
+    return nn.functional.group_norm(x.transpose(1, 2), 4).transpose(1, 2)
+
+
 MIXING = {
     shifted: "moves tokens",
     with_the_first: "slice over the tokens",
@@ -275,12 +280,21 @@ def test_what_mixes_tokens_beside_attention_is_named_with_its_line(function: Cal
     assert misses and misses[0].source.startswith("test_raising.py:")
 
 
+def test_an_op_that_is_not_known_is_tried_out() -> None:
+    module, tokens = Tiny(causal_softmax, activation=in_groups).eval(), torch.randint(0, VOCAB, (2, 7))
+    inputs = (tokens, torch.arange(7).expand(2, 7).contiguous())
+    result = raise_program(capture(module, inputs, decoder=True))
+    assert [miss.reason for miss in result.near_misses] == ["group_norm is not known to keep tokens apart"]
+    assert not result.program.raised
+
+
 def side_by_side(x: Tensor) -> Tensor:
     """Channels in groups, looked up, rolled, padded, in products with one another and summed up: each token alone."""
     parts = x.unflatten(-1, (5, 8))
     mixed = torch.einsum("btgc,bthc->btgh", parts, parts) @ parts
     turned = torch.stack([mixed, parts.flip(-1).roll(1, 2)], -1).cumsum(-1).select(-1, 1)
     picked = nn.functional.pad(turned[:, :, [4, 1, 0, 2]], (0, 0, 0, 1))
+    picked = nn.functional.relu6(picked) + nn.functional.selu(picked) + torch.clip(picked, -1, 1).negative()
     return picked.flatten(2) + x.softmax(-1) * x.amax(-1, keepdim=True) + x.topk(1, -1).values
 
 
