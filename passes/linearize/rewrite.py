@@ -13,7 +13,6 @@ from memc.errors import MemcError
 from memc.passes.linearize.site import PARAMETERS, rewrite_site
 from memc.pipeline import Pass, PassReport, Plan, option
 from memc.program import Program
-from memc.raising.evaluate import ancestors
 from memc.relation import Bounded, Close, Relation
 from memc.rewrite import Editor
 from memc.target import Target
@@ -213,7 +212,7 @@ class Linearize(Pass):
             return "sliding_window", f"the layer never reads past {size} tokens; the pass 'window' bounds its state"
         if block.hidden is None:
             return "hidden", "query, key and value are not projected from one tensor, which the gates read"
-        if self.form == "lizard" and _is_placed(program, block):
+        if self.form == "lizard" and sites.placed_before_rotation(program, block):
             return (
                 "rotary",
                 "a part of every head is rotated by itself, which this form leaves out; form=shared keeps it",
@@ -221,13 +220,3 @@ class Linearize(Pass):
         if block.sink_logits is not None and self.form == "lizard":
             return "sink_logits", "the model has sinks of its own where this form puts its meta logits"
         return None
-
-
-def _is_placed(program: Program, block: AttentionBlock) -> bool:
-    """Tell whether what the block has for queries and keys before rotation depends on positions all the same."""
-    assert block.hidden is not None
-    places = {
-        node for node, spec in zip(program.placeholders(), program.inputs, strict=False) if spec.role == "positions"
-    }
-    before = ancestors([block.query_pre_rotary, block.key_pre_rotary], [block.hidden])
-    return not places.isdisjoint(before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -152,3 +153,7 @@ def test_a_part_that_is_rotated_by_itself_is_refused_where_rotation_has_to_go() 
     plan = Linearize(form="lizard", window=6).plan(raised("deepseek_v3")[0].program, TARGET)
     assert not plan.sites and {each.code for each in plan.rejections} == {"rotary"}
     assert "form=shared" in plan.rejections[0].reason
+    by_distance = Sparsify(budget=64, page=4, window=4, retrieve="decay:50%")
+    plan = by_distance.plan(raised("deepseek_v3")[0].program, TARGET)
+    assert not plan.sites and {each.code for each in plan.rejections} == {"rotary"}
+    assert replace(by_distance, retrieve="heads:50%").plan(raised("deepseek_v3")[0].program, TARGET).sites
