@@ -211,6 +211,31 @@ class MaskedByTokens(Tiny):
         return self.head(nn.functional.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None], mask)[:, 0])
 
 
+class Near(nn.Module):
+    """An encoder whose tokens read their neighbours, with queries and keys that are scaled as they are projected."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.qkv, self.head = nn.Embedding(VOCAB, WIDTH), nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, 7)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        batch, length = tokens.shape
+        q, k, v = self.qkv(self.tokens(tokens)).chunk(3, -1)
+        q, k, v = (x.view(batch, length, HEADS, -1).transpose(1, 2) for x in (q * 0.1, k / 2.0, v))
+        at = torch.arange(length)
+        scores = (q @ k.transpose(-1, -2)).masked_fill((at[:, None] - at).abs() > 2, -torch.inf)
+        return self.head((scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, length, WIDTH))
+
+
+def test_what_is_not_raised_computes_what_it_did() -> None:
+    torch.manual_seed(0)
+    module, tokens = Near().eval(), torch.randint(0, VOCAB, (2, 9))
+    result = raise_program(capture(module, (tokens,)))
+    assert [miss.nearest for miss in result.near_misses] == ["softmax attention"] and not result.program.raised
+    with torch.no_grad():
+        torch.testing.assert_close(result.program(tokens)[0], module(tokens), rtol=0, atol=1e-6)
+
+
 def test_a_mask_that_tokens_choose_is_no_mask_that_is_known() -> None:
     tokens = torch.randint(0, VOCAB, (2, 7))
     module = MaskedByTokens(causal_softmax).eval()
