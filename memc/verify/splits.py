@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from memc.dialect import arguments, op_spec
+from memc.dialect.base import Arguments
 from memc.program import Program
 from memc.verify.execute import PIECE, cut, rows, run_all, streams
 from memc.verify.inputs import inputs_of, positions_of
@@ -39,10 +40,15 @@ def split_invariance(program: Program, tokens: Tensor, floor: float = 0.0) -> Ch
 
 def holds_all_to(program: Program) -> int | None:
     """Return how many tokens of a sequence a program holds before an op lets the first go, None when none ever does."""
-    nodes = (node for node in program.module.graph.nodes if node.op == "call_function")
-    specs = ((node, spec) for node in nodes if (spec := op_spec(node.target)) is not None)
-    lengths = (spec.arguments(**arguments(node)).holds_all_to for node, spec in specs)
-    return max((length for length in lengths if length is not None), default=None)
+    return max((call.holds_all_to for call in _calls(program) if call.holds_all_to is not None), default=None)
+
+
+def _calls(program: Program) -> Iterator[Arguments]:
+    """Yield the arguments of every dialect op."""
+    for node in program.module.graph.nodes:
+        spec = op_spec(node.target) if node.op == "call_function" else None
+        if spec is not None:
+            yield spec.arguments(**arguments(node))
 
 
 def _short(program: Program, tokens: Tensor) -> Mapping[str, Tensor]:
@@ -70,13 +76,15 @@ def _short(program: Program, tokens: Tensor) -> Mapping[str, Tensor]:
 def _past(program: Program, tokens: Tensor) -> Mapping[str, Tensor]:
     """Compare the last T tokens of one sequence that is T tokens longer than what a program holds.
 
-    The text is ``tokens`` over and over. Calls of no more than ``PIECE`` tokens bound the logits that are held.
+    Nothing where it would choose what it reads by then. The text is ``tokens`` over and over. Calls of no more than
+    ``PIECE`` tokens bound the logits that are held.
     """
     length, held = tokens.shape[1], holds_all_to(program)
     if held is None:
         return {}
     wanted = min(held + length, program.model.longest or held + length)
-    if wanted <= held:
+    # Where something is chosen, an order of sums may turn a choice: that is held to another measure when lowered.
+    if wanted <= held or any(call.reads_all_to is not None and call.reads_all_to < wanted for call in _calls(program)):
         return {}
     row = tokens.reshape(1, -1)[:, torch.arange(wanted) % tokens.numel()]
     padded, positions, columns = _mixed_lengths(row)
