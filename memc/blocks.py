@@ -103,8 +103,8 @@ class AttentionBlock:
     ``attention`` is the ``memc::attention`` (or ``full_attention``) node; ``query [B, heads, T, head_dim]``,
     ``key`` and ``value [B, kv_heads, T, head_dim]`` are its inputs, after rotary and query-key norms; ``output`` is the
     value ``[B, heads, T, value_dim]`` that goes to the output projection. ``hidden [B, T, width]`` is what query, key
-    and value are projected from, or None when they come from different places. ``query_pre_rotary`` and
-    ``key_pre_rotary`` equal query and key where there is no rotary.
+    and value are projected from, in however many steps, or None when they come from different places.
+    ``query_pre_rotary`` and ``key_pre_rotary`` equal query and key where there is no rotary.
     """
 
     layer: int
@@ -136,7 +136,8 @@ class AttentionBlock:
 
 @dataclass(frozen=True)
 class FeedForwardBlock:
-    """One feed-forward network: ``output = down(activation(gate(x)) * up(x))``, or without ``gate``.
+    """One feed-forward network: ``output = down(activation(gate(x)) * up(x))``, or without ``gate``. What ``down``
+    projects may be normalised first.
 
     ``kind`` ``moe`` names a mixture of experts, which is seen and not taken apart: only ``input`` and ``output`` count.
     """

@@ -22,6 +22,7 @@ from memc.head_split import HeadSplit
 from memc.pipeline import Plan, Rejection, Site
 from memc.program import Program
 from memc.raising import find_blocks
+from memc.raising.evaluate import ancestors
 from memc.rewrite import owns_its_states
 
 Refusal = tuple[str, str]
@@ -208,6 +209,16 @@ def planned_blocks(program: Program, plan: Plan) -> tuple[tuple[AttentionBlock, 
         for block in attention_blocks(program)
         if (block.layer, block.path) in planned
     )
+
+
+def placed_before_rotation(program: Program, block: AttentionBlock) -> bool:
+    """Tell whether what a block has for queries and keys before rotation depends on positions all the same.
+
+    So it is where a part of every head is rotated by itself (multi-head latent attention).
+    """
+    places = {n for n, spec in zip(program.placeholders(), program.inputs, strict=False) if spec.role == "positions"}
+    before = ancestors([block.query_pre_rotary, block.key_pre_rotary], [] if block.hidden is None else [block.hidden])
+    return not places.isdisjoint(before)
 
 
 def refuse_constant_state(program: Program, block: AttentionBlock) -> Refusal | None:

@@ -50,6 +50,11 @@ class Arguments(ABC):
         """
         return None
 
+    @property
+    def holds_all_to(self) -> int | None:
+        """How many tokens of a sequence its state holds before the first has to go, None where none ever does."""
+        return None
+
     @abstractmethod
     def cost(self, context: int) -> Cost:
         """Return the work of one token of one sequence when it holds ``context`` tokens, by shapes and types alone."""

@@ -45,6 +45,11 @@ class WindowMemory(CausalAttention):
         held = (self.past_key, self.past_value, self.past_positions)
         return out, log_sum_exp(self.query), *(x.new_empty(x.shape) for x in (*left, *held))
 
+    @property
+    def holds_all_to(self) -> int:
+        """How many tokens of a sequence its state holds before the first has to go."""
+        return self.window + self.sinks
+
     def cost(self, context: int) -> Cost:
         """Return the work of one token."""
         query, key, value = self.query, self.key, self.value

@@ -13,7 +13,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from memc.blocks import Block, NearMiss
 from memc.infer import infer
 from memc.program import Program, StateSpec
-from memc.raising.attention import MismatchError, Site, find_sites
+from memc.raising.attention import MismatchError, Site, find_sites, unfold_scale
 from memc.raising.canonical import lower_site, operands, scores_of
 from memc.raising.evaluate import content_nodes
 from memc.raising.find import block_parameters, find_blocks, path_of
@@ -58,8 +58,11 @@ def raise_program(program: Program) -> Raised:
             stateful += _raise_site(probe, found, stateful, roots)
         except MismatchError as mismatch:
             misses.append(near_miss(mismatch))
+            if isinstance(found, Site):
+                unfold_scale(found)
         except GuardOnDataDependentSymNode as guard:
             assert isinstance(found, Site)
+            unfold_scale(found)
             misses.append(near_miss(MismatchError("attention", f"shape depends on values: {guard}", found.output)))
     _return_states(program)
     module.graph.eliminate_dead_code()

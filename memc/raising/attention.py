@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from memc.raising.build import call
 from memc.raising.evaluate import UnknownValueError, evaluate, hints, shape
 
 aten = torch.ops.aten
@@ -78,7 +79,8 @@ class Site:
     ``output`` is the node to replace. ``query``, ``key``, ``value`` are 4-D, or 3-D with batch and heads merged.
     ``key_transposed`` tells that the key node is ``[..., D, S]``. ``logits`` is what softmax takes (None
     for scaled_dot_product_attention); between the raw product and it ``addends`` are added in order and
-    ``maskings`` blank entries. ``mask`` is the mask argument of scaled_dot_product_attention.
+    ``maskings`` blank entries. ``mask`` is the mask argument of scaled_dot_product_attention. ``folded`` are the query
+    or key that a factor was taken out of further up in the graph, with the factor.
     """
 
     output: Node
@@ -94,6 +96,7 @@ class Site:
     addends: list[Addend] = field(default_factory=list)
     maskings: list[Node] = field(default_factory=list)
     sink_logits: Node | None = None
+    folded: list[tuple[Node, float]] = field(default_factory=list)
 
 
 def find_sites(module: GraphModule, content: set[Node], of_tokens: set[Node]) -> Iterator[Site | MismatchError]:
@@ -333,7 +336,7 @@ def fold_scale(site: Site) -> Site:
     """Move number factors of query and key into the scale, also from before their heads were split."""
     for name in ("query", "key"):
         node: Node = getattr(site, name)
-        trail, shared = node, False
+        trail, shared, taken = node, False, 1.0
         while trail.op == "call_function" and trail.all_input_nodes:
             if trail.target in _SCALINGS:
                 source, factor = trail.args[0], _number(trail)
@@ -344,6 +347,7 @@ def fold_scale(site: Site) -> Site:
                     node = source
                 else:
                     trail.replace_all_uses_with(source)
+                    taken *= factor
                 trail = source
                 continue
             if trail.target not in _PASS_THROUGH | _VIEWS | {aten.transpose.int, aten.permute.default}:
@@ -352,7 +356,18 @@ def fold_scale(site: Site) -> Site:
             trail = trail.all_input_nodes[0]
             shared |= len(trail.users) > 1
         setattr(site, name, node)
+        site.folded += [(node, taken)] if taken != 1.0 else []
     return site
+
+
+def unfold_scale(site: Site) -> None:
+    """Put back the factors that were taken out of the graph, of which the site alone reads what they multiply."""
+    for node, factor in site.folded:
+        readers = list(node.users)
+        with node.graph.inserting_after(node):
+            scaled = call(node.graph, aten.mul.Tensor, node, factor, like=node)
+        for reader in readers:
+            reader.replace_input_with(node, scaled)
 
 
 def _number(node: Node) -> float | None:

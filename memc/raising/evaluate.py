@@ -11,11 +11,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+from memc.prepare import HALF
 from memc.program import get_tensor
 
 aten = torch.ops.aten
-
-_HALF = (torch.float16, torch.bfloat16)
 
 
 class UnknownValueError(Exception):
@@ -85,7 +84,7 @@ def evaluate(
     def constant(item: Any) -> Any:
         if replace and isinstance(item, int) and not isinstance(item, bool) and item in replace:
             return replace[item]
-        return torch.float32 if item in _HALF else item
+        return torch.float32 if item in HALF else item
 
     with torch.no_grad():
         for node in module.graph.nodes:
@@ -95,10 +94,10 @@ def evaluate(
                 tensor = get_tensor(module, str(node.target))
                 if isinstance(tensor, FakeTensor) or tensor.is_meta:
                     raise UnknownValueError(str(node.target))
-                values[node] = tensor.detach().float() if tensor.dtype in _HALF else tensor.detach()
+                values[node] = tensor.detach().float() if tensor.dtype in HALF else tensor.detach()
             elif node.op == "call_function":
                 args = map_arg(torch.fx.node.map_aggregate(node.args, constant), values.__getitem__)
-                kwargs = {name: torch.float32 if item in _HALF else item for name, item in node.kwargs.items()}
+                kwargs = {name: torch.float32 if item in HALF else item for name, item in node.kwargs.items()}
                 values[node] = node.target(*args, **map_arg(kwargs, values.__getitem__))
             else:
                 raise UnknownValueError(node.name)

@@ -89,7 +89,10 @@ OTHER = "other"
 
 @dataclass(frozen=True)
 class FoundFeedForward:
-    """The nodes of one feed-forward network; for packed weights ``gate`` and ``up`` are the same projection."""
+    """The nodes of one feed-forward network; for packed weights ``gate`` and ``up`` are the same projection.
+
+    What ``down`` projects may be normalised first (BitNet b1.58).
+    """
 
     input: Node
     up: Node
@@ -106,13 +109,15 @@ def find_feed_forward(module: GraphModule) -> Iterator[FoundFeedForward]:
     for down in module.graph.nodes:
         if down.target not in LINEAR or down not in content:
             continue
-        entry = linear_input(down)
+        entry = _before_norm(linear_input(down))
         sources = _projections(entry, content)
         if not sources or len(sources) > 2:
             continue
         inputs = {_see_through(linear_input(source)) for source in sources}
         if len(inputs) != 1:
             continue
+        if entry is not linear_input(down) and hints(down)[-1] != hints(next(iter(inputs)))[-1]:
+            continue  # as what makes logits of masked tokens: a layer, a norm and the vocabulary
         found = _classify(module, entry, sources)
         if found is None:
             continue
@@ -155,6 +160,14 @@ def _see_through(node: Node) -> Node:
     while node.target in _VIEWS:
         node = node.all_input_nodes[0]
     return node
+
+
+def _before_norm(entry: Node) -> Node:
+    """Return what is normalised before it is projected, or the entry itself."""
+    node = _see_through(entry)
+    source = node.args[0] if node.target == torch.ops.memc.norm.default else entry
+    assert isinstance(source, Node)
+    return source
 
 
 def _projections(entry: Node, content: set[Node]) -> list[Node]:

@@ -30,7 +30,7 @@ from memc.blocks import (
 )
 from memc.dialect import arguments
 from memc.program import Program, get_tensor
-from memc.raising.evaluate import UnknownValueError, evaluate, hints, shape
+from memc.raising.evaluate import UnknownValueError, content_nodes, evaluate, hints, shape
 from memc.raising.feed_forward import LINEAR, find_feed_forward, linear_input, linear_parts
 
 aten = torch.ops.aten
@@ -108,6 +108,8 @@ def layer_of(path: str, ordinal: int) -> int:
 def _attention(program: Program) -> Iterator[AttentionBlock]:
     seen: dict[Node, str] = {}
     nodes = [node for node in program.module.graph.nodes if node.target in _ATTENTION]
+    inputs = zip(program.placeholders(), program.inputs, strict=False)
+    content = content_nodes(program.module, [node for node, spec in inputs if spec.role != "positions"])
     for ordinal, node in enumerate(nodes):
         bound = arguments(node)
         query, key, value = bound["query"], bound["key"], bound["value"]
@@ -123,9 +125,11 @@ def _attention(program: Program) -> Iterator[AttentionBlock]:
         cross = not stateful and "query" in sources and "key" in sources and sources["query"] is not sources["key"]
         shared = seen.get(key)
         seen.setdefault(key, f"layer {layer}")
-        hidden = (
-            linear_input(projections["query"].node) if len(set(sources.values())) == 1 and len(sources) == 3 else None
-        )
+        hidden = None
+        if len(set(sources.values())) == 1 and len(sources) == 3:
+            hidden = linear_input(projections["query"].node)
+        elif stateful:
+            hidden = _meeting(content, query, key, value)
         rotary = _rotary(key)
         yield AttentionBlock(
             layer=layer,
@@ -154,6 +158,24 @@ def _attention(program: Program) -> Iterator[AttentionBlock]:
             kv_source="cross" if cross else (shared or "self"),
             streamable=stateful,
         )
+
+
+def _meeting(content: set[Node], *ends: Node) -> Node | None:
+    """Return the nearest tensor ``[B, T, width]`` that all of ``ends`` come from and nothing but it; None for none.
+
+    So what is projected in steps (multi-head latent attention) has an input too. Not behind another attention.
+    """
+    frontier = set(ends)
+    while True:
+        last = max(frontier)
+        if len(frontier) == 1 and last not in ends and len(shape(last)) == 3:
+            return last
+        frontier.remove(last)
+        if last.op != "call_function" or last.target in _ATTENTION:
+            return None
+        frontier.update(source for source in last.all_input_nodes if source in content)
+        if not frontier:
+            return None
 
 
 def _token_major(hidden: Node | None, query: Node) -> Node | None:
@@ -249,7 +271,7 @@ def _projections(
         if user.target in LINEAR:
             yield "output", _describe(user, None)
             return
-        if user.target in _THROUGH:
+        if user.target in _THROUGH or user.target == _NORM:  # BitNet b1.58 normalises what it projects
             stack += list(user.users)
 
 
@@ -327,7 +349,7 @@ def _experts(program: Program) -> Iterator[FeedForwardBlock]:
 
     What a pass added, whose parameters are below ``memc``, may choose as well and is none.
     """
-    graph = program.module.graph
+    graph, seen = program.module.graph, set[str]()
     for ordinal, node in enumerate(n for n in graph.nodes if n.target == aten.topk.default):
         router = node
         while router.target not in LINEAR and router.all_input_nodes:
@@ -336,6 +358,9 @@ def _experts(program: Program) -> Iterator[FeedForwardBlock]:
             continue
         path = path_of(router)
         owner = path.rpartition(".")[0] or path
+        if owner in seen:  # groups of experts are chosen before experts
+            continue
+        seen.add(owner)
         inside = [n for n in graph.nodes if (path_of(n) + ".").startswith(owner + ".") and "val" in n.meta]
         entry = _see(linear_input(router))
         kind: Literal["moe"] = "moe"

@@ -10,6 +10,7 @@ from torch.fx import Node
 
 from memc.raising.build import call
 from memc.raising.evaluate import UnknownValueError, ancestors, content_nodes, hints, is_symbolic, shape
+from memc.raising.mixing import mixes_tokens
 from memc.raising.probe import Probe
 
 aten = torch.ops.aten
@@ -147,41 +148,3 @@ def _cuts_at_length(probe: Probe, node: Node) -> bool:
     source, axis = node.args[0], node.args[1] if len(node.args) > 1 else 0
     assert isinstance(source, Node) and isinstance(axis, int)
     return not is_symbolic(shape(source)[axis]) and is_symbolic(shape(node)[axis])
-
-
-_REDUCTIONS = {
-    "cumsum", "cumprod", "sum", "mean", "amax", "amin", "max", "min", "softmax", "_softmax", "log_softmax", "flip",
-    "roll", "sort", "argmax", "argmin", "var", "std", "conv1d", "convolution", "logcumsumexp", "index_select", "select",
-    "scaled_dot_product_attention", "narrow",
-}  # fmt: skip
-
-
-def mixes_tokens(probe: Probe, node: Node) -> str | None:
-    """Say why a raw op makes one token's result depend on another token; None when it does not."""
-    if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace != "aten":
-        return None
-    inputs = [source for source in node.all_input_nodes if any(probe.is_dim(size, "T") for size in shape(source))]
-    if not inputs:
-        return None
-    name = node.target._schema.name.removeprefix("aten::")
-    if name in ("matmul", "bmm", "mm") and len(node.args) == 2:
-        left = node.args[0]
-        assert isinstance(left, Node)
-        if shape(left) and probe.is_dim(shape(left)[-1], "T"):
-            return f"{name} sums over tokens"
-        right = node.args[1]
-        assert isinstance(right, Node)
-        if shape(right) and probe.is_dim(shape(right)[-1], "T"):
-            return f"{name} compares tokens with one another"
-        return None
-    if name not in _REDUCTIONS or node.target._overloadname == "other":  # max.other takes the greater of two tensors
-        return None
-    source = inputs[0]
-    token_axes = {axis for axis, size in enumerate(shape(source)) if probe.is_dim(size, "T")}
-    if name in ("conv1d", "convolution", "scaled_dot_product_attention"):
-        return f"{name} mixes tokens"
-    dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-    if dims is None:
-        return f"{name} over all tokens"
-    axes = {int(dim) % len(shape(source)) for dim in (dims if isinstance(dims, list | tuple) else [dims])}  # type: ignore[arg-type]
-    return f"{name} over the tokens" if axes & token_axes else None

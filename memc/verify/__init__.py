@@ -10,9 +10,9 @@ from memc.verify.relations import (
     kl_mean,
     noise_floor,
     perplexity,
-    split_invariance,
 )
 from memc.verify.sites import BadSite, first_bad_site
+from memc.verify.splits import split_invariance
 from memc.verify.structure import Problem, require_well_formed, well_formed
 from memc.verify.text import VerificationText, past, sample_text, take
 

@@ -14,14 +14,12 @@ from memc.errors import MemcError
 from memc.evaluate.perplexity import perplexity_of
 from memc.program import Program
 from memc.relation import Bounded, Close, Exact, Relation
-from memc.verify.execute import PIECE, cut, logits, rows, run_all, streams, whole, whole_all
-from memc.verify.inputs import inputs_of, positions_of
+from memc.verify.execute import PIECE, cut, logits, rows, streams, whole, whole_all
 from memc.verify.sites import first_bad_site
 from memc.verify.text import VerificationText, take
 
 LENGTHS = (1, 2, 13)
 BATCHES = (1, 3)
-SPLIT_TOLERANCE = 1e-4
 NO_KL = 1e-6
 """Divergence, in nats a token, under which there is none to speak of."""
 
@@ -41,7 +39,8 @@ class CheckResult:
     detail: str = ""
 
 
-def _result(name: str, value: float, budget: float | None, floor: float | None, detail: str) -> CheckResult:
+def judged(name: str, value: float, budget: float | None, floor: float | None, detail: str) -> CheckResult:
+    """Return a check that passed when ``value`` is at or under ``budget``, or finite where nothing is promised."""
     # Written so that not-a-number never passes.
     passed = value <= budget if budget is not None else math.isfinite(value)
     return CheckResult(name, value, budget, floor, passed, detail)
@@ -78,7 +77,7 @@ def check_relation(
             return _check_close(original, result, "close", tolerance, limit, text, floor)
         case Bounded("kl_mean", budget):
             value = kl_mean(original, result, text.tokens)
-            return _result("kl_mean", value, budget, 0.0, _kl_detail(text))
+            return judged("kl_mean", value, budget, 0.0, _kl_detail(text))
         case Bounded("perplexity_ratio", budget):
             return _check_ratio("perplexity_ratio", original, result, budget, text)
         case Bounded("perplexity_ratio_to_window", budget) if baseline is not None:
@@ -86,7 +85,7 @@ def check_relation(
         case Bounded("kl_ratio_to_window", budget) if baseline is not None:
             found, window = kl_mean(original, result, text.tokens), kl_mean(original, baseline(), text.tokens)
             detail = f"{found:.4g} nats a token against {window:.4g} over {text.tokens.numel()} tokens"
-            return _result("kl_ratio_to_window", found / max(window, NO_KL), budget, None, detail)
+            return judged("kl_ratio_to_window", found / max(window, NO_KL), budget, None, detail)
     raise ValueError(f"relation {relation} cannot be measured")
 
 
@@ -108,7 +107,7 @@ def _check_close(
     if not worst <= tolerance:
         site = first_bad_site(original, result, take(text, 2, min(limit or LENGTHS[-1], LENGTHS[-1])))
         detail += f"; {site}" if site else ""
-    return _result(name, worst, tolerance, floor, detail)
+    return judged(name, worst, tolerance, floor, detail)
 
 
 def _worst(
@@ -167,7 +166,7 @@ def _check_ratio(
 
 def _ratio(name: str, before: float, after: float, budget: float | None, text: VerificationText) -> CheckResult:
     detail = f"perplexity {after:.4g} against {before:.4g} over {text.tokens.numel()} tokens"
-    return _result(name, after / before, budget, None, detail)
+    return judged(name, after / before, budget, None, detail)
 
 
 @torch.no_grad()
@@ -212,7 +211,7 @@ def check_text(
     before_perplexity, after_perplexity = _perplexity(before_nll, count), _perplexity(after_nll, count)
     ratio = _ratio("perplexity_ratio", before_perplexity, after_perplexity, budgets.get("perplexity_ratio"), text)
     value = divergence / text.tokens.numel()
-    return [ratio, _result("kl_mean", value, budgets.get("kl_mean"), 0.0, _kl_detail(text))]
+    return [ratio, judged("kl_mean", value, budgets.get("kl_mean"), 0.0, _kl_detail(text))]
 
 
 @torch.no_grad()
@@ -232,79 +231,6 @@ def _kl(before: Tensor, after: Tensor) -> float:
 
 def _kl_detail(text: VerificationText) -> str:
     return f"nats per token over {text.tokens.numel()} tokens"
-
-
-@torch.no_grad()
-def split_invariance(program: Program, tokens: Tensor, floor: float = 0.0) -> CheckResult:
-    """Check that ``tokens [B, T]`` give the same logits whole, by token, in odd pieces, padded, and row by row.
-
-    What is fetched is drawn, another block for each sequence. The budget is ``SPLIT_TOLERANCE`` or ten times the noise
-    ``floor``. A program that does not claim to be split-invariant passes with that said.
-    """
-    if not streams(program):
-        return CheckResult("split_invariance", 0.0, None, None, True, "not claimed: an op depends on the split")
-    length = tokens.shape[1]
-    odd = cut(program, length, 3)
-    padded, positions, columns = _mixed_lengths(tokens)
-    fetched = inputs_of(program, tokens, fetch=True)[2:]
-    sequences = [
-        _cut(tokens, positions_of(tokens), cut(program, length)),
-        _cut(tokens, positions_of(tokens), [1] * length),
-        _cut(tokens, positions_of(tokens), odd),
-        _cut(padded, positions, cut(program, padded.shape[1], -(-padded.shape[1] // 2))),
-    ]
-    alike = [fetched for _ in sequences]
-    sequences += [_cut(row, positions_of(row), cut(program, length)) for row in rows(tokens)]
-    alike += [tuple(block[index : index + 1] for block in fetched) for index in range(tokens.shape[0])]
-    found = _together(program, sequences, alike)
-    expected, single, threes, mixed, *alone = found
-    differences = {
-        "one token at a time": single - expected,
-        "pieces of three": threes - expected,
-        "mixed lengths": mixed.gather(1, columns[..., None].expand(-1, -1, mixed.shape[-1])) - expected,
-        "one sequence at a time": torch.cat(alone) - expected,
-    }
-    values = {name: float(value.abs().max()) for name, value in differences.items()}
-    worst = max(values, key=lambda name: math.inf if math.isnan(values[name]) else values[name])
-    return _result("split_invariance", values[worst], max(SPLIT_TOLERANCE, 10 * floor), floor, f"largest: {worst}")
-
-
-def _cut(tokens: Tensor, positions: Tensor, sizes: list[int]) -> list[tuple[Tensor, Tensor]]:
-    parts = zip(tokens.split(sizes, 1), positions.split(sizes, 1), strict=True)
-    return [(ids.contiguous(), where.contiguous()) for ids, where in parts]
-
-
-def _together(
-    program: Program, sequences: list[list[tuple[Tensor, Tensor]]], fetched: list[tuple[Tensor, ...]]
-) -> list[Tensor]:
-    """Run sequences that are cut into pieces, each with its own state, the first pieces of all side by side and so on.
-
-    ``fetched`` is what each is given beside its tokens in every call. Returns the logits of each sequence.
-    """
-    states = [program.new_state(parts[0][0].shape[0]) for parts in sequences]
-    found: list[list[Tensor]] = [[] for _ in sequences]
-    for step in range(max(map(len, sequences))):
-        running = [index for index, parts in enumerate(sequences) if step < len(parts)]
-        cases = [(*sequences[index][step], *fetched[index], *states[index]) for index in running]
-        for index, outputs in zip(running, run_all(program, cases), strict=True):
-            # A sequence that is over needs no state: side by side they can outweigh the model.
-            states[index] = outputs[len(program.outputs) :] if step + 1 < len(sequences[index]) else ()
-            found[index].append(outputs[0].float())
-    return [torch.cat(parts, 1) for parts in found]
-
-
-def _mixed_lengths(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Put each row behind its own amount of padding and a gap of it in the middle.
-
-    Returns the padded tokens, their positions, and the columns of ``tokens`` among them.
-    """
-    batch, length = tokens.shape
-    gap = (torch.arange(length) >= length // 2).long() * 2
-    columns = positions_of(tokens) + gap + (torch.arange(batch) % 3 + 1)[:, None]
-    total = length + 6
-    padded = tokens.new_zeros(batch, total).scatter(1, columns, tokens)
-    positions = tokens.new_full((batch, total), -1).scatter(1, columns, positions_of(tokens))
-    return padded, positions, columns
 
 
 def finite(program: Program) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from memc.objective import Values
+from memc.passes.linearize.parameters import LONGEST, bias_of
 
 ROUNDS = 8
 """Rounds of k-means."""
@@ -21,9 +22,6 @@ SHARPENING = 0.5
 
 RIDGE = 1e-2
 """Ridge penalty, as a share of the mean square of an input channel."""
-
-LONGEST = 65536.0
-"""Most tokens of a half-life: no decay to speak of."""
 
 
 def set_maps(key: Tensor, attention: Tensor, parameters: Values, scale: float, seed: int) -> None:
@@ -84,7 +82,7 @@ def set_half_life(attention: Tensor, distance: Tensor, gate_bias: Tensor) -> Non
             low, high = (rate, high) if mean_of_rows > float(look_back[group]) else (low, rate)
         # What a sample of T tokens shows of distances says nothing of forgetting within those T.
         half_life = min(LONGEST, max(float(attention.shape[-1]), math.log(2) / max(low, 1e-9)))
-        gate_bias[group].fill_(-math.log(math.expm1(math.log(2) / half_life)))
+        gate_bias[group].fill_(bias_of(half_life))
 
 
 def set_mass(share: Tensor, wanted: Tensor, hidden: Tensor, parameters: Values) -> None:

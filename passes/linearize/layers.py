@@ -150,7 +150,7 @@ def windowed(config: LayerConfig, t: Mapping[str, Tensor], sink_logits: Tensor |
         t["past_key"],
         t["past_value"],
         t["past_positions"],
-        None,
+        t.get("slopes"),
         sink_logits,
         scale=config.scale,
         window=config.window,

@@ -44,6 +44,8 @@ class SharedObjective(BlockObjective):
     hidden: str
     reach: int
     """Tokens that the replaced attention reads back, 0 for all."""
+    slopes: tuple[float, ...] = ()
+    """Slopes of ALiBi of every query head of the block, none where it has none."""
 
     def losses(
         self, results: Sequence[Tensor], values: Values, done: float, generator: torch.Generator
@@ -92,6 +94,10 @@ class SharedObjective(BlockObjective):
         scores = self.config.scale * torch.einsum("bghrd,bgtd->bghrt", query, key.float()).flatten(1, 2)
         if self.config.softcap:
             scores = self.config.softcap * torch.tanh(scores / self.config.softcap)
+        if self.slopes:
+            slopes = scores.new_tensor([self.slopes[head] for head in self.heads or range(len(self.slopes))])
+            away = (positions[:, None, :] - positions[:, rows, None]).unsqueeze(1)
+            scores = scores + slopes[:, None, None] * away
         seen, far = self._seen(positions, rows)
         total = scores.masked_fill(~seen.unsqueeze(1), -torch.inf)
         if sink_logits:
@@ -126,7 +132,7 @@ class SharedObjective(BlockObjective):
         attention, positions = self.far_attention(values, rows), values[self.reads[2]]
         if self.config.feature in ("softmax", "hedgehog"):
             initial.set_maps(self._reads(values)[1], attention, parameters, self.config.scale, seed=self.layer)
-        if "gate_bias" in parameters:
+        if "gate_bias" in parameters and not self.slopes:  # which tell how fast to forget, whatever the text
             distance = (positions[:, rows, None] - positions[:, None, :]).float()
             initial.set_half_life(attention, distance, parameters["gate_bias"])
         parameters["mass_bias"].zero_()  # as it starts the share is too small for float32 to tell by how much

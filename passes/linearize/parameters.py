@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from memc.blocks import AttentionBlock
+from memc.blocks import Alibi, AttentionBlock
 from memc.rewrite import New, constant
 
 HALF_LIFE = 512
 """Tokens after which an untrained gate has forgotten half of what it held."""
+
+LONGEST = 65536.0
+"""Most tokens of a half-life: no decay to speak of."""
 
 MASS = -30.0
 """First log scale of the memory's mass: next to the window's it is nothing until training or calibration raises it."""
@@ -38,6 +42,8 @@ def shared_parameters(
         "mass_bias": constant((heads,), MASS),
         **gate_parameters(gate, width, groups, groups, size),
     }
+    if isinstance(block.bias, Alibi) and "gate_bias" in made:
+        made["gate_bias"] = forgetting(block.bias.slopes, groups, made["gate_bias"].shape)
     if update == "gated":
         made["gain_key"] = constant((groups, block.head_dim, 1), 0.0)
         made["gain_value"] = constant((groups, block.value_dim, 1), 0.0)
@@ -65,8 +71,7 @@ def lizard_parameters(
 
 def gate_parameters(gate: str, width: int, scalars: int, groups: int, size: int) -> dict[str, New]:
     """List the parameters of a gate; ``scalars`` is the number of heads' own gates where it is a scalar."""
-    # sigmoid(bias) ** HALF_LIFE = 1/2
-    bias = -math.log(math.expm1(math.log(2) / HALF_LIFE))
+    bias = bias_of(HALF_LIFE)
     match gate:
         case "head":
             return {"gate_bias": constant((groups,), bias)}
@@ -82,6 +87,21 @@ def gate_parameters(gate: str, width: int, scalars: int, groups: int, size: int)
             return {}
 
 
+def forgetting(slopes: Sequence[float], groups: int, shape: tuple[int, ...]) -> New:
+    """Describe the bias of gates ``[groups, ...]`` that forget as ALiBi does: by the mean slope of a group's heads.
+
+    A memory that decays by exp(-slope) a token weighs what left the window as ALiBi would, but for a constant.
+    """
+    rates = [max(sum(part) / len(part), 0.0) for part in _parts(slopes, groups)]
+    biases = torch.tensor([bias_of(min(math.log(2) / max(rate, 1e-9), LONGEST)) for rate in rates])
+    return New(shape, lambda _: biases.reshape(-1, *[1] * (len(shape) - 1)).expand(shape).clone())
+
+
+def bias_of(half_life: float) -> float:
+    """Return b with sigmoid(b) ** half_life = 1/2."""
+    return -math.log(math.expm1(math.log(2) / half_life))
+
+
 def inner_size(feature: str, size: int) -> int:
     """Return the number of projected channels that give ``size`` features."""
     return size // 2 if feature == "hedgehog" else size
@@ -94,3 +114,9 @@ def projections(count: int, rows: int, columns: int, generator: torch.Generator)
     return torch.stack(
         [torch.nn.init.orthogonal_(torch.empty(rows, columns), generator=generator) for _ in range(count)]
     )
+
+
+def _parts(values: Sequence[float], count: int) -> Iterator[Sequence[float]]:
+    """Yield so many parts of equal length."""
+    size = len(values) // count
+    yield from (values[start : start + size] for start in range(0, len(values), size))

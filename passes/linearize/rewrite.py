@@ -46,9 +46,10 @@ class Linearize(Pass):
     :mod:`memc.analysis.heads`; fewer where no more look up at all. The other heads of their layers become linear.
 
     Parameters are new and float32, called ``memc.linearize.layers.N.*``, and untrained unless a conversion has data to
-    train them on; the gate starts with a half-life of 512 tokens. ``update=gated_delta`` (shared form) overwrites what
-    a unit key held (Gated DeltaNet, Yang et al. 2025) and has no denominator of its own: its mass is the learned scale
-    alone.
+    train them on; the gate starts with a half-life of 512 tokens. Under ALiBi, which the window keeps, it starts as
+    fast to forget as the slopes are steep: a decay of exp(-slope) a token is what the distance weighs there.
+    ``update=gated_delta`` (shared form) overwrites what a unit key held (Gated DeltaNet, Yang et al. 2025) and has no
+    denominator of its own: its mass is the learned scale alone.
 
     Does not handle:
 
@@ -57,7 +58,8 @@ class Linearize(Pass):
     - ``bidirectional``: tokens that read later ones.
     - ``chunked``, ``prefix``, ``mask``: chunked, prefix and unknown masks.
     - ``relative_bias``, ``bias``: learned or unknown biases on the scores.
-    - ``alibi``: ALiBi, since the memory keeps no distances.
+    - ``alibi``: ALiBi, in the ``lizard`` form, whose window knows no distances.
+    - ``rotary``: heads of which a part is rotated by itself (multi-head latent attention), in the ``lizard`` form.
     - ``sink_logits``: learned sinks of the model's own, in the ``lizard`` form (``shared`` keeps them in the window).
     - ``sliding_window``: layers that never read past ``window`` tokens and have nothing to remember.
     - ``hidden``: queries, keys and values that are not projected from one tensor, which the gates read.
@@ -203,13 +205,18 @@ class Linearize(Pass):
         refusal = sites.refuse_constant_state(program, block)
         if refusal is not None:
             return refusal
-        if isinstance(block.bias, Alibi):
-            return "alibi", "ALiBi weighs tokens by their distance, which the memory does not keep"
+        if isinstance(block.bias, Alibi) and self.form == "lizard":
+            return "alibi", "ALiBi weighs tokens by their distance, which this form leaves out; form=shared keeps it"
         if isinstance(block.mask, SlidingWindow) and block.mask.size <= self.window:
             size = block.mask.size
             return "sliding_window", f"the layer never reads past {size} tokens; the pass 'window' bounds its state"
-        if block.sink_logits is not None and self.form == "lizard":
-            return "sink_logits", "the model has sinks of its own where this form puts its meta logits"
         if block.hidden is None:
             return "hidden", "query, key and value are not projected from one tensor, which the gates read"
+        if self.form == "lizard" and sites.placed_before_rotation(program, block):
+            return (
+                "rotary",
+                "a part of every head is rotated by itself, which this form leaves out; form=shared keeps it",
+            )
+        if block.sink_logits is not None and self.form == "lizard":
+            return "sink_logits", "the model has sinks of its own where this form puts its meta logits"
         return None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from memc.blocks import AttentionBlock
+from memc.blocks import Alibi, AttentionBlock
 from memc.dialect import arguments
 from memc.head_split import HeadSplit, attend_kept, join_heads, of_others, split_states
 from memc.objective import BlockObjective
@@ -51,6 +51,8 @@ def rewrite_site(
     else:
         specs = window_states(editor, node, slots)
     linear = replace(block, num_heads=len(split.heads(split.others)), num_kv_heads=len(split.others))
+    if isinstance(block.bias, Alibi):
+        linear = replace(linear, bias=Alibi(tuple(block.bias.slopes[head] for head in split.heads(split.others))))
     columns = block.value_dim + (options.update == "gated")
     shape = ("B", linear.num_kv_heads, options.feature_size, columns)
     specs = (*specs, StateSpec(f"layer{label}_memory", torch.float32, shape))
@@ -117,6 +119,7 @@ def _objective(
         config,
         block.hidden.name,
         bound["window"],
+        block.bias.slopes if isinstance(block.bias, Alibi) else (),
     )
 
 

@@ -20,6 +20,7 @@ from memc.passes.prune.moments import require_finite
 from memc.passes.prune.rewrite import Cut
 from memc.pipeline import Calibration
 from memc.program import Program
+from memc.raising import find_blocks
 from memc.raising.feed_forward import linear_input
 from memc.train.blocks import logits_node
 
@@ -132,7 +133,7 @@ def position(program: Program, removals: Sequence[Removal], calibration: Calibra
     """
     original = Stream(program, calibration).fork(ROWS)
     predictions = Predictions(program, original.fork())
-    layers = 1 + max(removal.number for removal in removals)
+    layers = 1 + max(block.layer for block in find_blocks(program))
     return [
         predictions.kl(without(original.fork(), [removal])) * math.exp((layers - removal.number) / layers)
         for removal in removals
@@ -151,7 +152,8 @@ def greedy(
         if cut.removed:
             fitted = cut if cut.fit is not None else measure.unfitted(program, cut)
             base.replace(cut.group.exit, linear_input(cut.group.exit), fitted.exit_function())
-    texts, gone, first = calibration.tokens[:GREEDY_ROWS], list[int](), list[float]()
+    texts = list(zip(calibration.tokens[:GREEDY_ROWS], calibration.positions[:GREEDY_ROWS], strict=True))
+    gone, first = list[int](), list[float]()
     for _ in range(count):
         found = {
             index: _likelihood(program, without(base.fork(), [removals[i] for i in (*gone, index)]), texts)
@@ -182,11 +184,16 @@ def _itself(x: Tensor) -> Tensor:
     return x
 
 
-def _likelihood(program: Program, stream: Stream, texts: Tensor) -> float:
-    """Return the mean negative log-likelihood of the next token, of sequences of which each is one text."""
+def _likelihood(program: Program, stream: Stream, texts: Sequence[tuple[Tensor, Tensor]]) -> float:
+    """Return the mean negative log-likelihood of the next token of the same document, of sequences.
+
+    ``texts`` are the tokens of each and their positions, which start anew with every document.
+    """
     end, losses = logits_node(program), list[float]()
     rows: Iterator[dict[Node, Tensor]] = stream.advance(end, [end])
-    for seen, tokens in zip(rows, texts, strict=True):
+    for seen, (tokens, positions) in zip(rows, texts, strict=True):
         require_finite(seen[end], "the logits")
-        losses.append(float(functional.cross_entropy(seen[end][0, :-1].float(), tokens[1:].to(seen[end].device))))
+        goes_on = (positions[1:] > 0).to(seen[end].device)
+        after = tokens[1:].to(seen[end].device)[goes_on]
+        losses.append(float(functional.cross_entropy(seen[end][0, :-1][goes_on].float(), after)))
     return sum(losses) / len(losses)

@@ -88,8 +88,8 @@ class Prune(Pass):
     - ``protected``: the first and the last layer, or those that the option ``protect`` names, and heads that
       ``protect_heads`` names or finds, with the attention block and the layer that they are in; units that a file of
       ``analysis`` keeps, with their block where blocks or key channels go.
-    - ``norm``: heads under a norm that runs over all of them; key channels under one that runs over a head's, which
-      would divide what is left by another mean.
+    - ``norm``: heads or channels under a norm that runs over all of them; key channels under one that runs over a
+      head's, which would divide what is left by another mean.
     - ``shared``: dimensions, weights or states that another block reads too.
     - ``mixed``, ``conflict``, ``size``: dimensions that are laid out among others, twice, or computed with; key
       channels of a fused projection that lie on one axis with those of values.
@@ -316,7 +316,10 @@ class Prune(Pass):
             return spaced(draft.removals, draft.count), []
         given = (program, draft.groups, draft.removals, draft.count, self._score, calibration, cuts)
         chosen, values = removing.choose(*given)
-        return [draft.removals[index] for index in chosen], list(zip(draft.removals, values, strict=False))
+        scored = draft.removals
+        if self._score == "similarity":
+            scored = tuple(draft.removals[run[0]] for run in removing.runs(draft.removals, draft.count))
+        return [draft.removals[index] for index in chosen], list(zip(scored, values, strict=True))
 
     def _cuts(self, program: Program, draft: Draft, calibration: Calibration | None) -> list[Cut]:
         by_weights = self.calibrates() is None and not program.is_fake

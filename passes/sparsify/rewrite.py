@@ -132,6 +132,7 @@ class Sparsify(Pass):
     - ``alibi``: ALiBi, since a page has no one distance to score it by.
     - ``relative_bias``, ``bias``: learned or unknown biases on the scores.
     - ``shared_kv``: keys and values that another layer reads too.
+    - ``rotary``: heads of which a part is rotated by itself (multi-head latent attention), with ``retrieve=decay``.
     - ``no_rotary``: layers that rotate no queries and keys, by ``longheads`` and ``infllm``.
     - ``value_size``: values of another size than keys, by ``longheads``.
     - ``not_streamable``: blocks that cannot run on a sequence in pieces.
@@ -341,6 +342,12 @@ class Sparsify(Pass):
 
     def _refuse(self, program: Program, block: AttentionBlock) -> sites.Refusal | None:
         refusal = _refuse(program, block)
+        by_decay = sites.decay_share(self.retrieve) is not None
+        if refusal is None and by_decay and sites.placed_before_rotation(program, block):
+            reason = (
+                "a part of every head is rotated by itself, so that distance alone says nothing of what it attends to"
+            )
+            return "rotary", f"{reason}; retrieve=heads:P% goes by what it looks up"
         return extend.refuse(program, block, self.method) if refusal is None and self.extends else refusal
 
     def _rewrite(
@@ -382,5 +389,6 @@ def _refuse(program: Program, block: AttentionBlock) -> sites.Refusal | None:
             pass
     refusal = sites.refuse_constant_state(program, block)
     if refusal is None and isinstance(block.bias, Alibi):
-        return "alibi", "ALiBi weighs tokens by their distance, and a page has no one distance to score it by"
+        reason = "ALiBi weighs tokens by their distance, and a page has no one distance to score it by"
+        return "alibi", f"{reason}; the passes 'window' and 'linearize' keep it"
     return refusal

@@ -20,11 +20,13 @@ from memc.pipeline import PassReport
 from memc.program import Program, retie
 from memc.relation import Bounded, Close
 from memc.rewrite import result_of
+from memc.verify import split_invariance
 from tests.core.tiny import TinyConfig, tiny_program
-from tests.passes.oracle import lizard_attention, shared_attention
-from tests.passes.tiny_program import TARGET, naive_run, run_pieces, tiny, tokens_of
+from tests.passes.oracle import layer_parameters, lizard_attention, shared_attention
+from tests.passes.tiny_program import SLOPES, TARGET, naive_run, run_pieces, tiny, tokens_of
 
 SMALL: dict[str, Any] = {"window": 5, "sinks": 2, "feature_size": 12}
+MEMORY = torch.ops.memc.linear_memory.default
 
 
 def rewrite(program: Program, options: Linearize) -> tuple[Program, PassReport]:
@@ -105,6 +107,33 @@ def test_shared_form_keeps_softcap_and_the_models_own_sinks() -> None:
     tokens = tokens_of(2, 17)
     expected = naive_run(program, shared_attention(result, options), tokens)
     torch.testing.assert_close(result.run(tokens), expected, atol=5e-5, rtol=0)
+
+
+@pytest.mark.parametrize("gate", ["none", "head", "token", "channel"])
+def test_shared_form_keeps_alibi_and_starts_to_forget_as_it_does(gate: str) -> None:
+    program = tiny(slopes=SLOPES)
+    options = Linearize(**SMALL, gate=gate)
+    result, report = rewrite(program, options)
+    assert report.relations[0] == Close(1e-4, tokens=5) and [site.layer for site in report.sites] == [0, 1]
+    if gate != "none":
+        bias = layer_parameters(result, 0)["gate_bias"]
+        rates = torch.tensor(SLOPES).double().unflatten(0, (2, 2)).mean(1)
+        torch.testing.assert_close(-torch.sigmoid(bias).log(), rates.reshape(2, *[1] * (bias.ndim - 1)).expand_as(bias))
+    short, tokens = tokens_of(2, 5), tokens_of(2, 17)
+    torch.testing.assert_close(result.run(short), program.run(short), atol=1e-5, rtol=0)
+    expected = naive_run(program, shared_attention(shake(result), options), tokens)
+    torch.testing.assert_close(result.run(tokens), expected, atol=5e-5, rtol=0)
+
+
+def test_heads_that_stay_take_their_slopes_with_them() -> None:
+    program = tiny(slopes=SLOPES)
+    result, report = rewrite(program, Linearize(**SMALL, gate="head", keep="heads:[0.0]"))
+    rate = sum(SLOPES[2:]) / 2
+    assert -layer_parameters(result, 0)["gate_bias"].sigmoid().log() == pytest.approx(rate)
+    (objective,) = (each for each in report.objectives if each.layer == 0)
+    assert objective.heads == (2, 3)
+    short = tokens_of(2, 5)
+    torch.testing.assert_close(result.run(short), program.run(short), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("choice", [{}, {"gate": "channel"}, {"gate": "none", "meta": 0}, {"gate": "head"}], ids=str)
@@ -348,3 +377,20 @@ def test_the_oracle_sees_planted_faults(fault: Any) -> None:
         result.module.recompile()
     error = (result.run(tokens) - expected).abs().max()
     assert error < 5e-5 if fault is None else error > 1e-3
+
+
+@pytest.mark.parametrize("options", [{"update": "gated"}, {"update": "gated_delta"}, {"gate": "channel", "sinks": 0}])
+def test_a_split_is_checked_past_the_window_and_a_fault_in_the_memory_is_found(options: dict[str, Any]) -> None:
+    """The tokens of the check fit into the window, where the memory holds nothing and any fault of it is silent."""
+    result = shake(rewrite(tiny(), Linearize(**{**SMALL, "window": 20, **options}))[0], mass=5.0)
+    tokens = tokens_of(3, 7)
+    assert split_invariance(result, tokens).passed
+    memory = next(iter(result.module.graph.find_nodes(op="call_function", target=MEMORY)))
+    after = result_of(memory, 1)
+    assert after is not None
+    with result.module.graph.inserting_after(after):
+        wrong = result.module.graph.call_function(torch.ops.aten.mul.Tensor, (after, 1.1))
+    after.replace_all_uses_with(wrong, delete_user_cb=lambda user: user is not wrong)
+    result.module.recompile()
+    check = split_invariance(result, tokens)
+    assert not check.passed and "behind" in check.detail

@@ -100,13 +100,30 @@ def test_a_run_of_layers_goes_by_the_angle_over_it() -> None:
     assert report.details["total"]["chosen_by"] == "similarity" and report.details["1"]["layer"] == "removed"
 
 
+def test_scores_of_runs_stand_under_their_first_layer_where_a_layer_between_stays() -> None:
+    program, calibration = tiny(layers=5), text()
+    names = {"unit": "layers", "amount": 0.4, "score": "similarity"}
+    _, report = prune(program, calibration, **names, protect="[1]")
+    draft = draft_of(program, "layers", 0.4)
+    ends = [draft.groups.stream_of(one.branches) for one in draft.removals]
+    scored = {layer: facts for layer, facts in report.details.items() if "layer_similarity" in facts}
+    assert set(scored) == {"2", "3"}, "layers 0 and 1 begin no run of two"
+    for layer, facts in scored.items():
+        ins, outs = (
+            values(program, node, calibration).unflatten(0, (12, 16))[:, -1]
+            for node in (ends[int(layer)][0], ends[int(layer) + 1][1])
+        )
+        expected = float(torch.arccos(cosine_similarity(ins, outs, dim=-1)).mean()) / math.pi
+        assert facts["layer_similarity"] == pytest.approx(expected, rel=1e-3)
+
+
 def nll(program: Program, tokens: Tensor) -> float:
     return float(cross_entropy(program.run(tokens)[0, :-1], tokens[0, 1:]))
 
 
 def test_position_counts_a_change_of_an_early_layer_for_more() -> None:
     program, calibration = tiny(layers=3), text()
-    removals = draft_of(program, "layers").removals
+    removals = draft_of(program, "layers").removals[:2]
     tokens = calibration.tokens[:ROWS]
     first = program.run(tokens)[:, ::STRIDE].double().log_softmax(-1)
     for one, value in zip(removals, removal.position(program, removals, calibration), strict=True):
@@ -120,6 +137,10 @@ def test_blocks_go_one_by_one_by_perplexity() -> None:
     removals = draft_of(program, "attention_blocks").removals
     tokens = calibration.tokens[: removal.GREEDY_ROWS]
     gone, first = removal.greedy(program, removals, 2, calibration, [])
+    twice = Calibration(tokens.repeat(1, 2), calibration.positions[: removal.GREEDY_ROWS].repeat(1, 2), "twice")
+    assert removal.greedy(program, removals, 1, twice, [])[1] == pytest.approx(first, rel=1e-5), (
+        "a text of its own each"
+    )
     assert first == pytest.approx([nll(without(program, one), tokens) for one in removals], rel=1e-5)
     best = min(range(3), key=first.__getitem__)
     rest = [index for index in range(3) if index != best]

@@ -18,9 +18,8 @@ from memc.passes.sparsify.events import HISTORY
 from memc.program import Program
 from memc.program_io import load_program, save_program
 from memc.relation import Bounded, Close
-from memc.verify import well_formed
+from memc.verify import split_invariance, well_formed
 from memc.verify.execute import cut, logits, longest_call, run_nodes
-from memc.verify.relations import split_invariance
 from tests.kernels.events_oracle import numbered
 from tests.passes.tiny_program import TARGET, run_pieces, tiny, tokens_of
 

@@ -15,16 +15,23 @@ from memc.passes.linearize.objective import SharedObjective, bernoulli_kl
 from memc.program import Program, get_tensor
 from memc.train.blocks import cut_out
 from memc.train.transfer import Transfer
-from tests.passes.tiny_program import tiny
+from tests.passes.tiny_program import SLOPES, tiny
 from tests.train.tiny_training import SINKS, TEACHERS, linearized, packed, values_of
 
 HEADS, GROUPS, LENGTH = 4, 2, 24
 
 
-def objective_of(*, reach: int = 0, softcap: float = 0.0, sinks: int = 2, sink_logits: bool = False) -> SharedObjective:
+def objective_of(
+    *,
+    reach: int = 0,
+    softcap: float = 0.0,
+    sinks: int = 2,
+    sink_logits: bool = False,
+    slopes: tuple[float, ...] = (),
+) -> SharedObjective:
     config = LayerConfig("softmax", "token", "gated", 0.7, softcap, 4, sinks)
     reads = ("query", "key", "positions", *(["sink_logits"] if sink_logits else []))
-    return SharedObjective(0, "", {}, "target", reads, (), 4, config, "hidden", reach)
+    return SharedObjective(0, "", {}, "target", reads, (), 4, config, "hidden", reach, slopes)
 
 
 def random_values(positions: Tensor) -> dict[str, Tensor]:
@@ -58,7 +65,7 @@ def naive_far(values: dict[str, Tensor], objective: SharedObjective, rows: Tenso
                     query, key = values["query"][b, h, t].double(), values["key"][b, h // 2, s].double()
                     score = config.scale * float(query @ key)
                     score = config.softcap * math.tanh(score / config.softcap) if config.softcap else score
-                    weights[s] = math.exp(score)
+                    weights[s] = math.exp(score - (objective.slopes[h] * gap if objective.slopes else 0.0))
                 total = sum(weights.values())
                 total += math.exp(SINKS[h]) if len(objective.reads) > 3 else 0.0
                 for s, weight in weights.items():
@@ -68,7 +75,9 @@ def naive_far(values: dict[str, Tensor], objective: SharedObjective, rows: Tenso
 
 
 @pytest.mark.parametrize(
-    "choice", [{}, {"reach": 9}, {"softcap": 1.5}, {"sinks": 0}, {"sink_logits": True, "reach": 9}], ids=str
+    "choice",
+    [{}, {"reach": 9}, {"softcap": 1.5}, {"sinks": 0}, {"sink_logits": True, "reach": 9}, {"slopes": SLOPES}],
+    ids=str,
 )
 def test_far_attention_is_that_of_the_rows_one_by_one(choice: dict[str, Any]) -> None:
     positions = packed(3, seed=0)[1]

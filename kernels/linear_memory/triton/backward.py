@@ -21,27 +21,11 @@ from memc.kernels.linear_memory.triton.blocks import (
 
 @triton.jit(do_not_specialize=["T"])
 def grad_values(
-    query,
-    key,
-    grad_out,
-    positions,
-    whole,
-    part,
-    grads,
-    grad_added,
-    T,
-    G: tl.constexpr,
-    R: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    CARRIED: tl.constexpr,
-    CHUNK: tl.constexpr,
-    ROWS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-):
+    query, key, grad_out, positions, whole, part, grads, grad_added, T,
+    G: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, CHANNELS: tl.constexpr,
+    CARRIED: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
     """Sum the gradient of what each token adds over the outputs of its chunk, and, ``CARRIED``, over what comes later.
 
     Grid: blocks of rows of all groups, blocks of value channels.
