@@ -31,6 +31,7 @@ from memc.analysis.units import BlockUnits
 from memc.errors import MemcError
 from memc.program import Program
 from memc.progress import Progress
+from memc.verify.divergence import token_kl
 from memc.verify.inputs import positions_of
 
 BETA = 200.0
@@ -162,7 +163,7 @@ def measure_mask(program: Program, mask: Mask, tokens: Tensor, table: Tensor, ro
         return gated_logits(program, tokens, positions, placed).float().log_softmax(-1)
 
     def divergence(reference: Tensor, found: Tensor) -> float:
-        return float((reference.exp() * (reference - found)).sum(-1).mean())
+        return float(token_kl(reference, found).mean())
 
     def mean(make: Callable[[], float]) -> float:
         return math.fsum(make() for _ in range(DRAWS)) / DRAWS

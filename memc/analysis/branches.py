@@ -21,6 +21,7 @@ from memc.progress import Progress
 from memc.report.files import AblationFacts, BranchDistance, BranchFacts, LayerShare
 from memc.rewrite import Editor
 from memc.train.blocks import Teacher, logits_node
+from memc.verify.divergence import token_kl
 
 
 def silenced(program: Program, objectives: Sequence[BlockObjective], branch: str) -> Program:
@@ -125,7 +126,7 @@ class _Side:
         self.predicted += len(after)
         self.tokens += len(found)
         if expected is not None:
-            self.kl += float((expected.exp() * (expected - found)).sum())
+            self.kl += float(token_kl(expected, found).sum())
         return found
 
     def distance(self, original: _Side) -> BranchDistance:

@@ -18,6 +18,7 @@ from memc.objective import BlockObjective
 from memc.program import Program, StateSpec, get_tensor, set_tensor
 from memc.progress import Progress
 from memc.train.blocks import Teacher, logits_node
+from memc.verify.divergence import token_kl
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,6 @@ def rank_blocks(
                 rest = (*after.nothing_fetched(1, tokens.device), *(spec.empty(1, tokens.device) for spec in states))
                 logits = module(tokens[row], positions[row], *rest)
                 found = logits[:, exact:].float().log_softmax(-1)
-                totals[index] += float((given.exp() * (given - found)).sum(-1).mean()) / len(rows)
+                totals[index] += float(token_kl(given, found).mean()) / len(rows)
                 advance(1)
     return Ranking(totals[-1], tuple(totals[:-1]))

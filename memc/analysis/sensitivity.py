@@ -19,6 +19,7 @@ from memc.pipeline import Calibration
 from memc.program import Program, StateSpec, get_tensor
 from memc.raising.feed_forward import LINEAR, linear_input
 from memc.train.blocks import cut, logits_node
+from memc.verify.divergence import token_kl
 from memc.verify.inputs import positions_of
 
 SEGMENT = 32
@@ -205,7 +206,7 @@ def _arguments(node: Node) -> Any:
 
 def _distance(expected: Tensor, found: Tensor, tokens: Tensor) -> Distance:
     """Compare log-probabilities ``[N,V]``; ``tokens [N]`` are those that they are computed at."""
-    kl = (expected.exp() * (expected - found)).sum(-1)
+    kl = token_kl(expected, found)
     excess = (expected[:-1] - found[:-1]).gather(1, tokens[1:, None]).sum()
     parts = torch.stack([part.sum() for part in kl.split(SEGMENT)])
     squares = float(parts.square().sum())

@@ -73,6 +73,7 @@ from memc.verify import (
     streams,
     take,
 )
+from memc.verify.splits import holds_all_to
 from memc.weights import materialize
 
 
@@ -229,7 +230,8 @@ class _Conversion:
             return []
         checks = [split_invariance(program, take(text, 3, 11), floor)]
         if self.passes:
-            text = past(text, chooses_from(program), program.model.longest)
+            beyond = max(filter(None, (chooses_from(program), holds_all_to(program))), default=None)
+            text = past(text, beyond, program.model.longest)
             checks += check_text(original, program, text, _budgets(self.request))
         return checks
 

@@ -23,6 +23,7 @@ from memc.evaluate.perplexity import perplexity_of
 from memc.program import Program
 from memc.target import Target
 from memc.verify import CheckResult, VerificationText, inputs_of, perplexity, pieces, streams, take, whole
+from memc.verify.divergence import token_kl
 from memc.verify.execute import PIECE, cut, longest_call
 
 TOLERANCE = 1e-3
@@ -139,9 +140,9 @@ def verify_lowered(
     """Compare a lowered program with the program itself: tokens past its windows at once, then the last one at a time.
 
     What is fetched is drawn, so that it shows. A program that is no decoder gets one input of one token in place of the
-    second, all else drawn. With float32
-    weights the logits must agree within ``TOLERANCE`` or ten times the noise ``floor``; with others the difference is
-    measured, and the perplexity on ``text`` with those weights beside that with float32.
+    second, all else drawn. With float32 weights the logits must agree within ``TOLERANCE`` or ten times the noise
+    ``floor``; with others the difference is measured, and the perplexity on ``text`` with those weights beside that
+    with float32.
     """
     length = TOKENS + _longest_window(program, runner) if program.model.decoder else TOKENS
     tokens = take(text, 2, length)
@@ -218,8 +219,7 @@ def _check_choice(runner: Runner, program: Program, text: VerificationText, exac
 
 def _moved(before: Tensor, after: Tensor) -> Tensor:
     """Return ``[T]``, by how many nats logits ``after [1,T,V]`` move the predictions of those ``before``."""
-    expected = F.log_softmax(before.double(), -1)
-    return (expected.exp() * (expected - F.log_softmax(after.double(), -1))).sum(-1)[0]
+    return token_kl(before.double().log_softmax(-1), after.double().log_softmax(-1))[0]
 
 
 def _typical(moved: Tensor) -> float:

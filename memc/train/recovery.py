@@ -34,6 +34,7 @@ from memc.train.loop import (
 )
 from memc.train.parallel import ALONE, Processes, laid_out_as, whole
 from memc.train.products import narrowed
+from memc.verify.divergence import token_kl
 
 POINTS = 100
 GUARDS = 8
@@ -191,7 +192,7 @@ class _Run:
         if expected is None:
             return found.new_zeros(()), text
         given = expected.float().log_softmax(-1)
-        return (given.exp() * (given - found)).sum(-1)[real].mean(), text
+        return token_kl(given, found)[real].mean(), text
 
     @torch.no_grad()
     def look(self, step: int, guard: Guard) -> None:

@@ -14,6 +14,7 @@ from memc.errors import MemcError
 from memc.evaluate.perplexity import perplexity_of
 from memc.program import Program
 from memc.relation import Bounded, Close, Exact, Relation
+from memc.verify.divergence import token_kl
 from memc.verify.execute import PIECE, cut, logits, rows, streams, whole, whole_all
 from memc.verify.sites import first_bad_site
 from memc.verify.text import VerificationText, take
@@ -225,8 +226,7 @@ def kl_mean(original: Program, result: Program, tokens: Tensor) -> float:
 
 
 def _kl(before: Tensor, after: Tensor) -> float:
-    expected = F.log_softmax(before, -1)
-    return float((expected.exp() * (expected - F.log_softmax(after, -1))).sum())
+    return float(token_kl(before.log_softmax(-1), after.log_softmax(-1)).sum())
 
 
 def _kl_detail(text: VerificationText) -> str:
