@@ -60,14 +60,14 @@ class Memc:
 class LlamaCpp:
     """llama.cpp through ``xllamacpp``'s server, greedy, with the timings that it reports itself."""
 
-    def __init__(self, gguf: str, threads: int, room: int) -> None:
+    def __init__(self, gguf: str, threads: int, room: int, *, prompt_threads: int | None = None) -> None:
         """Load the file with a context of ``room`` tokens."""
         import xllamacpp
 
         options = xllamacpp.CommonParams()
         options.model.path = gguf
         options.n_ctx, options.n_parallel, options.n_gpu_layers = room, 1, 0
-        options.cpuparams.n_threads = options.cpuparams_batch.n_threads = threads
+        options.cpuparams.n_threads, options.cpuparams_batch.n_threads = threads, prompt_threads or threads
         self.server = xllamacpp.Server(options)
 
     def _complete(self, tokens: int) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """A token of the whole SmolLM2-135M at a long context: sparse beside dense and llama.cpp, and what reading alone takes.
 
     pip install xllamacpp                    # llama.cpp; needs nothing else
-    python benchmarks/sparse_decode.py       # converts what is missing, measures; half an hour, most of it llama.cpp's
+    python benchmarks/sparse_decode.py       # converts what is missing, measures; hours, most of them llama.cpp's
     python benchmarks/sparse_decode.py --weights int4 --sides dense,bounds,llama.cpp
 
 The sides of memc start from random states, as a prompt of that length takes hours; llama.cpp runs its prompt. All take
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import shutil
 import statistics
 import time
 from collections.abc import Callable
@@ -23,12 +24,14 @@ from typing import Any
 
 import torch
 from cpu import facts, model
+from gguf import GGUFReader
 from page import grid, save
 from predict import STEPS, WARM_UP, Side
 from sides import LlamaCpp
 
 from memc import api, runtime
 from memc.cost import Demand, demands
+from memc.machine import cores
 from memc.plugins import load_kernels
 from memc.program_io import load_program
 
@@ -84,9 +87,17 @@ def artifact(name: str, weights: str, context: int, work: Path) -> Path:
     return out
 
 
-def llama(context: int) -> Timed:
-    """Run the prompt; a turn then is a burst of tokens after it, before which the prompt's last is evaluated again."""
-    side = LlamaCpp(str(model()), 1, context + BURST + 8)
+def llama(context: int, work: Path) -> Timed:
+    """Run the prompt; a turn then is a burst of tokens after it, before which the prompt's last is evaluated again.
+
+    The server takes no more tokens than the model was trained on: a copy of the file says that it was on as many.
+    """
+    room = context + BURST + 8
+    copy = work / f"context-{room}.gguf"
+    if not copy.is_file():
+        shutil.copyfile(model(), copy)
+        GGUFReader(copy, "r+").fields["llama.context_length"].parts[-1][0] = room
+    side = LlamaCpp(str(copy), 1, room, prompt_threads=cores())
     side.prefill([index % 1000 for index in range(context)], BURST)
     return Timed(lambda token: side.burst(BURST), BURST + 1)
 
@@ -102,7 +113,7 @@ def measure(names: list[str], weights: str, context: int, work: Path) -> dict[st
         timed[name] = Timed(side.step)
         asked[name] = demands(load_program(out / "program"), [context], weights)[context]
     if LLAMA in names:
-        timed[LLAMA] = llama(context)
+        timed[LLAMA] = llama(context, work)
     array = torch.ones(READ // 4)
     timed["reading"] = Timed(lambda token: array.sum())
     order = list(timed.values())
