@@ -118,5 +118,17 @@ class OnnxRunner(SlotRunner):
             reason = str(error).splitlines()[0].partition("Status Message: ")[2]
             if "out of data bounds" not in reason:
                 raise
+            reason = self._out_of_range(feeds) or reason
             raise MemcError("E200", f"an input is out of range: {reason}", self.manifest.source) from error
         return logits
+
+    def _out_of_range(self, feeds: Mapping[str, Array]) -> str:
+        """Name an id that is none, "" where all are: the runtime tells of the number that it looked up."""
+        vocab = self.manifest.vocab_size
+        for name, port in self._ports.items():
+            if name not in feeds or port.role not in ("tokens", "other") or port.dtype != "int64":
+                continue
+            for number in (int(feeds[name].min()), int(feeds[name].max())):
+                if number < 0 or (port.role == "tokens" and vocab is not None and number >= vocab):
+                    return f"{name} holds {number}, which is no id"
+        return ""

@@ -111,8 +111,11 @@ class TritonRunner(SlotRunner):
         return self._steps[shapes].replay(fed, state)
 
     def _sent(self, port: Port, array: Array) -> Tensor:
-        """Return an input on the device; what is fetched is sent once for as long as the same array is given."""
-        if port.role != "fetched":
+        """Return an input on the device; what is fetched is sent once for as long as the same array is given.
+
+        One that may be written to may hold something else by the next call, and is sent with each.
+        """
+        if port.role != "fetched" or array.flags.writeable:
             return self._fed(array, port.dtype)
         known = self._fetched.get(port.name)
         if known is None or known[0]() is not array:

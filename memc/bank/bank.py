@@ -178,10 +178,16 @@ class Bank:
         return block
 
     def inputs(self, paths: Sequence[TreePath]) -> dict[str, F32]:
-        """Return what a rewritten model takes: ``bank_<layer>`` with blocks ``[B, 3, units, width]``, one a path."""
+        """Return what a rewritten model takes: ``bank_<layer>`` with blocks ``[B, 3, units, width]``, one a path.
+
+        They are not to be written to.
+        """
         first, *others = [self.fetch(path)[None] for path in paths]
         blocks = np.concatenate([first, *others]) if others else first
-        return {f"bank_{layer}": np.ascontiguousarray(blocks[:, i]) for i, layer in enumerate(self.shape.layers)}
+        found = {f"bank_{layer}": np.ascontiguousarray(blocks[:, i]) for i, layer in enumerate(self.shape.layers)}
+        for block in found.values():
+            block.setflags(write=False)  # so that a device is sent each once
+        return found
 
     def prefetch(self, path: TreePath) -> None:
         """Start reading the records of a path that are not in memory, beside whatever else is done."""

@@ -68,7 +68,7 @@ class Attention(CausalAttention):
     def cost(self, context: int) -> Cost:
         """Return the work of one token."""
         query, key, value = self.query, self.key, self.value
-        held = min(context, self.window) if self.window else context
+        held = min([context, *(size for size in (self.window, self.chunk) if size)])
         flops = 2.0 * query.shape[1] * held * (query.shape[3] + value.shape[3])
         return Cost(flops, float(held * key.shape[1] * (key.shape[3] + value.shape[3]) * key.dtype.itemsize))
 

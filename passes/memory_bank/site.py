@@ -112,14 +112,15 @@ class MemoryBank(Pass):
             raise MemcError("E203", "option 'ranks' is numbers joined by colons, not all 0", where, hint)
         if self.units > LARGEST:
             where = f"{self.name}:ranks={self.ranks}"
-            raise MemcError("E203", f"option 'ranks' adds up to at most {LARGEST}", where)
+            raise MemcError("E203", f"option 'ranks' adds up to at most {LARGEST}", where, "give fewer units")
         if self.layers not in ("all", "auto") and not _LISTED.fullmatch(self.layers):
             where, hint = f"{self.name}:layers={self.layers}", f"write {self.name}:layers=[0,5,7]"
             raise MemcError("E203", "option 'layers' is all, auto or a list of layers", where, hint)
         for spec in dataclasses.fields(self):
             own = spec.name in ("kind", "layers", *KINDS[self.kind])
             if not own and (value := getattr(self, spec.name)) != spec.default:
-                raise MemcError("E203", f"kind={self.kind} has no {spec.name}", f"{self.name}:{spec.name}={value}")
+                where = f"{self.name}:{spec.name}={value}"
+                raise MemcError("E203", f"kind={self.kind} has no {spec.name}", where, f"leave {spec.name} out")
         if self.kind in ("side", "head") and self.layers != "auto" and not _ONE.fullmatch(self.layers):
             hint = "write layers=[25]"
             raise MemcError("E203", f"kind={self.kind} takes one layer", f"{self.name}:layers={self.layers}", hint)

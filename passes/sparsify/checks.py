@@ -14,7 +14,8 @@ from memc.errors import MemcError
 def check_bits(bits: int, method: str) -> None:
     """Raise ``MemcError`` E203 for a number of bits that there is not, or that a method cannot rank by."""
     if bits not in (0, *BITS):
-        raise MemcError("E203", f"option 'bits' is 0 or one of {', '.join(map(str, BITS))}", f"sparsify:bits={bits}")
+        reason = f"option 'bits' is 0 or one of {', '.join(map(str, BITS))}"
+        raise MemcError("E203", reason, f"sparsify:bits={bits}", "write sparsify:method=bounds,bits=4")
     if bits and method != "bounds":
         message = f"bits go with method=bounds, by which keys are both rounded and ranked, not with {method}"
         where = f"sparsify:method={method},bits={bits}"

@@ -206,7 +206,7 @@ def test_quantised_file_equals_eager_with_the_same_weights(weights: str, bits: i
 def test_ids_that_are_no_row_are_refused(token: int, tmp_path: Path) -> None:
     runner = build(ops.norm(), tmp_path)
     tokens = np.array([[3, token, 0]])
-    with pytest.raises(MemcError, match="E200"):
+    with pytest.raises(MemcError, match=f"E200 an input is out of range: tokens holds {token}, which is no id"):
         runner.run(tokens, np.arange(3)[None], runner.new_state(1))
 
 

@@ -105,6 +105,8 @@ def test_what_is_fetched_is_sent_once_for_as_long_as_it_is_the_same(monkeypatch:
     send = runner._fed
     monkeypatch.setattr(runner, "_fed", lambda array, dtype: (sent.append(array), send(array, dtype))[1])
     one, other = (np.full(port.nothing(1).shape, value, np.float32) for value in (0.1, 0.2))
+    for block in (one, other):
+        block.setflags(write=False)
     tokens, positions = np.zeros((1, 1), np.int64), np.zeros((1, 1), np.int64)
     found = [
         runner.run(tokens, positions, runner.new_state(1), inputs={port.name: block})
@@ -113,6 +115,11 @@ def test_what_is_fetched_is_sent_once_for_as_long_as_it_is_the_same(monkeypatch:
     assert [array is one for array in sent if array.shape == one.shape] == [True, False, True]
     assert np.array_equal(found[0], found[1]) and np.array_equal(found[0], found[3])
     assert not np.array_equal(found[0], found[2])
+    changing = one.copy()
+    before = runner.run(tokens, positions, runner.new_state(1), inputs={port.name: changing})
+    changing[:] = other
+    after = runner.run(tokens, positions, runner.new_state(1), inputs={port.name: changing})
+    assert np.array_equal(before, found[0]) and np.array_equal(after, found[2])
 
 
 @pytest.mark.parametrize("kind", ["attention", "window_memory"])

@@ -64,7 +64,8 @@ class CommonWords(Task):
     def sample(self, words: Words, length: int, depth: float | None, random: np.random.Generator) -> Sample:
         """Make one sample; see ``Task.sample``."""
         if self.rare >= self.often:
-            raise MemcError("E203", f"rare words come {self.rare} times, no less than common ones", self.spec)
+            hint = f"{self.name}:rare={self.often - 1}, or more of 'often'"
+            raise MemcError("E203", f"rare words come {self.rare} times, no less than common ones", self.spec, hint)
         drawn = [name.replace(" ", "-") for name in names(MOST_NAMES, random)]
         common, others = drawn[: self.common], drawn[self.common :]
         seed = int(random.integers(2**32))
