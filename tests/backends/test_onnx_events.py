@@ -10,6 +10,7 @@ import pytest
 from onnx_support import build, compare, span
 
 from memc.backends.onnx import blocks
+from memc.dialect import OPS
 from memc.errors import MemcError
 from tests.backends.runs import Calls
 
@@ -49,7 +50,7 @@ def test_long_calls_equal_the_reference(
 def test_numbers_that_are_no_state_are_refused(tmp_path: Path) -> None:
     program = ops.eventful_attention()
     numbers = program.placeholders()[2]
-    (node,) = program.module.graph.find_nodes(op="call_function", target=ops.OPS["sparse_attention"].overload)
+    (node,) = program.module.graph.find_nodes(op="call_function", target=OPS["sparse_attention"].overload)
     with program.module.graph.inserting_before(node):
         added = program.module.graph.call_function(ops.aten.add.Tensor, (numbers, 0))
     added.meta = dict(numbers.meta)

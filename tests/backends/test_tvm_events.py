@@ -10,6 +10,7 @@ from tvm_support import build
 
 from memc.backend import No
 from memc.backends.tvm import support
+from memc.dialect import OPS
 from tests.backends.runs import compare
 from tests.backends.test_onnx_events import CALLS, OPTIONS
 
@@ -27,7 +28,7 @@ def test_long_calls_equal_the_reference(refine: str, tmp_path: Path) -> None:
 
 def test_numbers_that_are_no_state_are_refused() -> None:
     program = ops.eventful_attention()
-    (node,) = program.module.graph.find_nodes(op="call_function", target=ops.OPS["sparse_attention"].overload)
+    (node,) = program.module.graph.find_nodes(op="call_function", target=OPS["sparse_attention"].overload)
     node.args = node.args[:-1]
     match support.form(node):
         case No(reason):
