@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -209,6 +211,17 @@ def planned_blocks(program: Program, plan: Plan) -> tuple[tuple[AttentionBlock, 
         for block in attention_blocks(program)
         if (block.layer, block.path) in planned
     )
+
+
+def by_layer(blocks: Iterable[AttentionBlock], facts: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return facts of blocks as a report has them: by layer, of a second block of the same layer as ``3 (2)``."""
+    found: dict[str, dict[str, Any]] = {}
+    seen: Counter[int] = Counter()
+    for block, told in zip(blocks, facts, strict=True):
+        seen[block.layer] += 1
+        count = seen[block.layer]
+        found[str(block.layer) if count == 1 else f"{block.layer} ({count})"] = told
+    return found
 
 
 def placed_before_rotation(program: Program, block: AttentionBlock) -> bool:

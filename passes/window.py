@@ -77,7 +77,8 @@ class Window(Pass):
         """Rewrite the plan's sites."""
         editor = Editor(program)
         blocks = sites.planned_blocks(editor.program, plan)
-        details = {str(block.layer): self._rewrite(editor, block, split) for block, split in blocks}
+        facts = [self._rewrite(editor, block, split) for block, split in blocks]
+        details = sites.by_layer((block for block, _ in blocks), facts)
         report = PassReport(plan.spec, plan.sites, plan.rejections, plan.relations, details=details)
         return editor.finish(), report
 

@@ -129,8 +129,8 @@ def _known(layer: int, forms: Sequence[_Form], passes: Sequence[PassReportFile])
         lines = [f"{shape_text(block)}; {form_text(block)}", _held(block), block.path, *form.reasons]
         yield f"{KINDS[block.kind]}, original", [line for line in lines if line]
     for item in passes:
-        facts = item.details.get(str(layer))
-        lines = [f"{name.replace('_', ' ')}: {_said(name, value)}" for name, value in _items(facts)]
+        told = [fact for facts in item.of_layer(layer).values() for fact in _items(facts)]
+        lines = [f"{name.replace('_', ' ')}: {_said(name, value)}" for name, value in told]
         yield item.spec, lines + list(_trained(item, layer))
 
 

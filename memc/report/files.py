@@ -245,9 +245,9 @@ class RaiseReport(Document):
 class PassReportFile(Document):
     """``report/NN-NAME.json``, NN from 02 in the order of the passes: what one pass did and how far the outputs moved.
 
-    ``details`` holds per-site facts keyed by layer, and under ``heads`` what :class:`HeadFacts` describes where a pass
-    chose heads. ``parameters`` and ``state_bytes`` are those of the result. ``training`` is None for what was not
-    trained.
+    ``details`` holds per-site facts keyed by layer (of a second block of a layer as ``3 (2)``), and under ``heads``
+    what :class:`HeadFacts` describes where a pass chose heads. ``parameters`` and ``state_bytes`` are those of the
+    result. ``training`` is None for what was not trained.
     """
 
     schema_: Literal["memc.report.pass/1"] = Field(default="memc.report.pass/1", alias="schema")
@@ -267,6 +267,10 @@ class PassReportFile(Document):
     def name(self) -> str:
         """Name of the pass."""
         return self.spec.partition(":")[0]
+
+    def of_layer(self, layer: int) -> dict[str, Any]:
+        """Return the facts of a layer's blocks."""
+        return {key: facts for key, facts in self.details.items() if key.partition(" ")[0] == str(layer)}
 
 
 class VerifyReport(Document):

@@ -248,7 +248,7 @@ def pass_view(item: files.PassReportFile, *, layer: int | None = None, why: bool
     sites = [site for site in item.sites if layer is None or site.layer == layer]
     skipped = [one for one in item.skipped if layer is None or one.layer == layer]
     details = {key: value for key, value in item.details.items() if key != "heads"}
-    facts = details if layer is None else {str(layer): details.get(str(layer))}
+    facts = details if layer is None else item.of_layer(layer)
     left = table(["layer", "block", "reason"], [(str(s.layer), s.kind, f"{s.code} {s.reason}") for s in skipped])
     made = table(["layer", "block", "path"], [(str(s.layer), s.kind, s.path) for s in sites])
     summary = f"{len(item.sites)} sites, {len(item.skipped)} skipped, {amount(item.new_parameters)} new parameters"

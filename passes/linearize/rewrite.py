@@ -181,7 +181,7 @@ class Linearize(Pass):
         editor = Editor(program)
         blocks = sites.planned_blocks(editor.program, plan)
         made = [rewrite_site(self, editor, block, split) for block, split in blocks]
-        details = {str(block.layer): facts for (block, _), (facts, _) in zip(blocks, made, strict=True)}
+        details = sites.by_layer((block for block, _ in blocks), (facts for facts, _ in made))
         report = PassReport(
             plan.spec,
             plan.sites,

@@ -300,7 +300,8 @@ class Sparsify(Pass):
         found = self.eventful and (self.retrieve == "all" or any(site.kept for site in plan.sites))
         grown = events.add_states(editor, last) if found else {}
         numbers = {"events": grown["past_events"]} if found else {}
-        details = {str(block.layer): self._rewrite(editor, block, split, numbers) for block, split in blocks}
+        facts = [self._rewrite(editor, block, split, numbers) for block, split in blocks]
+        details = sites.by_layer((block for block, _ in blocks), facts)
         if found:
             options = {name: getattr(self, name) for name in ("gamma", "longest", "refine")}
             details[str(last.layer)] |= events.find_events(editor, last, grown, options)

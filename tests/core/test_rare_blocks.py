@@ -142,6 +142,7 @@ def test_two_attentions_that_are_a_difference_are_both_rewritten(pass_: Pass) ->
     program = raised("diffllama")[0].program
     plan = pass_.plan(program, TARGET)
     assert [site.layer for site in plan.sites] == [0, 0, 1, 1] and not plan.rejections
+    assert list(pass_.apply(program, plan)[1].details) == ["0", "0 (2)", "1", "1 (2)"]
     result = rewritten("diffllama", pass_)
     assert not result.module.graph.find_nodes(op="call_function", target=torch.ops.memc.attention.default)
     tokens = tokens_of(program, 6)
