@@ -24,7 +24,7 @@ FORMS = (
 )
 """What else one family runs: its attentions have rotary positions and groups of heads."""
 
-REJECTED = {("phi3", SPARSE), *(("bloom", spec) for spec in PASSES[2:])}
+REJECTED = {("phi3", SPARSE), *(("bloom", spec) for spec in (KEYS, SPARSE))}
 """Where a pass takes no layer: Phi-3's all slide; BLOOM has ALiBi, and its keys share one axis with its values."""
 
 CASES = [
