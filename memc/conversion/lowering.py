@@ -25,6 +25,7 @@ from memc.target import Target
 from memc.verify import CheckResult, VerificationText, inputs_of, perplexity, pieces, streams, take, whole
 from memc.verify.divergence import token_kl
 from memc.verify.execute import PIECE, cut, longest_call
+from memc.verify.splits import dialect_calls
 
 TOLERANCE = 1e-3
 """Most that the logits of a lowered program with unquantised weights may differ, whatever the backend."""
@@ -229,15 +230,12 @@ def _typical(moved: Tensor) -> float:
 
 def _rounds(program: Program) -> bool:
     """Tell whether a program holds what it reads in few bits."""
-    specs = (op_spec(node.target) for node in program.module.graph.nodes)
-    return any(spec is not None and spec.arguments.rounds for spec in specs)
+    return any(call.rounds for call in dialect_calls(program))
 
 
 def chooses_from(program: Program) -> int | None:
     """Return from how many tokens of a sequence on the program chooses what it reads, None when it never does."""
-    nodes = (node for node in program.module.graph.nodes if node.op == "call_function")
-    specs = ((node, spec) for node in nodes if (spec := op_spec(node.target)) is not None)
-    lengths = (spec.arguments(**arguments(node)).reads_all_to for node, spec in specs)
+    lengths = (call.reads_all_to for call in dialect_calls(program))
     return max((length for length in lengths if length is not None), default=None)
 
 

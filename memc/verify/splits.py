@@ -40,10 +40,10 @@ def split_invariance(program: Program, tokens: Tensor, floor: float = 0.0) -> Ch
 
 def holds_all_to(program: Program) -> int | None:
     """Return how many tokens of a sequence a program holds before an op lets the first go, None when none ever does."""
-    return max((call.holds_all_to for call in _calls(program) if call.holds_all_to is not None), default=None)
+    return max((call.holds_all_to for call in dialect_calls(program) if call.holds_all_to is not None), default=None)
 
 
-def _calls(program: Program) -> Iterator[Arguments]:
+def dialect_calls(program: Program) -> Iterator[Arguments]:
     """Yield the arguments of every dialect op."""
     for node in program.module.graph.nodes:
         spec = op_spec(node.target) if node.op == "call_function" else None
@@ -84,7 +84,9 @@ def _past(program: Program, tokens: Tensor) -> Mapping[str, Tensor]:
         return {}
     wanted = min(held + length, program.model.longest or held + length)
     # Where something is chosen, an order of sums may turn a choice: that is held to another measure when lowered.
-    if wanted <= held or any(call.reads_all_to is not None and call.reads_all_to < wanted for call in _calls(program)):
+    if wanted <= held or any(
+        call.reads_all_to is not None and call.reads_all_to < wanted for call in dialect_calls(program)
+    ):
         return {}
     row = tokens.reshape(1, -1)[:, torch.arange(wanted) % tokens.numel()]
     padded, positions, columns = _mixed_lengths(row)
